@@ -1,0 +1,281 @@
+"""Every message that crosses a process boundary.
+
+All of them are msgspec structs: typed, validated when they are decoded, and never pickled. This module imports neither
+torch nor anything that decides; a trainer or a client can import it alone.
+
+Token ids travel as raw little-endian int32 bytes (`input_ids`), so that receiving a long prompt costs the scheduler no
+Python object per token. Route rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
+
+Directions:
+
+    frontend -> leader             GenerateMessage | AbortReq | FlushCacheReq | GetInternalStateReq | ShutdownReq
+    leader -> tp peers             see `schedule_batch.py` (plans stay inside one replica)
+    leader -> output processor     StepRecord, one a step
+    leader -> frontend             ControlReply
+    output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
+    frontend <-> output processor  ClaimRequest / ClaimReply (rows delivered by reference)
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one request's tokens are chosen. Validated at the edge; the names are those of the field's `/generate`."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    logit_bias: dict[int, float] = {}
+    # The frontend draws one where the caller gives none, so that a retracted request samples the same tokens again.
+    sampling_seed: int = 0
+
+
+# --- frontend -> leader ---------------------------------------------------------------------------------------------
+
+
+class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
+    """One sample of one prompt, tokenized and validated. `dispatch` numbers everything a frontend sends."""
+
+    dispatch: int
+    rid: str
+    input_ids: bytes  # int32, little-endian
+    sampling_params: SamplingParams
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
+    # "reference" leaves the rows with the output processor and answers with a claim.
+    routed_experts_delivery: str = "inline"
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    stream: bool = False
+    priority: int = 0
+    extra_key: str = ""
+    # Samples of one prompt share a group: the first computes the prompt, the others then hit its pages.
+    sample_group: str = ""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.input_ids) // 4
+
+
+class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
+    """Abort every request whose rid starts with `rid`, or all of them."""
+
+    dispatch: int
+    rid: str = ""
+    abort_all: bool = False
+
+
+class FlushCacheReq(msgspec.Struct, frozen=True, tag="flush_cache"):
+    """Empty the prefix cache. Succeeds only when nothing runs or waits."""
+
+    dispatch: int
+    op_id: str
+
+
+class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state"):
+    """Ask a leader for counters and sizes; answered without entering a step."""
+
+    dispatch: int
+    op_id: str
+
+
+class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave the loop after the step in flight; every rank of the replica exits with status 0."""
+
+    dispatch: int
+
+
+FrontendMessage = TokenizedGenerateReqInput | AbortReq | FlushCacheReq | GetInternalStateReq | ShutdownReq
+
+
+# --- leader -> output processor -------------------------------------------------------------------------------------
+
+
+class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a request ended: `stop` (with what matched), `length` (with how many tokens) or `abort` (with a message)."""
+
+    type: str
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+
+
+class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
+    """Before-event: the leader has taken the request in; nothing is allocated yet."""
+
+    rid: str
+    num_prompt_tokens: int
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream: bool = False
+    return_logprob: bool = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
+    routed_experts_delivery: str = "inline"
+
+
+class ReqAdmitted(msgspec.Struct, frozen=True, tag="admitted"):
+    """Before-event: the request runs (again, after a retraction) on these pages of the prefix cache, whole pages only."""
+
+    rid: str
+    cached_pages: list[int]
+
+
+class ReqRetracted(msgspec.Struct, frozen=True, tag="retracted"):
+    """Before-event: the request gives its pages up and waits; rows filed so far answer for it from now on."""
+
+    rid: str
+
+
+class CacheFlushed(msgspec.Struct, frozen=True, tag="flushed"):
+    """Before-event: every cached page was dropped."""
+
+
+class ReqFinished(msgspec.Struct, frozen=True, tag="finished"):
+    """After-event: no more tokens; slice, detokenise, ship, forget."""
+
+    rid: str
+    reason: FinishReason
+
+
+BeforeEvent = ReqStarted | ReqAdmitted | ReqRetracted | CacheFlushed
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive rows of a step: tokens `[start, start + num_tokens)` of one request, in the order of the ring slot.
+
+    `new_pages` are the pages allocated for them, appended to the request's page table; allocating a page invalidates
+    the rows that its slots held. A discarded segment is the overrun of a request that finished a step earlier: its
+    rows occupy the ring slot and belong to nobody.
+    """
+
+    rid: str
+    start: int
+    num_tokens: int
+    new_pages: list[int]
+    discarded: bool = False
+
+
+# Parallel lists, one entry a position: a position's log-probability, and (logprob, token id) pairs of the top ones.
+TopLogprobs = list[tuple[float, int]]
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that a step committed for one request; a run of one or more, so that speculative decoding fits.
+
+    `input_logprobs` are those of prompt positions computed in this step: (logprob or None at position 0, token id).
+    """
+
+    rid: str
+    token_ids: list[int]
+    logprobs: list[float] = []
+    top_logprobs: list[TopLogprobs] = []
+    input_logprobs: list[tuple[float | None, int]] = []
+    input_top_logprobs: list[TopLogprobs | None] = []
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What step `step` of one dp rank did. The order of its parts is the order in which they apply:
+    `before`, the rows of `segments` (from ring slot `ring_seq`, -1 when the step ran no forward), `outputs`, `after`."""
+
+    dp_rank: int
+    step: int
+    ring_seq: int
+    weight_version: str
+    before: list[BeforeEvent] = []
+    segments: list[Segment] = []
+    outputs: list[TokenOutput] = []
+    after: list[ReqFinished] = []
+
+
+# --- output processor -> frontend -----------------------------------------------------------------------------------
+
+
+class RoutedExpertsMeta(msgspec.Struct, frozen=True):
+    """Envelope of a block of rows: enough to decode and verify it without any other knowledge.
+
+    The bytes are C-order `[rows, num_layers, top_k]`; row i is the routing of the token at absolute position
+    `start + i` as an input. `weight_versions` are runs `(version, start, end)` of absolute positions, half-open.
+    """
+
+    start: int
+    rows: int
+    num_layers: int
+    layer_ids: list[int]
+    top_k: int
+    dtype: str
+    byte_order: str
+    weight_versions: list[tuple[str, int, int]]
+    checksum: str
+
+
+class RequestOutput(msgspec.Struct, frozen=True):
+    """Progress of one request. `text` and the lists are what is new since its last output; the rest is the state now."""
+
+    rid: str
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    num_retractions: int
+    weight_version: str
+    dp_rank: int
+    finish_reason: FinishReason | None = None
+    output_logprobs: list[float] = []
+    output_top_logprobs: list[TopLogprobs] = []
+    input_logprobs: list[tuple[float | None, int]] = []
+    input_top_logprobs: list[TopLogprobs | None] = []
+    routed_experts: RoutedExpertsMeta | None = None
+    # Set when the rows stay with the output processor; then no frame follows for them.
+    routed_experts_claim: str | None = None
+    routed_experts_error: str | None = None
+
+
+class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
+    """Outputs of one step. A frame of rows follows, in order, for every output with meta and without a claim."""
+
+    outputs: list[RequestOutput]
+
+
+class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
+    """A leader's answer to a control operation."""
+
+    op_id: str
+    success: bool
+    message: str = ""
+    state: dict[str, int | float | str] = {}
+
+
+BackendMessage = OutputBatch | ControlReply
+
+
+# --- rows by reference ----------------------------------------------------------------------------------------------
+
+
+class ClaimRequest(msgspec.Struct, frozen=True):
+    """Fetch the rows behind a claim; fetching does not consume it."""
+
+    claim: str
+
+
+class ClaimReply(msgspec.Struct, frozen=True):
+    """Meta of the rows in the frame that follows, or the reason why there are none."""
+
+    claim: str
+    meta: RoutedExpertsMeta | None = None
+    error: str | None = None

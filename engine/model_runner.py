@@ -1,0 +1,162 @@
+"""Executes plans on one rank; decides nothing.
+
+Every tp rank runs the same forward. The leader samples and broadcasts the tokens, so that ranks cannot drift apart by a
+rounding in the sampler; they stay on the device as the next step's input (`_last_token_ids`), whether or not the host
+has seen them yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..parallel.collectives import broadcast
+from ..parallel.mesh import ParallelMesh
+from .attention import make_attention_backend
+from .forward_batch import ForwardBatch, make_forward_batch
+from .kv_cache.kv_store import KVStore
+from .kv_cache.req_to_token_pool import ReqToTokenPool
+from .models.qwen3_moe import Qwen3MoeForCausalLM
+from .routing.capturer import RoutedExpertsCapturer
+from .sampler import Sampled, SamplingRow, sample, score_tokens, start_counts
+from .schedule_batch import Req, ScheduleBatch, ScheduledReq
+from .schedule_policy import pages_for
+from .step_committer import PromptScores, StepResult
+
+# Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
+SCORE_BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose kernels are enqueued; on the leader with everything that its result is made from."""
+
+    rows: list[SamplingRow]
+    sampled: Sampled | None
+    prompt_scores: dict[int, PromptScores]
+    ring_seq: int
+
+
+class ModelRunner:
+    """Model, KV cache and per-request device state of one rank."""
+
+    def __init__(
+        self,
+        mesh: ParallelMesh,
+        model: Qwen3MoeForCausalLM,
+        kv_store: KVStore,
+        *,
+        page_size: int,
+        max_running: int,
+        context_length: int,
+        attention_backend: str,
+        capturer: RoutedExpertsCapturer | None,
+    ) -> None:
+        self._mesh = mesh
+        self._model = model
+        self._kv_store = kv_store
+        self._page_size = page_size
+        self._capturer = capturer
+        self._attention = make_attention_backend(attention_backend, mesh.device)
+        self._pool = ReqToTokenPool(max_running, pages_for(context_length, page_size), mesh.device)
+        self._last_token_ids = torch.zeros(max_running, dtype=torch.int64, device=mesh.device)
+        # The leader's view of who runs on which row.
+        self._sampling_rows: dict[int, SamplingRow] = {}
+        self._reqs: dict[int, Req] = {}
+
+    @property
+    def is_leader(self) -> bool:
+        return self._mesh.tp.rank == 0
+
+    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
+        """Leader: the request on `row` changes; nothing of the one before survives."""
+        sampling_row = SamplingRow(req.params, tuple(stop_ids), req.recv.top_logprobs_num, req.recv.return_logprob)
+        known = np.frombuffer(bytes(req.tokens), dtype="<i4")
+        start_counts(sampling_row, known, req.num_prompt_tokens, self._model.config.vocab_size, self._mesh.device)
+        sampling_row.position = len(req.output_ids)
+        self._sampling_rows[row] = sampling_row
+        self._reqs[row] = req
+
+    @torch.inference_mode()
+    def launch(self, batch: ScheduleBatch) -> LaunchedStep:
+        """Run one step's forward and sample; returns before the device is done."""
+        forward = make_forward_batch(
+            batch, self._pool, self._page_size, self._last_token_ids, self._attention, self._mesh.device
+        )
+        ring_seq = -1 if self._capturer is None else self._capturer.begin(batch.num_tokens)
+        hidden = self._model(forward, self._attention, self._kv_store, self._capturer)
+        if self._capturer is not None:
+            self._capturer.finish()
+        sampling = [req for req in batch.reqs if req.sample]
+        sampled, rows = self._sample(hidden, forward, sampling)
+        return LaunchedStep(rows, sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
+
+    def _sample(
+        self, hidden: torch.Tensor, forward: ForwardBatch, sampling: list[ScheduledReq]
+    ) -> tuple[Sampled | None, list[SamplingRow]]:
+        if not sampling:
+            return None, []
+        logits = self._model.compute_logits(hidden[forward.sample_rows])
+        rows: list[SamplingRow] = []
+        sampled = None
+        if logits is None:
+            token_ids = torch.empty(len(sampling), dtype=torch.int64, device=self._mesh.device)
+        else:
+            rows = [self._sampling_rows[req.row] for req in sampling]
+            sampled = sample(logits, rows)
+            token_ids = sampled.token_ids
+            for row in rows:
+                row.position += 1
+        self._last_token_ids[forward.sampling_req_rows] = broadcast(token_ids, self._mesh.tp)
+        return sampled, rows
+
+    def _score_prompts(self, hidden: torch.Tensor, reqs: list[ScheduledReq]) -> dict[int, PromptScores]:
+        scores: dict[int, PromptScores] = {}
+        offset = 0
+        for index, req in enumerate(reqs):
+            if req.num_prompt_logprobs:
+                first = offset + req.prompt_logprobs_from
+                scored = self._score_rows(hidden[first : first + req.num_prompt_logprobs], req)
+                if scored is not None:
+                    scores[index] = scored
+            offset += req.num_tokens
+        return scores
+
+    def _score_rows(self, hidden: torch.Tensor, scheduled: ScheduledReq) -> PromptScores | None:
+        """Score the prompt token that follows each row; None but on the leader. Every tp rank takes part."""
+        logprobs: list[float] = []
+        top: list[list[tuple[float, int]]] = []
+        position = scheduled.start + scheduled.prompt_logprobs_from + 1
+        for block in hidden.split(SCORE_BLOCK_ROWS):
+            logits = self._model.compute_logits(block)
+            if logits is not None:
+                req = self._reqs[scheduled.row]
+                ids = np.frombuffer(req.token_bytes(position, position + len(block)), dtype="<i4").astype(np.int64)
+                targets = torch.from_numpy(ids).to(logits.device)
+                block_logprobs, block_top = score_tokens(logits, targets, req.recv.top_logprobs_num)
+                logprobs += block_logprobs
+                top += block_top
+            position += len(block)
+        return PromptScores(logprobs, top) if self.is_leader else None
+
+    def result(self, launched: LaunchedStep) -> StepResult:
+        """Wait for a step and bring its tokens to the host. Publishes its routing."""
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        top: list[list[tuple[float, int]]] = []
+        if launched.sampled is not None:
+            token_ids = launched.sampled.token_ids.tolist()
+            if launched.sampled.logprobs is not None:
+                logprobs = launched.sampled.logprobs.tolist()
+                top = [
+                    [] if pair is None else list(zip(pair[0].tolist(), pair[1].tolist(), strict=True))
+                    for pair in launched.sampled.top
+                ]
+        if self._capturer is not None:
+            self._capturer.publish(launched.ring_seq)
+        return StepResult(token_ids, logprobs, top, launched.prompt_scores)
+
+    def ring_seq(self, launched: LaunchedStep) -> int:
+        return launched.ring_seq

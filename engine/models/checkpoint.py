@@ -1,0 +1,88 @@
+"""A checkpoint folder in Hugging Face format, read tensor by tensor.
+
+Each parameter asks its source for the slice that its rank keeps, so a rank's peak memory is its own shard plus one
+tensor. The same entry serves start-up and later weight updates: `load_weights` may run again on a live model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ...parallel.weights import SafetensorsSource, TensorSource
+
+# Loads one named tensor of the checkpoint into the place where this rank keeps its part of it.
+WeightLoader = Callable[[TensorSource], None]
+
+NUM_NAMES_SHOWN = 5
+
+
+class Checkpoint:
+    """The safetensors files of a folder: `model.safetensors`, or the shards that its index names.
+
+    Raises:
+        ValueError: the folder has neither, or the index names a file that is not there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._file_of = dict(self._read_names())
+
+    def _read_names(self) -> Iterator[tuple[str, Path]]:
+        index = self._path / "model.safetensors.index.json"
+        single = self._path / "model.safetensors"
+        if index.is_file():
+            for name, file_name in json.loads(index.read_text())["weight_map"].items():
+                file = self._path / file_name
+                if not file.is_file():
+                    raise ValueError(f"model_path={str(self._path)!r}: shard {file_name} of tensor {name} is missing")
+                yield name, file
+        elif single.is_file():
+            with safe_open(single, framework="pt") as handle:
+                for name in handle.keys():
+                    yield name, single
+        else:
+            raise ValueError(f"model_path={str(self._path)!r}: must hold model.safetensors or its shards and index")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def tensors(self) -> Iterator[tuple[str, TensorSource]]:
+        """Every tensor with its name, file by file; a source is valid until the next one is asked for."""
+        with ExitStack() as stack:
+            open_files: dict[Path, safe_open] = {}
+            for name, file in sorted(self._file_of.items(), key=lambda item: item[1]):
+                if file not in open_files:
+                    open_files[file] = stack.enter_context(safe_open(file, framework="pt"))
+                yield name, SafetensorsSource(open_files[file].get_slice(name))
+
+
+def load_weights(loaders: Mapping[str, WeightLoader], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
+    """Fill every parameter from the checkpoint. Names are compared before the first byte is read.
+
+    Args:
+        loaders: one entry per tensor that the model needs, by its name in the checkpoint.
+        ignored: names that may stand in the checkpoint without being used (a tied head).
+
+    Raises:
+        ValueError: tensors are missing, unknown, or of the wrong shape; the message names them.
+    """
+    present = set(checkpoint.names)
+    missing = sorted(loaders.keys() - present)
+    unknown = sorted(present - loaders.keys() - ignored)
+    for what, names in (("lacks", missing), ("has unknown", unknown)):
+        if names:
+            shown = ", ".join(names[:NUM_NAMES_SHOWN])
+            raise ValueError(f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}")
+    for name, source in checkpoint.tensors():
+        if name in ignored:
+            continue
+        try:
+            loaders[name](source)
+        except ValueError as error:
+            raise ValueError(f"tensor {name}: {error}") from error

@@ -1,0 +1,87 @@
+"""What a model is: facts read from a checkpoint's config.json, with the names that the engine uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from ..routing.ring import RouteGeometry
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding (Su et al. 2021): inverse frequencies and the factor on cos and sin that some variants have."""
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only MoE model. `moe_layer_ids` are the layers that route; the others have a dense MLP."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attention_bias: bool
+    intermediate_size: int
+    moe_intermediate_size: int
+    moe_layer_ids: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    norm_topk_prob: bool
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+    def route_geometry(self, max_tokens: int) -> RouteGeometry:
+        """Shape of one step's routing for at most `max_tokens` rows."""
+        return RouteGeometry(
+            layer_ids=self.moe_layer_ids,
+            num_layers_total=self.num_layers,
+            max_tokens=max_tokens,
+            top_k=self.top_k,
+            num_experts=self.num_experts,
+        )
+
+
+def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to run in: the named one, or the checkpoint's."""
+    if name == "auto":
+        return checkpoint_dtype or torch.float32
+    return TORCH_DTYPES[name]
+
+
+def eos_ids(path: Path, configured: int | list[int] | None) -> tuple[int, ...]:
+    """Ids that end a sequence: those of generation_config.json where it stands, else those of config.json."""
+    if (path / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(path)
+        if generation.eos_token_id is not None:
+            configured = generation.eos_token_id
+    if configured is None:
+        return ()
+    return tuple(configured) if isinstance(configured, list) else (configured,)
+
+
+def read_hf_config(model_path: str) -> AutoConfig:
+    """The checkpoint's own configuration object.
+
+    Raises:
+        ValueError: `model_path` is no folder with a config.json.
+    """
+    path = Path(model_path)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model_path={model_path!r}: must be a folder with a config.json (Hugging Face format)")
+    return AutoConfig.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,367 @@
+"""Qwen3-MoE (Qwen Team 2025): GQA with per-head query/key norms, rotary positions, top-k softmax routing.
+
+The arithmetic is that of `transformers`' Qwen3MoeForCausalLM, operation by operation, so that greedy tokens and routes
+agree with it; what differs is where weights live (sharded over `tp`) and that keys and values go to pages.
+
+Legend: T tokens of a step, D hidden, H query heads of this rank, G kv heads of this rank, d head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen3MoeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ...parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from ...parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from ...parallel.mesh import Axis
+from ...parallel.moe.dispatch import ReplicatedDispatcher
+from ...parallel.moe.experts import Experts
+from ...parallel.moe.layer import MoeLayer, RouteRecorder
+from ...parallel.moe.router import TopKRouter
+from ...parallel.weights import TensorSource
+from ..attention.backend import AttentionBackend
+from ..forward_batch import ForwardBatch
+from ..kv_cache.kv_store import KVStore, KVTensorSpec
+from .checkpoint import WeightLoader
+from .model_config import ModelConfig, RopeConfig, eos_ids, resolve_dtype
+
+
+def parse_config(hf_config: Qwen3MoeConfig, model_path: str, dtype: str) -> ModelConfig:
+    """The engine's view of a checkpoint's configuration.
+
+    Raises:
+        ValueError: the checkpoint asks for something that this model file does not compute.
+    """
+    if hf_config.sliding_window is not None:
+        raise ValueError("sliding_window: must be null; sliding-window attention is not supported")
+    if hf_config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={hf_config.hidden_act!r}: must be 'silu'")
+    num_layers = hf_config.num_hidden_layers
+    moe_layer_ids = tuple(
+        layer
+        for layer in range(num_layers)
+        if layer not in hf_config.mlp_only_layers and (layer + 1) % hf_config.decoder_sparse_step == 0
+    )
+    if not moe_layer_ids or hf_config.num_experts == 0:
+        raise ValueError("the checkpoint has no MoE layer: decoder_sparse_step, mlp_only_layers or num_experts exclude all")
+    return ModelConfig(
+        model_type=hf_config.model_type,
+        vocab_size=hf_config.vocab_size,
+        hidden_size=hf_config.hidden_size,
+        num_layers=num_layers,
+        num_heads=hf_config.num_attention_heads,
+        num_kv_heads=hf_config.num_key_value_heads,
+        head_dim=hf_config.head_dim,
+        attention_bias=hf_config.attention_bias,
+        intermediate_size=hf_config.intermediate_size,
+        moe_intermediate_size=hf_config.moe_intermediate_size,
+        moe_layer_ids=moe_layer_ids,
+        num_experts=hf_config.num_experts,
+        top_k=hf_config.num_experts_per_tok,
+        norm_topk_prob=hf_config.norm_topk_prob,
+        rms_norm_eps=hf_config.rms_norm_eps,
+        rope=_parse_rope(hf_config),
+        tie_word_embeddings=hf_config.tie_word_embeddings,
+        max_position_embeddings=hf_config.max_position_embeddings,
+        eos_token_ids=eos_ids(model_path, hf_config.eos_token_id),
+        dtype=resolve_dtype(dtype, hf_config.dtype),
+    )
+
+
+def _parse_rope(hf_config: Qwen3MoeConfig) -> RopeConfig:
+    """Frequencies as the library computes them; variants whose frequencies change with the length are refused."""
+    rope_type = hf_config.rope_parameters["rope_type"]
+    if rope_type == "default":
+        width = hf_config.head_dim
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+        return RopeConfig(tuple((1.0 / hf_config.rope_parameters["rope_theta"] ** exponents).tolist()), 1.0)
+    if rope_type not in ("linear", "yarn", "llama3"):
+        raise ValueError(f"rope_parameters.rope_type={rope_type!r}: must be default, linear, yarn or llama3")
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+    return RopeConfig(tuple(inv_freq.tolist()), scaling)
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """What every layer is built with."""
+
+    config: ModelConfig
+    axis: Axis
+    device: torch.device
+    moe_split: str
+    experts_backend: str
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim; the mean is taken in float32."""
+
+    def __init__(self, width: int, context: ModelContext) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=context.config.dtype, device=context.device), False)
+        self._eps = context.config.rms_norm_eps
+
+    def load_weight(self, source: TensorSource) -> None:
+        self.weight.data.copy_(source[:])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+        return self.weight * wide.to(hidden.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of every position up to the context length, [positions, d] each, in the model's dtype."""
+
+    def __init__(self, num_positions: int, context: ModelContext) -> None:
+        super().__init__()
+        rope = context.config.rope
+        inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32)
+        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        dtype = context.config.dtype
+        self.cos = (angles.cos() * rope.attention_scaling).to(dtype).to(context.device)
+        self.sin = (angles.sin() * rope.attention_scaling).to(dtype).to(context.device)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T] -> cos, sin [T, 1, d], for all heads of a token."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate [T, heads, d]; pairs are (i, i + d/2)."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        config = context.config
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_heads,
+            config.num_kv_heads,
+            context.axis,
+            bias=config.attention_bias,
+            dtype=config.dtype,
+            device=context.device,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            context.axis,
+            bias=config.attention_bias,
+            dtype=config.dtype,
+            device=context.device,
+        )
+        self.q_norm = RMSNorm(config.head_dim, context)
+        self.k_norm = RMSNorm(config.head_dim, context)
+        self._head_dim = config.head_dim
+        self._scale = config.head_dim**-0.5
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch[Any],
+        backend: AttentionBackend[Any],
+        kv: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """[T, D] -> [T, D]; writes this step's keys and values to their slots first."""
+        num_tokens = hidden.shape[0]
+        query, key, value = self.qkv_proj.split(self.qkv_proj(hidden))
+        query = rotate(self.q_norm(query.view(num_tokens, -1, self._head_dim)), *rope)
+        key = rotate(self.k_norm(key.view(num_tokens, -1, self._head_dim)), *rope)
+        kv["k"].index_copy_(0, batch.kv_slots, key)
+        kv["v"].index_copy_(0, batch.kv_slots, value.view(num_tokens, -1, self._head_dim))
+        out = backend.forward(query, kv["k"], kv["v"], batch.attention_plan, self._scale)
+        return self.o_proj(out.reshape(num_tokens, -1))
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        loaders: dict[str, WeightLoader] = {
+            f"{prefix}.o_proj.weight": self.o_proj.load_weight,
+            f"{prefix}.q_norm.weight": self.q_norm.load_weight,
+            f"{prefix}.k_norm.weight": self.k_norm.load_weight,
+        }
+        for part in ("q", "k", "v"):
+            loaders[f"{prefix}.{part}_proj.weight"] = partial(self.qkv_proj.load_weight, part=part)
+            if self.qkv_proj.bias is not None:
+                loaders[f"{prefix}.{part}_proj.bias"] = partial(self.qkv_proj.load_bias, part=part)
+        if self.o_proj.bias is not None:
+            loaders[f"{prefix}.o_proj.bias"] = self.o_proj.load_bias
+        return loaders
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        config = context.config
+        sizes = [config.intermediate_size] * 2
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, sizes, context.axis, dtype=config.dtype, device=context.device
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, context.axis, dtype=config.dtype, device=context.device
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        return {
+            f"{prefix}.gate_proj.weight": partial(self.gate_up_proj.load_weight, part=0),
+            f"{prefix}.up_proj.weight": partial(self.gate_up_proj.load_weight, part=1),
+            f"{prefix}.down_proj.weight": self.down_proj.load_weight,
+        }
+
+
+def make_moe_layer(moe_index: int, context: ModelContext) -> MoeLayer:
+    """The MoE layer with tokens replicated over the tp axis."""
+    config = context.config
+    router = TopKRouter(
+        config.hidden_size,
+        config.num_experts,
+        config.top_k,
+        norm_topk_prob=config.norm_topk_prob,
+        dtype=config.dtype,
+        device=context.device,
+    )
+    experts = Experts(
+        config.num_experts,
+        config.hidden_size,
+        config.moe_intermediate_size,
+        context.axis,
+        split=context.moe_split,
+        backend=context.experts_backend,
+        dtype=config.dtype,
+        device=context.device,
+    )
+    return MoeLayer(moe_index, router, ReplicatedDispatcher(context.axis), experts)
+
+
+def moe_weight_loaders(layer: MoeLayer, num_experts: int, prefix: str) -> dict[str, WeightLoader]:
+    """Names of the hub's checkpoints: one tensor per expert and projection."""
+    loaders: dict[str, WeightLoader] = {f"{prefix}.gate.weight": layer.router.load_weight}
+    for expert in range(num_experts):
+        for part in ("gate", "up", "down"):
+            name = f"{prefix}.experts.{expert}.{part}_proj.weight"
+            loaders[name] = partial(layer.experts.load_weight, expert_id=expert, part=part)
+    return loaders
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, layer_id: int, context: ModelContext) -> None:
+        super().__init__()
+        config = context.config
+        self.self_attn = Attention(context)
+        self.mlp: MoeLayer | DenseMLP = (
+            make_moe_layer(config.moe_layer_ids.index(layer_id), context)
+            if layer_id in config.moe_layer_ids
+            else DenseMLP(context)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, context)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, context)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch[Any],
+        backend: AttentionBackend[Any],
+        kv: dict[str, torch.Tensor],
+        recorder: RouteRecorder | None,
+    ) -> torch.Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, batch, backend, kv)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MoeLayer):
+            return hidden + self.mlp(normed, recorder)
+        return hidden + self.mlp(normed)
+
+    def weight_loaders(self, prefix: str, config: ModelConfig) -> dict[str, WeightLoader]:
+        mlp_loaders = (
+            moe_weight_loaders(self.mlp, config.num_experts, f"{prefix}.mlp")
+            if isinstance(self.mlp, MoeLayer)
+            else self.mlp.weight_loaders(f"{prefix}.mlp")
+        )
+        return {
+            f"{prefix}.input_layernorm.weight": self.input_layernorm.load_weight,
+            f"{prefix}.post_attention_layernorm.weight": self.post_attention_layernorm.load_weight,
+            **self.self_attn.weight_loaders(f"{prefix}.self_attn"),
+            **mlp_loaders,
+        }
+
+
+class Qwen3MoeForCausalLM(nn.Module):
+    """The model of one rank: token ids in, hidden states and logits out."""
+
+    def __init__(self, context: ModelContext, num_positions: int) -> None:
+        super().__init__()
+        config = context.config
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, context.axis, dtype=config.dtype, device=context.device
+        )
+        self.rotary = RotaryEmbedding(num_positions, context)
+        self.layers = nn.ModuleList(DecoderLayer(layer_id, context) for layer_id in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, context)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, context.axis, dtype=config.dtype, device=context.device
+        )
+        if config.tie_word_embeddings:
+            self.lm_head.tie(self.embed_tokens)
+
+    def forward(
+        self,
+        batch: ForwardBatch[Any],
+        backend: AttentionBackend[Any],
+        kv_store: KVStore,
+        recorder: RouteRecorder | None,
+    ) -> torch.Tensor:
+        """A step's tokens to hidden states [T, D]; every MoE layer tells `recorder` the ids it chose."""
+        hidden = self.embed_tokens(batch.input_ids)
+        rope = self.rotary(batch.positions)
+        for layer_id, layer in enumerate(self.layers):
+            hidden = layer(hidden, rope, batch, backend, kv_store.layer(layer_id), recorder)
+        return self.norm(hidden)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[N, D] -> [N, V] on tp rank 0, None elsewhere; every tp rank must call it."""
+        return self.lm_head(hidden)
+
+    def kv_specs(self) -> list[KVTensorSpec]:
+        """Keys and values of this rank's heads."""
+        attention = self.layers[0].self_attn
+        width = (attention.qkv_proj.num_local_kv_heads, self.config.head_dim)
+        return [KVTensorSpec(name, width, self.config.dtype) for name in ("k", "v")]
+
+    def weight_loaders(self) -> dict[str, WeightLoader]:
+        """One loader per tensor that a checkpoint must have, by its name there."""
+        loaders: dict[str, WeightLoader] = {
+            "model.embed_tokens.weight": self.embed_tokens.load_weight,
+            "model.norm.weight": self.norm.load_weight,
+        }
+        if not self.config.tie_word_embeddings:
+            loaders["lm_head.weight"] = self.lm_head.load_weight
+        for layer_id, layer in enumerate(self.layers):
+            loaders.update(layer.weight_loaders(f"model.layers.{layer_id}", self.config))
+        return loaders
+
+    @property
+    def ignored_weights(self) -> frozenset[str]:
+        """Names that a checkpoint may have and the model does not need."""
+        return frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ())
+
+

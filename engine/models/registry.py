@@ -1,0 +1,34 @@
+"""Which model file serves which `model_type`, and how a checkpoint becomes a loaded model."""
+
+from __future__ import annotations
+
+from ...parallel.mesh import ParallelMesh
+from ..config import EngineConfig
+from . import qwen3_moe
+from .checkpoint import Checkpoint, load_weights
+from .model_config import ModelConfig, read_hf_config
+from .qwen3_moe import ModelContext, Qwen3MoeForCausalLM
+
+MODEL_FILES = {"qwen3_moe": qwen3_moe}
+
+
+def load_model_config(config: EngineConfig) -> ModelConfig:
+    """Read the checkpoint's configuration.
+
+    Raises:
+        ValueError: no checkpoint at `model_path`, or one that no model file serves.
+    """
+    hf_config = read_hf_config(config.model_path)
+    if hf_config.model_type not in MODEL_FILES:
+        raise ValueError(f"model_type={hf_config.model_type!r}: must be one of {', '.join(MODEL_FILES)}")
+    return MODEL_FILES[hf_config.model_type].parse_config(hf_config, config.model_path, config.dtype)
+
+
+def load_model(
+    config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh
+) -> Qwen3MoeForCausalLM:
+    """Build this rank's part of the model and fill it from the checkpoint."""
+    context = ModelContext(model_config, mesh.tp, mesh.device, config.moe_split, config.experts_backend)
+    model = MODEL_FILES[model_config.model_type].Qwen3MoeForCausalLM(context, num_positions)
+    load_weights(model.weight_loaders(), Checkpoint(config.model_path), model.ignored_weights)
+    return model.eval()

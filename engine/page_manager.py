@@ -1,0 +1,92 @@
+"""The pages of running requests: prefix cache and page pool behind one door.
+
+    free + cached + private = total        (checked by `check_integrity` whenever the engine is idle)
+
+A request's pages are private until they are full; full ones are offered to the prefix cache as they fill, so that
+finishing costs an unlock and one bulk free, whatever the request's length.
+"""
+
+from __future__ import annotations
+
+from .kv_cache.page_pool import PagePool
+from .kv_cache.radix_cache import NullPrefixCache, RadixCache
+from .schedule_batch import Req
+from .schedule_policy import pages_for
+
+
+class PageManager:
+    """Gives pages to requests and takes them back. Knows nothing of steps, ranks or tensors."""
+
+    def __init__(self, num_pages: int, page_size: int, enable_prefix_cache: bool) -> None:
+        self.page_size = page_size
+        self.caches_prefixes = enable_prefix_cache
+        self.pool = PagePool(num_pages, page_size)
+        self.cache: RadixCache | NullPrefixCache = (
+            RadixCache(page_size) if enable_prefix_cache else NullPrefixCache(page_size)
+        )
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be had without retracting anybody."""
+        return self.pool.num_free + self.cache.num_evictable_pages
+
+    def match(self, req: Req) -> None:
+        """Start a request on its longest cached prefix. At least one token is left to compute, and with prompt
+        log-probabilities every position that scores one."""
+        limit = req.seqlen - 1
+        if req.recv.return_logprob and req.recv.logprob_start_len >= 0:
+            limit = min(limit, max(0, max(req.recv.logprob_start_len, req.num_scored) - 1))
+        match = self.cache.match_prefix(bytes(req.tokens), req.recv.extra_key, limit)
+        req.node = match.node
+        self.cache.lock(match.node)
+        req.pages = list(match.pages)
+        req.num_offered_pages = len(match.pages)
+        req.num_cached = req.num_scheduled = req.num_committed = len(match.pages) * self.page_size
+
+    def pages_missing(self, req: Req, num_tokens: int) -> int:
+        """Pages that the request lacks to hold `num_tokens` more."""
+        return pages_for(req.num_scheduled + num_tokens, self.page_size) - len(req.pages)
+
+    def take(self, num_pages: int) -> list[int] | None:
+        """`num_pages` from the pool, evicting cached ones as far as needed; None (and nothing evicted) if they are not
+        to be had."""
+        if num_pages > self.num_available:
+            return None
+        lacking = num_pages - self.pool.num_free
+        if lacking > 0:
+            self.pool.free(self.cache.evict(lacking))
+        pages = self.pool.allocate(num_pages)
+        assert pages is not None, "evictable pages were counted wrong"
+        return pages
+
+    def offer_full_pages(self, req: Req) -> None:
+        """Put pages that committed tokens have filled into the prefix cache."""
+        assert req.node is not None
+        while (req.num_offered_pages + 1) * self.page_size <= req.num_committed:
+            index = req.num_offered_pages
+            page = req.pages[index]
+            key = req.token_bytes(index * self.page_size, (index + 1) * self.page_size)
+            req.node, adopted = self.cache.append_page(req.node, key, page)
+            if not adopted:
+                req.duplicates.append(page)
+            req.num_offered_pages += 1
+
+    def release(self, req: Req) -> None:
+        """Give everything back; what the cache took stays there, evictable."""
+        assert req.node is not None
+        self.cache.unlock(req.node)
+        private = req.pages[req.num_offered_pages :]
+        if req.duplicates:
+            private = private + req.duplicates
+        self.pool.free(private)
+
+    def flush(self) -> None:
+        """Drop every cached page; nothing may be running."""
+        self.pool.free(self.cache.flush())
+
+    def check_integrity(self) -> None:
+        """At idle: every page is free or cached, and the tree is consistent."""
+        self.cache.check_integrity()
+        self.pool.check_integrity()
+        total = self.pool.num_free + self.cache.num_cached_pages
+        assert total == self.pool.num_pages, f"{self.pool.num_pages - total} pages are leaked"

@@ -1,0 +1,172 @@
+"""One rank of a replica, from a mesh and a configuration to a running loop.
+
+The tp leader runs a `Scheduler`; its peers execute the plans it sends and sleep on a socket in between, never inside a
+collective, whose time-out would end them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+
+import msgspec
+import zmq
+from transformers import AutoTokenizer
+
+from ..parallel.mesh import ParallelMesh
+from .config import EngineConfig
+from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RoutingSetup
+from .kv_cache.kv_store import KVStore
+from .memory import kv_pool_pages, peak_rss_bytes
+from .model_runner import ModelRunner
+from .models.model_config import ModelConfig
+from .models.registry import load_model, load_model_config
+from .page_manager import PageManager
+from .routing.capturer import RoutedExpertsCapturer
+from .routing.ring import RouteRing
+from .schedule_batch import PeerMessage, StopPeers
+from .schedule_policy import StepLimits
+from .scheduler import Endpoints, Scheduler
+from .sockets import Receiver, Sender
+from .stop_checker import StopChecker
+
+logger = logging.getLogger(__name__)
+
+PEER_WAIT_S = 5.0
+FAREWELL_S = 2.0
+
+
+class ReplicaEndpoints(msgspec.Struct, frozen=True):
+    """Addresses that a rank of a replica needs; `peers` are those of tp ranks 1 and up."""
+
+    frontend: str
+    leader: str
+    peers: list[str]
+    records: str
+
+
+def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndpoints) -> None:
+    """Load the model and serve until the frontend says stop."""
+    began = time.perf_counter()
+    model_config = load_model_config(config)
+    context_length = resolve_context_length(config, model_config)
+    limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
+    model = load_model(config, model_config, context_length, mesh)
+    num_pages = kv_pool_pages(config, context_length, model.kv_specs(), model_config.num_layers, mesh)
+    kv_store = KVStore(model_config.num_layers, num_pages, config.page_size, model.kv_specs(), mesh.device)
+    ring = None
+    if config.enable_return_routed_experts and mesh.world.rank == 0:
+        ring = RouteRing.create(model_config.route_geometry(limits.max_tokens), config.routing_ring_slots)
+    runner = ModelRunner(
+        mesh,
+        model,
+        kv_store,
+        page_size=config.page_size,
+        max_running=limits.max_running,
+        context_length=context_length,
+        attention_backend=config.attention_backend,
+        capturer=None if ring is None else RoutedExpertsCapturer(ring, mesh.device),
+    )
+    context = zmq.Context()
+    if runner.is_leader:
+        facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
+        _lead(config, model_config, limits, num_pages, runner, ring, context, endpoints, facts)
+    else:
+        _follow(runner, context, endpoints.peers[mesh.tp.rank - 1])
+    context.destroy(linger=int(FAREWELL_S * 1000))
+
+
+def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Tokens that a request may have.
+
+    Raises:
+        ValueError: more was asked for than the model has positions.
+    """
+    if config.context_length is None:
+        return model_config.max_position_embeddings
+    if config.context_length > model_config.max_position_embeddings:
+        raise ValueError(
+            f"context_length={config.context_length}: must be at most max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    return config.context_length
+
+
+def _lead(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    limits: StepLimits,
+    num_pages: int,
+    runner: ModelRunner,
+    ring: RouteRing | None,
+    context: zmq.Context,
+    endpoints: ReplicaEndpoints,
+    facts: dict[str, int | float | str],
+) -> None:
+    inbox: Receiver[FrontendMessage] = Receiver(context, endpoints.leader, FrontendMessage)
+    frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
+    records: Sender[OutputRecord] = Sender(context, endpoints.records)
+    peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
+    records.send(_routing_setup(config, num_pages, ring))
+    scheduler = Scheduler(
+        config,
+        limits,
+        PageManager(num_pages, config.page_size, config.enable_prefix_cache),
+        StopChecker(model_config.eos_token_ids, load_decoder(config)),
+        runner,
+        Endpoints(inbox, peers, records, frontend),
+    )
+    freeze_garbage_collector()
+    frontend.send(ControlReply("ready", True, state=facts))
+    scheduler.run()
+
+
+def _follow(runner: ModelRunner, context: zmq.Context, address: str) -> None:
+    """Execute the leader's plans, in order, until it says stop."""
+    inbox: Receiver[PeerMessage] = Receiver(context, address, PeerMessage)
+    freeze_garbage_collector()
+    while True:
+        if not inbox.wait(PEER_WAIT_S):
+            continue
+        message = inbox.receive_nowait()
+        if isinstance(message, StopPeers):
+            return
+        assert message is not None
+        runner.result(runner.launch(message))
+
+
+def freeze_garbage_collector() -> None:
+    """What is alive after start-up stays alive: collections need not walk it during steps."""
+    gc.collect()
+    gc.freeze()
+
+
+def load_decoder(config: EngineConfig) -> AutoTokenizer | None:
+    """The tokenizer that stop strings are decoded with; None where the checkpoint has none."""
+    path = config.tokenizer_path or config.model_path
+    if not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _facts(
+    config: EngineConfig, model_config: ModelConfig, context_length: int, num_pages: int, load_s: float
+) -> dict[str, int | float | str]:
+    """What a frontend needs to know before it accepts requests."""
+    return {
+        "model_path": config.model_path,
+        "model_type": model_config.model_type,
+        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "context_length": context_length,
+        "vocab_size": model_config.vocab_size,
+        "num_layers": model_config.num_layers,
+        "num_moe_layers": len(model_config.moe_layer_ids),
+        "num_experts": model_config.num_experts,
+        "top_k": model_config.top_k,
+        "page_size": config.page_size,
+        "kv_cache_tokens": num_pages * config.page_size,
+        "load_s": load_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }

@@ -1,0 +1,143 @@
+"""Turns the results of a step into committed tokens, finished requests and the step's record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .io_struct import ReqFinished, Segment, TokenOutput, TopLogprobs
+from .page_manager import PageManager
+from .request_queues import RequestQueues
+from .schedule_batch import Req
+from .step_planner import PlannedReq
+from .stop_checker import StopChecker
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of consecutive prompt tokens."""
+
+    logprobs: list[float]
+    top: list[TopLogprobs]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, on the host. The lists follow the order of the requests that sample."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+    # By index of the request in the batch.
+    prompt_scores: dict[int, PromptScores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The part of a step's record that committing it yields."""
+
+    segments: list[Segment]
+    outputs: list[TokenOutput]
+    finished: list[ReqFinished]
+
+
+@dataclass
+class FinishCost:
+    """Time that finishing requests took on the step thread: page release and prefix-cache insert included."""
+
+    num_finished: int = 0
+    total_s: float = 0.0
+    max_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.num_finished += 1
+        self.total_s += seconds
+        self.max_s = max(self.max_s, seconds)
+
+
+class StepCommitter:
+    """Applies step results in order."""
+
+    def __init__(self, queues: RequestQueues, pages: PageManager, stop_checker: StopChecker) -> None:
+        self._queues = queues
+        self._pages = pages
+        self._stop_checker = stop_checker
+        self.finish_cost = FinishCost()
+
+    def commit(self, planned: list[PlannedReq], result: StepResult) -> Committed:
+        """Commit one step. A request that finished while the step was in flight has overrun: its rows are discarded."""
+        committed = Committed([], [], [])
+        sampled = 0
+        for index, item in enumerate(planned):
+            req, segment = item.req, item.segment
+            position = sampled
+            sampled += item.scheduled.sample
+            if req.finish_reason is not None:
+                committed.segments.append(
+                    Segment(segment.rid, segment.start, segment.num_tokens, segment.new_pages, discarded=True)
+                )
+                continue
+            committed.segments.append(segment)
+            req.num_committed = segment.start + segment.num_tokens
+            output = self._collect(req, item, result, index, position)
+            if output is not None:
+                committed.outputs.append(output)
+            prefill_only = req.params.max_new_tokens == 0 and req.num_committed == req.num_prompt_tokens
+            if item.scheduled.sample or prefill_only:
+                req.finish_reason = self._stop_checker.check(req)
+            if req.finish_reason is None:
+                self._pages.offer_full_pages(req)
+            else:
+                committed.finished.append(self.finish(req))
+        return committed
+
+    def finish(self, req: Req) -> ReqFinished:
+        """Take a request whose `finish_reason` is set out of the engine, and its pages back."""
+        assert req.finish_reason is not None
+        began = time.perf_counter()
+        if req.is_running:
+            self._pages.offer_full_pages(req)
+            self._pages.release(req)
+        self._queues.remove(req)
+        self.finish_cost.add(time.perf_counter() - began)
+        return ReqFinished(req.rid, req.finish_reason)
+
+    @staticmethod
+    def _collect(req: Req, item: PlannedReq, result: StepResult, index: int, position: int) -> TokenOutput | None:
+        """Append the sampled token to the request; None if the step yielded nothing to tell."""
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        top: list[TopLogprobs] = []
+        if item.scheduled.sample:
+            token_ids = [result.token_ids[position]]
+            req.output_ids.extend(token_ids)
+            req.tokens += np.array(token_ids, dtype="<i4").tobytes()
+            if req.recv.return_logprob:
+                logprobs = [result.logprobs[position]]
+                top = [result.top_logprobs[position]] if req.recv.top_logprobs_num else []
+        input_logprobs, input_top = _input_logprobs(req, item, result.prompt_scores.get(index))
+        if not token_ids and not input_logprobs:
+            return None
+        return TokenOutput(req.rid, token_ids, logprobs, top, input_logprobs, input_top)
+
+
+def _input_logprobs(
+    req: Req, item: PlannedReq, scores: PromptScores | None
+) -> tuple[list[tuple[float | None, int]], list[TopLogprobs | None]]:
+    """Scored prompt tokens of this step, the unscorable first one included: (logprob, token id) each."""
+    pairs: list[tuple[float | None, int]] = []
+    top: list[TopLogprobs | None] = []
+    asked = req.recv.return_logprob and req.recv.logprob_start_len >= 0
+    if asked and req.recv.logprob_start_len == 0 and req.num_scored == 0 and item.scheduled.start == 0:
+        pairs.append((None, int(np.frombuffer(req.token_bytes(0, 1), dtype="<i4")[0])))
+        top.append(None)
+        req.num_scored = 1
+    if scores is not None:
+        first = item.scheduled.start + item.scheduled.prompt_logprobs_from + 1
+        ids = np.frombuffer(req.token_bytes(first, first + len(scores.logprobs)), dtype="<i4").tolist()
+        pairs.extend(zip(scores.logprobs, ids, strict=True))
+        top.extend(scores.top)
+        req.num_scored = first + len(scores.logprobs)
+    return pairs, top if req.recv.top_logprobs_num else []

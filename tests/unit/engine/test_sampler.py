@@ -1,0 +1,107 @@
+"""The sampler against definitions written out, and its independence of the batch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from waybill.engine.io_struct import SamplingParams
+from waybill.engine.sampler import SamplingRow, sample, score_tokens, start_counts, uniform
+
+V = 12
+
+
+def row(position: int = 0, stop_ids: tuple[int, ...] = (), **params: object) -> SamplingRow:
+    return SamplingRow(SamplingParams(**params), stop_ids, top_logprobs_num=0, return_logprob=False, position=position)
+
+
+def logits_of(*values: float) -> torch.Tensor:
+    return torch.tensor([list(values)])
+
+
+def draws(logits: torch.Tensor, num: int, **params: object) -> list[int]:
+    rows = [row(position=i, sampling_seed=7, **params) for i in range(num)]
+    return sample(logits.expand(num, -1), rows).token_ids.tolist()
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert draws(logits_of(0.1, 3.0, 2.9), 5, temperature=0.0) == [1] * 5
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    logits = logits_of(math.log(0.7), math.log(0.2), math.log(0.1))
+    counts = np.bincount(draws(logits, 4000), minlength=3) / 4000
+    assert np.abs(counts - [0.7, 0.2, 0.1]).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 1}, {0}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.65}, {0, 1}),
+        ({"min_p": 0.4}, {0, 1}),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.3}, {0, 1}),
+    ],
+)
+def test_filters_keep_exactly_what_they_should(params: dict[str, float], allowed: set[int]) -> None:
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.07, 0.03]]))
+    assert set(draws(logits, 500, **params)) == allowed
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 10**6), others=st.integers(0, 5))
+def test_draw_depends_on_seed_and_position_only(seed: int, position: int, others: int) -> None:
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(3))
+    mine = row(position=position, sampling_seed=seed, top_p=0.9)
+    alone = sample(logits[:1], [mine]).token_ids[0]
+    crowd = [mine] + [row(position=i, sampling_seed=i) for i in range(others)]
+    assert sample(logits[: len(crowd)], crowd).token_ids[0] == alone
+    assert 0.0 <= uniform(seed, position) < 1.0
+
+
+def test_logit_bias_and_min_new_tokens() -> None:
+    logits = logits_of(5.0, 1.0, 0.0)
+    assert sample(logits, [row(temperature=0.0, logit_bias={2: 9.0})]).token_ids.tolist() == [2]
+    banned = row(temperature=0.0, min_new_tokens=2, stop_ids=(0,))
+    assert sample(logits, [banned]).token_ids.tolist() == [1]
+    banned.position = 2
+    assert sample(logits, [banned]).token_ids.tolist() == [0]
+
+
+def test_penalties_count_prompt_and_output_as_defined() -> None:
+    logits = logits_of(2.0, 1.5, -1.0, 0.0)
+    repetition = row(temperature=0.0, repetition_penalty=2.0)
+    start_counts(repetition, np.array([0], dtype="<i4"), num_prompt=1, vocab_size=4, device=torch.device("cpu"))
+    assert sample(logits, [repetition]).token_ids.tolist() == [1]
+    frequency = row(temperature=0.0, frequency_penalty=0.3)
+    start_counts(frequency, np.array([0], dtype="<i4"), num_prompt=1, vocab_size=4, device=torch.device("cpu"))
+    # 2.0, then 1.7, then 1.4 < 1.5: the prompt's own token does not count.
+    assert [sample(logits, [frequency]).token_ids.item() for _ in range(3)] == [0, 0, 1]
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    logits = torch.randn(2, V)
+    asking = SamplingRow(SamplingParams(temperature=0.5, top_k=2, logit_bias={3: 50.0}), (), 2, True)
+    result = sample(logits, [asking, row(temperature=0.0)])
+    expected = torch.log_softmax(logits[0], dim=-1)
+    assert result.token_ids[0] == 3
+    assert result.logprobs is not None
+    assert result.logprobs[0] == expected[3]
+    assert result.top[0] is not None
+    assert torch.equal(result.top[0][1], expected.topk(2).indices)
+    assert result.top[1] is None
+
+
+def test_score_tokens() -> None:
+    logits = torch.randn(3, V)
+    values, top = score_tokens(logits, torch.tensor([1, 2, 3]), 1)
+    expected = torch.log_softmax(logits, dim=-1)
+    assert values == [expected[i, i + 1].item() for i in range(3)]
+    assert [pairs[0][1] for pairs in top] == expected.argmax(dim=-1).tolist()

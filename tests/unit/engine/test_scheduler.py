@@ -1,0 +1,181 @@
+"""The scheduler over a model-free runner: outputs, pages and records under every kind of pressure."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.replica_harness import EOS, Replica, expected_output
+
+from waybill.engine.config import EngineConfig
+from waybill.engine.io_struct import AbortReq, ControlReply, FlushCacheReq, SamplingParams
+
+
+def make_config(**fields: object) -> EngineConfig:
+    defaults: dict[str, object] = {"model_path": "", "page_size": 4, "max_running_requests": 4, "overlap_depth": 1}
+    return EngineConfig(**(defaults | fields))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("chunk", [1, 7, 64, -1])
+@pytest.mark.parametrize("cache", [True, False])
+def test_outputs_follow_the_rule(depth: int, chunk: int, cache: bool) -> None:
+    config = make_config(overlap_depth=depth, chunked_prefill_size=chunk, enable_prefix_cache=cache)
+    replica = Replica(config, num_pages=200, context_length=256)
+    prompts = {f"r{i}": [(i * 5 + j) % 49 + 1 for j in range(1 + 9 * i)] for i in range(8)}
+    for rid, prompt in prompts.items():
+        replica.submit(rid, prompt, SamplingParams(max_new_tokens=20))
+    replica.run_until_idle()
+    for rid, prompt in prompts.items():
+        output = expected_output(prompt, 20)
+        assert replica.outputs[rid] == output
+        assert replica.num_rows[rid] == len(prompt) + len(output) - 1
+        reason = replica.finished[rid].reason
+        assert reason.type == ("stop" if output[-1] == EOS else "length")
+
+
+def test_prefix_hit_covers_whole_pages_and_leaves_one_token() -> None:
+    replica = Replica(make_config(), num_pages=64)
+    prompt = list(range(1, 17))
+    for turn in range(2):
+        replica.submit(f"r{turn}", prompt, SamplingParams(max_new_tokens=1))
+        replica.run_until_idle()
+    # 16 tokens are four whole pages; the last token has to be computed, so three pages are hit.
+    assert replica.cached == {"r0": 0, "r1": 12}
+
+
+def test_extra_key_partitions_the_cache() -> None:
+    replica = Replica(make_config(), num_pages=64)
+    prompt = list(range(1, 17))
+    for rid, key in (("a", "x"), ("b", "y"), ("c", "x")):
+        replica.submit(rid, prompt, SamplingParams(max_new_tokens=1), extra_key=key)
+        replica.run_until_idle()
+    assert replica.cached == {"a": 0, "b": 0, "c": 12}
+
+
+def test_samples_of_a_group_wait_for_the_first_to_compute_the_prompt() -> None:
+    replica = Replica(make_config(chunked_prefill_size=8), num_pages=64)
+    prompt = list(range(1, 25))
+    for sample in range(3):
+        replica.submit(f"r{sample}", prompt, SamplingParams(max_new_tokens=4), sample_group="g")
+    replica.run_until_idle()
+    assert replica.cached == {"r0": 0, "r1": 20, "r2": 20}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_retraction_keeps_outputs_and_leaks_nothing(depth: int) -> None:
+    replica = Replica(make_config(overlap_depth=depth), num_pages=12)
+    prompts = {f"r{i}": [i + 1] * 6 for i in range(4)}
+    for rid, prompt in prompts.items():
+        replica.submit(rid, prompt, SamplingParams(max_new_tokens=20, ignore_eos=True))
+    replica.run_until_idle()
+    assert replica.retracted, "the pool was meant to run out"
+    for rid, prompt in prompts.items():
+        assert replica.outputs[rid] == expected_output(prompt, 20, ignore_eos=True)
+        assert replica.num_rows[rid] == 25
+
+
+def test_oldest_request_is_never_retracted() -> None:
+    replica = Replica(make_config(), num_pages=12)
+    for i in range(4):
+        replica.submit(f"r{i}", [i + 1] * 6, SamplingParams(max_new_tokens=20, ignore_eos=True))
+    replica.run_until_idle()
+    assert "r0" not in replica.retracted
+
+
+def test_priority_goes_first() -> None:
+    replica = Replica(make_config(max_running_requests=1, overlap_depth=0), num_pages=64)
+    for rid, priority in (("low", 0), ("high", 5), ("middle", 1)):
+        replica.submit(rid, [1, 2, 3], SamplingParams(max_new_tokens=3, ignore_eos=True), priority=priority)
+    replica.run_until_idle()
+    assert list(replica.finished) == ["high", "middle", "low"]
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_abort_in_any_state_frees_everything(turns: int) -> None:
+    replica = Replica(make_config(max_running_requests=2, chunked_prefill_size=4), num_pages=64)
+    for i in range(4):
+        replica.submit(f"r{i}", list(range(1, 14)), SamplingParams(max_new_tokens=30, ignore_eos=True))
+    for _ in range(turns):
+        replica.turn()
+    replica.inbox.messages.append(AbortReq(0, abort_all=True))
+    replica.run_until_idle()
+    assert {finished.reason.type for finished in replica.finished.values()} <= {"abort"}
+    assert len(replica.finished) == 4
+
+
+def test_abort_takes_a_prefix_and_spares_the_rest() -> None:
+    replica = Replica(make_config(), num_pages=64)
+    for rid in ("a1", "a2", "b1"):
+        replica.submit(rid, [1, 2, 3], SamplingParams(max_new_tokens=8, ignore_eos=True))
+    replica.turn()
+    replica.inbox.messages.append(AbortReq(0, rid="a"))
+    replica.inbox.messages.append(AbortReq(0, rid=""))
+    replica.run_until_idle()
+    assert {rid: finished.reason.type for rid, finished in replica.finished.items()} == {
+        "a1": "abort",
+        "a2": "abort",
+        "b1": "length",
+    }
+
+
+def test_flush_is_refused_while_a_request_runs() -> None:
+    replica = Replica(make_config(), num_pages=64)
+    replica.submit("r", list(range(1, 17)), SamplingParams(max_new_tokens=3, ignore_eos=True))
+    replica.turn()
+    replica.inbox.messages.append(FlushCacheReq(0, "early"))
+    replica.run_until_idle()
+    replica.inbox.messages.append(FlushCacheReq(0, "late"))
+    replica.run_until_idle()
+    replies = {reply.op_id: reply.success for reply in replica.frontend.sent if isinstance(reply, ControlReply)}
+    assert replies == {"early": False, "late": True}
+    assert replica.pages.pool.num_free == 64
+
+
+def test_prefill_only_request_computes_the_prompt_and_no_token() -> None:
+    replica = Replica(make_config(chunked_prefill_size=4), num_pages=64)
+    replica.submit("r", list(range(1, 12)), SamplingParams(max_new_tokens=0))
+    replica.run_until_idle()
+    assert replica.outputs["r"] == []
+    assert replica.num_rows["r"] == 11
+    assert replica.finished["r"].reason.length == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 6), st.integers(1, 40), st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=12
+    ),
+    aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 11)), max_size=3),
+    chunk=st.sampled_from([1, 3, 8, -1]),
+    depth=st.integers(0, 1),
+    num_pages=st.integers(14, 40),
+)
+def test_any_arrival_pattern(
+    arrivals: list[tuple[int, int, int, int]], aborts: list[tuple[int, int]], chunk: int, depth: int, num_pages: int
+) -> None:
+    """Requests share prefixes, arrive at random, are aborted at random, and the pool is small."""
+    config = make_config(chunked_prefill_size=chunk, overlap_depth=depth)
+    replica = Replica(config, num_pages, context_length=56)
+    prompts: dict[str, tuple[list[int], int]] = {}
+    schedule = sorted((gap * 3, index) for index, (gap, *_) in enumerate(arrivals))
+    for turn in range(60):
+        while schedule and schedule[0][0] <= turn:
+            _, index = schedule.pop(0)
+            _, length, max_new, family = arrivals[index]
+            prompt = [family + 1] * (length // 2) + [index + 1] * (length - length // 2)
+            prompts[f"r{index}."] = (prompt, max_new)
+            replica.submit(f"r{index}.", prompt, SamplingParams(max_new_tokens=max_new))
+        for when, target in aborts:
+            if when == turn:
+                replica.inbox.messages.append(AbortReq(0, rid=f"r{target}."))
+        replica.turn()
+    replica.run_until_idle()
+    assert replica.finished.keys() == prompts.keys()
+    for rid, (prompt, max_new) in prompts.items():
+        expected = expected_output(prompt, max_new)
+        if replica.finished[rid].reason.type == "abort":
+            assert replica.outputs[rid] == expected[: len(replica.outputs[rid])]
+        else:
+            assert replica.outputs[rid] == expected
+            assert replica.num_rows[rid] == max(len(prompt), len(prompt) + len(expected) - 1)

@@ -121,6 +121,7 @@ class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
     num_prompt_tokens: int
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+    stop: tuple[str, ...] = ()
     stream: bool = False
     return_logprob: bool = False
     return_routed_experts: bool = False

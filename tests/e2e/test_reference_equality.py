@@ -1,0 +1,129 @@
+"""Greedy tokens, log-probabilities and routes of the engine against `transformers`, in float32.
+
+Equality under the near-tie rule (`support/reference.py`), for prompts of 1 to 1,500 tokens. `make test` runs a pairwise
+covering of the settings, `make test-matrix` all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.reference import Agreement, Reference
+
+from waybill import Engine
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+NUM_PROMPTS = 64
+MAX_PROMPT = 1500
+MAX_NEW_TOKENS = 12
+# Holds the longest request and little more, so that requests that run at once retract each other.
+TIGHT_POOL_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination of what must not change an answer."""
+
+    tp: int
+    split: str
+    chunk: int
+    cache: bool
+    retract: bool
+    depth: int
+
+    def __str__(self) -> str:
+        return "-".join(
+            (
+                f"tp{self.tp}",
+                self.split,
+                f"chunk{self.chunk}" if self.chunk > 0 else "unchunked",
+                "cache" if self.cache else "nocache",
+                "retract" if self.retract else "roomy",
+                f"depth{self.depth}",
+            )
+        )
+
+
+AXES: tuple[tuple[Any, ...], ...] = ((1, 2), ("ep", "tp"), (1, 7, 64, -1), (True, False), (False, True), (0, 1))
+ALL_SETTINGS = [Setting(*values) for values in itertools.product(*AXES)]
+
+
+def pairwise(settings: list[Setting]) -> list[Setting]:
+    """A small subset in which every pair of values of two axes occurs (greedy cover)."""
+    names = list(Setting.__dataclass_fields__)
+
+    def pairs(setting: Setting) -> set[tuple[str, Any, str, Any]]:
+        return {(a, getattr(setting, a), b, getattr(setting, b)) for a, b in itertools.combinations(names, 2)}
+
+    missing = set().union(*map(pairs, settings))
+    chosen: list[Setting] = []
+    while missing:
+        best = max(settings, key=lambda setting: len(pairs(setting) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+PAIRWISE = pairwise(ALL_SETTINGS)
+
+
+def make_prompts() -> list[list[int]]:
+    """Mixed lengths, the extremes included; some share long prefixes, so that the cache has something to give."""
+    rng = random.Random(0)
+    lengths = [1, 2, 15, 16, 17, 33, MAX_PROMPT] + [int(MAX_PROMPT ** rng.uniform(0.2, 0.95)) for _ in range(37)]
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in lengths]
+    shared = [rng.randrange(256) for _ in range(90)]
+    prompts += [shared[: rng.randrange(40, 90)] + [rng.randrange(256) for _ in range(rng.randrange(1, 30))] for _ in range(20)]
+    assert len(prompts) == NUM_PROMPTS
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(str(CHECKPOINT))
+
+
+def settings_to_run() -> Iterator[Any]:
+    for setting in ALL_SETTINGS:
+        marks = [] if setting in PAIRWISE else [pytest.mark.matrix]
+        yield pytest.param(setting, id=str(setting), marks=marks)
+
+
+@pytest.mark.parametrize("setting", list(settings_to_run()))
+def test_equals_transformers(setting: Setting, reference: Reference) -> None:
+    prompts = make_prompts()
+    with Engine(
+        str(CHECKPOINT),
+        tp_size=setting.tp,
+        moe_split=setting.split,
+        dtype="float32",
+        chunked_prefill_size=setting.chunk,
+        enable_prefix_cache=setting.cache,
+        kv_cache_tokens=TIGHT_POOL_TOKENS if setting.retract else 64 * 1600,
+        max_running_requests=16,
+        overlap_depth=setting.depth,
+        enable_return_routed_experts=True,
+    ) as engine:
+        answers = engine.generate(
+            input_ids=prompts,
+            sampling_params={"temperature": 0.0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
+            return_logprob=True,
+            return_routed_experts=True,
+        )
+        state = engine.get_server_info()
+    assert (state["num_retractions"] > 0) == setting.retract
+    agreement = Agreement()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        meta = answer["meta_info"]
+        logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
+        assert len(answer["output_ids"]) == MAX_NEW_TOKENS
+        agreement += reference.check_generation(prompt, answer["output_ids"], logprobs, meta["routed_experts"])
+    if setting.cache:
+        assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 0
+    print(f"{setting}: {agreement}")

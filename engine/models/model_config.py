@@ -64,10 +64,10 @@ def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None) -> torch.dtyp
     return TORCH_DTYPES[name]
 
 
-def eos_ids(path: Path, configured: int | list[int] | None) -> tuple[int, ...]:
+def eos_ids(model_path: str, configured: int | list[int] | None) -> tuple[int, ...]:
     """Ids that end a sequence: those of generation_config.json where it stands, else those of config.json."""
-    if (path / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(path)
+    if (Path(model_path) / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(model_path)
         if generation.eos_token_id is not None:
             configured = generation.eos_token_id
     if configured is None:

@@ -10,10 +10,10 @@ Directions:
 
     frontend -> leader             GenerateMessage | AbortReq | FlushCacheReq | GetInternalStateReq | ShutdownReq
     leader -> tp peers             see `schedule_batch.py` (plans stay inside one replica)
-    leader -> output processor     StepRecord, one a step
+    leader -> output processor     RoutingSetup once, then StepRecord, one a step
     leader -> frontend             ControlReply
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
-    frontend <-> output processor  ClaimRequest / ClaimReply (rows delivered by reference)
+    frontend <-> output processor  OutputQuery / OutputReply; a claim's rows follow as a frame
 """
 
 from __future__ import annotations
@@ -189,7 +189,22 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     input_top_logprobs: list[TopLogprobs | None] = []
 
 
-class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+class RoutingSetup(msgspec.Struct, frozen=True, array_like=True, tag="routing_setup"):
+    """First message of a dp rank: the sizes of its KV pool and, from rank 0 with routing on, where the ring is."""
+
+    dp_rank: int
+    num_pages: int
+    page_size: int
+    ring_path: str | None = None
+    ring_slots: int = 0
+    layer_ids: tuple[int, ...] = ()
+    num_layers_total: int = 0
+    max_tokens: int = 0
+    top_k: int = 0
+    num_experts: int = 0
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """What step `step` of one dp rank did. The order of its parts is the order in which they apply:
     `before`, the rows of `segments` (from ring slot `ring_seq`, -1 when the step ran no forward), `outputs`, `after`."""
 
@@ -201,6 +216,9 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     segments: list[Segment] = []
     outputs: list[TokenOutput] = []
     after: list[ReqFinished] = []
+
+
+OutputRecord = RoutingSetup | StepRecord
 
 
 # --- output processor -> frontend -----------------------------------------------------------------------------------
@@ -265,18 +283,36 @@ class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
 BackendMessage = OutputBatch | ControlReply
 
 
-# --- rows by reference ----------------------------------------------------------------------------------------------
+# --- frontend <-> output processor ----------------------------------------------------------------------------------
 
 
-class ClaimRequest(msgspec.Struct, frozen=True):
+class FetchClaimReq(msgspec.Struct, frozen=True, tag="fetch_claim"):
     """Fetch the rows behind a claim; fetching does not consume it."""
 
+    op_id: str
     claim: str
 
 
-class ClaimReply(msgspec.Struct, frozen=True):
+class GetCountersReq(msgspec.Struct, frozen=True, tag="get_counters"):
+    """Ask the output processor for its counters."""
+
+    op_id: str
+
+
+class ClaimReply(msgspec.Struct, frozen=True, tag="claim"):
     """Meta of the rows in the frame that follows, or the reason why there are none."""
 
-    claim: str
+    op_id: str
     meta: RoutedExpertsMeta | None = None
     error: str | None = None
+
+
+class CountersReply(msgspec.Struct, frozen=True, tag="counters"):
+    """What the output processor has done since it started."""
+
+    op_id: str
+    counters: dict[str, int]
+
+
+OutputQuery = FetchClaimReq | GetCountersReq
+OutputReply = ClaimReply | CountersReply

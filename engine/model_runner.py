@@ -59,7 +59,7 @@ class ModelRunner:
         self._kv_store = kv_store
         self._page_size = page_size
         self._capturer = capturer
-        self._attention = make_attention_backend(attention_backend, mesh.device)
+        self._attention = make_attention_backend(attention_backend)
         self._pool = ReqToTokenPool(max_running, pages_for(context_length, page_size), mesh.device)
         self._last_token_ids = torch.zeros(max_running, dtype=torch.int64, device=mesh.device)
         # The leader's view of who runs on which row.

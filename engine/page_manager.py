@@ -14,6 +14,10 @@ from .schedule_batch import Req
 from .schedule_policy import pages_for
 
 
+# Share of the pool that is evicted beyond what lacks.
+EVICTION_SLACK = 64
+
+
 class PageManager:
     """Gives pages to requests and takes them back. Knows nothing of steps, ranks or tensors."""
 
@@ -54,7 +58,8 @@ class PageManager:
             return None
         lacking = num_pages - self.pool.num_free
         if lacking > 0:
-            self.pool.free(self.cache.evict(lacking))
+            # Some more than lacks: looking for what to evict costs a pass over the tree.
+            self.pool.free(self.cache.evict(lacking + self.pool.num_pages // EVICTION_SLACK))
         pages = self.pool.allocate(num_pages)
         assert pages is not None, "evictable pages were counted wrong"
         return pages

@@ -1,0 +1,43 @@
+"""The slow twin: attention as its definition reads, request by request, softmax in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .backend import AttentionBatch, slots_of
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """Per request: rows [first, last) of the step, KV slots [n] and the mask [rows, n] of what each row may see."""
+
+    requests: list[tuple[int, int, torch.Tensor, torch.Tensor]]
+
+
+class TorchReferenceAttention:
+    def plan(self, batch: AttentionBatch) -> ReferencePlan:
+        requests = []
+        first = 0
+        device = batch.page_table.device
+        for i, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
+            positions = torch.arange(kv_len, device=device)
+            slots = slots_of(batch.page_table[i : i + 1], positions, batch.page_size)[0]
+            visible = positions[None, :] <= positions[kv_len - q_len :, None]
+            requests.append((first, first + q_len, slots, visible))
+            first += q_len
+        return ReferencePlan(requests)
+
+    def forward(
+        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: ReferencePlan, scale: float
+    ) -> torch.Tensor:
+        out = torch.empty_like(query)
+        num_shared = query.shape[1] // k_cache.shape[1]
+        for first, last, slots, visible in plan.requests:
+            keys = k_cache[slots].repeat_interleave(num_shared, dim=1)
+            values = v_cache[slots].repeat_interleave(num_shared, dim=1)
+            scores = torch.einsum("qhd,khd->hqk", query[first:last].float(), keys.float()) * scale
+            weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+            out[first:last] = torch.einsum("hqk,khd->qhd", weights, values.float()).to(query.dtype)
+        return out

@@ -1,0 +1,238 @@
+"""The prefix cache: a radix tree over whole pages (RadixAttention, Zheng et al. 2024).
+
+Pages enter the tree as they fill, so a request that finishes has nothing left to insert: it unlocks its path. A request
+holds a *cursor*, the node at whose end its pages end; a lock counts on every node from there to the root.
+
+        root ---- [p0 p1 p2] ---- [p3 p4]          A's cursor is the node [p3 p4]
+                      \\
+                       `--------- [p7]             B's cursor is the node [p7]
+
+    Splitting [p0 p1 p2] after p0 leaves every cursor right: the node keeps its tail [p1 p2], a new node [p0] goes above
+    it and takes its locks, for whoever locks the tail passes through the head.
+
+    A cursor grows in place only if nobody else can stand on its node: one lock, no child. Otherwise it moves to a child.
+
+Pure host code: it knows neither requests nor tensors. Keys are the int32 bytes of a page's tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+TOKEN_BYTES = 4
+
+
+@dataclass(eq=False)
+class Node:
+    """An edge of the tree with what hangs below it: `pages` and the bytes of their tokens."""
+
+    tokens: bytearray
+    pages: list[int]
+    parent: Node | None
+    children: dict[bytes, Node] = field(default_factory=dict)
+    lock_ref: int = 0
+    last_access: int = 0
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """The longest cached prefix: its pages, and the node at whose end they end."""
+
+    node: Node
+    pages: list[int]
+
+
+class RadixCache:
+    """The tree, one root per `extra_key`. The caller owns the pages: it frees what `evict` and `flush` return."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._page_bytes = page_size * TOKEN_BYTES
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+        self.num_cached_pages = 0
+        self.num_evictable_pages = 0
+
+    def match_prefix(self, input_ids: bytes, extra_key: str, max_tokens: int) -> PrefixMatch:
+        """The longest prefix of `input_ids` in whole pages, of at most `max_tokens` tokens. Splits at its end."""
+        node = self._roots.setdefault(extra_key, Node(bytearray(), [], None))
+        ids = memoryview(input_ids)
+        end = max(0, max_tokens) // self._page_size * self._page_bytes
+        start = 0
+        pages: list[int] = []
+        while start < end:
+            child = node.children.get(bytes(ids[start : start + self._page_bytes]))
+            if child is None:
+                break
+            num_common = self._num_common_pages(child, ids[start:end])
+            if num_common < len(child.pages):
+                child = self._split(child, num_common)
+            node = child
+            self._touch(node)
+            pages.extend(node.pages)
+            start += num_common * self._page_bytes
+        return PrefixMatch(node, pages)
+
+    def _num_common_pages(self, node: Node, ids: memoryview) -> int:
+        """Leading pages that `node` and `ids` share, the first one known to be equal: compared as bytes, then bisected."""
+        size = self._page_bytes
+        tokens = memoryview(node.tokens)
+        limit = min(len(node.pages), len(ids) // size)
+        if tokens[: limit * size] == ids[: limit * size]:
+            return limit
+        equal, differs = 1, limit
+        while differs - equal > 1:
+            middle = (equal + differs) // 2
+            if tokens[equal * size : middle * size] == ids[equal * size : middle * size]:
+                equal = middle
+            else:
+                differs = middle
+        return equal
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Cut a node's first pages off into a new parent, which is returned."""
+        assert node.parent is not None
+        cut = num_pages * self._page_bytes
+        upper = Node(node.tokens[:cut], node.pages[:num_pages], node.parent, {}, node.lock_ref, node.last_access)
+        node.parent.children[self._key(upper)] = upper
+        # A copy, as a view of the old bytes may still be alive.
+        node.tokens = node.tokens[cut:]
+        node.pages = node.pages[num_pages:]
+        node.parent = upper
+        upper.children[self._key(node)] = node
+        return upper
+
+    def _key(self, node: Node) -> bytes:
+        return bytes(node.tokens[: self._page_bytes])
+
+    def _touch(self, node: Node) -> None:
+        self._clock += 1
+        node.last_access = self._clock
+
+    def lock(self, node: Node) -> None:
+        """Keep the path to `node` from being evicted."""
+        step: Node | None = node
+        while step is not None:
+            self._lock_one(step)
+            step = step.parent
+
+    def _lock_one(self, node: Node) -> None:
+        if node.lock_ref == 0:
+            self.num_evictable_pages -= len(node.pages)
+        node.lock_ref += 1
+
+    def unlock(self, node: Node) -> None:
+        """Undo one `lock`. Costs the path's nodes - the branchings of the conversation - not its pages."""
+        self._touch(node)
+        step: Node | None = node
+        while step is not None:
+            assert step.lock_ref > 0
+            step.lock_ref -= 1
+            if step.lock_ref == 0:
+                self.num_evictable_pages += len(step.pages)
+            step = step.parent
+
+    def append_page(self, node: Node, page_tokens: bytes, page: int) -> tuple[Node, bool]:
+        """Move a locked cursor over one more page, and its lock with it.
+
+        Returns the new cursor and whether the tree took `page`. It does not if it holds the same tokens already; then
+        the cursor follows the tree's copy and the caller keeps its own page.
+        """
+        assert node.lock_ref > 0 and len(page_tokens) == self._page_bytes
+        child = node.children.get(page_tokens)
+        if child is not None:
+            if len(child.pages) > 1:
+                child = self._split(child, 1)
+            self._lock_one(child)
+            return child, False
+        self.num_cached_pages += 1
+        if not node.children and node.lock_ref == 1 and node.parent is not None:
+            node.tokens += page_tokens
+            node.pages.append(page)
+            return node, True
+        child = Node(bytearray(page_tokens), [page], node, {}, 1)
+        self._touch(child)
+        node.children[page_tokens] = child
+        return child, True
+
+    def evict(self, num_pages: int) -> list[int]:
+        """Up to `num_pages` pages that nobody has locked: least recently used leaves first, from their ends."""
+        evicted: list[int] = []
+        leaves = [(node.last_access, id(node), node) for node in self._nodes() if self._is_evictable(node)]
+        heapq.heapify(leaves)
+        while leaves and len(evicted) < num_pages:
+            _, _, node = heapq.heappop(leaves)
+            parent = node.parent
+            assert parent is not None
+            key = self._key(node)
+            keep = max(0, len(node.pages) - (num_pages - len(evicted)))
+            evicted.extend(reversed(node.pages[keep:]))
+            del node.pages[keep:]
+            del node.tokens[keep * self._page_bytes :]
+            if keep == 0:
+                del parent.children[key]
+                if self._is_evictable(parent):
+                    heapq.heappush(leaves, (parent.last_access, id(parent), parent))
+        self.num_cached_pages -= len(evicted)
+        self.num_evictable_pages -= len(evicted)
+        return evicted
+
+    @staticmethod
+    def _is_evictable(node: Node) -> bool:
+        return node.parent is not None and not node.children and node.lock_ref == 0
+
+    def flush(self) -> list[int]:
+        """Drop everything; nothing may be locked."""
+        assert all(node.lock_ref == 0 for node in self._nodes()), "a request still runs on cached pages"
+        pages = [page for node in self._nodes() for page in node.pages]
+        self._roots.clear()
+        self.num_cached_pages = self.num_evictable_pages = 0
+        return pages
+
+    def _nodes(self) -> Iterator[Node]:
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+    def check_integrity(self) -> None:
+        """Counters, keys and locks agree with the tree. Costs a pass over it."""
+        nodes = list(self._nodes())
+        assert sum(len(node.pages) for node in nodes) == self.num_cached_pages
+        assert sum(len(node.pages) for node in nodes if node.lock_ref == 0) == self.num_evictable_pages
+        for node in nodes:
+            assert len(node.tokens) == len(node.pages) * self._page_bytes
+            assert node.lock_ref >= max((child.lock_ref for child in node.children.values()), default=0)
+            for key, child in node.children.items():
+                assert child.parent is node and child.pages and self._key(child) == key
+
+
+class NullPrefixCache:
+    """The prefix cache that is switched off: nothing is found and nothing is taken."""
+
+    num_cached_pages = 0
+    num_evictable_pages = 0
+
+    def __init__(self, page_size: int) -> None:
+        self._root = Node(bytearray(), [], None)
+
+    def match_prefix(self, input_ids: bytes, extra_key: str, max_tokens: int) -> PrefixMatch:
+        return PrefixMatch(self._root, [])
+
+    def lock(self, node: Node) -> None: ...
+
+    def unlock(self, node: Node) -> None: ...
+
+    def append_page(self, node: Node, page_tokens: bytes, page: int) -> tuple[Node, bool]:
+        return node, False
+
+    def evict(self, num_pages: int) -> list[int]:
+        return []
+
+    def flush(self) -> list[int]:
+        return []
+
+    def check_integrity(self) -> None: ...

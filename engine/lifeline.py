@@ -1,0 +1,68 @@
+"""Death is planned for: a child ends when its parent is gone.
+
+The parent makes a FIFO and holds its write end; a child's watcher thread waits for the read end to hang up and leaves
+with `os._exit`. A signal handler would not do: Python runs handlers on the main thread, which may sit in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+
+EXIT_ORPHANED = 3
+
+
+class Lifeline:
+    """The parent's end. Children watch `path`; `cut` (or the parent's death) ends them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        os.mkfifo(path, 0o600)
+        # Read and write: opening does not wait for a child, and a child that opens later finds a writer.
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def cut(self) -> None:
+        """End every child that still watches."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def watch_lifeline(path: str, on_death: Callable[[], None] | None = None) -> None:
+    """Start the child's watcher: when no writer is left, call `on_death` and exit at once."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        # The parent has gone and cleaned up before we looked.
+        os._exit(EXIT_ORPHANED)
+    # A FIFO that has had no writer since it was opened reads as ended but does not poll as hung up.
+    try:
+        orphaned = os.read(fd, 1) == b""
+    except BlockingIOError:
+        orphaned = False
+    if orphaned:
+        os._exit(EXIT_ORPHANED)
+    _watch(fd, on_death, hang_up_only=True)
+
+
+def watch_parent(on_death: Callable[[], None] | None = None) -> None:
+    """Start a watcher of the parent process itself, for parents that hold no lifeline (torchrun's agent)."""
+    parent = os.getppid()
+    fd = os.pidfd_open(parent)
+    if os.getppid() != parent:
+        os._exit(EXIT_ORPHANED)
+    _watch(fd, on_death, hang_up_only=False)
+
+
+def _watch(fd: int, on_death: Callable[[], None] | None, *, hang_up_only: bool) -> None:
+    def wait() -> None:
+        poller = select.poll()
+        poller.register(fd, select.POLLHUP if hang_up_only else select.POLLIN)
+        poller.poll()
+        if on_death is not None:
+            on_death()
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()

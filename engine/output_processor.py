@@ -1,0 +1,234 @@
+"""The process that files routes, makes text and ships results. No rank ever waits for what it sends.
+
+Threads: this one files - it reads step records in order, copies rows from the ring into the ledger and cuts the slices of
+finished requests, and does nothing else; the shipper makes text and sends; a third answers claims. The process runs at
+low priority, so that on a shared host it gives way to the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from .detokenizer import load_tokenizer
+from .io_struct import (
+    CacheFlushed,
+    ClaimReply,
+    CountersReply,
+    FetchClaimReq,
+    OutputBatch,
+    OutputQuery,
+    OutputRecord,
+    ReqAdmitted,
+    ReqFinished,
+    ReqRetracted,
+    ReqStarted,
+    RoutingSetup,
+    StepRecord,
+)
+from .lifeline import watch_lifeline
+from .output_processor_config import OutputProcessorConfig
+from .routing.claims import ClaimError, ClaimStore
+from .routing.ledger import MissingRoutesError, RouteLedger
+from .routing.ring import RouteGeometry, RouteRing
+from .shipper import Progress, Routes, Shipper, ShipmentOrder
+from .sockets import Receiver, Sender
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _ReqState:
+    """What the filing thread remembers of a request."""
+
+    started: ReqStarted
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    admitted: bool = False
+    num_output: int = 0
+
+
+class OutputProcessor:
+    """Applies step records in order. Holds no socket: orders go to the shipper."""
+
+    def __init__(self, shipper: Shipper) -> None:
+        self._shipper = shipper
+        self._page_size = 1
+        self._ring: RouteRing | None = None
+        self._ledger: RouteLedger | None = None
+        self._reqs: dict[str, _ReqState] = {}
+        self.num_slices = 0
+        self.num_rows_filed = 0
+        self.num_rows_refused = 0
+
+    def handle(self, record: OutputRecord) -> None:
+        if isinstance(record, RoutingSetup):
+            self._set_up(record)
+        else:
+            self._apply(record)
+
+    def _set_up(self, setup: RoutingSetup) -> None:
+        self._page_size = setup.page_size
+        if setup.ring_path is None:
+            return
+        geometry = RouteGeometry(
+            setup.layer_ids, setup.num_layers_total, setup.max_tokens, setup.top_k, setup.num_experts
+        )
+        self._ring = RouteRing.attach(setup.ring_path, geometry, setup.ring_slots)
+        self._ledger = RouteLedger(setup.num_pages, setup.page_size, geometry)
+        self._shipper.geometry = geometry
+
+    def _apply(self, record: StepRecord) -> None:
+        """One step, in the order that makes slices right: before, rows, outputs, after."""
+        started = [event for event in record.before if isinstance(event, ReqStarted)]
+        for event in record.before:
+            self._before(event)
+        self._file(record)
+        progress: dict[str, Progress] = {}
+        for output in record.outputs:
+            state = self._reqs[output.rid]
+            state.num_output += len(output.token_ids)
+            progress[output.rid] = Progress(output.rid, output, state.cached_tokens, state.num_retractions)
+        for finished in record.after:
+            progress[finished.rid] = self._finish(finished, progress.get(finished.rid))
+        if started or progress:
+            order = ShipmentOrder(record.dp_rank, record.weight_version, started, list(progress.values()))
+            self._shipper.submit(order)
+
+    def _before(self, event: ReqStarted | ReqAdmitted | ReqRetracted | CacheFlushed) -> None:
+        if isinstance(event, ReqStarted):
+            self._reqs[event.rid] = _ReqState(event)
+            if self._ledger is not None:
+                self._ledger.start(event.rid, keep=event.return_routed_experts)
+        elif isinstance(event, ReqAdmitted):
+            state = self._reqs[event.rid]
+            if not state.admitted:
+                state.cached_tokens = len(event.cached_pages) * self._page_size
+                state.admitted = True
+            if self._ledger is not None:
+                self._ledger.admit(event.rid, event.cached_pages)
+        elif isinstance(event, ReqRetracted):
+            self._reqs[event.rid].num_retractions += 1
+            if self._ledger is not None:
+                self._ledger.retract(event.rid)
+        elif self._ledger is not None:
+            self._ledger.flush()
+
+    def _file(self, record: StepRecord) -> None:
+        if self._ledger is None:
+            return
+        for segment in record.segments:
+            self._ledger.allocate(segment)
+        if record.ring_seq < 0 or self._ring is None:
+            return
+        rows = self._ring.rows(record.ring_seq, sum(segment.num_tokens for segment in record.segments))
+        offset = 0
+        for segment in record.segments:
+            if not segment.discarded:
+                part = rows[:, offset : offset + segment.num_tokens]
+                self._ledger.file(segment, part, record.weight_version)
+                self.num_rows_filed += segment.num_tokens
+            offset += segment.num_tokens
+        self._ring.mark_filed(record.ring_seq)
+
+    def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
+        state = self._reqs.pop(finished.rid)
+        routes = self.maybe_collect_routed_experts(state, aborted=finished.reason.type == "abort")
+        if self._ledger is not None:
+            self._ledger.drop(finished.rid)
+        return Progress(
+            rid=finished.rid,
+            output=None if progress is None else progress.output,
+            cached_tokens=state.cached_tokens,
+            num_retractions=state.num_retractions,
+            finish_reason=finished.reason,
+            routes=routes,
+        )
+
+    def maybe_collect_routed_experts(self, state: _ReqState, *, aborted: bool) -> Routes | None:
+        """The rows of a finished request that opted in; None for the others, for whom nothing is sliced.
+
+        An aborted request gets the rows it has. A row that is missing fails the slice: the reason goes in its place.
+        """
+        rid = state.started.rid
+        if not state.started.return_routed_experts:
+            return None
+        assert self._ledger is not None, "opting in is refused where routing is off"
+        seqlen = state.started.num_prompt_tokens + state.num_output
+        if aborted:
+            seqlen = min(seqlen, self._ledger.num_rows(rid) + 1)
+        try:
+            rows = self._ledger.get_topk(rid, state.started.routed_experts_start_len, seqlen)
+        except MissingRoutesError as error:
+            self.num_rows_refused += 1
+            logger.error("routed experts refused: %s", error)
+            return Routes(error=str(error))
+        self.num_slices += 1
+        return Routes(rows)
+
+    def counters(self) -> dict[str, int]:
+        return {
+            "routed_experts_slices": self.num_slices,
+            "routed_experts_rows_filed": self.num_rows_filed,
+            "routed_experts_refused": self.num_rows_refused,
+            "routed_experts_rows_shipped": self._shipper.num_rows_shipped,
+            "routed_experts_bytes_shipped": self._shipper.num_bytes_shipped,
+        }
+
+
+def serve_queries(context: zmq.Context, address: str, processor: OutputProcessor, claims: ClaimStore) -> None:
+    """Answer claims and counter questions on a ROUTER socket, forever."""
+    socket = context.socket(zmq.ROUTER)
+    socket.bind(address)
+    decoder: msgspec.msgpack.Decoder[OutputQuery] = msgspec.msgpack.Decoder(OutputQuery)
+    encoder = msgspec.msgpack.Encoder()
+    while True:
+        identity, body = socket.recv_multipart()
+        query = decoder.decode(body)
+        frames: list[bytes | memoryview] = []
+        reply: ClaimReply | CountersReply
+        if isinstance(query, FetchClaimReq):
+            try:
+                routed = claims.get(query.claim)
+                reply = ClaimReply(query.op_id, meta=routed.meta)
+                frames.append(memoryview(routed.rows).cast("B"))
+            except ClaimError as error:
+                reply = ClaimReply(query.op_id, error=str(error))
+        else:
+            reply = CountersReply(query.op_id, processor.counters())
+        socket.send_multipart([identity, encoder.encode(reply), *frames])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Waybill's output processor; started by rank 0")
+    parser.add_argument("--config", type=Path, required=True, help="file with an OutputProcessorConfig as JSON")
+    config = msgspec.json.decode(parser.parse_args().config.read_bytes(), type=OutputProcessorConfig)
+    run_dir = Path(config.lifeline_path).parent
+    watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")
+    os.nice(config.nice)
+    context = zmq.Context()
+    claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic)
+    sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
+    shipper = Shipper(sender, load_tokenizer(config.tokenizer_path), claims)
+    processor = OutputProcessor(shipper)
+    records: Receiver[OutputRecord] = Receiver(context, config.records_address, OutputRecord)
+    shipper.start()
+    arguments = (context, config.queries_address, processor, claims)
+    threading.Thread(target=serve_queries, args=arguments, name="queries", daemon=True).start()
+    while True:
+        record, _ = records.receive()
+        processor.handle(record)
+
+
+if __name__ == "__main__":
+    main()

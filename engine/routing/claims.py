@@ -1,0 +1,71 @@
+"""Rows that wait to be fetched: answers by reference hold a claim, the bytes stay here for a while."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .wire import RoutedExperts
+
+
+class ClaimError(Exception):
+    """There is nothing behind a claim; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    routed: RoutedExperts
+    expires_at: float
+
+
+class ClaimStore:
+    """Rows by claim, each kept for `ttl_s`, oldest dropped first when all together exceed `budget_bytes`."""
+
+    def __init__(self, budget_bytes: int, ttl_s: float, clock: Callable[[], float]) -> None:
+        self._budget_bytes = budget_bytes
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._num_bytes = 0
+
+    def put(self, routed: RoutedExperts) -> str:
+        """Keep rows; returns their claim.
+
+        Raises:
+            ClaimError: they alone exceed the budget.
+        """
+        if routed.rows.nbytes > self._budget_bytes:
+            raise ClaimError(f"{routed.rows.nbytes} bytes of routes exceed claim_budget_bytes={self._budget_bytes}")
+        claim = secrets.token_hex(16)
+        with self._lock:
+            self._expire()
+            while self._num_bytes + routed.rows.nbytes > self._budget_bytes:
+                self._drop_oldest()
+            self._entries[claim] = _Entry(routed, self._clock() + self._ttl_s)
+            self._num_bytes += routed.rows.nbytes
+        return claim
+
+    def get(self, claim: str) -> RoutedExperts:
+        """The rows behind a claim, as often as wanted until it expires.
+
+        Raises:
+            ClaimError: it is unknown, has expired, or made room for newer ones.
+        """
+        with self._lock:
+            self._expire()
+            if claim not in self._entries:
+                raise ClaimError(f"claim {claim!r} is unknown, has expired (after {self._ttl_s} s) or made room")
+            return self._entries[claim].routed
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._entries and next(iter(self._entries.values())).expires_at <= now:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, entry = self._entries.popitem(last=False)
+        self._num_bytes -= entry.routed.rows.nbytes

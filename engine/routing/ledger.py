@@ -1,0 +1,168 @@
+"""Host store of routes by KV slot, and which of its rows answer for which request.
+
+A row lives in the slot that its token's KV lives in, so a prefix-cache hit finds the prefix's rows with no work. The
+ledger follows the leader's records in order; order replaces locks: a slot that is reused later cannot spoil a slice made
+now. Allocating a page invalidates the rows of its slots, so a row that was not written since is missing, never stale.
+
+First filed wins for every (request, position): a retraction snapshots the request's rows, and the snapshot answers for
+it from then on, whatever its re-prefill routes. The slot holds the rows of the forward that computed the KV now in it.
+
+Legend: M MoE layers, K experts per token, P pages, S tokens of a page. Pure numpy: no sockets, no threads, no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..io_struct import Segment
+from .ring import RouteGeometry
+from .wire import version_runs
+
+NEVER_WRITTEN = -1
+
+
+class MissingRoutesError(Exception):
+    """Rows that were asked for are not there. They are never padded."""
+
+
+@dataclass(frozen=True)
+class RouteSlice:
+    """Rows [R, M, K] of the positions from `start` on, and their weight versions as runs of positions."""
+
+    start: int
+    rows: np.ndarray
+    weight_versions: list[tuple[str, int, int]]
+
+
+@dataclass
+class _ReqRoutes:
+    """One request's claim on the store. Rows before `num_snapshot` come from the snapshot, the others from its pages."""
+
+    keep: bool
+    pages: list[int] = field(default_factory=list)
+    num_filed: int = 0
+    snapshot_rows: list[np.ndarray] = field(default_factory=list)
+    snapshot_versions: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def num_snapshot(self) -> int:
+        return sum(map(len, self.snapshot_rows))
+
+
+class RouteLedger:
+    """The rows of one dp rank's KV pool."""
+
+    def __init__(self, num_pages: int, page_size: int, geometry: RouteGeometry) -> None:
+        self._page_size = page_size
+        self._geometry = geometry
+        self._rows = np.empty((num_pages, page_size, geometry.num_moe_layers, geometry.top_k), dtype=geometry.dtype)
+        self._versions = np.full((num_pages, page_size), NEVER_WRITTEN, dtype=np.int32)
+        self._version_names: list[str] = []
+        self._reqs: dict[str, _ReqRoutes] = {}
+
+    def start(self, rid: str, *, keep: bool) -> None:
+        """A request arrives; `keep` says that its rows will be asked for."""
+        assert rid not in self._reqs
+        self._reqs[rid] = _ReqRoutes(keep)
+
+    def admit(self, rid: str, cached_pages: list[int]) -> None:
+        """It runs on these pages of the prefix cache, whose rows are there already."""
+        req = self._reqs[rid]
+        assert not req.pages
+        req.pages = list(cached_pages)
+        req.num_filed = len(cached_pages) * self._page_size
+
+    def allocate(self, segment: Segment) -> None:
+        """The segment's new pages join the request; whatever their slots held is invalid from now on."""
+        if segment.new_pages:
+            self._versions[segment.new_pages] = NEVER_WRITTEN
+        req = self._reqs.get(segment.rid)
+        if req is not None:
+            req.pages.extend(segment.new_pages)
+
+    def file(self, segment: Segment, rows: np.ndarray, weight_version: str) -> None:
+        """Store rows [M, n, K] of a segment of n tokens, as the ring holds them."""
+        req = self._reqs[segment.rid]
+        assert segment.start == req.num_filed, f"{segment.rid}: rows from {segment.start}, {req.num_filed} were filed"
+        end = segment.start + segment.num_tokens
+        pages, offsets = self._slots(req, segment.start, end)
+        self._rows[pages, offsets] = rows.transpose(1, 0, 2)
+        self._versions[pages, offsets] = self._version_index(weight_version)
+        req.num_filed = end
+
+    def _slots(self, req: _ReqRoutes, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pages and offsets of the positions [start, end)."""
+        first = start // self._page_size
+        positions = np.arange(start, end)
+        table = np.array(req.pages[first : -(-end // self._page_size)], dtype=np.int64)
+        return table[positions // self._page_size - first], positions % self._page_size
+
+    def _version_index(self, name: str) -> int:
+        if not self._version_names or self._version_names[-1] != name:
+            self._version_names.append(name)
+        return len(self._version_names) - 1
+
+    def retract(self, rid: str) -> None:
+        """The request gives its pages up: snapshot what it has filed beyond its last snapshot."""
+        req = self._reqs[rid]
+        if req.keep and req.num_filed > req.num_snapshot:
+            rows, versions = self._gather(req, req.num_snapshot, req.num_filed)
+            req.snapshot_rows.append(rows.copy())
+            req.snapshot_versions.append(versions.copy())
+        req.pages = []
+        req.num_filed = 0
+
+    def _gather(self, req: _ReqRoutes, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and versions of [start, end) from the request's pages: page-wise, then cut."""
+        if start >= end:
+            return self._rows[:0].reshape(0, *self._rows.shape[2:]), self._versions[:0].reshape(0)
+        first = start // self._page_size
+        table = req.pages[first : -(-end // self._page_size)]
+        cut = slice(start - first * self._page_size, end - first * self._page_size)
+        rows = self._rows[table].reshape(-1, *self._rows.shape[2:])[cut]
+        return rows, self._versions[table].reshape(-1)[cut]
+
+    def flush(self) -> None:
+        """The prefix cache was emptied: no row answers for anybody any more."""
+        self._versions[:] = NEVER_WRITTEN
+
+    def drop(self, rid: str) -> None:
+        """The request is gone; its pages belong to the cache or to nobody."""
+        del self._reqs[rid]
+
+    def num_rows(self, rid: str) -> int:
+        """Consecutive positions from 0 that have a row for this request."""
+        req = self._reqs[rid]
+        return max(req.num_filed, req.num_snapshot)
+
+    def get_topk(self, rid: str, start_len: int, seqlen: int) -> RouteSlice:
+        """Rows of the absolute positions [start_len, seqlen - 1): the last token was never an input and has none.
+
+        A start beyond `seqlen - 1` gives no rows.
+
+        Raises:
+            ValueError: `start_len` is negative.
+            MissingRoutesError: a row in the range was not filed, or its slot was given up.
+        """
+        if start_len < 0:
+            raise ValueError(f"routed_experts_start_len={start_len} is lower than 0")
+        end = max(seqlen - 1, 0)
+        start = min(start_len, end)
+        req = self._reqs[rid]
+        if end > self.num_rows(rid):
+            raise MissingRoutesError(f"{rid}: rows from position {self.num_rows(rid)} on were not filed")
+        num_snapshot = req.num_snapshot
+        parts = []
+        if start < num_snapshot:
+            rows, versions = np.concatenate(req.snapshot_rows), np.concatenate(req.snapshot_versions)
+            parts.append((rows[start:end], versions[start:end]))
+        if end > num_snapshot:
+            parts.append(self._gather(req, max(start, num_snapshot), end))
+        rows = np.concatenate([part[0] for part in parts]) if parts else self._gather(req, 0, 0)[0]
+        versions = np.concatenate([part[1] for part in parts]) if parts else self._gather(req, 0, 0)[1]
+        missing = np.flatnonzero(versions == NEVER_WRITTEN)
+        if len(missing):
+            raise MissingRoutesError(f"{rid}: {len(missing)} rows are missing, the first at position {start + missing[0]}")
+        return RouteSlice(start, rows, version_runs(versions, self._version_names, start))

@@ -1,0 +1,129 @@
+"""A shared-memory ring of steps' routing, from rank 0 to the output processor.
+
+One writer, one reader, two counters. Slot `seq % num_slots` holds step `seq` from `publish` until `mark_filed`; that a
+step was published is told by its `StepRecord`, so the reader never polls. The memory is a memfd: it has no name, and is
+gone when the last process that maps it is.
+
+Layout of a slot: `[moe_layers, max_tokens, top_k]`, layer-major, so that each layer's write is one contiguous copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+HEADER_BYTES = 4096
+FILED_WORD = 0
+MAX_UINT8_EXPERTS = 256
+POLL_S = 0.0002
+
+
+@dataclass(frozen=True)
+class RouteGeometry:
+    """Shape of one step's routing. `layer_ids` are the layers of the model that route, in order."""
+
+    layer_ids: tuple[int, ...]
+    num_layers_total: int
+    max_tokens: int
+    top_k: int
+    num_experts: int
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.layer_ids)
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
+        """The narrowest type that holds every expert id."""
+        return np.dtype(np.uint8) if self.num_experts <= MAX_UINT8_EXPERTS else np.dtype("<u2")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's routing."""
+        return self.num_moe_layers * self.top_k * self.dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.row_bytes * self.max_tokens
+
+
+class RouteRing:
+    """Either end of the ring. Made by `create` (writer) or `attach` (reader)."""
+
+    def __init__(self, fd: int, geometry: RouteGeometry, num_slots: int) -> None:
+        self.fd = fd
+        self.geometry = geometry
+        self.num_slots = num_slots
+        self._memory = mmap.mmap(fd, HEADER_BYTES + num_slots * geometry.slot_bytes)
+        self._header = np.frombuffer(self._memory, dtype=np.int64, count=HEADER_BYTES // 8)
+        shape = (num_slots, geometry.num_moe_layers, geometry.max_tokens, geometry.top_k)
+        self._slots = np.frombuffer(
+            self._memory, dtype=geometry.dtype, offset=HEADER_BYTES, count=int(np.prod(shape))
+        ).reshape(shape)
+        self._next_seq = 0
+        self.num_waits = 0
+        self.wait_s = 0.0
+
+    @staticmethod
+    def create(geometry: RouteGeometry, num_slots: int) -> RouteRing:
+        fd = os.memfd_create("waybill-route-ring")
+        os.ftruncate(fd, HEADER_BYTES + num_slots * geometry.slot_bytes)
+        return RouteRing(fd, geometry, num_slots)
+
+    @staticmethod
+    def attach(path: str, geometry: RouteGeometry, num_slots: int) -> RouteRing:
+        """Map the writer's memory through its `path` (see there)."""
+        return RouteRing(os.open(path, os.O_RDWR), geometry, num_slots)
+
+    @property
+    def path(self) -> str:
+        """How another process of this user on this host opens the memory, while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    @property
+    def num_filed(self) -> int:
+        """Steps that the reader is done with."""
+        return int(self._header[FILED_WORD])
+
+    def acquire(self, timeout_s: float) -> int:
+        """The next step's sequence number, once its slot is free.
+
+        Raises:
+            TimeoutError: the reader has not filed the oldest step within `timeout_s`.
+        """
+        seq = self._next_seq
+        if seq - self.num_filed >= self.num_slots:
+            self._wait_for_slot(seq, timeout_s)
+        self._next_seq += 1
+        return seq
+
+    def _wait_for_slot(self, seq: int, timeout_s: float) -> None:
+        if self.num_waits == 0:
+            logger.warning("the routing ring is full: waiting for the output processor to file (counted from here on)")
+        began = time.monotonic()
+        while seq - self.num_filed >= self.num_slots:
+            if time.monotonic() - began > timeout_s:
+                raise TimeoutError(f"routing ring: step {seq - self.num_slots} was not filed within {timeout_s} s")
+            time.sleep(POLL_S)
+        self.num_waits += 1
+        self.wait_s += time.monotonic() - began
+
+    def slot(self, seq: int) -> np.ndarray:
+        """The writable slot `[moe_layers, max_tokens, top_k]` of an acquired step."""
+        return self._slots[seq % self.num_slots]
+
+    def rows(self, seq: int, num_rows: int) -> np.ndarray:
+        """The reader's view `[moe_layers, num_rows, top_k]` of a published step."""
+        return self._slots[seq % self.num_slots][:, :num_rows]
+
+    def mark_filed(self, seq: int) -> None:
+        """Give the slot of `seq` back; steps are filed in order."""
+        assert seq == self.num_filed, f"step {seq} filed out of order, {self.num_filed} is next"
+        self._header[FILED_WORD] = seq + 1

@@ -1,0 +1,106 @@
+"""Routed experts on the wire: raw bytes beside an envelope that describes and verifies them.
+
+Legend: R rows (tokens as inputs), M MoE layers, L all layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..io_struct import RoutedExpertsMeta
+from .ring import RouteGeometry
+
+DTYPES = {"uint8": np.dtype(np.uint8), "uint16": np.dtype("<u2")}
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """Rows [R, M, K] of consecutive positions and their envelope."""
+
+    rows: np.ndarray
+    meta: RoutedExpertsMeta
+
+
+def checksum(data: bytes | memoryview | np.ndarray) -> str:
+    """CRC-32 of the raw bytes."""
+    return f"crc32:{zlib.crc32(data):08x}"
+
+
+def encode(
+    rows: np.ndarray, start: int, geometry: RouteGeometry, weight_versions: list[tuple[str, int, int]]
+) -> RoutedExperts:
+    """Wrap rows [R, M, K] of the positions from `start` on."""
+    assert rows.shape[1:] == (geometry.num_moe_layers, geometry.top_k)
+    rows = np.ascontiguousarray(rows, dtype=geometry.dtype)
+    meta = RoutedExpertsMeta(
+        start=start,
+        rows=len(rows),
+        num_layers=geometry.num_moe_layers,
+        layer_ids=list(geometry.layer_ids),
+        top_k=geometry.top_k,
+        dtype="uint8" if rows.dtype.itemsize == 1 else "uint16",
+        byte_order="little",
+        weight_versions=weight_versions,
+        checksum=checksum(rows),
+    )
+    return RoutedExperts(rows, meta)
+
+
+def decode(meta: RoutedExpertsMeta, frame: bytes | memoryview) -> RoutedExperts:
+    """Verify a frame against its envelope and view it as rows; copies nothing.
+
+    Raises:
+        ValueError: the frame does not have the size, type or checksum that the envelope states.
+    """
+    if meta.dtype not in DTYPES or meta.byte_order != "little":
+        raise ValueError(f"routed experts: dtype {meta.dtype!r}, byte order {meta.byte_order!r} are not known")
+    shape = (meta.rows, meta.num_layers, meta.top_k)
+    expected = int(np.prod(shape)) * DTYPES[meta.dtype].itemsize
+    size = memoryview(frame).nbytes
+    if size != expected:
+        raise ValueError(f"routed experts: {size} bytes arrived, the envelope states {expected}")
+    found = checksum(frame)
+    if found != meta.checksum:
+        raise ValueError(f"routed experts: checksum {found}, the envelope states {meta.checksum}")
+    return RoutedExperts(np.frombuffer(frame, dtype=DTYPES[meta.dtype]).reshape(shape), meta)
+
+
+def to_compact_base64(routed: RoutedExperts) -> str:
+    """The rows as they are, MoE layers only."""
+    return base64.b64encode(np.ascontiguousarray(routed.rows)).decode("ascii")
+
+
+def to_int32_base64(routed: RoutedExperts, num_layers_total: int) -> str:
+    """The field's form: little-endian int32 [R, L, K] over all layers, dense ones as zeros; no rows give ""."""
+    meta = routed.meta
+    wide = np.zeros((meta.rows, num_layers_total, meta.top_k), dtype="<i4")
+    wide[:, meta.layer_ids] = routed.rows
+    return base64.b64encode(wide).decode("ascii")
+
+
+def stitch(existing: np.ndarray, start: int, delta: np.ndarray) -> np.ndarray:
+    """Rows [0, start) of `existing` followed by `delta`, which begins at position `start`.
+
+    Raises:
+        ValueError: there is a gap, or the overlap of the two disagrees.
+    """
+    if start > len(existing):
+        raise ValueError(f"routed experts: rows {len(existing)} to {start} are missing before the delta")
+    overlap = min(len(existing) - start, len(delta))
+    if not np.array_equal(existing[start : start + overlap], delta[:overlap]):
+        raise ValueError(f"routed experts: the delta from {start} disagrees with rows received before")
+    return np.concatenate([existing[:start], delta])
+
+
+def version_runs(versions: np.ndarray, names: Sequence[str], start: int) -> list[tuple[str, int, int]]:
+    """Version indices [R] of the positions from `start` on, as half-open runs of equal names."""
+    if len(versions) == 0:
+        return []
+    cuts = np.flatnonzero(np.diff(versions)) + 1
+    bounds = [0, *cuts.tolist(), len(versions)]
+    return [(names[versions[a]], start + a, start + b) for a, b in zip(bounds, bounds[1:], strict=False)]

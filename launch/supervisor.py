@@ -1,0 +1,157 @@
+"""Starts processes, watches them, and ends them: rank 0's children, and the torchrun agent of a Python caller."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ..engine.config import EngineConfig
+from ..engine.lifeline import Lifeline
+from ..engine.output_processor_config import OutputProcessorConfig
+from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, make_run_dir, remove_run_dir, write_struct
+from .topology import Addresses, make_addresses
+
+logger = logging.getLogger(__name__)
+
+EXIT_CHILD_DIED = 4
+TERMINATE_GRACE_S = 5.0
+LOG_TAIL_BYTES = 4000
+
+
+class RankZeroChildren:
+    """What global rank 0 starts: the output processor, and in a run without a calling program a frontend."""
+
+    def __init__(self, config: EngineConfig, addresses: Addresses) -> None:
+        self._addresses = addresses
+        self._lifeline = Lifeline(addresses.lifeline)
+        self._stopping = False
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        processor = OutputProcessorConfig(
+            records_address=addresses.records,
+            frontend_address=addresses.frontend,
+            queries_address=addresses.queries,
+            tokenizer_path=config.tokenizer_path or config.model_path,
+            lifeline_path=addresses.lifeline,
+            claim_budget_bytes=config.claim_budget_bytes,
+            claim_ttl_s=config.claim_ttl_s,
+            log_level=config.log_level,
+        )
+        file = write_struct(addresses.run_dir, OUTPUT_PROCESSOR_CONFIG, processor)
+        self.start("output processor", ["waybill.engine.output_processor", "--config", str(file)])
+
+    def start(self, name: str, module_and_args: list[str]) -> None:
+        """Run a module as a child and watch it: if it dies while the run goes on, this rank dies, and with it the run."""
+        child = subprocess.Popen([sys.executable, "-m", *module_and_args], stdin=subprocess.DEVNULL)
+        self._children[name] = child
+        threading.Thread(target=self._watch, args=(name, child), name=f"watch {name}", daemon=True).start()
+
+    def _watch(self, name: str, child: subprocess.Popen[bytes]) -> None:
+        code = child.wait()
+        if self._stopping or code == 0:
+            return
+        logger.error("the %s ended with status %d: stopping the run", name, code)
+        remove_run_dir(self._addresses.run_dir)
+        os._exit(code if 0 < code < 128 else EXIT_CHILD_DIED)
+
+    def wait(self, name: str) -> int:
+        """Wait for a child that ends by itself; its exit status."""
+        return self._children[name].wait()
+
+    def stop(self) -> None:
+        """End what still runs."""
+        self._stopping = True
+        self._lifeline.cut()
+        for child in self._children.values():
+            end_process(child)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL after a grace period; by its process id alone."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(TERMINATE_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+class EngineProcess:
+    """The ranks of an engine, under torchrun, as children of a calling program.
+
+    `on_exit(message)` is called from a thread when the agent ends without having been asked to.
+    """
+
+    def __init__(self, config: EngineConfig, on_exit: Callable[[str], None]) -> None:
+        self.run_dir = make_run_dir()
+        self.addresses = make_addresses(self.run_dir, config.dp_size, config.tp_size)
+        self._on_exit = on_exit
+        self._ending = False
+        self._lifeline = Lifeline(self.addresses.caller_lifeline)
+        self._log_file = Path(self.run_dir) / "engine.log"
+        write_struct(self.run_dir, ENGINE_CONFIG, config)
+        environment = dict(os.environ)
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config)))
+        with self._log_file.open("wb") as log:
+            self._agent = subprocess.Popen(
+                agent_command(config.world_size, ["engine", "--run-dir", self.run_dir]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # An interrupt at the terminal is for the caller; the ranks follow when it ends.
+                start_new_session=True,
+            )
+        threading.Thread(target=self._watch, name="watch engine", daemon=True).start()
+
+    def _watch(self) -> None:
+        code = self._agent.wait()
+        if not self._ending:
+            self._on_exit(f"the engine's processes ended with status {code}\n{self.log_tail()}")
+
+    def log_tail(self) -> str:
+        """The end of what the ranks wrote."""
+        try:
+            return self._log_file.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def wait(self, timeout_s: float) -> None:
+        """Give the ranks time to leave by themselves, after they were told to."""
+        self._ending = True
+        try:
+            self._agent.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            logger.warning("the engine did not stop within %s s: ending it", timeout_s)
+
+    def terminate(self) -> None:
+        """End everything and remove the run's folder."""
+        self._ending = True
+        self._lifeline.cut()
+        end_process(self._agent)
+        remove_run_dir(self.run_dir)
+
+
+def threads_per_rank(config: EngineConfig) -> int:
+    """Cores shared by the ranks, unless configured."""
+    return config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
+
+
+def agent_command(world_size: int, worker_args: list[str]) -> list[str]:
+    """torchrun for one node, on a free port of this host."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world_size),
+        "-m",
+        "waybill.launch.worker",
+        *worker_args,
+    ]

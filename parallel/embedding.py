@@ -1,0 +1,61 @@
+"""Token embedding and output head with the vocabulary sharded over an axis.
+
+The vocabulary is padded so that every rank holds the same number of rows; padding is zero and is cut off the logits.
+
+Legend: T tokens, N rows, V vocabulary, D hidden, n size of the axis.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .collectives import all_reduce, gather
+from .mesh import Axis
+from .weights import TensorSource, check_shape
+
+
+class VocabShard(nn.Module):
+    """This rank's rows of a [V, D] matrix."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, axis: Axis, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._full = (vocab_size, hidden_size)
+        self._axis = axis
+        self._num_rows = -(-vocab_size // axis.size)
+        self._first = axis.rank * self._num_rows
+        self.weight = nn.Parameter(torch.zeros(self._num_rows, hidden_size, dtype=dtype, device=device), False)
+
+    def load_weight(self, source: TensorSource) -> None:
+        """Load this rank's rows; what lies beyond the vocabulary stays zero."""
+        check_shape(source, self._full)
+        end = min(self._full[0], self._first + self._num_rows)
+        if end > self._first:
+            self.weight.data[: end - self._first].copy_(source[self._first : end])
+
+
+class VocabParallelEmbedding(VocabShard):
+    """Ids [T] -> [T, D]: each rank looks up the ids it holds, and the sum has every row once."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._axis.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self._first
+        held = (local >= 0) & (local < self._num_rows)
+        rows = F.embedding(local.clamp(0, self._num_rows - 1), self.weight)
+        return all_reduce(rows * held[:, None], self._axis)
+
+
+class ParallelLMHead(VocabShard):
+    """Hidden states [N, D] -> logits [N, V] on the axis' rank 0, which samples; None on the others."""
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        """Use the embedding's rows, which are sharded alike."""
+        self.weight = embedding.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        logits = gather(F.linear(hidden, self.weight), self._axis, dim=-1)
+        return None if logits is None else logits[:, : self._full[0]]

@@ -1,0 +1,189 @@
+"""Linear layers sharded over an axis (Megatron-LM, Shoeybi et al. 2019).
+
+Column-parallel layers keep a slice of the outputs, row-parallel ones a slice of the inputs and sum the partial results.
+Every layer cuts its own slice out of the unsharded tensor of a checkpoint. Weights are [out, in], as in torch.
+
+Legend: T tokens, D inputs, O outputs, d head width, n size of the axis.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .collectives import all_reduce
+from .mesh import Axis
+from .weights import TensorSource, check_shape
+
+
+def shard_size(size: int, axis: Axis, what: str) -> int:
+    """One rank's share of `size`.
+
+    Raises:
+        ValueError: the axis does not divide it.
+    """
+    if size % axis.size:
+        raise ValueError(f"{what}={size}: must be a multiple of the {axis.name} size, {axis.size}")
+    return size // axis.size
+
+
+class ShardedLinear(nn.Module):
+    """The part that all have: this rank's weight [out, in] and bias [out], and the product."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device), False)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(ShardedLinear):
+    """Several column-parallel matrices with the same input as one product; the outputs stand side by side."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: list[int],
+        axis: Axis,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._full = out_features
+        self._local = [shard_size(size, axis, "out_features") for size in out_features]
+        self._in_features = in_features
+        self._axis = axis
+        super().__init__(in_features, sum(self._local), bias, dtype, device)
+
+    def load_weight(self, source: TensorSource, part: int = 0) -> None:
+        """Load this rank's rows of the `part`-th matrix."""
+        check_shape(source, (self._full[part], self._in_features))
+        self._target(self.weight, part).copy_(source[self._rows(part)])
+
+    def load_bias(self, source: TensorSource, part: int = 0) -> None:
+        assert self.bias is not None
+        check_shape(source, (self._full[part],))
+        self._target(self.bias, part).copy_(source[self._rows(part)])
+
+    def _rows(self, part: int) -> slice:
+        first = self._axis.rank * self._local[part]
+        return slice(first, first + self._local[part])
+
+    def _target(self, parameter: nn.Parameter, part: int) -> torch.Tensor:
+        return parameter.data.narrow(0, sum(self._local[:part]), self._local[part])
+
+
+class ColumnParallelLinear(MergedColumnParallelLinear):
+    """One column-parallel matrix: [T, D] -> [T, O/n]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axis: Axis,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(in_features, [out_features], axis, bias=bias, dtype=dtype, device=device)
+
+
+class QKVParallelLinear(ShardedLinear):
+    """Query, key and value projections of this rank's heads as one product.
+
+    With more ranks than kv heads each kv head is held by several neighbouring ranks, whose query heads all use it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        axis: Axis,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_local_heads = shard_size(num_heads, axis, "num_heads")
+        if num_kv_heads >= axis.size:
+            self.num_local_kv_heads, self._num_kv_replicas = shard_size(num_kv_heads, axis, "num_kv_heads"), 1
+        else:
+            if axis.size % num_kv_heads:
+                raise ValueError(f"num_kv_heads={num_kv_heads}: must divide the {axis.name} size, {axis.size}")
+            self.num_local_kv_heads, self._num_kv_replicas = 1, axis.size // num_kv_heads
+        self._hidden_size = hidden_size
+        self._axis = axis
+        self._full = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
+        kv_size = self.num_local_kv_heads * head_dim
+        self._local = {"q": self.num_local_heads * head_dim, "k": kv_size, "v": kv_size}
+        super().__init__(hidden_size, sum(self._local.values()), bias, dtype, device)
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[T, q + k + v] -> three tensors, heads of this rank side by side."""
+        return qkv.split(list(self._local.values()), dim=-1)
+
+    def load_weight(self, source: TensorSource, part: str) -> None:
+        """Load this rank's rows of the query, key or value matrix: `part` is "q", "k" or "v"."""
+        check_shape(source, (self._full[part], self._hidden_size))
+        self._target(self.weight, part).copy_(source[self._rows(part)])
+
+    def load_bias(self, source: TensorSource, part: str) -> None:
+        assert self.bias is not None
+        check_shape(source, (self._full[part],))
+        self._target(self.bias, part).copy_(source[self._rows(part)])
+
+    def _rows(self, part: str) -> slice:
+        shard = self._axis.rank if part == "q" else self._axis.rank // self._num_kv_replicas
+        return slice(shard * self._local[part], (shard + 1) * self._local[part])
+
+    def _target(self, parameter: nn.Parameter, part: str) -> torch.Tensor:
+        first = {"q": 0, "k": self._local["q"], "v": self._local["q"] + self._local["k"]}[part]
+        return parameter.data.narrow(0, first, self._local[part])
+
+
+class RowParallelLinear(ShardedLinear):
+    """A slice of the inputs per rank; the partial results are summed: [T, D/n] -> [T, O] on every rank.
+
+    The bias is held by rank 0 of the axis alone, so that the sum has it once.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axis: Axis,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        local = shard_size(in_features, axis, "in_features")
+        super().__init__(local, out_features, bias, dtype, device)
+        self._full = (out_features, in_features)
+        self._columns = slice(axis.rank * local, (axis.rank + 1) * local)
+        self._axis = axis
+
+    def load_weight(self, source: TensorSource) -> None:
+        """Load this rank's columns."""
+        check_shape(source, self._full)
+        self.weight.data.copy_(source[:, self._columns])
+
+    def load_bias(self, source: TensorSource) -> None:
+        assert self.bias is not None
+        check_shape(source, self._full[:1])
+        if self._axis.rank == 0:
+            self.bias.data.copy_(source[:])
+        else:
+            self.bias.data.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return all_reduce(super().forward(x), self._axis)

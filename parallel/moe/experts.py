@@ -1,0 +1,134 @@
+"""The experts of one rank, and the two ways to split them.
+
+"ep": whole experts, E/n a rank. "tp": a slice I/n of every expert's intermediate dim. Either way a rank computes a
+partial result for the tokens it is given, and the dispatcher sums. Each expert is a SwiGLU MLP.
+
+Legend: T tokens, D hidden, E experts, F experts on this rank, K experts per token, I intermediate width on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..linear import shard_size
+from ..mesh import Axis
+from ..weights import TensorSource, check_shape
+
+# (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
+# -> [T, D]; ids outside [0, F) belong to other ranks and add nothing.
+ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def experts_torch_reference(
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Expert by expert, as the definition reads."""
+    out = torch.zeros_like(hidden)
+    for expert in range(gate_up.shape[0]):
+        tokens, choice = torch.where(ids == expert)
+        gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, dim=-1)
+        result = F.linear(F.silu(gate) * up, down[expert])
+        out.index_add_(0, tokens, result * weights[tokens, choice, None])
+    return out
+
+
+def experts_by_group(
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Tokens sorted by expert, one matrix product per expert that has any; for CPU, where counts cost no sync."""
+    num_local = gate_up.shape[0]
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    sizes = torch.bincount(flat.clamp(min=-1) + 1, minlength=num_local + 1).tolist()
+    tokens = order // ids.shape[1]
+    inputs = hidden[tokens]
+    results = hidden.new_zeros(inputs.shape)
+    first = sizes[0]
+    for expert, size in enumerate(sizes[1 : num_local + 1]):
+        if size:
+            gate, up = F.linear(inputs[first : first + size], gate_up[expert]).chunk(2, dim=-1)
+            torch.mm(F.silu(gate) * up, down[expert].t(), out=results[first : first + size])
+        first += size
+    return _combine(results, order, weights)
+
+
+def experts_by_grouped_mm(
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Tokens sorted by expert, one grouped product for all; for CUDA, where nothing may wait for the host."""
+    num_local = gate_up.shape[0]
+    flat = ids.flatten()
+    # Rows of other ranks' experts go behind the last group, where no product reaches them.
+    keys = torch.where((flat >= 0) & (flat < num_local), flat, num_local)
+    order = keys.argsort(stable=True)
+    ends = torch.bincount(keys, minlength=num_local + 1)[:num_local].cumsum(0).to(torch.int32)
+    inputs = hidden[order // ids.shape[1]]
+    gate, up = F.grouped_mm(inputs, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    results = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    held = torch.arange(len(order), device=order.device) < ends[-1]
+    return _combine(torch.where(held[:, None], results, 0), order, weights)
+
+
+def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows in sorted order back to their tokens, weighted and summed over the choices of each: [T * K, D] -> [T, D]."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    chosen = results[back].view(*weights.shape, results.shape[-1])
+    return (chosen * weights[..., None]).sum(dim=1)
+
+
+def select_experts_function(backend: str, device: torch.device) -> ExpertsFunction:
+    """ "torch_reference", or the fastest for the device."""
+    if backend == "torch_reference":
+        return experts_torch_reference
+    return experts_by_grouped_mm if device.type == "cuda" else experts_by_group
+
+
+class Experts(nn.Module):
+    """This rank's part of the experts; see the module for `split`."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        axis: Axis,
+        *,
+        split: str,
+        backend: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        whole = split == "ep"
+        self._num_local = shard_size(num_experts, axis, "num_experts") if whole else num_experts
+        self._width = intermediate_size if whole else shard_size(intermediate_size, axis, "moe_intermediate_size")
+        self._first_expert = axis.rank * self._num_local if whole else 0
+        self._first_column = 0 if whole else axis.rank * self._width
+        self._full = (intermediate_size, hidden_size)
+        self._function = select_experts_function(backend, device)
+        shape = (self._num_local, 2 * self._width, hidden_size)
+        self.gate_up = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
+        shape = (self._num_local, hidden_size, self._width)
+        self.down = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
+
+    def load_weight(self, source: TensorSource, expert_id: int, part: str) -> None:
+        """Load this rank's slice of one projection of one expert: `part` is "gate", "up" or "down"."""
+        check_shape(source, self._full if part != "down" else self._full[::-1])
+        local = expert_id - self._first_expert
+        if not 0 <= local < self._num_local:
+            return
+        columns = slice(self._first_column, self._first_column + self._width)
+        if part == "down":
+            self.down.data[local].copy_(source[:, columns])
+        else:
+            half = 0 if part == "gate" else self._width
+            self.gate_up.data[local, half : half + self._width].copy_(source[columns])
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Partial results [T, D] of the local experts."""
+        return self._function(hidden, ids - self._first_expert, weights, self.gate_up, self.down)

@@ -71,6 +71,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"dp_size={self.dp_size}: must be 1; data-parallel attention is not available yet")
         if self.overlap_depth not in (0, 1):
             raise ValueError(f"overlap_depth={self.overlap_depth}: must be 0 or 1")
+        if self.routing_ring_slots <= self.overlap_depth:
+            raise ValueError(f"routing_ring_slots={self.routing_ring_slots}: must be more than overlap_depth")
         if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
             raise ValueError(f"chunked_prefill_size={self.chunked_prefill_size}: must be -1 or at least 1")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.page_size:

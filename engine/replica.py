@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 
 import msgspec
 import zmq
-from transformers import AutoTokenizer
 
 from ..parallel.mesh import ParallelMesh
 from .config import EngineConfig
+from .detokenizer import load_tokenizer
 from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RoutingSetup
 from .kv_cache.kv_store import KVStore
 from .memory import kv_pool_pages, peak_rss_bytes
@@ -114,7 +113,7 @@ def _lead(
         config,
         limits,
         PageManager(num_pages, config.page_size, config.enable_prefix_cache),
-        StopChecker(model_config.eos_token_ids, load_decoder(config)),
+        StopChecker(model_config.eos_token_ids, load_tokenizer(config.tokenizer_path or config.model_path)),
         runner,
         Endpoints(inbox, peers, records, frontend),
     )
@@ -143,12 +142,22 @@ def freeze_garbage_collector() -> None:
     gc.freeze()
 
 
-def load_decoder(config: EngineConfig) -> AutoTokenizer | None:
-    """The tokenizer that stop strings are decoded with; None where the checkpoint has none."""
-    path = config.tokenizer_path or config.model_path
-    if not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-        return None
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+def _routing_setup(config: EngineConfig, num_pages: int, ring: RouteRing | None) -> RoutingSetup:
+    if ring is None:
+        return RoutingSetup(dp_rank=0, num_pages=num_pages, page_size=config.page_size)
+    geometry = ring.geometry
+    return RoutingSetup(
+        dp_rank=0,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        ring_path=ring.path,
+        ring_slots=ring.num_slots,
+        layer_ids=geometry.layer_ids,
+        num_layers_total=geometry.num_layers_total,
+        max_tokens=geometry.max_tokens,
+        top_k=geometry.top_k,
+        num_experts=geometry.num_experts,
+    )
 
 
 def _facts(

@@ -18,7 +18,7 @@ SPECIAL_TOKEN_MARGIN = 8
 class Decoder(Protocol):
     """The part of a tokenizer that the check needs."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
 
 
 class StopChecker:

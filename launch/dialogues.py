@@ -16,7 +16,8 @@ from dataclasses import dataclass
 MAX_NUMBER = 99
 # One calculation in this many is held out.
 HELD_OUT_SHARE = 10
-OPERATIONS = ("add", "subtract", "double")
+# How often each is asked for, where it is possible.
+OPERATIONS = {"add": 4, "subtract": 5, "double": 1}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def make_dialogue(rng: random.Random, num_turns: int, *, held_out: bool) -> list
             value = rng.randint(0, MAX_NUMBER)
             turns.append(Turn(f"start with {value}", str(value), "start"))
             continue
-        operation = rng.choice(sorted({c[0] for c in options}))
+        names = sorted({c[0] for c in options})
+        operation = rng.choices(names, [OPERATIONS[name] for name in names])[0]
         _, operand, value = rng.choice([c for c in options if c[0] == operation])
         user = operation if operation == "double" else f"{operation} {operand}"
         turns.append(Turn(user, str(value), operation))

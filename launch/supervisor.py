@@ -114,6 +114,10 @@ class EngineProcess:
         if not self._ending:
             self._on_exit(f"the engine's processes ended with status {code}\n{self.log_tail()}")
 
+    @property
+    def is_running(self) -> bool:
+        return self._agent.poll() is None
+
     def log_tail(self) -> str:
         """The end of what the ranks wrote."""
         try:

@@ -1,0 +1,320 @@
+"""The frontend's half of a request: text to ids, one queue per request, aborts, control operations.
+
+It lives on one asyncio loop. It alone numbers what goes to the leaders, in one sequence. It holds no model and no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+import zmq.asyncio
+from tokenizers import Tokenizer
+
+from .answer import Answer
+from .config import EngineConfig
+from .generate_request import EngineLimits, GenerateReqInput, SampleRequest, expand
+from .io_struct import (
+    AbortReq,
+    BackendMessage,
+    ControlReply,
+    CountersReply,
+    FetchClaimReq,
+    FlushCacheReq,
+    FrontendMessage,
+    GetCountersReq,
+    GetInternalStateReq,
+    OutputBatch,
+    OutputQuery,
+    OutputReply,
+    RequestOutput,
+    ShutdownReq,
+    TokenizedGenerateReqInput,
+)
+from .routing.wire import RoutedExperts, decode
+from .sockets import AsyncReceiver, Sender
+
+logger = logging.getLogger(__name__)
+
+CONTROL_TIMEOUT_S = 30.0
+READY_OP = "ready"
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's processes have ended; the message says what is known of why."""
+
+
+class OverloadedError(RuntimeError):
+    """Too many requests wait already."""
+
+
+class EngineStartError(RuntimeError):
+    """The engine refused to start, and says why."""
+
+
+Event = tuple[RequestOutput, RoutedExperts | None] | BaseException
+
+
+class TokenizerManager:
+    """Sends requests to the engine and gives every caller its own answer back."""
+
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer | None, *, leader: str, frontend: str, queries: str
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._context = zmq.asyncio.Context()
+        # The sender never blocks and is used on the loop alone; a plain context serves.
+        self._plain_context = zmq.Context()
+        self._leader: Sender[FrontendMessage] = Sender(self._plain_context, leader)
+        self._inbox: AsyncReceiver[BackendMessage] = AsyncReceiver(self._context, frontend, BackendMessage)
+        self._queries = self._context.socket(zmq.DEALER)
+        self._queries.setsockopt(zmq.LINGER, 0)
+        self._queries.connect(queries)
+        self._dispatch = itertools.count(1)
+        self._events: dict[str, asyncio.Queue[Event]] = {}
+        self._replies: dict[str, asyncio.Future[Any]] = {}
+        self._death: EngineDeadError | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.facts: dict[str, int | float | str] = {}
+        self._limits: EngineLimits | None = None
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self, timeout_s: float) -> None:
+        """Wait until the engine is ready.
+
+        Raises:
+            EngineStartError: it refused to start.
+            EngineDeadError: its processes ended.
+            TimeoutError: it was not ready within `timeout_s`.
+        """
+        ready = self._expect(READY_OP)
+        self._tasks = [
+            asyncio.create_task(self._receive_outputs(), name="receive outputs"),
+            asyncio.create_task(self._receive_replies(), name="receive replies"),
+        ]
+        reply = await asyncio.wait_for(ready, timeout_s)
+        if not reply.success:
+            raise EngineStartError(reply.message)
+        self.facts = reply.state
+        self._limits = EngineLimits(
+            context_length=int(reply.state["context_length"]),
+            kv_cache_tokens=int(reply.state["kv_cache_tokens"]),
+            vocab_size=int(reply.state["vocab_size"]),
+            dp_size=self.config.dp_size,
+            has_tokenizer=self.tokenizer is not None,
+            routed_experts=self.config.enable_return_routed_experts,
+        )
+
+    def fail_all(self, reason: str) -> None:
+        """The engine is gone: every waiting caller gets an error now, later ones at once."""
+        self._death = EngineDeadError(reason)
+        for queue in self._events.values():
+            queue.put_nowait(self._death)
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(self._death)
+
+    async def stop_engine(self) -> None:
+        """Ask the ranks to leave after the step in flight."""
+        self._leader.send(ShutdownReq(next(self._dispatch)))
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._leader.flush_and_close(1.0)
+        self._inbox.close()
+        self._queries.close(linger=0)
+        self._context.destroy(linger=0)
+        self._plain_context.term()
+
+    # --- generation -------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, request: GenerateReqInput, *, as_array: bool = False
+    ) -> AsyncIterator[dict[str, Any] | list[Any]]:
+        """Answers in the API's form; with `stream` one item per step and request, else one item in all.
+
+        A single prompt with one sample gives a dict. A batch, or `n` samples, gives a list in order; streamed, its items
+        carry `index`. Leaving the iterator early aborts what still runs.
+
+        Raises:
+            ValueError: the request does not fit the engine; nothing was sent.
+            OverloadedError, EngineDeadError.
+        """
+        assert self._limits is not None, "start was not awaited"
+        if self._death is not None:
+            raise self._death
+        samples = [sample for group in expand(request, self._limits, self.encode) for sample in group]
+        self._check_capacity(samples)
+        num_layers = int(self.facts["num_layers"])
+        answers = {sample.rid: Answer(sample, request, num_layers, as_array=as_array) for sample in samples}
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        for sample in samples:
+            self._events[sample.rid] = queue
+        try:
+            for sample in samples:
+                self._leader.send(self._tokenized(request, sample))
+            single = not request.is_batch and len(samples) == 1
+            async for result in self._collect(request, list(answers.values()), queue, single):
+                yield result
+        finally:
+            for rid, answer in answers.items():
+                del self._events[rid]
+                if not answer.is_finished and self._death is None:
+                    self._leader.send(AbortReq(next(self._dispatch), rid))
+
+    async def _collect(
+        self, request: GenerateReqInput, answers: list[Answer], queue: asyncio.Queue[Event], single: bool
+    ) -> AsyncIterator[dict[str, Any] | list[Any]]:
+        by_rid = {answer.rid: (index, answer) for index, answer in enumerate(answers)}
+        num_running = len(answers)
+        while num_running:
+            event = await queue.get()
+            if isinstance(event, BaseException):
+                raise event
+            output, routed = event
+            index, answer = by_rid[output.rid]
+            answer.add(output, routed)
+            num_running -= answer.is_finished
+            if request.stream:
+                chunk = await answer.render()
+                yield chunk if single else {"index": index, **chunk}
+        if not request.stream:
+            rendered = [await answer.render() for answer in answers]
+            yield rendered[0] if single else rendered
+
+    def encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(text).ids
+
+    def _check_capacity(self, samples: Sequence[SampleRequest]) -> None:
+        taken = [sample.rid for sample in samples if sample.rid in self._events]
+        if taken:
+            raise ValueError(f"rid: {taken[0]!r} is in use by a request that has not finished")
+        most = self.config.max_running_requests + self.config.max_waiting_requests
+        if len(self._events) + len(samples) > most:
+            raise OverloadedError(f"{len(self._events)} requests run or wait, at most {most} may; try again later")
+
+    def _tokenized(self, request: GenerateReqInput, sample: SampleRequest) -> TokenizedGenerateReqInput:
+        return TokenizedGenerateReqInput(
+            dispatch=next(self._dispatch),
+            rid=sample.rid,
+            input_ids=np.asarray(sample.input_ids, dtype="<i4").tobytes(),
+            sampling_params=sample.sampling_params,
+            return_routed_experts=sample.return_routed_experts,
+            routed_experts_start_len=sample.routed_experts_start_len,
+            routed_experts_delivery=request.routed_experts_delivery,
+            return_logprob=sample.return_logprob,
+            logprob_start_len=sample.logprob_start_len,
+            top_logprobs_num=sample.top_logprobs_num,
+            stream=request.stream,
+            priority=request.priority,
+            extra_key=request.extra_key or "",
+            sample_group=sample.sample_group,
+        )
+
+    # --- control ----------------------------------------------------------------------------------------------------
+
+    def abort_request(self, rid: str = "", *, abort_all: bool = False) -> None:
+        """Abort the requests whose rid starts with `rid`, or all; their callers get what they have.
+
+        Raises:
+            ValueError: neither is given.
+        """
+        if not rid and not abort_all:
+            raise ValueError("rid: must not be empty, unless abort_all is true")
+        self._leader.send(AbortReq(next(self._dispatch), rid, abort_all))
+
+    async def flush_cache(self) -> tuple[bool, str]:
+        """Empty the prefix cache; whether it was done, and what the engine says."""
+        reply = await self._control(FlushCacheReq)
+        return reply.success, reply.message
+
+    async def get_state(self) -> dict[str, Any]:
+        """Facts of the engine, its leader's state and the output processor's counters."""
+        state = await self._control(GetInternalStateReq)
+        counters = await self._query(lambda op_id: GetCountersReq(op_id))
+        assert isinstance(counters[0], CountersReply)
+        return {**self.facts, **state.state, **counters[0].counters}
+
+    async def fetch_routed_experts(self, claim: str) -> RoutedExperts:
+        """The rows behind a claim, verified.
+
+        Raises:
+            ValueError: the claim is unknown or has expired, or what arrived is damaged.
+        """
+        reply, frames = await self._query(lambda op_id: FetchClaimReq(op_id, claim))
+        assert not isinstance(reply, CountersReply)
+        if reply.meta is None:
+            raise ValueError(reply.error)
+        return decode(reply.meta, frames[0])
+
+    async def _control(self, message_type: type[FlushCacheReq] | type[GetInternalStateReq]) -> ControlReply:
+        op_id = uuid.uuid4().hex
+        future = self._expect(op_id)
+        self._leader.send(message_type(next(self._dispatch), op_id))
+        reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
+        return reply
+
+    async def _query(self, make: Any) -> tuple[OutputReply, list[bytes]]:
+        op_id = uuid.uuid4().hex
+        future = self._expect(op_id)
+        query: OutputQuery = make(op_id)
+        await self._queries.send(msgspec.msgpack.encode(query))
+        reply: tuple[OutputReply, list[bytes]] = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
+        return reply
+
+    def _expect(self, op_id: str) -> asyncio.Future[Any]:
+        if self._death is not None:
+            raise self._death
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._replies[op_id] = future
+        future.add_done_callback(lambda _: self._replies.pop(op_id, None))
+        return future
+
+    # --- what comes back --------------------------------------------------------------------------------------------
+
+    async def _receive_outputs(self) -> None:
+        while True:
+            message, frames = await self._inbox.receive()
+            if isinstance(message, OutputBatch):
+                self._deliver(message, frames)
+            elif message.op_id in self._replies and not self._replies[message.op_id].done():
+                self._replies[message.op_id].set_result(message)
+
+    async def _receive_replies(self) -> None:
+        decoder: msgspec.msgpack.Decoder[OutputReply] = msgspec.msgpack.Decoder(OutputReply)
+        while True:
+            head, *frames = await self._queries.recv_multipart()
+            reply = decoder.decode(head)
+            future = self._replies.get(reply.op_id)
+            if future is not None and not future.done():
+                future.set_result((reply, frames))
+
+    def _deliver(self, batch: OutputBatch, frames: list[memoryview]) -> None:
+        """Pass each output on, with its rows verified; a request that was given up meanwhile is dropped."""
+        remaining = iter(frames)
+        for output in batch.outputs:
+            routed: RoutedExperts | None = None
+            event: Event
+            try:
+                if output.routed_experts is not None and output.routed_experts_claim is None:
+                    routed = decode(output.routed_experts, next(remaining))
+                event = (output, routed)
+            except ValueError as error:
+                logger.error("%s: %s", output.rid, error)
+                event = (msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None)
+            queue = self._events.get(output.rid)
+            if queue is not None:
+                queue.put_nowait(event)
+
+

@@ -1,0 +1,229 @@
+"""`Engine`: a Python program is the frontend, and the ranks are its children under torchrun.
+
+    with Engine("path/to/checkpoint", tp_size=2, enable_return_routed_experts=True) as engine:
+        answer = engine.generate("start with 12", {"temperature": 0}, return_routed_experts=True)
+        answer["meta_info"]["routed_experts"]        # uint8 [rows, moe_layers, top_k]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..engine.config import EngineConfig
+from ..engine.detokenizer import load_tokenizer
+from ..engine.generate_request import GenerateReqInput, parse_generate_request
+from ..engine.routing.wire import RoutedExperts
+from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from .supervisor import EngineProcess
+
+T = TypeVar("T")
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 10.0
+
+Result = Any
+Prompt = str | list[str] | None
+
+
+class Engine:
+    """An engine and its processes.
+
+    Args:
+        model_path: checkpoint folder in Hugging Face format.
+        tp_size: ranks that share every layer.
+        options: any other field of `EngineConfig`.
+
+    Raises:
+        ValueError: an option is wrong, or the checkpoint does not fit.
+        EngineStartError: the processes did not come up; the message has their last words.
+    """
+
+    def __init__(self, model_path: str, tp_size: int = 2, **options: Any) -> None:
+        config = EngineConfig(model_path=str(Path(model_path).resolve()), tp_size=tp_size, **options)
+        if not (Path(config.model_path) / "config.json").is_file():
+            raise ValueError(f"model_path={model_path!r}: must be a folder with a config.json (Hugging Face format)")
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="waybill engine", daemon=True)
+        self._thread.start()
+        self._processes = EngineProcess(config, on_exit=self._on_exit)
+        atexit.register(self.shutdown)
+        try:
+            self._manager = self._call(self._connect(config))
+            self._call(self._manager.start(START_TIMEOUT_S))
+        except EngineStartError as error:
+            self.shutdown()
+            raise ValueError(str(error)) from None
+        except EngineDeadError as error:
+            self.shutdown()
+            raise EngineStartError(str(error)) from None
+        except BaseException:
+            self.shutdown()
+            raise
+
+    async def _connect(self, config: EngineConfig) -> TokenizerManager:
+        addresses = self._processes.addresses
+        return TokenizerManager(
+            config,
+            load_tokenizer(config.tokenizer_path or config.model_path),
+            leader=addresses.leaders[0],
+            frontend=addresses.frontend,
+            queries=addresses.queries,
+        )
+
+    # --- generation -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: Prompt = None, sampling_params: Any = None, *, stream: bool = False, **fields: Any
+    ) -> Result | Iterator[Result]:
+        """Answer a prompt, or a list of prompts.
+
+        Takes every request field of the native API: `input_ids` instead of `prompt`, `return_logprob`,
+        `logprob_start_len`, `top_logprobs_num`, `return_routed_experts`, `routed_experts_start_len`,
+        `routed_experts_format` ("compact", here a numpy array, or "int32"), `routed_experts_delivery`, `rid`,
+        `priority`, `extra_key`. With `stream`, returns an iterator of partial answers.
+
+        Raises:
+            ValueError: the request is refused; nothing was computed.
+            EngineDeadError: the engine ended before it answered.
+        """
+        request = self._parse(prompt, sampling_params, stream, fields)
+        return self._iterate(request) if stream else self._call(self._first(request))
+
+    async def async_generate(
+        self, prompt: Prompt = None, sampling_params: Any = None, *, stream: bool = False, **fields: Any
+    ) -> Result | AsyncIterator[Result]:
+        """As `generate`, from any event loop; with `stream`, await it for an async iterator. Cancelling aborts."""
+        request = self._parse(prompt, sampling_params, stream, fields)
+        if stream:
+            return self._iterate_async(request)
+        return await asyncio.wrap_future(self._submit(self._first(request)))
+
+    def _parse(self, prompt: Prompt, sampling_params: Any, stream: bool, fields: dict[str, Any]) -> GenerateReqInput:
+        given = {"routed_experts_format": "compact", **fields, "stream": stream}
+        if prompt is not None:
+            given["text"] = prompt
+        if sampling_params is not None:
+            given["sampling_params"] = sampling_params
+        return parse_generate_request(given)
+
+    async def _first(self, request: GenerateReqInput) -> Result:
+        return await anext(self._manager.generate(request, as_array=True))
+
+    async def _pump(self, request: GenerateReqInput, put: Callable[[Any], None]) -> None:
+        """Feed a stream's items to `put`, then None, or the error that ended it."""
+        try:
+            async for item in self._manager.generate(request, as_array=True):
+                put(item)
+            put(None)
+        except Exception as error:
+            # Not swallowed: it is raised where the items are taken.
+            put(error)
+
+    def _iterate(self, request: GenerateReqInput) -> Iterator[Result]:
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        pump = self._submit(self._pump(request, items.put))
+        try:
+            while (item := items.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            pump.cancel()
+
+    async def _iterate_async(self, request: GenerateReqInput) -> AsyncIterator[Result]:
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[Any] = asyncio.Queue()
+        pump = self._submit(self._pump(request, lambda item: loop.call_soon_threadsafe(items.put_nowait, item)))
+        try:
+            while (item := await items.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            pump.cancel()
+
+    # --- control ----------------------------------------------------------------------------------------------------
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache.
+
+        Raises:
+            RuntimeError: requests run or wait.
+        """
+        done, message = self._call(self._manager.flush_cache())
+        if not done:
+            raise RuntimeError(message)
+
+    def abort_request(self, rid: str = "", *, abort_all: bool = False) -> None:
+        """Abort requests whose rid starts with `rid`, or all of them; their callers get what there is."""
+
+        async def abort() -> None:
+            self._manager.abort_request(rid, abort_all=abort_all)
+
+        self._call(abort())
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Sizes, counters and state of the engine."""
+        return self._call(self._manager.get_state())
+
+    def fetch_routed_experts(self, claim: str) -> RoutedExperts:
+        """Rows that an answer by reference left with the engine.
+
+        Raises:
+            ValueError: the claim is unknown or has expired.
+        """
+        return self._call(self._manager.fetch_routed_experts(claim))
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        if self._closed:
+            coroutine.close()
+            raise EngineDeadError("the engine was shut down")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._submit(coroutine).result()
+
+    def _on_exit(self, message: str) -> None:
+        """The processes ended by themselves: whoever waits is told."""
+
+        def fail() -> None:
+            if hasattr(self, "_manager"):
+                self._manager.fail_all(message)
+
+        self._loop.call_soon_threadsafe(fail)
+
+    def shutdown(self) -> None:
+        """End the engine and everything it started. May be called again."""
+        if self._closed:
+            return
+        if hasattr(self, "_manager"):
+            if self._processes.is_running:
+                self._call(self._manager.stop_engine())
+                self._processes.wait(STOP_TIMEOUT_S)
+            self._call(self._close_manager())
+        self._closed = True
+        atexit.unregister(self.shutdown)
+        self._processes.terminate()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _close_manager(self) -> None:
+        self._manager.fail_all("the engine was shut down")
+        self._manager.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()

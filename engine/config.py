@@ -28,8 +28,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     experts_backend: str = "auto"
     # Longest prompt plus output, in tokens. None: the checkpoint's `max_position_embeddings`.
     context_length: int | None = None
-    # Tokens of one KV page; the prefix cache works in whole pages.
-    page_size: int = 16
+    # Tokens of one KV page. The prefix cache works in whole pages: with 1 it keeps every token of a conversation, so that
+    # the routes of earlier turns never have to be computed again.
+    page_size: int = 1
     # Tokens that the KV pool holds. None: from `kv_memory_fraction` of what is free after the weights are loaded.
     kv_cache_tokens: int | None = None
     kv_memory_fraction: float = 0.25

@@ -14,6 +14,7 @@ import torch
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .schedule_batch import ScheduleBatch
+from .schedule_policy import pages_for
 
 PlanT = TypeVar("PlanT")
 
@@ -67,11 +68,12 @@ def make_forward_batch(
         where = torch.tensor(in_flight, device=device)
         input_ids[where] = last_token_ids[token_rows[where]]
     pages = pool.page_table[token_rows, positions_t // page_size].to(torch.int64)
+    max_kv_len = max(req.start + req.num_tokens for req in batch.reqs)
     sampling = [i for i, req in enumerate(batch.reqs) if req.sample]
     attention_batch = AttentionBatch(
         q_lens=q_lens,
         kv_lens=[req.start + req.num_tokens for req in batch.reqs],
-        page_table=pool.page_table[rows_t],
+        page_table=pool.page_table[:, : pages_for(max_kv_len, page_size)][rows_t],
         page_size=page_size,
     )
     return ForwardBatch(

@@ -3,8 +3,8 @@
 All of them are msgspec structs: typed, validated when they are decoded, and never pickled. This module imports neither
 torch nor anything that decides; a trainer or a client can import it alone.
 
-Token ids travel as raw little-endian int32 bytes (`input_ids`), so that receiving a long prompt costs the scheduler no
-Python object per token. Route rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
+Token ids and page numbers travel as raw little-endian int32 bytes, so that a long prompt costs the scheduler no Python
+object per token. Route rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
 
 Directions:
 
@@ -133,7 +133,7 @@ class ReqAdmitted(msgspec.Struct, frozen=True, tag="admitted"):
     """Before-event: the request runs (again, after a retraction) on these pages of the prefix cache, whole pages only."""
 
     rid: str
-    cached_pages: list[int]
+    cached_pages: bytes  # int32
 
 
 class ReqRetracted(msgspec.Struct, frozen=True, tag="retracted"):
@@ -167,7 +167,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     rid: str
     start: int
     num_tokens: int
-    new_pages: list[int]
+    new_pages: bytes  # int32
     discarded: bool = False
 
 

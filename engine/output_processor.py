@@ -45,6 +45,9 @@ from .sockets import Receiver, Sender
 
 logger = logging.getLogger(__name__)
 
+# Pages travel as int32.
+PAGE_BYTES = 4
+
 
 @dataclass
 class _ReqState:
@@ -112,7 +115,7 @@ class OutputProcessor:
         elif isinstance(event, ReqAdmitted):
             state = self._reqs[event.rid]
             if not state.admitted:
-                state.cached_tokens = len(event.cached_pages) * self._page_size
+                state.cached_tokens = len(event.cached_pages) // PAGE_BYTES * self._page_size
                 state.admitted = True
             if self._ledger is not None:
                 self._ledger.admit(event.rid, event.cached_pages)

@@ -8,7 +8,7 @@ finishing costs an unlock and one bulk free, whatever the request's length.
 
 from __future__ import annotations
 
-from .kv_cache.page_pool import PagePool
+from .kv_cache.page_pool import PagePool, Pages
 from .kv_cache.radix_cache import NullPrefixCache, RadixCache
 from .schedule_batch import Req
 from .schedule_policy import pages_for
@@ -43,7 +43,7 @@ class PageManager:
         match = self.cache.match_prefix(bytes(req.tokens), req.recv.extra_key, limit)
         req.node = match.node
         self.cache.lock(match.node)
-        req.pages = list(match.pages)
+        req.pages = match.pages
         req.num_offered_pages = len(match.pages)
         req.num_cached = req.num_scheduled = req.num_committed = len(match.pages) * self.page_size
 
@@ -51,7 +51,7 @@ class PageManager:
         """Pages that the request lacks to hold `num_tokens` more."""
         return pages_for(req.num_scheduled + num_tokens, self.page_size) - len(req.pages)
 
-    def take(self, num_pages: int) -> list[int] | None:
+    def take(self, num_pages: int) -> Pages[int] | None:
         """`num_pages` from the pool, evicting cached ones as far as needed; None (and nothing evicted) if they are not
         to be had."""
         if num_pages > self.num_available:
@@ -67,23 +67,20 @@ class PageManager:
     def offer_full_pages(self, req: Req) -> None:
         """Put pages that committed tokens have filled into the prefix cache."""
         assert req.node is not None
-        while (req.num_offered_pages + 1) * self.page_size <= req.num_committed:
-            index = req.num_offered_pages
-            page = req.pages[index]
-            key = req.token_bytes(index * self.page_size, (index + 1) * self.page_size)
-            req.node, adopted = self.cache.append_page(req.node, key, page)
-            if not adopted:
-                req.duplicates.append(page)
-            req.num_offered_pages += 1
+        first, end = req.num_offered_pages, req.num_committed // self.page_size
+        if first == end:
+            return
+        tokens = req.token_bytes(first * self.page_size, end * self.page_size)
+        req.node, duplicates = self.cache.extend(req.node, tokens, req.pages[first:end])
+        req.duplicates.extend(duplicates)
+        req.num_offered_pages = end
 
     def release(self, req: Req) -> None:
         """Give everything back; what the cache took stays there, evictable."""
         assert req.node is not None
         self.cache.unlock(req.node)
-        private = req.pages[req.num_offered_pages :]
-        if req.duplicates:
-            private = private + req.duplicates
-        self.pool.free(private)
+        self.pool.free(req.pages[req.num_offered_pages :])
+        self.pool.free(req.duplicates)
 
     def flush(self) -> None:
         """Drop every cached page; nothing may be running."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from .io_struct import FinishReason, SamplingParams, TokenizedGenerateReqInput
+from .kv_cache.page_pool import Pages, no_pages
 from .kv_cache.radix_cache import Node
 
 TOKEN_BYTES = 4
@@ -37,7 +38,7 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     input_ids: bytes
     first_page: int
-    pages: list[int]
+    pages: bytes  # int32
     sample: bool
     prompt_logprobs_from: int = 0
     num_prompt_logprobs: int = 0
@@ -74,10 +75,10 @@ class Req:
     # Valid while it runs.
     row: int = -1
     node: Node | None = None
-    pages: list[int] = field(default_factory=list)
+    pages: Pages[int] = field(default_factory=no_pages)
     # Pages [0, num_offered_pages) are full and were offered to the prefix cache; those it did not take are `duplicates`.
     num_offered_pages: int = 0
-    duplicates: list[int] = field(default_factory=list)
+    duplicates: Pages[int] = field(default_factory=no_pages)
     num_cached: int = 0
     num_scheduled: int = 0
     num_committed: int = 0
@@ -138,9 +139,9 @@ class Req:
         """Forget everything that is valid only while it runs. The sampled count falls back to what is committed."""
         self.row = -1
         self.node = None
-        self.pages = []
+        self.pages = no_pages()
         self.num_offered_pages = 0
-        self.duplicates = []
+        self.duplicates = no_pages()
         self.num_cached = 0
         self.num_scheduled = 0
         self.num_committed = 0

@@ -118,7 +118,7 @@ class StepPlanner:
                 req.leave_pool()
                 return
             self._queues.start(req)
-            plan.before.append(ReqAdmitted(req.rid, list(req.pages)))
+            plan.before.append(ReqAdmitted(req.rid, req.pages.tobytes()))
             self._schedule(req, num_tokens, plan)
             budget.spend(num_tokens)
 
@@ -142,14 +142,14 @@ class StepPlanner:
             num_tokens=num_tokens,
             input_ids=req.token_bytes(start, end) if end <= req.seqlen else b"",
             first_page=first_page,
-            pages=table_pages,
+            pages=table_pages.tobytes(),
             sample=sample,
             prompt_logprobs_from=score_from,
             num_prompt_logprobs=num_scored,
         )
         req.num_scheduled = end
         req.num_sampled += sample
-        plan.planned.append(PlannedReq(req, Segment(req.rid, start, num_tokens, new_pages), scheduled))
+        plan.planned.append(PlannedReq(req, Segment(req.rid, start, num_tokens, new_pages.tobytes()), scheduled))
 
     @staticmethod
     def _rows_to_score(req: Req, start: int, end: int) -> tuple[int, int]:

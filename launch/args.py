@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import msgspec
@@ -124,3 +125,12 @@ def rollout_command(options: argparse.Namespace) -> RolloutCommand:
         json=options.json,
         out=options.out,
     )
+
+
+def main() -> None:
+    """Check a command line and say what is wrong with it, or nothing."""
+    parse_worker_args(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ and publishes their addresses through the rendezvous store. Then every rank join
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from datetime import timedelta
 
@@ -42,6 +43,8 @@ def main() -> int:
     logging.basicConfig(level=config.log_level.upper(), format=f"%(levelname)s rank {rank} %(message)s")
     if world_size != config.world_size:
         raise ValueError(f"torchrun started {world_size} ranks; tp_size * dp_size = {config.world_size}")
+    if world_size != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise ValueError("nnodes: must be 1; a run over several nodes is not available yet")
     children = None
     if rank == 0:
         addresses = make_addresses(command.run_dir or make_run_dir(), config.dp_size, config.tp_size)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+
+
+# A run of page numbers: 32-bit, so that taking, giving back and sending any number of pages is a copy of memory.
+Pages = array
+PAGE_TYPECODE = "i"
+
+
+def no_pages() -> Pages[int]:
+    return array(PAGE_TYPECODE)
 
 
 class PagePool:
@@ -12,13 +21,13 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         # A stack, so that pages used last, warm in caches, are used next.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = array(PAGE_TYPECODE, range(num_pages - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, num_pages: int) -> list[int] | None:
+    def allocate(self, num_pages: int) -> Pages[int] | None:
         """All of `num_pages`, or None."""
         if num_pages > len(self._free):
             return None
@@ -27,7 +36,7 @@ class PagePool:
         del self._free[first:]
         return pages
 
-    def free(self, pages: Sequence[int]) -> None:
+    def free(self, pages: Pages[int]) -> None:
         """Give pages back; a page given back twice is found by `check_integrity`, too many at once."""
         self._free.extend(pages)
         assert len(self._free) <= self.num_pages, "more pages were freed than there are"

@@ -21,6 +21,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .page_pool import Pages, no_pages
+
 TOKEN_BYTES = 4
 
 
@@ -29,7 +31,7 @@ class Node:
     """An edge of the tree with what hangs below it: `pages` and the bytes of their tokens."""
 
     tokens: bytearray
-    pages: list[int]
+    pages: Pages[int]
     parent: Node | None
     children: dict[bytes, Node] = field(default_factory=dict)
     lock_ref: int = 0
@@ -41,7 +43,7 @@ class PrefixMatch:
     """The longest cached prefix: its pages, and the node at whose end they end."""
 
     node: Node
-    pages: list[int]
+    pages: Pages[int]
 
 
 class RadixCache:
@@ -57,11 +59,11 @@ class RadixCache:
 
     def match_prefix(self, input_ids: bytes, extra_key: str, max_tokens: int) -> PrefixMatch:
         """The longest prefix of `input_ids` in whole pages, of at most `max_tokens` tokens. Splits at its end."""
-        node = self._roots.setdefault(extra_key, Node(bytearray(), [], None))
+        node = self._roots.setdefault(extra_key, Node(bytearray(), no_pages(), None))
         ids = memoryview(input_ids)
         end = max(0, max_tokens) // self._page_size * self._page_bytes
         start = 0
-        pages: list[int] = []
+        pages = no_pages()
         while start < end:
             child = node.children.get(bytes(ids[start : start + self._page_bytes]))
             if child is None:
@@ -134,32 +136,44 @@ class RadixCache:
                 self.num_evictable_pages += len(step.pages)
             step = step.parent
 
-    def append_page(self, node: Node, page_tokens: bytes, page: int) -> tuple[Node, bool]:
-        """Move a locked cursor over one more page, and its lock with it.
+    def extend(self, node: Node, tokens: bytes, pages: Pages[int]) -> tuple[Node, Pages[int]]:
+        """Move a locked cursor over more pages, and its lock with it. `tokens` are the bytes of all of them.
 
-        Returns the new cursor and whether the tree took `page`. It does not if it holds the same tokens already; then
-        the cursor follows the tree's copy and the caller keeps its own page.
+        Returns the new cursor and the pages that the tree did not take, because it holds the same tokens already: there
+        the cursor follows the tree's copy, and the caller keeps its own.
         """
-        assert node.lock_ref > 0 and len(page_tokens) == self._page_bytes
-        child = node.children.get(page_tokens)
-        if child is not None:
-            if len(child.pages) > 1:
-                child = self._split(child, 1)
+        assert node.lock_ref > 0 and len(tokens) == len(pages) * self._page_bytes
+        view = memoryview(tokens)
+        done = 0
+        while done < len(pages):
+            rest = view[done * self._page_bytes :]
+            child = node.children.get(bytes(rest[: self._page_bytes]))
+            if child is None:
+                node = self._adopt(node, rest, pages[done:])
+                break
+            num_common = self._num_common_pages(child, rest)
+            if num_common < len(child.pages):
+                child = self._split(child, num_common)
             self._lock_one(child)
-            return child, False
-        self.num_cached_pages += 1
-        if not node.children and node.lock_ref == 1 and node.parent is not None:
-            node.tokens += page_tokens
-            node.pages.append(page)
-            return node, True
-        child = Node(bytearray(page_tokens), [page], node, {}, 1)
-        self._touch(child)
-        node.children[page_tokens] = child
-        return child, True
+            node = child
+            done += num_common
+        return node, pages[:done]
 
-    def evict(self, num_pages: int) -> list[int]:
+    def _adopt(self, node: Node, tokens: memoryview, pages: Pages[int]) -> Node:
+        """Take pages that the tree does not have, at the end of a locked node."""
+        self.num_cached_pages += len(pages)
+        if not node.children and node.lock_ref == 1 and node.parent is not None:
+            node.tokens += tokens
+            node.pages.extend(pages)
+            return node
+        child = Node(bytearray(tokens), pages, node, {}, 1)
+        self._touch(child)
+        node.children[self._key(child)] = child
+        return child
+
+    def evict(self, num_pages: int) -> Pages[int]:
         """Up to `num_pages` pages that nobody has locked: least recently used leaves first, from their ends."""
-        evicted: list[int] = []
+        evicted = no_pages()
         leaves = [(node.last_access, id(node), node) for node in self._nodes() if self._is_evictable(node)]
         heapq.heapify(leaves)
         while leaves and len(evicted) < num_pages:
@@ -168,7 +182,7 @@ class RadixCache:
             assert parent is not None
             key = self._key(node)
             keep = max(0, len(node.pages) - (num_pages - len(evicted)))
-            evicted.extend(reversed(node.pages[keep:]))
+            evicted.extend(node.pages[keep:])
             del node.pages[keep:]
             del node.tokens[keep * self._page_bytes :]
             if keep == 0:
@@ -183,10 +197,12 @@ class RadixCache:
     def _is_evictable(node: Node) -> bool:
         return node.parent is not None and not node.children and node.lock_ref == 0
 
-    def flush(self) -> list[int]:
+    def flush(self) -> Pages[int]:
         """Drop everything; nothing may be locked."""
         assert all(node.lock_ref == 0 for node in self._nodes()), "a request still runs on cached pages"
-        pages = [page for node in self._nodes() for page in node.pages]
+        pages = no_pages()
+        for node in self._nodes():
+            pages.extend(node.pages)
         self._roots.clear()
         self.num_cached_pages = self.num_evictable_pages = 0
         return pages
@@ -217,22 +233,22 @@ class NullPrefixCache:
     num_evictable_pages = 0
 
     def __init__(self, page_size: int) -> None:
-        self._root = Node(bytearray(), [], None)
+        self._root = Node(bytearray(), no_pages(), None)
 
     def match_prefix(self, input_ids: bytes, extra_key: str, max_tokens: int) -> PrefixMatch:
-        return PrefixMatch(self._root, [])
+        return PrefixMatch(self._root, no_pages())
 
     def lock(self, node: Node) -> None: ...
 
     def unlock(self, node: Node) -> None: ...
 
-    def append_page(self, node: Node, page_tokens: bytes, page: int) -> tuple[Node, bool]:
-        return node, False
+    def extend(self, node: Node, tokens: bytes, pages: Pages[int]) -> tuple[Node, Pages[int]]:
+        return node, pages
 
-    def evict(self, num_pages: int) -> list[int]:
-        return []
+    def evict(self, num_pages: int) -> Pages[int]:
+        return no_pages()
 
-    def flush(self) -> list[int]:
-        return []
+    def flush(self) -> Pages[int]:
+        return no_pages()
 
     def check_integrity(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -14,7 +15,7 @@ class ReqToTokenPool:
     def __init__(self, max_requests: int, max_pages_per_request: int, device: torch.device) -> None:
         self.page_table = torch.zeros(max_requests, max_pages_per_request, dtype=torch.int32, device=device)
 
-    def write(self, row: int, first_page: int, pages: list[int]) -> None:
-        """Enter `pages` from entry `first_page` on."""
-        entries = torch.tensor(pages, dtype=torch.int32)
-        self.page_table[row, first_page : first_page + len(pages)].copy_(entries, non_blocking=True)
+    def write(self, row: int, first_page: int, pages: bytes) -> None:
+        """Enter `pages`, int32 bytes, from entry `first_page` on."""
+        entries = torch.from_numpy(np.frombuffer(pages, dtype="<i4").copy())
+        self.page_table[row, first_page : first_page + len(entries)].copy_(entries, non_blocking=True)

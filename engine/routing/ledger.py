@@ -12,6 +12,7 @@ Legend: M MoE layers, K experts per token, P pages, S tokens of a page. Pure num
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +42,7 @@ class _ReqRoutes:
     """One request's claim on the store. Rows before `num_snapshot` come from the snapshot, the others from its pages."""
 
     keep: bool
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     num_filed: int = 0
     snapshot_rows: list[np.ndarray] = field(default_factory=list)
     snapshot_versions: list[np.ndarray] = field(default_factory=list)
@@ -67,20 +68,19 @@ class RouteLedger:
         assert rid not in self._reqs
         self._reqs[rid] = _ReqRoutes(keep)
 
-    def admit(self, rid: str, cached_pages: list[int]) -> None:
+    def admit(self, rid: str, cached_pages: bytes) -> None:
         """It runs on these pages of the prefix cache, whose rows are there already."""
         req = self._reqs[rid]
         assert not req.pages
-        req.pages = list(cached_pages)
-        req.num_filed = len(cached_pages) * self._page_size
+        req.pages.frombytes(cached_pages)
+        req.num_filed = len(req.pages) * self._page_size
 
     def allocate(self, segment: Segment) -> None:
         """The segment's new pages join the request; whatever their slots held is invalid from now on."""
-        if segment.new_pages:
-            self._versions[segment.new_pages] = NEVER_WRITTEN
+        self._versions[np.frombuffer(segment.new_pages, dtype="<i4")] = NEVER_WRITTEN
         req = self._reqs.get(segment.rid)
         if req is not None:
-            req.pages.extend(segment.new_pages)
+            req.pages.frombytes(segment.new_pages)
 
     def file(self, segment: Segment, rows: np.ndarray, weight_version: str) -> None:
         """Store rows [M, n, K] of a segment of n tokens, as the ring holds them."""
@@ -96,7 +96,7 @@ class RouteLedger:
         """Pages and offsets of the positions [start, end)."""
         first = start // self._page_size
         positions = np.arange(start, end)
-        table = np.array(req.pages[first : -(-end // self._page_size)], dtype=np.int64)
+        table = np.array(req.pages[first : -(-end // self._page_size)])
         return table[positions // self._page_size - first], positions % self._page_size
 
     def _version_index(self, name: str) -> int:
@@ -111,7 +111,7 @@ class RouteLedger:
             rows, versions = self._gather(req, req.num_snapshot, req.num_filed)
             req.snapshot_rows.append(rows.copy())
             req.snapshot_versions.append(versions.copy())
-        req.pages = []
+        req.pages = array("i")
         req.num_filed = 0
 
     def _gather(self, req: _ReqRoutes, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +119,7 @@ class RouteLedger:
         if start >= end:
             return self._rows[:0].reshape(0, *self._rows.shape[2:]), self._versions[:0].reshape(0)
         first = start // self._page_size
-        table = req.pages[first : -(-end // self._page_size)]
+        table = np.array(req.pages[first : -(-end // self._page_size)])
         cut = slice(start - first * self._page_size, end - first * self._page_size)
         rows = self._rows[table].reshape(-1, *self._rows.shape[2:])[cut]
         return rows, self._versions[table].reshape(-1)[cut]

@@ -119,7 +119,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3
         task = progress.add_task("training", total=num_steps)
         for step in range(num_steps):
             ids, labels = make_batch(tokenizer, rng, args.batch_size)
-            output = model(ids, output_router_logits=True, use_cache=False)
+            # The mask keeps padding out of the load-balancing loss.
+            mask = (ids != tokenizer.pad_token_id).long()
+            output = model(ids, attention_mask=mask, output_router_logits=True, use_cache=False)
             targets = labels[:, 1:].reshape(-1)
             answers = targets != IGNORED
             loss = F.cross_entropy(output.logits[:, :-1].reshape(-1, output.logits.shape[-1])[answers], targets[answers])
@@ -179,7 +181,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--evaluate", type=Path, help="evaluate this checkpoint instead of training")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--stop-early", type=float, default=1.0, help="share of the steps to run")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)

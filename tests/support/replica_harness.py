@@ -89,8 +89,8 @@ class FakeRunner:
         assert 0 < batch.num_tokens <= self._max_tokens, "a step is larger than its buffers"
         token_ids = []
         for req in batch.reqs:
-            if req.pages:
-                self._table[req.row, req.first_page : req.first_page + len(req.pages)] = req.pages
+            pages = np.frombuffer(req.pages, dtype="<i4")
+            self._table[req.row, req.first_page : req.first_page + len(pages)] = pages
             ids = np.frombuffer(req.input_ids, dtype="<i4").tolist() if req.input_ids else [self._last[req.row]]
             assert len(ids) == req.num_tokens
             for position, token in zip(range(req.start, req.start + req.num_tokens), ids, strict=True):
@@ -166,7 +166,7 @@ class Replica:
                 self.outputs[event.rid] = []
                 self._filed[event.rid] = 0
             elif isinstance(event, ReqAdmitted):
-                self._filed[event.rid] = len(event.cached_pages) * self._page_size
+                self._filed[event.rid] = len(event.cached_pages) // 4 * self._page_size
                 self.cached.setdefault(event.rid, self._filed[event.rid])
             elif isinstance(event, ReqRetracted):
                 self.retracted.append(event.rid)

@@ -1,5 +1,7 @@
 """The reference that tokens, log-probabilities and routes are compared with: `transformers`, in float32, teacher-forced.
 
+    python -m waybill.engine.routing.reference --model CHECKPOINT --routes FILE.npz     (tokens_0, routes_0, tokens_1, ...)
+
 The near-tie rule: everything must be equal. Where a choice differs from the reference's, the first difference must be a
 near-tie by the reference's own scores (a gap below `NEAR_TIE`); the reference is then forced to that choice and the
 comparison goes on to the end. In a causal forward the first differences are those of the lowest layer that has any.
@@ -7,6 +9,8 @@ comparison goes on to the end. In a causal forward the first differences are tho
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,3 +152,26 @@ def choice_gap(scores: torch.Tensor, ids: torch.Tensor) -> float:
     others = scores.clone()
     others[ids] = float("-inf")
     return max(out_of_order, float(others.max() - chosen.min()), 0.0)
+
+
+def main() -> int:
+    """Check routes that were saved with their tokens; prints what was compared, or the first real difference."""
+    parser = argparse.ArgumentParser(description="Compare recorded routes with transformers, under the near-tie rule")
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--routes", required=True, help="npz file: tokens_N [T] and routes_N [T - 1, M, K]")
+    args = parser.parse_args()
+    saved = np.load(args.routes)
+    reference = Reference(args.model)
+    agreement = Agreement()
+    try:
+        for index in range(len(saved.files) // 2):
+            agreement += reference.check_routes(saved[f"tokens_{index}"].tolist(), saved[f"routes_{index}"])[1]
+    except Difference as difference:
+        print(difference)
+        return 1
+    print(f"{agreement.num_rows} rows agree, {agreement.forced_routes} of them by near-ties")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Waybill on this machine: sets up .venv on first use, then runs one rank per device under torchrun.
+#   ./torchrun.sh                               the main job: multi-turn rollouts with their routes, on two ranks
+#   ./torchrun.sh rollout --model PATH --tp 2 --conversations 8 --turns 4 --json
+#   ./torchrun.sh --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT rollout ...      one call per node
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$root/scripts/venv.sh"
+
+nnodes=1 node_rank=0 rdzv_endpoint="" tp=2
+args=()
+while (($#)); do
+  case $1 in
+    --nnodes) nnodes=${2:?--nnodes needs a number}; shift 2 ;;
+    --node-rank) node_rank=${2:?--node-rank needs a number}; shift 2 ;;
+    --rdzv-endpoint) rdzv_endpoint=${2:?--rdzv-endpoint needs HOST:PORT}; shift 2 ;;
+    --tp) tp=${2:?--tp needs a number}; args+=(--tp "$tp"); shift 2 ;;
+    --tp=*) tp=${1#--tp=}; args+=(--tp "$tp"); shift ;;
+    *) args+=("$1"); shift ;;
+  esac
+done
+((${#args[@]})) && [[ ${args[0]} != --* ]] || args=(rollout "${args[@]}")
+case " ${args[*]} " in
+  *" -h "* | *" --help "*) exec "$root/.venv/bin/python" -m waybill.launch.worker "${args[@]}" ;;
+esac
+[[ $tp =~ ^[1-9][0-9]*$ ]] || { echo "torchrun.sh: --tp $tp: must be a number of at least 1" >&2; exit 2; }
+((tp % nnodes == 0)) || { echo "torchrun.sh: --tp $tp: must be a multiple of --nnodes $nnodes" >&2; exit 2; }
+
+if [[ -n $rdzv_endpoint ]]; then
+  rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --rdzv-backend c10d --rdzv-endpoint "$rdzv_endpoint")
+else
+  rendezvous=(--standalone)
+fi
+ranks_here=$((tp / nnodes))
+threads=$(($(nproc) / ranks_here))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+# A mistake on the command line is said once, before any rank starts.
+"$root/.venv/bin/python" -m waybill.launch.args "${args[@]}"
+exec "$root/.venv/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$ranks_here" \
+  -m waybill.launch.worker "${args[@]}"

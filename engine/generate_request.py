@@ -44,7 +44,14 @@ NEUTRAL_SAMPLING_FIELDS: dict[str, Any] = {
     "beam_width": None,
 }
 # Fields of the dialect that change nothing in the result.
-IGNORED_FIELDS = ("log_metrics", "return_text_in_logprobs", "bootstrap_host", "bootstrap_port", "bootstrap_room", "modalities")
+IGNORED_FIELDS = (
+    "log_metrics",
+    "return_text_in_logprobs",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "modalities",
+)
 IGNORED_SAMPLING_FIELDS = ("spaces_between_special_tokens", "stream_interval")
 
 
@@ -96,7 +103,9 @@ class SamplingParamsInput(BaseModel):
         if "" in self.stop_strings:
             raise ValueError("stop: an empty string would stop everything")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens={self.max_new_tokens}")
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens={self.max_new_tokens}"
+            )
         return self
 
     @property
@@ -113,7 +122,7 @@ class GenerateReqInput(BaseModel):
 
     text: str | list[str] | None = None
     input_ids: list[int] | list[list[int]] | None = None
-    sampling_params: SamplingParamsInput | list[SamplingParamsInput] = Field(default_factory=SamplingParamsInput)
+    sampling_params: SamplingParamsInput | list[SamplingParamsInput] = SamplingParamsInput()
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
     top_logprobs_num: int | list[int] = 0
@@ -206,7 +215,7 @@ def expand(
     Raises:
         ValueError: an item does not fit the engine; nothing of the list is taken then.
     """
-    prompts = request.prompts
+    prompts: list[str] | list[list[int]] = request.prompts
     if not prompts:
         raise ValueError("the batch is empty: give at least one prompt")
     num = len(prompts)
@@ -225,10 +234,10 @@ def expand(
     if request.routed_dp_rank is not None and not 0 <= request.routed_dp_rank < limits.dp_size:
         raise ValueError(f"routed_dp_rank={request.routed_dp_rank}: must lie in 0 .. {limits.dp_size - 1}")
     samples = []
-    for index, prompt in enumerate(prompts):
+    for index in range(num):
         fields = {name: column[index] for name, column in columns.items()}
         try:
-            samples.append(_expand_item(rids[index], index, prompt, fields, limits, encode))
+            samples.append(_expand_item(rids[index], index, prompts[index], fields, limits, encode))
         except ValueError as error:
             raise ValueError(f"item {index}: {error}" if request.is_batch else str(error)) from None
     return samples
@@ -293,7 +302,9 @@ def check_prompt(input_ids: list[int], limits: EngineLimits) -> None:
     if not input_ids:
         raise ValueError("the prompt is empty: must have at least one token")
     if len(input_ids) > limits.context_length:
-        raise ValueError(f"the prompt has {len(input_ids)} tokens: must have at most {limits.context_length} (context_length)")
+        raise ValueError(
+            f"the prompt has {len(input_ids)} tokens: must have at most {limits.context_length} (context_length)"
+        )
     ids = np.asarray(input_ids)
     if ids.min() < 0 or ids.max() >= limits.vocab_size:
         bad = int(ids[(ids < 0) | (ids >= limits.vocab_size)][0])
@@ -306,7 +317,9 @@ def resolve_max_new_tokens(params: SamplingParamsInput, num_prompt: int, limits:
     # The last token is sampled and never becomes an input, so it needs no KV slot.
     kv_room = limits.kv_cache_tokens - num_prompt + 1
     if kv_room < 1:
-        raise ValueError(f"the prompt has {num_prompt} tokens: must have at most {limits.kv_cache_tokens} (kv_cache_tokens)")
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens: must have at most {limits.kv_cache_tokens} (kv_cache_tokens)"
+        )
     if params.max_new_tokens is None:
         return max(min(DEFAULT_MAX_NEW_TOKENS, room, kv_room), params.min_new_tokens)
     if params.max_new_tokens > room:

@@ -8,6 +8,7 @@ has seen them yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class ModelRunner:
         return LaunchedStep(rows, sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
 
     def _sample(
-        self, hidden: torch.Tensor, forward: ForwardBatch, sampling: list[ScheduledReq]
+        self, hidden: torch.Tensor, forward: ForwardBatch[Any], sampling: list[ScheduledReq]
     ) -> tuple[Sampled | None, list[SamplingRow]]:
         if not sampling:
             return None, []

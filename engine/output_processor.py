@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -40,7 +41,7 @@ from .output_processor_config import OutputProcessorConfig
 from .routing.claims import ClaimError, ClaimStore
 from .routing.ledger import MissingRoutesError, RouteLedger
 from .routing.ring import RouteGeometry, RouteRing
-from .shipper import Progress, Routes, Shipper, ShipmentOrder
+from .shipper import Progress, Routes, ShipmentOrder, Shipper
 from .sockets import Receiver, Sender
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class OutputProcessor:
         }
 
 
-def serve_queries(context: zmq.Context, address: str, processor: OutputProcessor, claims: ClaimStore) -> None:
+def serve_queries(context: zmq.Context[Any], address: str, processor: OutputProcessor, claims: ClaimStore) -> None:
     """Answer claims and counter questions on a ROUTER socket, forever."""
     socket = context.socket(zmq.ROUTER)
     socket.bind(address)
@@ -203,7 +204,7 @@ def serve_queries(context: zmq.Context, address: str, processor: OutputProcessor
             try:
                 routed = claims.get(query.claim)
                 reply = ClaimReply(query.op_id, meta=routed.meta)
-                frames.append(memoryview(routed.rows).cast("B"))
+                frames.append(routed.frame)
             except ClaimError as error:
                 reply = ClaimReply(query.op_id, error=str(error))
         else:

@@ -13,7 +13,6 @@ from .kv_cache.radix_cache import NullPrefixCache, RadixCache
 from .schedule_batch import Req
 from .schedule_policy import pages_for
 
-
 # Share of the pool that is evicted beyond what lacks.
 EVICTION_SLACK = 64
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from typing import Any
 
 import msgspec
 import zmq
@@ -100,7 +101,7 @@ def _lead(
     num_pages: int,
     runner: ModelRunner,
     ring: RouteRing | None,
-    context: zmq.Context,
+    context: zmq.Context[Any],
     endpoints: ReplicaEndpoints,
     facts: dict[str, int | float | str],
 ) -> None:
@@ -122,7 +123,7 @@ def _lead(
     scheduler.run()
 
 
-def _follow(runner: ModelRunner, context: zmq.Context, address: str) -> None:
+def _follow(runner: ModelRunner, context: zmq.Context[Any], address: str) -> None:
     """Execute the leader's plans, in order, until it says stop."""
     inbox: Receiver[PeerMessage] = Receiver(context, address, PeerMessage)
     freeze_garbage_collector()

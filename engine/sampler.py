@@ -48,7 +48,9 @@ def needs_counts(params: SamplingParams) -> bool:
     return params.frequency_penalty != 0.0 or params.presence_penalty != 0.0 or params.repetition_penalty != 1.0
 
 
-def start_counts(row: SamplingRow, token_ids: np.ndarray, num_prompt: int, vocab_size: int, device: torch.device) -> None:
+def start_counts(
+    row: SamplingRow, token_ids: np.ndarray, num_prompt: int, vocab_size: int, device: torch.device
+) -> None:
     """Count prompt and output tokens known so far, for requests with penalties only."""
     if not needs_counts(row.params):
         return
@@ -73,7 +75,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     assert logits.shape[0] == len(rows)
     scores = logits.float()
     adjusted = _adjust(scores, rows)
-    random_rows = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE and row.params.top_k != 1]
+    random_rows = [
+        i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE and row.params.top_k != 1
+    ]
     token_ids = adjusted.argmax(dim=-1)
     if random_rows:
         chosen = [rows[i] for i in random_rows]

@@ -24,6 +24,7 @@ from .io_struct import (
     FlushCacheReq,
     FrontendMessage,
     GetInternalStateReq,
+    OutputRecord,
     ReqFinished,
     ReqStarted,
     ShutdownReq,
@@ -64,7 +65,7 @@ class Endpoints:
 
     inbox: Receiver[FrontendMessage]
     peers: Sequence[Sender[PeerMessage]]
-    records: Sender[StepRecord]
+    records: Sender[OutputRecord]
     frontend: Sender[BackendMessage]
 
 

@@ -177,7 +177,7 @@ class Shipper:
         routed = encode(routes.rows.rows, routes.rows.start, self.geometry, routes.rows.weight_versions)
         if started.routed_experts_delivery == "inline":
             self._count(routed)
-            return msgspec.structs.replace(output, routed_experts=routed.meta), [memoryview(routed.rows).cast("B")]
+            return msgspec.structs.replace(output, routed_experts=routed.meta), [routed.frame]
         try:
             claim = self._claims.put(routed)
         except ClaimError as error:

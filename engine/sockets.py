@@ -54,7 +54,7 @@ class Receiver(Generic[T]):
 
     def wait(self, timeout_s: float) -> bool:
         """Whether a message is there; sleeps up to `timeout_s` for one."""
-        return bool(self._socket.poll(timeout_s * 1000))
+        return bool(self._socket.poll(int(timeout_s * 1000)))
 
     def receive_nowait(self) -> T | None:
         """The next message without its frames, or None."""
@@ -77,7 +77,7 @@ class AsyncReceiver(Generic[T]):
     """`Receiver` for an asyncio event loop."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str, message_type: Any, *, bind: bool = True) -> None:
-        self._socket = _open(context, zmq.PULL, address, bind=bind)
+        self._socket: Any = _open(context, zmq.PULL, address, bind=bind)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
 
     async def receive(self) -> tuple[T, list[memoryview]]:

@@ -77,9 +77,7 @@ class StepPlanner:
         for req in decoding:
             self._schedule(req, 1, plan)
 
-    def _plan_running_prefills(
-        self, plan: StepPlan, budget: PrefillBudget, in_flight: bool, decoded: set[Req]
-    ) -> None:
+    def _plan_running_prefills(self, plan: StepPlan, budget: PrefillBudget, in_flight: bool, decoded: set[Req]) -> None:
         for req in sorted(self._queues.running, key=lambda item: item.order):
             if not req.is_running or req.num_remaining == 0 or req.is_exhausted or req in decoded:
                 continue

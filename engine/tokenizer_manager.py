@@ -316,5 +316,3 @@ class TokenizerManager:
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)
-
-

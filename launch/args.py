@@ -82,9 +82,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moe-split", default=defaults.moe_split, choices=MOE_SPLITS, help="whole experts, or slices")
     parser.add_argument("--attention-backend", default=defaults.attention_backend, choices=ATTENTION_BACKENDS)
     parser.add_argument("--experts-backend", default=defaults.experts_backend, choices=EXPERTS_BACKENDS)
-    parser.add_argument("--context-length", type=int, default=None, help="longest request; the checkpoint's if not given")
+    parser.add_argument(
+        "--context-length", type=int, default=None, help="longest request; the checkpoint's if not given"
+    )
     parser.add_argument("--page-size", type=int, default=defaults.page_size, help="tokens of a KV page")
-    parser.add_argument("--kv-cache-tokens", type=int, default=None, help="size of the KV pool; from memory if not given")
+    parser.add_argument(
+        "--kv-cache-tokens", type=int, default=None, help="size of the KV pool; from memory if not given"
+    )
     parser.add_argument("--max-running-requests", type=int, default=defaults.max_running_requests)
     parser.add_argument("--chunked-prefill-size", type=int, default=defaults.chunked_prefill_size, help="-1: no chunks")
     parser.add_argument("--disable-prefix-cache", action="store_true")

@@ -1,8 +1,8 @@
 """`Engine`: a Python program is the frontend, and the ranks are its children under torchrun.
 
-    with Engine("path/to/checkpoint", tp_size=2, enable_return_routed_experts=True) as engine:
-        answer = engine.generate("start with 12", {"temperature": 0}, return_routed_experts=True)
-        answer["meta_info"]["routed_experts"]        # uint8 [rows, moe_layers, top_k]
+with Engine("path/to/checkpoint", tp_size=2, enable_return_routed_experts=True) as engine:
+    answer = engine.generate("start with 12", {"temperature": 0}, return_routed_experts=True)
+    answer["meta_info"]["routed_experts"]        # uint8 [rows, moe_layers, top_k]
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Engine:
     async def _first(self, request: GenerateReqInput) -> Result:
         return await anext(self._manager.generate(request, as_array=True))
 
-    async def _pump(self, request: GenerateReqInput, put: Callable[[Any], None]) -> None:
+    async def _pump(self, request: GenerateReqInput, put: Callable[[Any], object]) -> None:
         """Feed a stream's items to `put`, then None, or the error that ended it."""
         try:
             async for item in self._manager.generate(request, as_array=True):

@@ -66,14 +66,17 @@ class Rollout:
         self._options = options
         rng = random.Random(options.seed)
         self.conversations = [
-            Conversation(index, make_dialogue(rng, options.turns, held_out=True)) for index in range(options.conversations)
+            Conversation(index, make_dialogue(rng, options.turns, held_out=True))
+            for index in range(options.conversations)
         ]
 
     async def run(self, progress: Progress) -> RolloutReport:
         """All conversations, then the checks."""
         task = progress.add_task("turns", total=self._options.conversations * self._options.turns)
         began = time.perf_counter()
-        await asyncio.gather(*(self._hold(conversation, lambda: progress.advance(task)) for conversation in self.conversations))
+        await asyncio.gather(
+            *(self._hold(conversation, lambda: progress.advance(task)) for conversation in self.conversations)
+        )
         seconds = time.perf_counter() - began
         check = progress.add_task("fresh prefill", total=self._options.conversations)
         done, message = await self._manager.flush_cache()
@@ -153,7 +156,8 @@ class Rollout:
             return None
         if meta["routed_experts_start_len"] != start or len(routes) != num_tokens - 1:
             conversation.errors.append(
-                f"turn {number}: rows reach from {meta['routed_experts_start_len']} to {len(routes)}, not {start} to {num_tokens - 1}"
+                f"turn {number}: rows reach from {meta['routed_experts_start_len']} to {len(routes)}, "
+                f"not {start} to {num_tokens - 1}"
             )
             return None
         return routes
@@ -223,8 +227,16 @@ def explain_differences(
         arrays |= {f"tokens_{index}": np.array(tokens), f"routes_{index}": routes}
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/routes.npz"
-        np.savez(file, **arrays)
-        command = [sys.executable, "-m", "waybill.engine.routing.reference", "--model", config.model_path, "--routes", file]
+        np.savez(file, allow_pickle=False, **arrays)
+        command = [
+            sys.executable,
+            "-m",
+            "waybill.engine.routing.reference",
+            "--model",
+            config.model_path,
+            "--routes",
+            file,
+        ]
         check = subprocess.run(command, capture_output=True, text=True)
     report.unexplained = check.returncode != 0
     report.verdict += f"; the reference says: {check.stdout.strip() or check.stderr[-500:]}"

@@ -121,7 +121,9 @@ def save_expert_load(routes: Sequence[np.ndarray], facts: Mapping[str, Any], out
     rows = np.concatenate(routes)
     shares = np.stack([np.bincount(rows[:, layer].ravel(), minlength=num_experts) for layer in range(rows.shape[1])])
     shares = shares / shares.sum(axis=1, keepdims=True)
-    figure = Figure(figsize=(max(6.0, num_experts * 0.18 + 2), max(3.0, len(shares) * 0.22 + 1.5)), layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, num_experts * 0.18 + 2), max(3.0, len(shares) * 0.22 + 1.5)), layout="constrained"
+    )
     axes = figure.add_subplot()
     image = axes.imshow(shares * num_experts, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set(xlabel="expert", ylabel="MoE layer", title=f"expert load, {len(rows)} tokens (1 = even share)")
@@ -134,9 +136,7 @@ def save_expert_load(routes: Sequence[np.ndarray], facts: Mapping[str, Any], out
     return picture.resolve()
 
 
-def report_json(
-    report: RolloutReport, config: EngineConfig, facts: Mapping[str, Any], options: RolloutCommand
-) -> str:
+def report_json(report: RolloutReport, config: EngineConfig, facts: Mapping[str, Any], options: RolloutCommand) -> str:
     return json.dumps(
         {
             "conversations": options.conversations,

@@ -57,7 +57,9 @@ def make_addresses(run_dir: str, dp_size: int, tp_size: int) -> Addresses:
     def ipc(name: str) -> str:
         path = f"{run_dir}/{name}"
         if len(path.encode()) >= MAX_SOCKET_PATH:
-            raise ValueError(f"run_dir={run_dir!r}: {path!r} exceeds {MAX_SOCKET_PATH - 1} bytes; set TMPDIR to a shorter path")
+            raise ValueError(
+                f"run_dir={run_dir!r}: {path!r} exceeds {MAX_SOCKET_PATH - 1} bytes; set TMPDIR to a shorter path"
+            )
         return f"ipc://{path}"
 
     return Addresses(

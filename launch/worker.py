@@ -15,6 +15,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 import zmq
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..engine.config import EngineConfig
 from ..engine.io_struct import BackendMessage, ControlReply
@@ -37,7 +39,7 @@ FAREWELL_S = 2.0
 def main() -> int:
     command = parse_worker_args(sys.argv[1:])
     watch_parent()
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     config = read_struct(command.run_dir, ENGINE_CONFIG, EngineConfig) if command.run_dir else command.config
     assert config is not None
     logging.basicConfig(level=config.log_level.upper(), format=f"%(levelname)s rank {rank} %(message)s")
@@ -80,13 +82,13 @@ def start_children(command: WorkerCommand, config: EngineConfig, addresses: Addr
     return children
 
 
-def run_rank(config: EngineConfig, addresses: Addresses, store: dist.Store, rank: int) -> None:
+def run_rank(config: EngineConfig, addresses: Addresses, store: Store, rank: int) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
     torch.set_num_threads(threads_per_rank(config))
     device = resolve_device(config, rank)
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.PrefixStore("waybill/ranks", store),
+        store=PrefixStore("waybill/ranks", store),
         rank=rank,
         world_size=config.world_size,
         timeout=COLLECTIVE_TIMEOUT,

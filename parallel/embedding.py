@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .collectives import all_reduce, gather
+from .collectives import all_gather, all_reduce, gather
 from .mesh import Axis
-from .weights import TensorSource, check_shape
+from .weights import TensorSource, check_shape, empty_weight
 
 
 class VocabShard(nn.Module):
@@ -27,7 +27,8 @@ class VocabShard(nn.Module):
         self._axis = axis
         self._num_rows = -(-vocab_size // axis.size)
         self._first = axis.rank * self._num_rows
-        self.weight = nn.Parameter(torch.zeros(self._num_rows, hidden_size, dtype=dtype, device=device), False)
+        self.weight = empty_weight(self._num_rows, hidden_size, dtype=dtype, device=device)
+        self.weight.data[max(0, min(self._num_rows, vocab_size - self._first)) :] = 0
 
     def load_weight(self, source: TensorSource) -> None:
         """Load this rank's rows; what lies beyond the vocabulary stays zero."""
@@ -50,12 +51,29 @@ class VocabParallelEmbedding(VocabShard):
 
 
 class ParallelLMHead(VocabShard):
-    """Hidden states [N, D] -> logits [N, V] on the axis' rank 0, which samples; None on the others."""
+    """Hidden states [N, D] -> logits [N, V] on the axis' rank 0, which samples; None on the others.
+
+    With `gather_to_all` every rank gets them.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        axis: Axis,
+        *,
+        gather_to_all: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, axis, dtype=dtype, device=device)
+        self._gather_to_all = gather_to_all
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's rows, which are sharded alike."""
         self.weight = embedding.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        logits = gather(F.linear(hidden, self.weight), self._axis, dim=-1)
+        local = F.linear(hidden, self.weight)
+        logits = all_gather(local, self._axis, dim=-1) if self._gather_to_all else gather(local, self._axis, dim=-1)
         return None if logits is None else logits[:, : self._full[0]]

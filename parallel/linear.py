@@ -14,7 +14,7 @@ from torch import nn
 
 from .collectives import all_reduce
 from .mesh import Axis
-from .weights import TensorSource, check_shape
+from .weights import TensorSource, check_shape, empty_weight
 
 
 def shard_size(size: int, axis: Axis, what: str) -> int:
@@ -35,11 +35,29 @@ class ShardedLinear(nn.Module):
         self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device), False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        self.weight = empty_weight(out_features, in_features, dtype=dtype, device=device)
+        self.bias = empty_weight(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class ReplicatedLinear(ShardedLinear):
+    """The whole matrix on every rank: [T, D] -> [T, O]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype, device)
+
+    def load_weight(self, source: TensorSource) -> None:
+        check_shape(source, tuple(self.weight.shape))
+        self.weight.data.copy_(source[:])
+
+    def load_bias(self, source: TensorSource) -> None:
+        assert self.bias is not None
+        check_shape(source, tuple(self.bias.shape))
+        self.bias.data.copy_(source[:])
 
 
 class MergedColumnParallelLinear(ShardedLinear):
@@ -153,7 +171,8 @@ class QKVParallelLinear(ShardedLinear):
 class RowParallelLinear(ShardedLinear):
     """A slice of the inputs per rank; the partial results are summed: [T, D/n] -> [T, O] on every rank.
 
-    The bias is held by rank 0 of the axis alone, so that the sum has it once.
+    The bias is held by rank 0 of the axis alone, so that the sum has it once. With `reduce=False` the partial results are
+    returned, for a caller that sums them in a way of its own.
     """
 
     def __init__(
@@ -163,6 +182,7 @@ class RowParallelLinear(ShardedLinear):
         axis: Axis,
         *,
         bias: bool = False,
+        reduce: bool = True,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -171,6 +191,7 @@ class RowParallelLinear(ShardedLinear):
         self._full = (out_features, in_features)
         self._columns = slice(axis.rank * local, (axis.rank + 1) * local)
         self._axis = axis
+        self._reduce = reduce
 
     def load_weight(self, source: TensorSource) -> None:
         """Load this rank's columns."""
@@ -186,4 +207,5 @@ class RowParallelLinear(ShardedLinear):
             self.bias.data.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return all_reduce(super().forward(x), self._axis)
+        partial = super().forward(x)
+        return all_reduce(partial, self._axis) if self._reduce else partial

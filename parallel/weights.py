@@ -1,14 +1,19 @@
-"""Where a layer's weights come from: anything that can be sliced without being read whole."""
+"""Where a layer's weights come from and what they are stored as.
+
+A source is anything that can be sliced without being read whole: a tensor is one, a tensor in a file another. This file
+does not know which slice a layer wants.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 
 class TensorSource(Protocol):
-    """A tensor of a checkpoint. Indexing reads just the slice that is asked for."""
+    """A tensor of a checkpoint; `torch.Tensor` is one. Indexing reads just the slice that is asked for."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -38,8 +43,14 @@ class SafetensorsSource:
         return self._tensor[index]
 
 
+def empty_weight(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised weight that is not trained. Every sharded weight is made here, so the format has one place."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
 def check_shape(source: TensorSource, expected: tuple[int, ...]) -> None:
-    """
+    """Refuse a tensor that is not the layer's.
+
     Raises:
         ValueError: the source has another shape than the layer's unsharded weight.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 
-
 # A run of page numbers: 32-bit, so that taking, giving back and sending any number of pages is a copy of memory.
 Pages = array
 PAGE_TYPECODE = "i"

@@ -43,7 +43,7 @@ class Checkpoint:
                 yield name, file
         elif single.is_file():
             with safe_open(single, framework="pt") as handle:
-                for name in handle.keys():
+                for name in handle:
                     yield name, single
         else:
             raise ValueError(f"model_path={str(self._path)!r}: must hold model.safetensors or its shards and index")
@@ -78,7 +78,9 @@ def load_weights(loaders: Mapping[str, WeightLoader], checkpoint: Checkpoint, ig
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             shown = ", ".join(names[:NUM_NAMES_SHOWN])
-            raise ValueError(f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}")
+            raise ValueError(
+                f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}"
+            )
     for name, source in checkpoint.tensors():
         if name in ignored:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
@@ -75,7 +76,7 @@ def eos_ids(model_path: str, configured: int | list[int] | None) -> tuple[int, .
     return tuple(configured) if isinstance(configured, list) else (configured,)
 
 
-def read_hf_config(model_path: str) -> AutoConfig:
+def read_hf_config(model_path: str) -> Any:
     """The checkpoint's own configuration object.
 
     Raises:

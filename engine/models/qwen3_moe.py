@@ -8,7 +8,6 @@ Legend: T tokens of a step, D hidden, H query heads of this rank, G kv heads of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,7 +50,9 @@ def parse_config(hf_config: Qwen3MoeConfig, model_path: str, dtype: str) -> Mode
         if layer not in hf_config.mlp_only_layers and (layer + 1) % hf_config.decoder_sparse_step == 0
     )
     if not moe_layer_ids or hf_config.num_experts == 0:
-        raise ValueError("the checkpoint has no MoE layer: decoder_sparse_step, mlp_only_layers or num_experts exclude all")
+        raise ValueError(
+            "the checkpoint has no MoE layer: decoder_sparse_step, mlp_only_layers or num_experts exclude all"
+        )
     return ModelConfig(
         model_type=hf_config.model_type,
         vocab_size=hf_config.vocab_size,
@@ -341,10 +342,12 @@ class Qwen3MoeForCausalLM(nn.Module):
         """[N, D] -> [N, V] on tp rank 0, None elsewhere; every tp rank must call it."""
         return self.lm_head(hidden)
 
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
     def kv_specs(self) -> list[KVTensorSpec]:
         """Keys and values of this rank's heads."""
-        attention = self.layers[0].self_attn
-        width = (attention.qkv_proj.num_local_kv_heads, self.config.head_dim)
+        width = (self.decoder_layers()[0].self_attn.qkv_proj.num_local_kv_heads, self.config.head_dim)
         return [KVTensorSpec(name, width, self.config.dtype) for name in ("k", "v")]
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
@@ -355,7 +358,7 @@ class Qwen3MoeForCausalLM(nn.Module):
         }
         if not self.config.tie_word_embeddings:
             loaders["lm_head.weight"] = self.lm_head.load_weight
-        for layer_id, layer in enumerate(self.layers):
+        for layer_id, layer in enumerate(self.decoder_layers()):
             loaders.update(layer.weight_loaders(f"model.layers.{layer_id}", self.config))
         return loaders
 
@@ -363,5 +366,3 @@ class Qwen3MoeForCausalLM(nn.Module):
     def ignored_weights(self) -> frozenset[str]:
         """Names that a checkpoint may have and the model does not need."""
         return frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ())
-
-

@@ -164,5 +164,7 @@ class RouteLedger:
         versions = np.concatenate([part[1] for part in parts]) if parts else self._gather(req, 0, 0)[1]
         missing = np.flatnonzero(versions == NEVER_WRITTEN)
         if len(missing):
-            raise MissingRoutesError(f"{rid}: {len(missing)} rows are missing, the first at position {start + missing[0]}")
+            raise MissingRoutesError(
+                f"{rid}: {len(missing)} rows are missing, the first at position {start + missing[0]}"
+            )
         return RouteSlice(start, rows, version_runs(versions, self._version_names, start))

@@ -136,7 +136,9 @@ class Reference:
             scores = logits[len(prompt) - 1 + index].float()
             gap = float(scores.max() - scores[token])
             if gap >= NEAR_TIE:
-                raise Difference(f"output token {index}: engine {token}, reference {int(scores.argmax())}, gap {gap:.3e}")
+                raise Difference(
+                    f"output token {index}: engine {token}, reference {int(scores.argmax())}, gap {gap:.3e}"
+                )
             agreement.tied_tokens += int(scores.argmax()) != token
             logprob = float(torch.log_softmax(scores, dim=-1)[token])
             if abs(logprob - logprobs[index]) > LOGPROB_TOLERANCE:

@@ -9,13 +9,14 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..io_struct import RoutedExpertsMeta
 from .ring import RouteGeometry
 
-DTYPES = {"uint8": np.dtype(np.uint8), "uint16": np.dtype("<u2")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "uint16": np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,18 @@ class RoutedExperts:
     rows: np.ndarray
     meta: RoutedExpertsMeta
 
+    @property
+    def frame(self) -> memoryview:
+        """The rows' bytes, not copied."""
+        return raw_bytes(self.rows)
 
-def checksum(data: bytes | memoryview | np.ndarray) -> str:
+
+def raw_bytes(rows: np.ndarray) -> memoryview:
+    """A flat view of contiguous rows, of none as well."""
+    return rows.reshape(-1).view(np.uint8).data
+
+
+def checksum(data: bytes | memoryview) -> str:
     """CRC-32 of the raw bytes."""
     return f"crc32:{zlib.crc32(data):08x}"
 
@@ -46,7 +57,7 @@ def encode(
         dtype="uint8" if rows.dtype.itemsize == 1 else "uint16",
         byte_order="little",
         weight_versions=weight_versions,
-        checksum=checksum(rows),
+        checksum=checksum(raw_bytes(rows)),
     )
     return RoutedExperts(rows, meta)
 
@@ -72,7 +83,7 @@ def decode(meta: RoutedExpertsMeta, frame: bytes | memoryview) -> RoutedExperts:
 
 def to_compact_base64(routed: RoutedExperts) -> str:
     """The rows as they are, MoE layers only."""
-    return base64.b64encode(np.ascontiguousarray(routed.rows)).decode("ascii")
+    return base64.b64encode(routed.frame).decode("ascii")
 
 
 def to_int32_base64(routed: RoutedExperts, num_layers_total: int) -> str:
@@ -80,7 +91,7 @@ def to_int32_base64(routed: RoutedExperts, num_layers_total: int) -> str:
     meta = routed.meta
     wide = np.zeros((meta.rows, num_layers_total, meta.top_k), dtype="<i4")
     wide[:, meta.layer_ids] = routed.rows
-    return base64.b64encode(wide).decode("ascii")
+    return base64.b64encode(raw_bytes(wide)).decode("ascii")
 
 
 def stitch(existing: np.ndarray, start: int, delta: np.ndarray) -> np.ndarray:

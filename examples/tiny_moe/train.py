@@ -124,7 +124,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3
             output = model(ids, attention_mask=mask, output_router_logits=True, use_cache=False)
             targets = labels[:, 1:].reshape(-1)
             answers = targets != IGNORED
-            loss = F.cross_entropy(output.logits[:, :-1].reshape(-1, output.logits.shape[-1])[answers], targets[answers])
+            loss = F.cross_entropy(
+                output.logits[:, :-1].reshape(-1, output.logits.shape[-1])[answers], targets[answers]
+            )
             (loss + model.router_aux_loss_coef * output.aux_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -152,7 +154,9 @@ def evaluate(
         messages: list[dict[str, str]] = []
         for turn in make_dialogue(rng, MAX_TURNS, held_out=True):
             messages.append({"role": "user", "content": turn.user})
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")[
+                "input_ids"
+            ]
             output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
             answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
             asked[turn.operation] += 1

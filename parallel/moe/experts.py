@@ -16,7 +16,8 @@ from torch import nn
 
 from ..linear import shard_size
 from ..mesh import Axis
-from ..weights import TensorSource, check_shape
+from ..weights import TensorSource, check_shape, empty_weight
+from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
 # -> [T, D]; ids outside [0, F) belong to other ranks and add nothing.
@@ -81,11 +82,13 @@ def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) 
     return (chosen * weights[..., None]).sum(dim=1)
 
 
-def select_experts_function(backend: str, device: torch.device) -> ExpertsFunction:
-    """ "torch_reference", or the fastest for the device."""
+def select_experts_function(backend: str, down: torch.Tensor) -> ExpertsFunction:
+    """The reference where `backend` is "torch_reference", else the fastest for weights like `down` [F, D, I]."""
     if backend == "torch_reference":
         return experts_torch_reference
-    return experts_by_grouped_mm if device.type == "cuda" else experts_by_group
+    if down.device.type != "cpu":
+        return experts_by_grouped_mm
+    return experts_native if has_native_experts(down.dtype, *down.shape[1:]) else experts_by_group
 
 
 class Experts(nn.Module):
@@ -110,11 +113,9 @@ class Experts(nn.Module):
         self._first_expert = axis.rank * self._num_local if whole else 0
         self._first_column = 0 if whole else axis.rank * self._width
         self._full = (intermediate_size, hidden_size)
-        self._function = select_experts_function(backend, device)
-        shape = (self._num_local, 2 * self._width, hidden_size)
-        self.gate_up = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
-        shape = (self._num_local, hidden_size, self._width)
-        self.down = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
+        self.gate_up = empty_weight(self._num_local, 2 * self._width, hidden_size, dtype=dtype, device=device)
+        self.down = empty_weight(self._num_local, hidden_size, self._width, dtype=dtype, device=device)
+        self._function = select_experts_function(backend, self.down)
 
     def load_weight(self, source: TensorSource, expert_id: int, part: str) -> None:
         """Load this rank's slice of one projection of one expert: `part` is "gate", "up" or "down"."""

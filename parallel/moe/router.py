@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..weights import TensorSource, check_shape
+from ..weights import TensorSource, check_shape, empty_weight
 
 # Dense scores [T, E] float32 -> ids [T, K] int64.
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -45,7 +45,7 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.top_k = top_k
         self._norm_topk_prob = norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=device), False)
+        self.weight = empty_weight(num_experts, hidden_size, dtype=dtype, device=device)
 
     def load_weight(self, source: TensorSource) -> None:
         check_shape(source, tuple(self.weight.shape))

@@ -1,7 +1,7 @@
 """Greedy tokens, log-probabilities and routes of the engine against `transformers`, in float32.
 
-Equality under the near-tie rule (`engine/routing/reference.py`), for prompts of 1 to 1,500 tokens. `make test` runs a pairwise
-covering of the settings, `make test-matrix` all of them.
+Equality under the near-tie rule (`engine/routing/reference.py`), for prompts of 1 to 1,500 tokens. `make test`
+runs a pairwise covering of the settings, `make test-matrix` all of them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def make_prompts() -> list[list[int]]:
     lengths = [1, 2, 15, 16, 17, 33, MAX_PROMPT] + [int(MAX_PROMPT ** rng.uniform(0.2, 0.8)) for _ in range(37)]
     prompts = [[rng.randrange(256) for _ in range(length)] for length in lengths]
     shared = [rng.randrange(256) for _ in range(90)]
-    prompts += [shared[: rng.randrange(40, 90)] + [rng.randrange(256) for _ in range(rng.randrange(1, 30))] for _ in range(20)]
+    prompts += [
+        shared[: rng.randrange(40, 90)] + [rng.randrange(256) for _ in range(rng.randrange(1, 30))] for _ in range(20)
+    ]
     assert len(prompts) == NUM_PROMPTS
     return prompts
 

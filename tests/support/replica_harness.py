@@ -11,7 +11,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
     FrontendMessage,
@@ -180,5 +179,3 @@ class Replica:
             assert finished.rid not in self.finished
             self.finished[finished.rid] = finished
             self.num_rows[finished.rid] = self._filed[finished.rid]
-
-

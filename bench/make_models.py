@@ -1,0 +1,163 @@
+"""Write Qwen3-MoE checkpoints with random weights, in Hugging Face format, tensor by tensor.
+
+python bench/make_models.py M --out models/M            about 1.7 B parameters, for throughput
+python bench/make_models.py routing30b --out models/R   the routing shape of Qwen3-30B-A3B, tiny hidden size
+python bench/make_models.py toy --out models/T          for tests
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, Qwen3MoeConfig
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+END_OF_TURN = 260
+SHARD_BYTES = 1 << 30
+
+SHAPES: dict[str, dict[str, object]] = {
+    "M": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "intermediate_size": 4096,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    },
+    "routing30b": {
+        "hidden_size": 32,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 8,
+        "intermediate_size": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": 40960,
+    },
+    "toy": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 96,
+        "vocab_size": 300,
+        "max_position_embeddings": 2048,
+        "mlp_only_layers": [0],
+    },
+}
+
+
+def make_config(shape: str) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        **SHAPES[shape],
+        architectures=["Qwen3MoeForCausalLM"],
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        eos_token_id=END_OF_TURN,
+        dtype="bfloat16",
+    )
+
+
+def tensor_shapes(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of the checkpoint by its name on the hub."""
+    hidden, width = config.hidden_size, config.head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            yield f"{prefix}.self_attn.{name}_proj.weight", (heads * width, hidden)
+            yield f"{prefix}.self_attn.{name}_norm.weight", (width,)
+        yield f"{prefix}.self_attn.v_proj.weight", (config.num_key_value_heads * width, hidden)
+        yield f"{prefix}.self_attn.o_proj.weight", (hidden, config.num_attention_heads * width)
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        if layer in config.mlp_only_layers:
+            yield from mlp_shapes(f"{prefix}.mlp", hidden, config.intermediate_size)
+        else:
+            yield f"{prefix}.mlp.gate.weight", (config.num_experts, hidden)
+            for expert in range(config.num_experts):
+                yield from mlp_shapes(f"{prefix}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", (width, hidden)
+    yield f"{prefix}.up_proj.weight", (width, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, width)
+
+
+def make_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Norms are ones; matrices keep the variance of their input, so that activations stay sane at any depth."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    scale = 1.0 if name == "model.embed_tokens.weight" else 1 / math.sqrt(shape[1])
+    return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
+
+
+def write_checkpoint(shape: str, out: Path, seed: int) -> int:
+    """Write config, tokenizer and shards; returns the number of parameters."""
+    out.mkdir(parents=True, exist_ok=True)
+    config = make_config(shape)
+    config.save_pretrained(out)
+    GenerationConfig(eos_token_id=END_OF_TURN).save_pretrained(out)
+    for name in TOKENIZER_FILES:
+        shutil.copy(TOKENIZER / name, out)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    num_bytes = num_parameters = 0
+
+    def flush() -> None:
+        file_name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, out / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file_name))
+        shard.clear()
+
+    for name, tensor_shape in tensor_shapes(config):
+        tensor = make_tensor(name, tensor_shape, generator)
+        shard[name] = tensor
+        num_parameters += tensor.numel()
+        num_bytes += tensor.nbytes
+        if num_bytes >= SHARD_BYTES:
+            flush()
+            num_bytes = 0
+    if shard:
+        flush()
+    index = {"metadata": {"total_size": 2 * num_parameters}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    return num_parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    num_parameters = write_checkpoint(args.shape, args.out, args.seed)
+    print(f"{args.out}: {num_parameters / 1e9:.3f} B parameters")
+
+
+if __name__ == "__main__":
+    main()

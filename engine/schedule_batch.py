@@ -29,8 +29,9 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
     """One request's share of a step: positions `[start, start + num_tokens)`.
 
     `input_ids` holds their int32 bytes; empty means one token, the last one sampled for `row`, which only the device
-    knows yet (its step is in flight). `pages` are entered in the page table from entry `first_page` on. With `sample`,
-    the last row's logits yield a token. The rows `[start, start + num_prompt_logprobs)` are scored against the prompt tokens after them.
+    knows yet (its step is in flight). `pages` are entered in the page table from entry `first_page` on. With `sample`
+    the last row's logits yield a token. The logits of `num_prompt_logprobs` rows, counted from row
+    `prompt_logprobs_from` of the chunk, score the prompt tokens after them.
     """
 
     row: int

@@ -68,6 +68,11 @@ class Engine:
             self.shutdown()
             raise
 
+    @property
+    def run_dir(self) -> str:
+        """The folder of the engine's sockets and log; gone after `shutdown`."""
+        return self._processes.run_dir
+
     async def _connect(self, config: EngineConfig) -> TokenizerManager:
         addresses = self._processes.addresses
         return TokenizerManager(

@@ -93,20 +93,20 @@ class EngineProcess:
         self._on_exit = on_exit
         self._ending = False
         self._lifeline = Lifeline(self.addresses.caller_lifeline)
-        self._log_file = Path(self.run_dir) / "engine.log"
+        # Held open: who notices the end first removes the folder, and what the ranks said last must outlive it.
+        self._log = (Path(self.run_dir) / "engine.log").open("w+b")
         write_struct(self.run_dir, ENGINE_CONFIG, config)
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config)))
-        with self._log_file.open("wb") as log:
-            self._agent = subprocess.Popen(
-                agent_command(config.world_size, ["engine", "--run-dir", self.run_dir]),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                # An interrupt at the terminal is for the caller; the ranks follow when it ends.
-                start_new_session=True,
-            )
+        self._agent = subprocess.Popen(
+            agent_command(config.world_size, ["engine", "--run-dir", self.run_dir]),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            # An interrupt at the terminal is for the caller; the ranks follow when it ends.
+            start_new_session=True,
+        )
         threading.Thread(target=self._watch, name="watch engine", daemon=True).start()
 
     def _watch(self) -> None:
@@ -120,10 +120,9 @@ class EngineProcess:
 
     def log_tail(self) -> str:
         """The end of what the ranks wrote."""
-        try:
-            return self._log_file.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-        except FileNotFoundError:
-            return ""
+        size = os.fstat(self._log.fileno()).st_size
+        first = max(0, size - LOG_TAIL_BYTES)
+        return os.pread(self._log.fileno(), LOG_TAIL_BYTES, first).decode(errors="replace")
 
     def wait(self, timeout_s: float) -> None:
         """Give the ranks time to leave by themselves, after they were told to."""
@@ -138,6 +137,7 @@ class EngineProcess:
         self._ending = True
         self._lifeline.cut()
         end_process(self._agent)
+        self._log.close()
         remove_run_dir(self.run_dir)
 
 

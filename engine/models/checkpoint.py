@@ -43,8 +43,7 @@ class Checkpoint:
                 yield name, file
         elif single.is_file():
             with safe_open(single, framework="pt") as handle:
-                for name in handle:
-                    yield name, single
+                yield from ((name, single) for name in list(handle.keys()))
         else:
             raise ValueError(f"model_path={str(self._path)!r}: must hold model.safetensors or its shards and index")
 

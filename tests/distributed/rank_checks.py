@@ -1,0 +1,163 @@
+"""What each rank checks: collectives by their definition, sharded layers against their unsharded twins in plain torch.
+
+All ranks make the same random tensors, so each knows the whole answer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from distributed.moe_model import hf_moe_block, moe_layer
+from waybill.parallel.collectives import all_gather, all_reduce, broadcast, gather, reduce_scatter
+from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from waybill.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from waybill.parallel.mesh import Axis, ParallelMesh
+
+CPU = torch.device("cpu")
+OPTIONS = {"dtype": torch.float32, "device": CPU}
+DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
+
+
+def check_two_ranks() -> None:
+    """Everything that two ranks show: tp 2, and the mesh of dp 2 over the same ranks."""
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    check_wrong_mesh()
+    check_mesh(2, 1, dp_rank=rank, tp_rank=0)
+    tp = check_mesh(1, 2, dp_rank=0, tp_rank=rank).tp
+    check_collectives(tp)
+    check_all_reduce_bits(tp)
+    check_column_then_row(tp)
+    check_attention_heads(tp, num_kv_heads=1)
+    check_attention_heads(tp, num_kv_heads=4)
+    check_vocabulary(tp)
+    for split in ("ep", "tp"):
+        check_moe_layer(tp, split)
+
+
+def check_four_ranks() -> None:
+    """What two ranks cannot show: a mesh with two real axes, and sums of more than two terms."""
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    mesh = check_mesh(2, 2, dp_rank=rank // 2, tp_rank=rank % 2)
+    check_collectives(mesh.dp)
+    check_collectives(mesh.tp)
+    check_all_reduce_bits(mesh.world)
+    check_moe_layer(mesh.world, "ep")
+    check_attention_heads(mesh.world, num_kv_heads=2)
+
+
+def check_wrong_mesh() -> None:
+    try:
+        ParallelMesh.build(dp_size=3, tp_size=1, device=CPU)
+    except ValueError as error:
+        assert "dp_size=3" in str(error)
+    else:
+        raise AssertionError("a mesh of another size than the world was accepted")
+
+
+def check_mesh(dp_size: int, tp_size: int, *, dp_rank: int, tp_rank: int) -> ParallelMesh:
+    mesh = ParallelMesh.build(dp_size, tp_size, CPU)
+    assert (mesh.dp.rank, mesh.dp.size) == (dp_rank, dp_size)
+    assert (mesh.tp.rank, mesh.tp.size) == (tp_rank, tp_size)
+    assert (mesh.world.rank, mesh.world.size) == (dist.get_rank(), dp_size * tp_size)
+    assert mesh.dp.ranks == tuple(range(tp_rank, dp_size * tp_size, tp_size))
+    assert mesh.tp.ranks == tuple(range(dp_rank * tp_size, (dp_rank + 1) * tp_size))
+    for axis in (mesh.world, mesh.dp, mesh.tp):
+        assert axis.ranks[axis.rank] == dist.get_rank()
+        assert (axis.group is None) == (axis.size == 1)
+    return mesh
+
+
+def check_collectives(axis: Axis) -> None:
+    """Small whole numbers, which every dtype holds exactly."""
+    for dtype in DTYPES:
+        parts = torch.randint(0, 5, (axis.size, 2 * axis.size, 3)).to(dtype)
+        own = parts[axis.rank]
+        rows, columns, total = torch.cat(list(parts)), torch.cat(list(parts), dim=-1), parts.sum(0, dtype=dtype)
+        assert torch.equal(all_gather(own, axis), rows), dtype
+        assert torch.equal(all_gather(own, axis, dim=-1), columns), dtype
+        gathered = gather(own, axis, dim=-1)
+        assert (gathered is None) == (axis.rank > 0)
+        assert gathered is None or torch.equal(gathered, columns), dtype
+        assert torch.equal(all_reduce(own.clone(), axis), total), dtype
+        assert torch.equal(reduce_scatter(own, axis), total[2 * axis.rank : 2 * axis.rank + 2]), dtype
+        assert torch.equal(broadcast(own.clone(), axis, source=axis.size - 1), parts[-1]), dtype
+        # A view that is not contiguous is taken like any other tensor.
+        assert torch.equal(all_gather(own.t(), axis, dim=-1), torch.cat([part.t() for part in parts], dim=-1)), dtype
+
+
+def check_all_reduce_bits(axis: Axis) -> None:
+    """Every rank must hold the same bits, or ranks would route and sample differently."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_values in (1, 7, 4096, 100_003):
+            own = torch.randn(axis.size, num_values)[axis.rank].to(dtype)
+            total = all_reduce(own.clone(), axis)
+            everyones = all_gather(total[None], axis)
+            assert torch.equal(everyones, total.expand_as(everyones)), (dtype, num_values)
+
+
+def check_column_then_row(axis: Axis) -> None:
+    """Column-parallel, then row-parallel: the way an MLP is sharded. The bias must stand in the sum once."""
+    wide, narrow, bias, x = torch.randn(24, 16), torch.randn(16, 24), torch.randn(16), torch.randn(5, 16)
+    column = ColumnParallelLinear(16, 24, axis, **OPTIONS)
+    column.load_weight(wide)
+    row = RowParallelLinear(24, 16, axis, bias=True, **OPTIONS)
+    row.load_weight(narrow)
+    row.load_bias(bias)
+    middle = F.linear(x, wide)
+    assert_close(all_gather(column(x), axis, dim=-1), middle)
+    assert_close(row(column(x)), F.linear(middle, narrow, bias))
+
+
+def check_attention_heads(axis: Axis, num_kv_heads: int) -> None:
+    """Each rank's key and value heads are those that its query heads use, also where ranks share one."""
+    num_heads, width, hidden = 8, 4, 16
+    q, k, v = (torch.randn(heads * width, hidden) for heads in (num_heads, num_kv_heads, num_kv_heads))
+    layer = QKVParallelLinear(hidden, width, num_heads, num_kv_heads, axis, **OPTIONS)
+    for part, weight in (("q", q), ("k", k), ("v", v)):
+        layer.load_weight(weight, part)
+    x = torch.randn(3, hidden)
+    local = [out.view(3, -1, width) for out in layer.split(layer(x))]
+    queries_per_kv = layer.num_local_heads // layer.num_local_kv_heads
+    repeated = num_heads // num_kv_heads
+    for weight, out, repeats, copies in (
+        (q, local[0], 1, 1),
+        (k, local[1], queries_per_kv, repeated),
+        (v, local[2], queries_per_kv, repeated),
+    ):
+        of_every_query = F.linear(x, weight).view(3, -1, width).repeat_interleave(copies, dim=1)
+        assert_close(all_gather(out.repeat_interleave(repeats, dim=1), axis, dim=1), of_every_query)
+
+
+def check_vocabulary(axis: Axis) -> None:
+    """A vocabulary that the axis does not divide."""
+    vocab_size, hidden = 11, 6
+    weight, ids = torch.randn(vocab_size, hidden), torch.arange(vocab_size)
+    embedding = VocabParallelEmbedding(vocab_size, hidden, axis, **OPTIONS)
+    embedding.load_weight(weight)
+    assert torch.equal(embedding(ids), weight)
+    head = ParallelLMHead(vocab_size, hidden, axis, **OPTIONS)
+    head.tie(embedding)
+    x = torch.randn(4, hidden)
+    logits = head(x)
+    assert (logits is None) == (axis.rank > 0)
+    if logits is not None:
+        assert_close(logits, F.linear(x, weight))
+    everyones = ParallelLMHead(vocab_size, hidden, axis, gather_to_all=True, **OPTIONS)
+    everyones.load_weight(weight)
+    assert_close(everyones(x), F.linear(x, weight))
+
+
+def check_moe_layer(axis: Axis, split: str) -> None:
+    block = hf_moe_block(torch.float32)
+    layer = moe_layer(block, axis, split=split, backend="auto")
+    x = torch.randn(9, block.gate.hidden_dim)
+    out = layer(x)
+    assert_close(out, block(x[None])[0])
+    assert torch.equal(all_gather(out[None], axis), out.expand(axis.size, *out.shape)), "ranks differ in bits"
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

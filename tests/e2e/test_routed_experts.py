@@ -1,0 +1,306 @@
+"""What the contract promises about routed experts, on two tensor-parallel ranks and the embedded model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from waybill import Engine
+from waybill.engine.routing.wire import checksum, stitch
+
+DIALOGUE = "<|user|>start with 12<|assistant|>12<|end|><|user|>add 30<|assistant|>"
+NUM_LAYERS, NUM_MOE_LAYERS, TOP_K, NUM_EXPERTS = 7, 6, 4, 16
+GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: str) -> Iterator[Engine]:
+    with Engine(checkpoint, tp_size=2, enable_return_routed_experts=True, kv_cache_tokens=8192) as engine:
+        yield engine
+
+
+def ids(text: str) -> list[int]:
+    """Byte tokens, for prompts without special ones."""
+    return list(text.encode())
+
+
+def ask(engine: Engine, input_ids: list[int], **fields: Any) -> dict[str, Any]:
+    return engine.generate(input_ids=input_ids, sampling_params=GREEDY, return_routed_experts=True, **fields)
+
+
+def rows_of(answer: dict[str, Any]) -> np.ndarray:
+    return answer["meta_info"]["routed_experts"]
+
+
+def test_rows_are_whole_and_well_formed(engine: Engine) -> None:
+    prompt = ids("a prompt of its own")
+    answer = ask(engine, prompt)
+    rows, meta = rows_of(answer), answer["meta_info"]["routed_experts_meta"]
+    assert rows.dtype == np.uint8
+    assert rows.shape == (len(prompt) + 6 - 1, NUM_MOE_LAYERS, TOP_K)
+    assert rows.max() < NUM_EXPERTS
+    assert (np.diff(np.sort(rows, axis=-1), axis=-1) > 0).all(), "the experts of a row are distinct"
+    assert meta["start"] == 0
+    assert meta["rows"] == len(rows)
+    assert meta["layer_ids"] == [1, 2, 3, 4, 5, 6]
+    assert meta["weight_versions"] == [["default", 0, len(rows)]] or meta["weight_versions"] == [("default", 0, len(rows))]
+    assert meta["checksum"] == checksum(rows.tobytes())
+
+
+def test_default_is_zero_and_a_slice_is_the_tail(engine: Engine) -> None:
+    prompt = ids("slices of one history, all alike")
+    full = rows_of(ask(engine, prompt))
+    assert rows_of(ask(engine, prompt, routed_experts_start_len=0)).tobytes() == full.tobytes()
+    for start in (1, 7, len(prompt) - 1, len(prompt)):
+        answer = ask(engine, prompt, routed_experts_start_len=start)
+        assert rows_of(answer).tobytes() == full[start:].tobytes()
+        assert answer["meta_info"]["routed_experts_start_len"] == start
+    assert len(rows_of(ask(engine, prompt, routed_experts_start_len=len(prompt)))) == 6 - 1
+
+
+def test_zero_rows_are_an_answer(engine: Engine) -> None:
+    prompt = ids("x")
+    answer = engine.generate(
+        input_ids=prompt, sampling_params={"max_new_tokens": 1}, return_routed_experts=True, routed_experts_start_len=1
+    )
+    assert rows_of(answer).shape == (0, NUM_MOE_LAYERS, TOP_K)
+    text = engine.generate(
+        input_ids=prompt,
+        sampling_params={"max_new_tokens": 0},
+        return_routed_experts=True,
+        routed_experts_format="int32",
+    )
+    assert text["meta_info"]["routed_experts"] == ""
+
+
+def test_prefill_only_request_gives_all_but_the_last_row(engine: Engine) -> None:
+    prompt = ids("prefill only, no token")
+    answer = engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 0}, return_routed_experts=True)
+    assert answer["output_ids"] == []
+    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
+    assert len(rows_of(answer)) == len(prompt) - 1
+
+
+@pytest.mark.parametrize(("offset", "words"), [(1, "is higher than the number of input tokens"), (None, "is lower than 0")])
+def test_start_out_of_range_is_refused_before_any_prefill(engine: Engine, offset: int | None, words: str) -> None:
+    prompt = ids("refused at the edge")
+    start = -1 if offset is None else len(prompt) + offset
+    neighbour: list[Any] = []
+    thread = threading.Thread(target=lambda: neighbour.append(ask(engine, ids("a neighbour in flight"))))
+    steps_before = engine.get_server_info()["num_finished"]
+    thread.start()
+    with pytest.raises(ValueError, match=f"routed_experts_start_len={start} {words}"):
+        ask(engine, prompt, routed_experts_start_len=start)
+    thread.join()
+    assert len(rows_of(neighbour[0])) == len(ids("a neighbour in flight")) + 5
+    assert engine.get_server_info()["num_finished"] == steps_before + 1
+
+
+def test_start_is_not_checked_without_opting_in(engine: Engine) -> None:
+    answer = engine.generate(input_ids=ids("plain"), sampling_params=GREEDY, routed_experts_start_len=10_000)
+    assert "routed_experts" not in answer["meta_info"]
+
+
+def test_values_after_a_cache_hit_beyond_the_start(engine: Engine) -> None:
+    prompt = ids("the same words, asked for twice in a row")
+    first = ask(engine, prompt)
+    second = ask(engine, prompt, routed_experts_start_len=5)
+    assert second["meta_info"]["cached_tokens"] > 5
+    assert rows_of(second)[: len(prompt) - 6].tobytes() == rows_of(first)[5 : len(prompt) - 1].tobytes()
+
+
+def test_plain_requests_are_filed_but_never_sliced(engine: Engine) -> None:
+    prompt = ids("a plain request goes first, and its pages are hit later")
+    before = engine.get_server_info()
+    engine.generate(input_ids=prompt, sampling_params=GREEDY)
+    after = engine.get_server_info()
+    assert after["routed_experts_slices"] == before["routed_experts_slices"]
+    assert after["routed_experts_rows_shipped"] == before["routed_experts_rows_shipped"]
+    assert after["routed_experts_rows_filed"] > before["routed_experts_rows_filed"]
+    hit = ask(engine, prompt)
+    assert hit["meta_info"]["cached_tokens"] >= len(prompt) - 1
+    engine.flush_cache()
+    fresh = ask(engine, prompt)
+    assert fresh["meta_info"]["cached_tokens"] == 0
+    # Two forwards of the same tokens may round differently in bfloat16; the float32 suite compares every row.
+    assert (rows_of(hit)[: len(prompt) - 1] == rows_of(fresh)[: len(prompt) - 1]).mean() > 0.5
+    assert len(rows_of(hit)) == len(rows_of(fresh))
+
+
+def test_mixed_batch_keeps_every_item_apart(engine: Engine) -> None:
+    prompts = [ids("one"), ids("two is longer"), ids("three")]
+    answers = engine.generate(
+        input_ids=prompts,
+        sampling_params=GREEDY,
+        return_routed_experts=[True, False, True],
+        routed_experts_start_len=[1, 0, 3],
+    )
+    assert rows_of(answers[0]).shape[0] == len(prompts[0]) + 5 - 1
+    assert "routed_experts" not in answers[1]["meta_info"]
+    assert rows_of(answers[2]).shape[0] == len(prompts[2]) + 5 - 3
+
+
+def test_one_bad_item_refuses_the_list_with_its_index(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=r"item 1: routed_experts_start_len=9 is higher"):
+        engine.generate(
+            input_ids=[ids("good"), ids("bad")],
+            sampling_params=GREEDY,
+            return_routed_experts=True,
+            routed_experts_start_len=[0, 9],
+        )
+
+
+def test_samples_of_one_prompt_share_its_rows(engine: Engine) -> None:
+    prompt = ids("three samples of one prompt")
+    answers = engine.generate(
+        input_ids=prompt,
+        sampling_params={"n": 3, "temperature": 1.0, "max_new_tokens": 5, "ignore_eos": True, "sampling_seed": 3},
+        return_routed_experts=True,
+    )
+    assert len(answers) == 3
+    assert len({tuple(answer["output_ids"]) for answer in answers}) > 1
+    shared = [rows_of(answer)[: len(prompt) - 1].tobytes() for answer in answers]
+    assert shared[0] == shared[1] == shared[2]
+    again = engine.generate(
+        input_ids=prompt,
+        sampling_params={"n": 3, "temperature": 1.0, "max_new_tokens": 5, "ignore_eos": True, "sampling_seed": 3},
+    )
+    assert [a["output_ids"] for a in again] == [a["output_ids"] for a in answers]
+
+
+def test_deltas_of_all_turns_stitch_to_the_full_answer(engine: Engine) -> None:
+    tokens: list[int] = []
+    routes: np.ndarray | None = None
+    for turn in range(5):
+        prompt = tokens + ids(f" turn {turn} says something new.")
+        start = max(0, len(tokens) - 1)
+        answer = ask(engine, prompt, routed_experts_start_len=start)
+        delta = rows_of(answer)
+        routes = delta if routes is None else stitch(routes, start, delta)
+        tokens = prompt + answer["output_ids"]
+        assert len(routes) == len(tokens) - 1
+    full = engine.generate(input_ids=tokens, sampling_params={"max_new_tokens": 0}, return_routed_experts=True)
+    assert full["meta_info"]["cached_tokens"] == len(tokens) - 1
+    assert routes is not None
+    assert rows_of(full).tobytes() == routes.tobytes()
+
+
+def test_int32_form_is_the_field_s(engine: Engine) -> None:
+    prompt = ids("the dialect's own form")
+    compact = rows_of(ask(engine, prompt))
+    answer = ask(engine, prompt, routed_experts_format="int32")
+    wide = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), dtype="<i4")
+    wide = wide.reshape(len(prompt) + 6 - 1, NUM_LAYERS, TOP_K)
+    assert (wide[:, 0] == 0).all()
+    assert (wide[: len(prompt) - 1, 1:] == compact[: len(prompt) - 1]).all()
+    assert answer["meta_info"]["routed_experts_dtype"] == "int32"
+
+
+def test_reference_delivery_leaves_a_claim(engine: Engine) -> None:
+    prompt = ids("rows by reference")
+    inline = ask(engine, prompt)
+    meta = ask(engine, prompt, routed_experts_delivery="reference")["meta_info"]
+    assert "routed_experts" not in meta
+    for _ in range(2):
+        fetched = engine.fetch_routed_experts(meta["routed_experts_claim"])
+        assert fetched.rows[: len(prompt) - 1].tobytes() == rows_of(inline)[: len(prompt) - 1].tobytes()
+        assert fetched.meta.checksum == meta["routed_experts_meta"]["checksum"]
+    with pytest.raises(ValueError, match="unknown"):
+        engine.fetch_routed_experts("no such claim")
+
+
+def test_stream_ends_with_what_the_plain_answer_has(engine: Engine) -> None:
+    plain = engine.generate(DIALOGUE, {"temperature": 0.0, "max_new_tokens": 8}, return_logprob=True)
+    chunks = list(
+        engine.generate(DIALOGUE, {"temperature": 0.0, "max_new_tokens": 8}, stream=True, return_routed_experts=True)
+    )
+    assert plain["text"] == "42"
+    assert [chunk["text"] for chunk in chunks][-1] == plain["text"]
+    assert chunks[-1]["output_ids"] == plain["output_ids"]
+    assert len(chunks) == len(plain["output_ids"])
+    assert len(rows_of(chunks[-1])) == chunks[-1]["meta_info"]["prompt_tokens"] + len(plain["output_ids"]) - 1
+
+
+def test_stop_string_and_logprobs(engine: Engine) -> None:
+    answer = engine.generate(
+        DIALOGUE, {"temperature": 0.0, "stop": ["2"]}, return_logprob=True, logprob_start_len=0, top_logprobs_num=2
+    )
+    meta = answer["meta_info"]
+    assert answer["text"] == "4"
+    assert meta["finish_reason"] == {"type": "stop", "matched": "2"}
+    assert len(meta["output_token_logprobs"]) == len(answer["output_ids"]) == 2
+    assert meta["input_token_logprobs"][0][0] is None
+    assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
+    assert all(len(pairs) == 2 for pairs in meta["output_top_logprobs"])
+    kept = engine.generate(DIALOGUE, {"temperature": 0.0, "stop": ["2"], "no_stop_trim": True})
+    assert kept["text"] == "42"
+
+
+def test_abort_returns_the_rows_there_are(engine: Engine) -> None:
+    prompt = ids("to be aborted while it runs")
+    stream = engine.generate(
+        input_ids=prompt,
+        sampling_params={"max_new_tokens": 2000, "ignore_eos": True},
+        stream=True,
+        rid="victim-1",
+        return_routed_experts=True,
+    )
+    assert next(stream)["meta_info"]["finish_reason"] is None
+    engine.abort_request("victim")
+    last = list(stream)[-1]
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    assert len(rows_of(last)) == len(prompt) + len(last["output_ids"]) - 1
+    assert_idle(engine)
+
+
+def test_leaving_a_stream_aborts_the_request(engine: Engine) -> None:
+    stream = engine.generate(
+        input_ids=ids("left alone"), sampling_params={"max_new_tokens": 4000, "ignore_eos": True}, stream=True
+    )
+    next(stream)
+    stream.close()
+    assert_idle(engine)
+
+
+def test_async_generate_from_another_loop(engine: Engine) -> None:
+    async def run() -> tuple[list[str], str]:
+        answers = await asyncio.gather(*(engine.async_generate(DIALOGUE, {"temperature": 0.0}) for _ in range(3)))
+        stream = await engine.async_generate(DIALOGUE, {"temperature": 0.0}, stream=True)
+        async for chunk in stream:
+            last = chunk
+        return [answer["text"] for answer in answers], last["text"]
+
+    assert asyncio.run(run()) == (["42", "42", "42"], "42")
+
+
+def test_flush_empties_the_cache(engine: Engine) -> None:
+    prompt = ids("cached and then not")
+    ask(engine, prompt)
+    assert ask(engine, prompt)["meta_info"]["cached_tokens"] == len(prompt) - 1
+    engine.flush_cache()
+    assert ask(engine, prompt)["meta_info"]["cached_tokens"] == 0
+    info = assert_idle(engine)
+    assert info["num_free_pages"] + info["num_cached_pages"] == info["num_pages"]
+
+
+def assert_idle(engine: Engine) -> dict[str, Any]:
+    """Wait for the engine to come to rest; its pages are then free or cached."""
+    for _ in range(200):
+        info = engine.get_server_info()
+        if info["num_running"] == info["num_waiting"] == 0:
+            assert info["num_free_pages"] + info["num_cached_pages"] == info["num_pages"]
+            return info
+    raise AssertionError("the engine does not come to rest")
+
+
+def test_without_routing_opting_in_is_refused_with_the_hint(checkpoint: str) -> None:
+    with Engine(checkpoint, tp_size=1, kv_cache_tokens=1024) as plain:
+        with pytest.raises(ValueError, match="--enable-return-routed-experts"):
+            ask(plain, ids("no routing here"))
+        assert "routed_experts" not in plain.generate(input_ids=ids("x"), sampling_params=GREEDY)["meta_info"]

@@ -171,8 +171,8 @@ class QKVParallelLinear(ShardedLinear):
 class RowParallelLinear(ShardedLinear):
     """A slice of the inputs per rank; the partial results are summed: [T, D/n] -> [T, O] on every rank.
 
-    The bias is held by rank 0 of the axis alone, so that the sum has it once. With `reduce=False` the partial results are
-    returned, for a caller that sums them in a way of its own.
+    The bias is held by rank 0 of the axis alone, so that the sum has it once. With `reduce=False` a rank returns its
+    partial result, for a caller that sums in a way of its own.
     """
 
     def __init__(

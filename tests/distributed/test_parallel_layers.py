@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
-import torch.distributed as dist
-from distributed.rank_checks import check_four_ranks, check_two_ranks
+from distributed.rank_checks import check_four_ranks, check_two_ranks, fail_on_rank_one
 from distributed.ranks import run_ranks
 from torch.multiprocessing import ProcessRaisedException
-
-
-def fail_on_rank_one() -> None:
-    if dist.get_rank() == 1:
-        raise ValueError("the reason")
-
-
-def sleep_on_rank_one() -> None:
-    if dist.get_rank() == 1:
-        time.sleep(600)
 
 
 def test_two_ranks_compute_what_one_does() -> None:
@@ -27,3 +14,8 @@ def test_two_ranks_compute_what_one_does() -> None:
 
 def test_four_ranks_compute_what_one_does() -> None:
     run_ranks(check_four_ranks, 4)
+
+
+def test_a_failing_rank_is_reported_and_ends_the_others() -> None:
+    with pytest.raises(ProcessRaisedException, match=r"Process 1 terminated(.|\n)*the reason"):
+        run_ranks(fail_on_rank_one, 2)

@@ -1,0 +1,200 @@
+"""Every implementation of the experts against the reference, and both splits against the whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from waybill.parallel.mesh import Axis
+from waybill.parallel.moe import experts_native as native
+from waybill.parallel.moe.experts import (
+    Experts,
+    ExpertsFunction,
+    experts_by_group,
+    experts_by_grouped_mm,
+    experts_torch_reference,
+    select_experts_function,
+)
+
+CPU = torch.device("cpu")
+NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 3, 96, 64
+
+needs_kernel = pytest.mark.skipif(native.load_kernel() is None, reason="needs AVX512-BF16 and a C++ compiler")
+FAST: list[Any] = [
+    pytest.param(experts_by_group, torch.float32, id="by_group-float32"),
+    pytest.param(experts_by_group, torch.bfloat16, id="by_group-bfloat16"),
+    pytest.param(experts_by_grouped_mm, torch.float32, id="grouped_mm-float32"),
+    pytest.param(experts_by_grouped_mm, torch.bfloat16, id="grouped_mm-bfloat16"),
+    pytest.param(native.experts_native, torch.bfloat16, id="native-bfloat16", marks=needs_kernel),
+]
+
+
+def problem(num_tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Arguments of an `ExpertsFunction`; the last expert gets no token, so that an empty group is among them."""
+    torch.manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, HIDDEN)
+    ids = torch.rand(num_tokens, NUM_EXPERTS - 1).argsort(dim=1)[:, :TOP_K].contiguous()
+    gate_up, down = torch.randn(NUM_EXPERTS, 2 * WIDTH, HIDDEN) / 8, torch.randn(NUM_EXPERTS, HIDDEN, WIDTH) / 8
+    weights = torch.rand(num_tokens, TOP_K)
+    return (hidden.to(dtype), ids, weights.to(dtype), gate_up.to(dtype), down.to(dtype))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """float32: the order of sums. bfloat16: that, and the reference's rounding of each term it adds."""
+    tolerance = 1e-5 if actual.dtype == torch.float32 else 2**-7
+    scale = expected.float().abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 5, 70])
+@pytest.mark.parametrize(("function", "dtype"), FAST)
+def test_fast_is_the_reference(function: ExpertsFunction, dtype: torch.dtype, num_tokens: int) -> None:
+    arguments = problem(num_tokens, dtype)
+    assert_close(function(*arguments), experts_torch_reference(*arguments))
+
+
+@pytest.mark.parametrize(("function", "dtype"), FAST)
+def test_experts_of_other_ranks_add_nothing(function: ExpertsFunction, dtype: torch.dtype) -> None:
+    """Ids on both sides of the local range."""
+    hidden, ids, weights, gate_up, down = problem(20, dtype)
+    arguments = (hidden, ids - 2, weights, gate_up[2:4], down[2:4])
+    expected = experts_torch_reference(*arguments)
+    assert expected.abs().max() > 0
+    assert_close(function(*arguments), expected)
+    assert torch.equal(function(hidden, ids + NUM_EXPERTS, weights, gate_up, down), torch.zeros_like(hidden))
+
+
+@needs_kernel
+def test_native_rounds_to_bfloat16_where_torch_does() -> None:
+    """With sums of one term, and one expert per token, nothing may differ: every rounding is seen, no order of sums is."""
+    hidden, _, _, gate_up, down = problem(200, torch.bfloat16)
+    hidden[:, 1:] = 0
+    down[..., 1:] = 0
+    ids, weights = torch.randint(0, NUM_EXPERTS, (200, 1)), torch.rand(200, 1).bfloat16()
+    actual = native.experts_native(hidden, ids, weights, gate_up, down)
+    assert torch.equal(actual, experts_torch_reference(hidden, ids, weights, gate_up, down))
+
+
+@needs_kernel
+def test_native_result_of_a_token_has_the_same_bits_in_any_batch_and_with_any_threads() -> None:
+    hidden, ids, weights, gate_up, down = problem(37, torch.bfloat16)
+    together = native.experts_native(hidden, ids, weights, gate_up, down)
+    for size in (1, 2, 3, 8):
+        parts = [
+            native.experts_native(*(x.contiguous() for x in part), gate_up, down)
+            for part in zip(hidden.split(size), ids.split(size), weights.split(size), strict=True)
+        ]
+        assert torch.equal(torch.cat(parts), together), size
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(native.experts_native(hidden, ids, weights, gate_up, down), together), num_threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernel
+def test_native_activation_is_right_far_from_zero() -> None:
+    """silu of values whose exponential overflows or vanishes: no NaN, and the right limit."""
+    hidden = torch.zeros(4, 32, dtype=torch.bfloat16)
+    hidden[:, 0] = torch.tensor([-1000.0, -90.0, 90.0, 1000.0])
+    gate_up, down = torch.zeros(1, 64, 32), torch.zeros(1, 32, 32)
+    gate_up[0, 0, 0], gate_up[0, 32, 0], down[0, 0, 0] = 1.0, 0.125, 1.0
+    arguments = (hidden, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bfloat16))
+    weights = (gate_up.bfloat16(), down.bfloat16())
+    actual = native.experts_native(*arguments, *weights)
+    torch.testing.assert_close(actual, experts_torch_reference(*arguments, *weights), rtol=2**-8, atol=1e-30)
+
+
+@pytest.fixture
+def fresh_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and nothing remembered before and after."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load_kernel.cache_clear()
+    yield tmp_path / "waybill"
+    native.load_kernel.cache_clear()
+
+
+@needs_kernel
+def test_without_a_compiler_torch_serves_and_the_log_says_so(
+    fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert select_experts_function("auto", torch.empty(1, 32, 32, dtype=torch.bfloat16)) is experts_by_group
+    assert "no C++ compiler" in caplog.text
+
+
+@needs_kernel
+def test_a_build_that_fails_falls_back(
+    fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("not C++")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    assert native.load_kernel() is None
+    assert "could not be built" in caplog.text
+    assert list(fresh_kernel.iterdir()) == []
+
+
+@needs_kernel
+def test_a_kernel_is_built_once_per_source(fresh_kernel: Path) -> None:
+    compiler = native.shutil.which("c++") or "g++"
+    first = native.build(native.SOURCE, fresh_kernel, compiler)
+    built_at = os.stat(first).st_mtime_ns
+    assert native.build(native.SOURCE, fresh_kernel, compiler) == first
+    assert os.stat(first).st_mtime_ns == built_at
+    symbols = subprocess.run(["nm", "-D", str(first)], capture_output=True, text=True, check=True).stdout
+    assert "waybill_experts_bf16" in symbols
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "expected"),
+    [
+        ("torch_reference", torch.bfloat16, 64, "experts_torch_reference"),
+        ("fast", torch.float32, 64, "experts_by_group"),
+        ("fast", torch.bfloat16, 40, "experts_by_group"),
+        pytest.param("fast", torch.bfloat16, 64, "experts_native", marks=needs_kernel),
+    ],
+)
+def test_selection(backend: str, dtype: torch.dtype, width: int, expected: str) -> None:
+    down = torch.empty(1, 64, width, dtype=dtype)
+    assert select_experts_function(backend, down).__name__ == expected
+
+
+@pytest.mark.parametrize("split", ["ep", "tp"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_partial_results_of_both_splits_add_up(split: str, size: int) -> None:
+    hidden, ids, weights, gate_up, down = problem(25, torch.float32)
+    total = torch.zeros_like(hidden)
+    for rank in range(size):
+        axis = Axis("tp", rank, size, None, tuple(range(size)))
+        experts = Experts(NUM_EXPERTS, HIDDEN, WIDTH, axis, split=split, backend="auto", dtype=hidden.dtype, device=CPU)
+        for expert_id in range(NUM_EXPERTS):
+            gate, up = gate_up[expert_id].chunk(2)
+            for part, weight in (("gate", gate), ("up", up), ("down", down[expert_id])):
+                experts.load_weight(weight, expert_id, part)
+        assert experts.down.numel() == down.numel() // size
+        total += experts(hidden, ids, weights)
+    assert_close(total, experts_torch_reference(hidden, ids, weights, gate_up, down))
+
+
+@pytest.mark.parametrize(("split", "name"), [("ep", "num_experts=5"), ("tp", "moe_intermediate_size=33")])
+def test_sizes_that_the_axis_does_not_divide_are_refused(split: str, name: str) -> None:
+    axis = Axis("tp", 0, 2, None, (0, 1))
+    with pytest.raises(ValueError, match=name):
+        Experts(5, 32, 33, axis, split=split, backend="auto", dtype=torch.float32, device=CPU)
+
+
+def test_a_wrong_shape_is_refused_also_for_an_expert_of_another_rank() -> None:
+    axis = Axis("tp", 1, 2, None, (0, 1))
+    experts = Experts(4, 32, 64, axis, split="ep", backend="auto", dtype=torch.float32, device=CPU)
+    with pytest.raises(ValueError, match=r"shape \(64, 32\): must be \(32, 64\)"):
+        experts.load_weight(torch.zeros(64, 32), 0, "down")

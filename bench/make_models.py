@@ -2,7 +2,10 @@
 
 python bench/make_models.py M --out models/M            about 1.7 B parameters, for throughput
 python bench/make_models.py routing30b --out models/R   the routing shape of Qwen3-30B-A3B, tiny hidden size
-python bench/make_models.py toy --out models/T          for tests
+python bench/make_models.py T --out models/T            a toy, for tests
+
+Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
+them: a model of random weights has the cost and the routing load of a real one, not its answers.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "che
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 END_OF_TURN = 260
 SHARD_BYTES = 1 << 30
+BYTES_PER_WEIGHT = 2
 
 SHAPES: dict[str, dict[str, object]] = {
     "M": {
@@ -50,7 +54,7 @@ SHAPES: dict[str, dict[str, object]] = {
         "vocab_size": 512,
         "max_position_embeddings": 40960,
     },
-    "toy": {
+    "T": {
         "hidden_size": 64,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -60,7 +64,7 @@ SHAPES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "intermediate_size": 96,
-        "vocab_size": 300,
+        "vocab_size": 512,
         "max_position_embeddings": 2048,
         "mlp_only_layers": [0],
     },
@@ -68,6 +72,7 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 def make_config(shape: str) -> Qwen3MoeConfig:
+    """The configuration of a named shape: untied, renormalised top-k, bfloat16."""
     return Qwen3MoeConfig(
         **SHAPES[shape],
         architectures=["Qwen3MoeForCausalLM"],
@@ -102,6 +107,7 @@ def tensor_shapes(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, ...]
 
 
 def mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The three matrices of one expert, or of a dense layer."""
     yield f"{prefix}.gate_proj.weight", (width, hidden)
     yield f"{prefix}.up_proj.weight", (width, hidden)
     yield f"{prefix}.down_proj.weight", (hidden, width)
@@ -115,6 +121,20 @@ def make_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -
     return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
 
 
+def split_into_shards(config: Qwen3MoeConfig) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Consecutive tensors, at most `SHARD_BYTES` a shard unless one tensor alone is larger."""
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    num_bytes = 0
+    for name, shape in tensor_shapes(config):
+        tensor_bytes = BYTES_PER_WEIGHT * math.prod(shape)
+        if shards[-1] and num_bytes + tensor_bytes > SHARD_BYTES:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append((name, shape))
+        num_bytes += tensor_bytes
+    return shards
+
+
 def write_checkpoint(shape: str, out: Path, seed: int) -> int:
     """Write config, tokenizer and shards; returns the number of parameters."""
     out.mkdir(parents=True, exist_ok=True)
@@ -124,27 +144,15 @@ def write_checkpoint(shape: str, out: Path, seed: int) -> int:
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, out)
     generator = torch.Generator().manual_seed(seed)
+    shards = split_into_shards(config)
     weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    num_bytes = num_parameters = 0
-
-    def flush() -> None:
-        file_name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, out / file_name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file_name))
-        shard.clear()
-
-    for name, tensor_shape in tensor_shapes(config):
-        tensor = make_tensor(name, tensor_shape, generator)
-        shard[name] = tensor
-        num_parameters += tensor.numel()
-        num_bytes += tensor.nbytes
-        if num_bytes >= SHARD_BYTES:
-            flush()
-            num_bytes = 0
-    if shard:
-        flush()
-    index = {"metadata": {"total_size": 2 * num_parameters}, "weight_map": weight_map}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: make_tensor(name, tensor_shape, generator) for name, tensor_shape in shard}
+        save_file(tensors, out / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file_name))
+    num_parameters = sum(math.prod(tensor_shape) for shard in shards for _, tensor_shape in shard)
+    index = {"metadata": {"total_size": BYTES_PER_WEIGHT * num_parameters}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     return num_parameters
 

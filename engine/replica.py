@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from .detokenizer import load_tokenizer
 from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RoutingSetup
 from .kv_cache.kv_store import KVStore
 from .memory import kv_pool_pages, peak_rss_bytes
-from .model_runner import ModelRunner
+from .model_runner import LaunchedStep, ModelRunner
 from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .page_manager import PageManager
@@ -47,8 +48,42 @@ class ReplicaEndpoints(msgspec.Struct, frozen=True):
     records: str
 
 
+@dataclass(frozen=True)
+class Rank:
+    """What a rank has loaded, before it knows whom it talks to."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    limits: StepLimits
+    num_pages: int
+    runner: ModelRunner
+    ring: RouteRing | None
+    facts: dict[str, int | float | str]
+
+
 def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndpoints) -> None:
     """Load the model and serve until the frontend says stop."""
+    rank = load_rank(config, mesh)
+    context = zmq.Context()
+    freeze_garbage_collector()
+    if rank.runner.is_leader:
+        inbox: Receiver[FrontendMessage] = Receiver(context, endpoints.leader, FrontendMessage)
+        peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
+        records: Sender[OutputRecord] = Sender(context, endpoints.records)
+        frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
+        make_scheduler(rank, Endpoints(inbox, peers, records, frontend)).run()
+    else:
+        follow(rank.runner, context, endpoints.peers[mesh.tp.rank - 1])
+    context.destroy(linger=int(FAREWELL_S * 1000))
+
+
+def build_leader(config: EngineConfig, mesh: ParallelMesh, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
+    """A leader that the caller drives step by step."""
+    return make_scheduler(load_rank(config, mesh), endpoints)
+
+
+def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
+    """Model, KV pool and, on global rank 0 with routing on, the ring."""
     began = time.perf_counter()
     model_config = load_model_config(config)
     context_length = resolve_context_length(config, model_config)
@@ -69,13 +104,24 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
         attention_backend=config.attention_backend,
         capturer=None if ring is None else RoutedExpertsCapturer(ring, mesh.device),
     )
-    context = zmq.Context()
-    if runner.is_leader:
-        facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
-        _lead(config, model_config, limits, num_pages, runner, ring, context, endpoints, facts)
-    else:
-        _follow(runner, context, endpoints.peers[mesh.tp.rank - 1])
-    context.destroy(linger=int(FAREWELL_S * 1000))
+    facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
+    return Rank(config, model_config, limits, num_pages, runner, ring, facts)
+
+
+def make_scheduler(rank: Rank, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
+    """Wire a leader, and tell the output processor and the frontend that it is there."""
+    config = rank.config
+    scheduler = Scheduler(
+        config,
+        rank.limits,
+        PageManager(rank.num_pages, config.page_size, config.enable_prefix_cache),
+        StopChecker(rank.model_config.eos_token_ids, load_tokenizer(config.tokenizer_path or config.model_path)),
+        rank.runner,
+        endpoints,
+    )
+    endpoints.records.send(_routing_setup(config, rank.num_pages, rank.ring))
+    endpoints.frontend.send(ControlReply("ready", True, state=rank.facts))
+    return scheduler
 
 
 def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> int:
@@ -94,39 +140,9 @@ def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> i
     return config.context_length
 
 
-def _lead(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    limits: StepLimits,
-    num_pages: int,
-    runner: ModelRunner,
-    ring: RouteRing | None,
-    context: zmq.Context[Any],
-    endpoints: ReplicaEndpoints,
-    facts: dict[str, int | float | str],
-) -> None:
-    inbox: Receiver[FrontendMessage] = Receiver(context, endpoints.leader, FrontendMessage)
-    frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
-    records: Sender[OutputRecord] = Sender(context, endpoints.records)
-    peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
-    records.send(_routing_setup(config, num_pages, ring))
-    scheduler = Scheduler(
-        config,
-        limits,
-        PageManager(num_pages, config.page_size, config.enable_prefix_cache),
-        StopChecker(model_config.eos_token_ids, load_tokenizer(config.tokenizer_path or config.model_path)),
-        runner,
-        Endpoints(inbox, peers, records, frontend),
-    )
-    freeze_garbage_collector()
-    frontend.send(ControlReply("ready", True, state=facts))
-    scheduler.run()
-
-
-def _follow(runner: ModelRunner, context: zmq.Context[Any], address: str) -> None:
+def follow(runner: ModelRunner, context: zmq.Context[Any], address: str) -> None:
     """Execute the leader's plans, in order, until it says stop."""
     inbox: Receiver[PeerMessage] = Receiver(context, address, PeerMessage)
-    freeze_garbage_collector()
     while True:
         if not inbox.wait(PEER_WAIT_S):
             continue

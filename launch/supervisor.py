@@ -99,7 +99,7 @@ class EngineProcess:
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config)))
         self._agent = subprocess.Popen(
-            agent_command(config.world_size, ["engine", "--run-dir", self.run_dir]),
+            agent_command(config.world_size, self.run_dir),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -146,8 +146,8 @@ def threads_per_rank(config: EngineConfig) -> int:
     return config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
 
 
-def agent_command(world_size: int, worker_args: list[str]) -> list[str]:
-    """torchrun for one node, on a free port of this host."""
+def agent_command(world_size: int, run_dir: str) -> list[str]:
+    """torchrun for one node, on a free port of this host; what it writes goes to the run's folder."""
     return [
         sys.executable,
         "-m",
@@ -155,7 +155,11 @@ def agent_command(world_size: int, worker_args: list[str]) -> list[str]:
         "--standalone",
         "--nproc-per-node",
         str(world_size),
+        "--log-dir",
+        f"{run_dir}/torchrun",
         "-m",
         "waybill.launch.worker",
-        *worker_args,
+        "engine",
+        "--run-dir",
+        run_dir,
     ]

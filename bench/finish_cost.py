@@ -32,6 +32,7 @@ import zmq
 from machine import describe, write_result
 from rich.console import Console
 from rich.table import Table
+
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
     BackendMessage,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
 from waybill.parallel.collectives import all_gather, all_reduce, broadcast, gather, reduce_scatter
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from waybill.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear

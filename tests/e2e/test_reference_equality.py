@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from waybill import Engine
 from waybill.engine.routing.reference import Agreement, Reference
 

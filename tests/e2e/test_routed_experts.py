@@ -49,7 +49,9 @@ def test_rows_are_whole_and_well_formed(engine: Engine) -> None:
     assert meta["start"] == 0
     assert meta["rows"] == len(rows)
     assert meta["layer_ids"] == [1, 2, 3, 4, 5, 6]
-    assert meta["weight_versions"] == [["default", 0, len(rows)]] or meta["weight_versions"] == [("default", 0, len(rows))]
+    assert meta["weight_versions"] == [["default", 0, len(rows)]] or meta["weight_versions"] == [
+        ("default", 0, len(rows))
+    ]
     assert meta["checksum"] == checksum(rows.tobytes())
 
 
@@ -87,7 +89,9 @@ def test_prefill_only_request_gives_all_but_the_last_row(engine: Engine) -> None
     assert len(rows_of(answer)) == len(prompt) - 1
 
 
-@pytest.mark.parametrize(("offset", "words"), [(1, "is higher than the number of input tokens"), (None, "is lower than 0")])
+@pytest.mark.parametrize(
+    ("offset", "words"), [(1, "is higher than the number of input tokens"), (None, "is lower than 0")]
+)
 def test_start_out_of_range_is_refused_before_any_prefill(engine: Engine, offset: int | None, words: str) -> None:
     prompt = ids("refused at the edge")
     start = -1 if offset is None else len(prompt) + offset

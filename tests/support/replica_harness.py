@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
     FrontendMessage,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from waybill.engine.io_struct import SamplingParams
 from waybill.engine.sampler import SamplingRow, sample, score_tokens, start_counts, uniform
 

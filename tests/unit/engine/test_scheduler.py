@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.replica_harness import EOS, Replica, expected_output
+
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import AbortReq, ControlReply, FlushCacheReq, SamplingParams
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding, VocabShard
 from waybill.parallel.mesh import Axis
 

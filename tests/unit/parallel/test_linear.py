@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+
 from waybill.parallel.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,

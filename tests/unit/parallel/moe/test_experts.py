@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe import experts_native as native
 from waybill.parallel.moe.experts import (

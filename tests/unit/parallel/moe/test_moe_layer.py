@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts

@@ -47,11 +47,12 @@ class Detokenizer:
         self._num_emitted = end
         return piece
 
-    def finish(self, reason: FinishReason) -> str:
-        """The rest of the text, cut where the request stopped."""
-        return self.text(reason)[self._num_emitted :]
+    def finish(self, token_ids: Sequence[int], reason: FinishReason) -> str:
+        """Add the last tokens; returns the rest of the text, cut where the request stopped."""
+        self.token_ids.extend(token_ids)
+        return self._text(reason)[self._num_emitted :]
 
-    def text(self, reason: FinishReason) -> str:
+    def _text(self, reason: FinishReason) -> str:
         """The whole text of a finished request."""
         ids = self.token_ids
         if self._no_stop_trim or reason.type != "stop":

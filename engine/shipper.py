@@ -65,7 +65,6 @@ class _Parcel:
     started: ReqStarted
     detokenizer: Detokenizer
     num_output: int = 0
-    text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
@@ -79,13 +78,8 @@ class _Parcel:
         self.top_logprobs += output.top_logprobs
         self.input_logprobs += output.input_logprobs
         self.input_top_logprobs += output.input_top_logprobs
-        if self.started.stream:
-            self.text += self.detokenizer.push(output.token_ids)
-        else:
-            self.detokenizer.token_ids += output.token_ids
 
     def clear(self) -> None:
-        self.text = ""
         self.token_ids, self.logprobs, self.top_logprobs = [], [], []
         self.input_logprobs, self.input_top_logprobs = [], []
 
@@ -147,9 +141,8 @@ class Shipper:
 
     @staticmethod
     def _make_output(order: ShipmentOrder, progress: Progress, parcel: _Parcel) -> RequestOutput:
-        text = parcel.text
-        if progress.finish_reason is not None:
-            text += parcel.detokenizer.finish(progress.finish_reason)
+        detokenizer, reason = parcel.detokenizer, progress.finish_reason
+        text = detokenizer.push(parcel.token_ids) if reason is None else detokenizer.finish(parcel.token_ids, reason)
         return RequestOutput(
             rid=progress.rid,
             text=text,

@@ -1,0 +1,63 @@
+"""The fast attention against its slow twin, and a batch against its requests alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from waybill.engine.attention import make_attention_backend
+from waybill.engine.attention.backend import AttentionBatch
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
+
+
+def make_case(lengths: list[tuple[int, int]], page_size: int, seed: int) -> tuple[AttentionBatch, list[torch.Tensor]]:
+    """Requests of (new tokens, cached tokens) on pages in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    q_lens = [new for new, _ in lengths]
+    kv_lens = [new + cached for new, cached in lengths]
+    per_req = [-(-n // page_size) for n in kv_lens]
+    order = torch.randperm(sum(per_req), generator=generator).to(torch.int32)
+    table = torch.zeros(len(lengths), max(per_req), dtype=torch.int32)
+    first = 0
+    for i, n in enumerate(per_req):
+        table[i, :n] = order[first : first + n]
+        first += n
+    num_slots = sum(per_req) * page_size
+    query = torch.randn(sum(q_lens), HEADS, WIDTH, generator=generator)
+    keys = torch.randn(num_slots, KV_HEADS, WIDTH, generator=generator)
+    values = torch.randn(num_slots, KV_HEADS, WIDTH, generator=generator)
+    return AttentionBatch(q_lens, kv_lens, table, page_size), [query, keys, values]
+
+
+def run(name: str, batch: AttentionBatch, tensors: list[torch.Tensor]) -> torch.Tensor:
+    backend = make_attention_backend(name)
+    query, keys, values = tensors
+    return backend.forward(query, keys, values, backend.plan(batch), WIDTH**-0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=6),
+    page_size=st.sampled_from([1, 4]),
+    seed=st.integers(0, 1000),
+)
+def test_sdpa_equals_the_definition(lengths: list[tuple[int, int]], page_size: int, seed: int) -> None:
+    batch, tensors = make_case(lengths, page_size, seed)
+    torch.testing.assert_close(run("sdpa", batch, tensors), run("torch_reference", batch, tensors))
+
+
+def test_decodes_of_very_different_lengths() -> None:
+    batch, tensors = make_case([(1, 0), (1, 1), (1, 300), (1, 290), (5, 40), (1, 7)], 4, 1)
+    torch.testing.assert_close(run("sdpa", batch, tensors), run("torch_reference", batch, tensors))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "torch_reference"])
+def test_entries_beyond_a_requests_pages_are_not_read(name: str) -> None:
+    """Page tables hold left-overs of other requests there, and their slots may hold anything."""
+    batch, tensors = make_case([(1, 2), (1, 3)], 1, 2)
+    expected = run(name, batch, tensors)
+    wide = torch.cat([batch.page_table, torch.full((2, 3), int(batch.page_table.max()), dtype=torch.int32)], dim=1)
+    torch.testing.assert_close(run(name, AttentionBatch([1, 1], [3, 4], wide, 1), tensors), expected)

@@ -1,0 +1,234 @@
+"""The ledger: the bugs of field notes one by one, then drawn histories against a model that keeps rows by request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from waybill.engine.io_struct import Segment
+from waybill.engine.routing.ledger import MissingRoutesError, RouteLedger
+from waybill.engine.routing.ring import RouteGeometry
+
+GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=64, top_k=2, num_experts=256)
+
+
+def pages(*numbers: int) -> bytes:
+    return np.array(numbers, dtype="<i4").tobytes()
+
+
+def rows_of(first: int, num: int) -> np.ndarray:
+    """[M, n, K] rows that tell every token apart."""
+    return (np.arange(first, first + num)[None, :, None] * 4 + np.arange(4).reshape(2, 1, 2)).astype(np.uint8)
+
+
+def make_ledger(page_size: int = 1) -> RouteLedger:
+    return RouteLedger(16, page_size, GEOMETRY)
+
+
+def run_request(ledger: RouteLedger, rid: str, where: tuple[int, ...], first: int, version: str = "v") -> None:
+    """Start a request and file one row a page; its rows are those from `first` on."""
+    ledger.start(rid, keep=True)
+    ledger.admit(rid, b"")
+    segment = Segment(rid, 0, len(where), pages(*where))
+    ledger.allocate(segment)
+    ledger.file(segment, rows_of(first, len(where)), version)
+
+
+def expect(ledger: RouteLedger, rid: str, start: int, seqlen: int, wanted: np.ndarray) -> None:
+    found = ledger.get_topk(rid, start, seqlen)
+    assert found.start == min(start, max(seqlen - 1, 0))
+    assert found.rows.tobytes() == np.ascontiguousarray(wanted.transpose(1, 0, 2)).tobytes()
+
+
+def test_slices_are_half_open_absolute_and_clamped() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "a", (3, 1, 2, 0), 10)
+    whole = rows_of(10, 4)
+    for start in range(7):
+        for seqlen in range(6):
+            expect(ledger, "a", start, seqlen, whole[:, start : max(seqlen - 1, 0)])
+    with pytest.raises(ValueError, match="routed_experts_start_len=-1 is lower than 0"):
+        ledger.get_topk("a", -1, 4)
+    with pytest.raises(MissingRoutesError, match="from position 4 on were not filed"):
+        ledger.get_topk("a", 0, 6)
+
+
+def test_a_slice_outlives_the_reuse_of_its_slots() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "a", (0, 1), 0)
+    taken = ledger.get_topk("a", 0, 3)
+    ledger.drop("a")
+    run_request(ledger, "b", (0, 1), 20)
+    assert taken.rows.tobytes() == rows_of(0, 2).transpose(1, 0, 2).tobytes()
+    expect(ledger, "b", 0, 3, rows_of(20, 2))
+
+
+def test_rows_of_a_reused_slot_are_missing_until_written() -> None:
+    ledger = make_ledger(page_size=2)
+    run_request(ledger, "a", (0, 1), 0)
+    ledger.drop("a")
+    ledger.start("b", keep=True)
+    ledger.admit("b", b"")
+    ledger.allocate(Segment("b", 0, 1, pages(0)))
+    ledger.file(Segment("b", 0, 1, b""), rows_of(9, 1), "v")
+    expect(ledger, "b", 0, 2, rows_of(9, 1))
+    with pytest.raises(MissingRoutesError):
+        ledger.get_topk("b", 0, 3)
+
+
+def test_a_cache_hit_finds_rows_that_nobody_asked_for_when_they_were_filed() -> None:
+    ledger = make_ledger()
+    ledger.start("plain", keep=False)
+    ledger.admit("plain", b"")
+    segment = Segment("plain", 0, 3, pages(5, 4, 3))
+    ledger.allocate(segment)
+    ledger.file(segment, rows_of(7, 3), "v")
+    ledger.drop("plain")
+    ledger.start("opted", keep=True)
+    ledger.admit("opted", pages(5, 4))
+    more = Segment("opted", 2, 1, pages(9))
+    ledger.allocate(more)
+    ledger.file(more, rows_of(30, 1), "v")
+    expect(ledger, "opted", 0, 4, np.concatenate([rows_of(7, 2), rows_of(30, 1)], axis=1))
+
+
+def test_first_filed_wins_over_the_rows_of_a_second_prefill() -> None:
+    """Retraction frees KV; a re-prefill under new weights routes again. What the tokens were sampled under stands."""
+    ledger = make_ledger()
+    run_request(ledger, "a", (0, 1, 2), 0, "old")
+    ledger.retract("a")
+    ledger.admit("a", b"")
+    again = Segment("a", 0, 5, pages(8, 9, 10, 11, 12))
+    ledger.allocate(again)
+    ledger.file(again, rows_of(40, 5), "new")
+    found = ledger.get_topk("a", 1, 6)
+    assert found.rows.tobytes() == (
+        np.concatenate([rows_of(1, 2), rows_of(43, 2)], axis=1).transpose(1, 0, 2).tobytes()
+    )
+    assert found.weight_versions == [("old", 1, 3), ("new", 3, 5)]
+    # The slots hold the rows of the forward whose KV is in them: another request that hits those pages gets these.
+    ledger.drop("a")
+    ledger.start("b", keep=True)
+    ledger.admit("b", pages(8, 9))
+    expect(ledger, "b", 0, 3, rows_of(40, 2))
+
+
+def test_a_request_retracted_twice_keeps_the_first_rows_of_each_position() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "a", (0, 1), 0)
+    ledger.retract("a")
+    ledger.admit("a", b"")
+    ledger.allocate(Segment("a", 0, 3, pages(4, 5, 6)))
+    ledger.file(Segment("a", 0, 3, b""), rows_of(20, 3), "v")
+    ledger.retract("a")
+    # Aborted while it waits: it has what it had.
+    assert ledger.num_rows("a") == 3
+    expect(ledger, "a", 0, 4, np.concatenate([rows_of(0, 2), rows_of(22, 1)], axis=1))
+
+
+def test_a_flush_leaves_no_row_to_hit() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "a", (0, 1), 0)
+    ledger.drop("a")
+    ledger.flush()
+    ledger.start("b", keep=True)
+    ledger.admit("b", pages(0, 1))
+    with pytest.raises(MissingRoutesError, match="2 rows are missing, the first at position 0"):
+        ledger.get_topk("b", 0, 3)
+
+
+def test_rows_out_of_order_are_refused() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "a", (0, 1), 0)
+    ledger.allocate(Segment("a", 3, 1, pages(2)))
+    with pytest.raises(AssertionError, match="rows from 3, 2 were filed"):
+        ledger.file(Segment("a", 3, 1, b""), rows_of(0, 1), "v")
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Requests run on pages that come and go. The model keeps, by request, the first row of every position, and, by
+    page, the rows that its slots hold."""
+
+    page_size = 2
+    num_pages = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = RouteLedger(self.num_pages, self.page_size, GEOMETRY)
+        self.free = list(range(self.num_pages))
+        self.tables: dict[str, list[int]] = {}
+        self.filed: dict[str, int] = {}
+        self.truth: dict[str, dict[int, tuple[bytes, str]]] = {}
+        self.slots: dict[tuple[int, int], tuple[bytes, str]] = {}
+        self.counter = 0
+        self.version = 0
+
+    @rule()
+    def start(self) -> None:
+        rid = f"r{self.counter}"
+        self.counter += 1
+        self.ledger.start(rid, keep=True)
+        self.ledger.admit(rid, b"")
+        self.tables[rid], self.filed[rid], self.truth[rid] = [], 0, {}
+
+    @rule()
+    def new_weights(self) -> None:
+        self.version += 1
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), num=st.integers(1, 5))
+    def compute(self, data: st.DataObject, num: int) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.tables)))
+        table, first = self.tables[rid], self.filed[rid]
+        missing = -(-(first + num) // self.page_size) - len(table)
+        if missing > len(self.free):
+            return
+        new = [self.free.pop(data.draw(st.integers(0, len(self.free) - 1))) for _ in range(missing)]
+        table.extend(new)
+        rows = np.frombuffer(data.draw(st.binary(min_size=num * 4, max_size=num * 4)), dtype=np.uint8)
+        by_layer = rows.reshape(num, 2, 2).transpose(1, 0, 2)
+        segment = Segment(rid, first, num, pages(*new))
+        self.ledger.allocate(segment)
+        self.ledger.file(segment, by_layer, f"v{self.version}")
+        for i in range(num):
+            position = first + i
+            value = (rows.reshape(num, 4)[i].tobytes(), f"v{self.version}")
+            self.slots[table[position // self.page_size], position % self.page_size] = value
+            self.truth[rid].setdefault(position, value)
+        self.filed[rid] = first + num
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def retract_and_hit(self, data: st.DataObject) -> None:
+        """It comes back on a prefix of whole pages that stayed cached, or on none."""
+        rid = data.draw(st.sampled_from(sorted(self.tables)))
+        table = self.tables[rid]
+        kept = data.draw(st.integers(0, self.filed[rid] // self.page_size))
+        self.ledger.retract(rid)
+        self.free += table[kept:]
+        self.tables[rid] = table[:kept]
+        self.ledger.admit(rid, pages(*table[:kept]))
+        self.filed[rid] = kept * self.page_size
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.tables)))
+        truth = self.truth.pop(rid)
+        num = len(truth)
+        assert self.ledger.num_rows(rid) == num
+        start = data.draw(st.integers(0, num))
+        found = self.ledger.get_topk(rid, start, num + 1)
+        assert found.rows.tobytes() == b"".join(truth[i][0] for i in range(start, num))
+        versions = [name for name, first, last in found.weight_versions for _ in range(first, last)]
+        assert versions == [truth[i][1] for i in range(start, num)]
+        self.ledger.drop(rid)
+        self.free += self.tables.pop(rid)
+        del self.filed[rid]
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

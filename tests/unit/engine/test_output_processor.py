@@ -1,0 +1,221 @@
+"""Records in, outputs with their rows out: the order within a step, opt-in, failures that are reported and not padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from waybill.engine.io_struct import (
+    CacheFlushed,
+    FinishReason,
+    OutputBatch,
+    ReqAdmitted,
+    ReqFinished,
+    ReqRetracted,
+    ReqStarted,
+    RequestOutput,
+    RoutingSetup,
+    Segment,
+    StepRecord,
+    TokenOutput,
+)
+from waybill.engine.output_processor import OutputProcessor
+from waybill.engine.routing.claims import ClaimStore
+from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.wire import decode
+from waybill.engine.shipper import Shipper
+
+GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=8, top_k=2, num_experts=16)
+LENGTH = FinishReason("length", length=1)
+
+
+def int32(*numbers: int) -> bytes:
+    return np.array(numbers, dtype="<i4").tobytes()
+
+
+@dataclass
+class Mailbox:
+    """What the frontend would receive."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def send(self, batch: OutputBatch, frames: list[memoryview]) -> None:
+        remaining = iter(frames)
+        for output in batch.outputs:
+            self.outputs.append(output)
+            if output.routed_experts is not None and output.routed_experts_claim is None:
+                self.rows[output.rid] = decode(output.routed_experts, next(remaining)).rows
+        assert not list(remaining)
+
+
+class Engine:
+    """A leader's half: writes routing into the ring and records to the processor."""
+
+    def __init__(self, *, routing: bool = True, claim_budget: int = 1000) -> None:
+        self.mailbox = Mailbox()
+        self.claims = ClaimStore(claim_budget, 10.0, lambda: 0.0)
+        self.shipper = Shipper(self.mailbox, None, self.claims)
+        self.processor = OutputProcessor(self.shipper)
+        self.ring = RouteRing.create(GEOMETRY, 4)
+        setup = RoutingSetup(
+            0, 16, 1, self.ring.path if routing else None, 4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts
+        )
+        self.processor.handle(setup)
+        self.steps = 0
+        self.routing = routing
+
+    def step(self, first_row: int = 0, **parts: list) -> None:
+        num = sum(segment.num_tokens for segment in parts.get("segments", []))
+        seq = -1
+        if num and self.routing:
+            seq = self.ring.acquire(1.0)
+            self.ring.slot(seq)[:, :num] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
+        self.processor.handle(StepRecord(0, self.steps, seq, "v1", **parts))
+        self.steps += 1
+        while not self.shipper._orders.empty():
+            self.shipper.ship(self.shipper._orders.get())
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def started(rid: str, num_prompt: int, **fields: object) -> ReqStarted:
+    return ReqStarted(rid, num_prompt, **{"return_routed_experts": True, **fields})
+
+
+def finish_at_once(engine: Engine, rid: str, pages: tuple[int, ...], first_row: int = 0, **fields: object) -> None:
+    """A prompt on `pages` and one sampled token, in one step."""
+    engine.step(
+        first_row,
+        before=[started(rid, len(pages), **fields), ReqAdmitted(rid, b"")],
+        segments=[Segment(rid, 0, len(pages), int32(*pages))],
+        outputs=[TokenOutput(rid, [5])],
+        after=[ReqFinished(rid, LENGTH)],
+    )
+
+
+def test_a_finished_request_gets_a_row_for_every_input(engine: Engine) -> None:
+    finish_at_once(engine, "a", (0, 1, 2))
+    (output,) = engine.mailbox.outputs
+    assert (output.prompt_tokens, output.completion_tokens, output.token_ids) == (3, 1, [5])
+    assert engine.mailbox.rows["a"][:, 0, 0].tolist() == [0, 2, 4]
+    assert output.routed_experts is not None
+    assert output.routed_experts.weight_versions == [("v1", 0, 3)]
+
+
+def test_slots_freed_by_a_finish_are_reused_by_the_next_step(engine: Engine) -> None:
+    finish_at_once(engine, "a", (0, 1))
+    finish_at_once(engine, "b", (0, 1), first_row=4)
+    assert engine.mailbox.rows["a"][:, 0, 0].tolist() == [0, 2]
+    assert engine.mailbox.rows["b"][:, 0, 0].tolist() == [8, 10]
+
+
+def test_nothing_is_sliced_for_those_who_did_not_ask_but_their_rows_are_filed(engine: Engine) -> None:
+    finish_at_once(engine, "plain", (3, 4), return_routed_experts=False)
+    counters = engine.processor.counters()
+    assert (counters["routed_experts_slices"], counters["routed_experts_rows_filed"]) == (0, 2)
+    assert engine.mailbox.outputs[0].routed_experts is None
+    assert engine.mailbox.outputs[0].routed_experts_error is None
+    engine.step(
+        6,
+        before=[started("b", 3), ReqAdmitted("b", int32(3, 4))],
+        segments=[Segment("b", 2, 1, int32(5))],
+        outputs=[TokenOutput("b", [5])],
+        after=[ReqFinished("b", LENGTH)],
+    )
+    assert engine.mailbox.rows["b"][:, 0, 0].tolist() == [0, 2, 12]
+    assert engine.mailbox.outputs[1].cached_tokens == 2
+
+
+def test_discarded_rows_belong_to_nobody(engine: Engine) -> None:
+    """A request that finished while its next step was in flight; its page is another's by then."""
+    finish_at_once(engine, "a", (0, 1))
+    engine.step(
+        3,
+        before=[started("b", 2), ReqAdmitted("b", b"")],
+        segments=[Segment("a", 2, 1, int32(7), discarded=True), Segment("b", 0, 2, int32(0, 1))],
+        outputs=[TokenOutput("b", [5])],
+        after=[ReqFinished("b", LENGTH)],
+    )
+    assert engine.mailbox.rows["b"][:, 0, 0].tolist() == [8, 10]
+
+
+def test_missing_rows_are_reported_and_the_neighbour_is_served(engine: Engine) -> None:
+    finish_at_once(engine, "a", (0, 1))
+    engine.step(before=[CacheFlushed()])
+    engine.step(
+        before=[started("bad", 3), ReqAdmitted("bad", int32(0, 1)), started("good", 1), ReqAdmitted("good", b"")],
+        segments=[Segment("bad", 2, 1, int32(2)), Segment("good", 0, 1, int32(3))],
+        outputs=[TokenOutput("bad", [5]), TokenOutput("good", [6])],
+        after=[ReqFinished("bad", LENGTH), ReqFinished("good", LENGTH)],
+    )
+    bad, good = engine.mailbox.outputs[1:]
+    assert bad.routed_experts is None and bad.routed_experts_error is not None
+    assert "bad: 2 rows are missing" in bad.routed_experts_error
+    assert good.routed_experts is not None and good.routed_experts_error is None
+    assert engine.processor.counters()["routed_experts_refused"] == 1
+
+
+def test_an_abort_gets_the_rows_it_has(engine: Engine) -> None:
+    """In the queue, running, and retracted."""
+    abort = FinishReason("abort", message="aborted")
+    engine.step(before=[started("queued", 4)], after=[ReqFinished("queued", abort)])
+    assert engine.mailbox.rows["queued"].shape == (0, 2, 2)
+    engine.step(
+        before=[started("chunk", 4), ReqAdmitted("chunk", b"")],
+        segments=[Segment("chunk", 0, 2, int32(0, 1))],
+        after=[ReqFinished("chunk", abort)],
+    )
+    assert len(engine.mailbox.rows["chunk"]) == 2
+    engine.step(
+        before=[started("back", 2), ReqAdmitted("back", b"")],
+        segments=[Segment("back", 0, 2, int32(2, 3))],
+        outputs=[TokenOutput("back", [5])],
+    )
+    engine.step(before=[ReqRetracted("back")], after=[ReqFinished("back", abort)])
+    assert len(engine.mailbox.rows["back"]) == 2
+    assert engine.mailbox.outputs[-1].num_retractions == 1
+    assert engine.mailbox.outputs[-1].token_ids == [5]
+
+
+def test_a_claim_stands_for_the_rows(engine: Engine) -> None:
+    finish_at_once(engine, "a", (0, 1), routed_experts_delivery="reference")
+    (output,) = engine.mailbox.outputs
+    assert output.routed_experts_claim is not None and "a" not in engine.mailbox.rows
+    assert engine.claims.get(output.routed_experts_claim).rows[:, 0, 0].tolist() == [0, 2]
+
+
+def test_rows_beyond_the_claim_budget_are_refused_with_the_reason() -> None:
+    engine = Engine(claim_budget=3)
+    finish_at_once(engine, "a", (0, 1), routed_experts_delivery="reference")
+    (output,) = engine.mailbox.outputs
+    assert output.routed_experts is None and "claim_budget_bytes=3" in str(output.routed_experts_error)
+
+
+def test_a_stream_gets_its_tokens_as_they_come_and_its_rows_at_the_end(engine: Engine) -> None:
+    engine.step(
+        before=[started("s", 1, stream=True), ReqAdmitted("s", b"")],
+        segments=[Segment("s", 0, 1, int32(0))],
+        outputs=[TokenOutput("s", [5])],
+    )
+    engine.step(
+        1,
+        segments=[Segment("s", 1, 1, int32(1))],
+        outputs=[TokenOutput("s", [6])],
+        after=[ReqFinished("s", LENGTH)],
+    )
+    first, last = engine.mailbox.outputs
+    assert (first.token_ids, first.finish_reason, last.token_ids) == ([5], None, [6])
+    assert engine.mailbox.rows["s"][:, 0, 0].tolist() == [0, 2]
+
+
+def test_without_routing_nothing_is_allocated_and_outputs_flow() -> None:
+    engine = Engine(routing=False)
+    finish_at_once(engine, "a", (0, 1), return_routed_experts=False)
+    assert engine.mailbox.outputs[0].token_ids == [5]
+    assert engine.processor._ledger is None

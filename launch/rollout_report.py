@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,11 +82,14 @@ class RolloutReport:
 
 
 def print_report(console: Console, report: RolloutReport, picture: Path | None) -> None:
-    table = Table(title="turns and the routes that came with them")
+    # Fits 80 columns with the embedded model.
+    table = Table(
+        title="turns and the routes that came with them", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
     for name in ("conv", "turn", "user", "answer", ""):
         table.add_column(name, no_wrap=True)
-    for name in ("prompt", "cached", "routes from", "rows", "bytes"):
-        table.add_column(name, justify="right")
+    for name in ("prompt", "cached", "from", "rows", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for turn in report.turns:
         mark = "[green]right[/]" if turn.is_right else f"[red]not {turn.expected}[/]"
         table.add_row(

@@ -1,14 +1,16 @@
 """A checkpoint folder in Hugging Face format, read tensor by tensor.
 
-Each parameter asks its source for the slice that its rank keeps, so a rank's peak memory is its own shard plus one
-tensor. The same entry serves start-up and later weight updates: `load_weights` may run again on a live model.
+Each parameter asks its source for the slice that its rank keeps, so a rank's peak memory is its own shard plus a tensor
+and a bounded part of a mapped file. The same entry serves start-up and later weight updates: `load_weights` may run
+again on a live model.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,6 +21,10 @@ from ...parallel.weights import SafetensorsSource, TensorSource
 WeightLoader = Callable[[TensorSource], None]
 
 NUM_NAMES_SHOWN = 5
+# What was read of a mapped file counts as resident memory until it is closed.
+MAX_MAPPED_BYTES = 256 << 20
+# An upper bound; only how often a file is opened again depends on it.
+BYTES_PER_ELEMENT = 4
 
 
 class Checkpoint:
@@ -53,12 +59,21 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, TensorSource]]:
         """Every tensor with its name, file by file; a source is valid until the next one is asked for."""
-        with ExitStack() as stack:
-            open_files: dict[Path, safe_open] = {}
-            for name, file in sorted(self._file_of.items(), key=lambda item: item[1]):
-                if file not in open_files:
-                    open_files[file] = stack.enter_context(safe_open(file, framework="pt"))
-                yield name, SafetensorsSource(open_files[file].get_slice(name))
+        for file, names in groupby(sorted(self._file_of, key=self._file_of.__getitem__), key=self._file_of.__getitem__):
+            remaining = list(names)
+            while remaining:
+                yield from self._some_tensors(file, remaining)
+
+    @staticmethod
+    def _some_tensors(file: Path, remaining: list[str]) -> Iterator[tuple[str, TensorSource]]:
+        """Take tensors off the list until a bounded part of the file is mapped."""
+        num_bytes = 0
+        with safe_open(file, framework="pt") as handle:
+            while remaining and num_bytes < MAX_MAPPED_BYTES:
+                name = remaining.pop()
+                source = SafetensorsSource(handle.get_slice(name))
+                num_bytes += math.prod(source.shape) * BYTES_PER_ELEMENT
+                yield name, source
 
 
 def load_weights(loaders: Mapping[str, WeightLoader], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:

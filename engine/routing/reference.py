@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 NEAR_TIE = 1e-5
-LOGPROB_TOLERANCE = 1e-4
+# Five times as much as the log-probabilities of `transformers`' own cached decoding differ from those of its full forward.
+LOGPROB_TOLERANCE = 3e-4
 
 
 class Difference(AssertionError):

@@ -242,8 +242,9 @@ def main() -> None:
     report = f"""# Throughput beside transformers
 
 {describe()}, {options.threads} threads. Model: {weights / MIB:.0f} MiB of bfloat16 weights,
-{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_experts} experts, top-{config.num_experts_per_tok}.
-Medians of {options.rounds} interleaved rounds. Read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s (torch's sum of a long tensor).
+{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_experts} experts.
+Medians of {options.rounds} interleaved rounds.
+Read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s (torch's sum of a long tensor).
 
 {as_text(make_table(bench, contenders, limits))}
 

@@ -143,7 +143,8 @@ def test_equals_transformers(setting: Setting, reference: Reference) -> None:
 def test_first_filed_rows_equal_those_of_the_second_prefill(reference: Reference) -> None:
     """A retraction computes a request's KV anew. What answered for it before, and what the slots hold now, are equal
     with unchanged weights; or both are what the reference finds, near-ties apart."""
-    prompts = make_prompts()
+    # Without the extremes, the first seven.
+    prompts = make_prompts()[7:23]
     with Engine(
         str(CHECKPOINT),
         tp_size=1,
@@ -153,9 +154,9 @@ def test_first_filed_rows_equal_those_of_the_second_prefill(reference: Reference
         enable_return_routed_experts=True,
     ) as engine:
         params = {"temperature": 0.0, "max_new_tokens": LONG_ANSWER_TOKENS, "ignore_eos": True}
-        answers = engine.generate(input_ids=prompts[:16], sampling_params=params, return_routed_experts=True)
+        answers = engine.generate(input_ids=prompts, sampling_params=params, return_routed_experts=True)
         num_compared = 0
-        for prompt, answer in zip(prompts, answers, strict=False):
+        for prompt, answer in zip(prompts, answers, strict=True):
             if answer["meta_info"]["num_retractions"] == 0:
                 continue
             tokens = prompt + answer["output_ids"]

@@ -7,7 +7,7 @@ finish. Beside it, in the same process, the inline algorithm: gather the rows by
 serialise, base64.
 
     python bench/make_models.py routing30b --out /tmp/routing30b
-    python bench/finish_cost.py --model /tmp/routing30b
+    python bench/finish_cost.py --model /tmp/routing30b [--device cuda --out finish_cost_gpu.md]
 """
 
 from __future__ import annotations
@@ -16,37 +16,27 @@ import argparse
 import base64
 import pickle
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
-import zmq
 from machine import describe, write_result
+from output_side import Surroundings
 from rich.console import Console
 from rich.table import Table
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
-    BackendMessage,
-    FrontendMessage,
     OutputBatch,
-    OutputRecord,
     SamplingParams,
     TokenizedGenerateReqInput,
 )
-from waybill.engine.lifeline import Lifeline
-from waybill.engine.output_processor_config import OutputProcessorConfig
 from waybill.engine.replica import build_leader
-from waybill.engine.scheduler import Endpoints, Scheduler
-from waybill.engine.sockets import Receiver, Sender
+from waybill.engine.scheduler import Scheduler
 from waybill.engine.step_committer import FinishCost
 from waybill.parallel.mesh import ParallelMesh
 
@@ -95,36 +85,17 @@ class CommitTimes:
 class Bench:
     """A leader in this process and an output processor in another."""
 
-    def __init__(self, model_path: str, folder: str) -> None:
+    def __init__(self, model_path: str, folder: str, device: str) -> None:
         config = EngineConfig(
             model_path=model_path,
             kv_cache_tokens=2 * max(LENGTHS),
             max_running_requests=4,
             enable_return_routed_experts=True,
         )
-        self.context = zmq.Context()
-        address = {name: f"ipc://{folder}/{name}" for name in ("inbox", "records", "frontend", "queries")}
-        self.lifeline = Lifeline(f"{folder}/alive")
-        processor = OutputProcessorConfig(
-            records_address=address["records"],
-            frontend_address=address["frontend"],
-            queries_address=address["queries"],
-            tokenizer_path=model_path,
-            lifeline_path=self.lifeline.path,
-            claim_budget_bytes=1 << 20,
-            claim_ttl_s=60.0,
-        )
-        file = Path(folder) / "output_processor.json"
-        file.write_bytes(msgspec.json.encode(processor))
-        command = [sys.executable, "-m", "waybill.engine.output_processor", "--config", str(file)]
-        self.processor = subprocess.Popen(command)
-        self.answers: Receiver[BackendMessage] = Receiver(self.context, address["frontend"], BackendMessage)
-        inbox: Receiver[FrontendMessage] = Receiver(self.context, address["inbox"], FrontendMessage)
-        self.outbox: Sender[FrontendMessage] = Sender(self.context, address["inbox"])
-        records: Sender[OutputRecord] = Sender(self.context, address["records"])
-        frontend: Sender[BackendMessage] = Sender(self.context, address["frontend"])
-        endpoints = Endpoints(inbox, [], records, frontend)
-        self.scheduler = build_leader(config, ParallelMesh.single(torch.device("cpu")), endpoints)
+        self.surroundings = Surroundings(folder, model_path)
+        self.outbox, self.answers = self.surroundings.outbox, self.surroundings.answers
+        mesh = ParallelMesh.single(torch.device(device))
+        self.scheduler = build_leader(config, mesh, self.surroundings.endpoints)
         self.num_sent = 0
 
     def generate(self, prompt: np.ndarray, start_len: int) -> int:
@@ -150,11 +121,6 @@ class Bench:
         meta = message.outputs[0].routed_experts
         assert meta is not None and len(frames) == 1
         return meta.rows
-
-    def close(self) -> None:
-        self.lifeline.cut()
-        self.processor.wait(10)
-        self.context.destroy(linger=0)
 
 
 def inline_costs(num_rows: int, repeats: int) -> dict[str, float]:
@@ -205,16 +171,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint of the shape routing30b")
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", default="finish_cost.md", help="name of the result in bench/results")
     args = parser.parse_args()
     results: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
-        bench = Bench(args.model, folder)
+        bench = Bench(args.model, folder, args.device)
         for num_rows in LENGTHS:
             results[num_rows] = measure(bench, num_rows, args.repeats)
             inline = inline_costs(num_rows, 9)
             results[num_rows] |= {f"inline {name}": seconds for name, seconds in inline.items()}
             results[num_rows]["inline, all"] = sum(inline.values())
-        bench.close()
+        bench.surroundings.close()
     lines = ["| on the step thread, microseconds | " + " | ".join(f"{n} rows" for n in LENGTHS) + " |"]
     lines.append("| --- |" + " ---: |" * len(LENGTHS))
     table = Table(title="microseconds on the step thread")
@@ -232,7 +200,7 @@ def main() -> None:
         + "\n".join(lines)
         + "\n"
     )
-    print(write_result("finish_cost.md", text))
+    print(write_result(args.out, text))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def describe() -> str:
         elif line.startswith("flags"):
             words = line.split()
             flags = "+".join(name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in words) or "no AVX-512"
+    if torch.cuda.is_available():
+        model = f"{torch.cuda.get_device_name()}, {model}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{model} ({flags}), {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, "

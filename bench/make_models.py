@@ -2,6 +2,7 @@
 
 python bench/make_models.py M --out models/M            about 1.7 B parameters, for throughput
 python bench/make_models.py routing30b --out models/R   the routing shape of Qwen3-30B-A3B, tiny hidden size
+python bench/make_models.py wide --out models/W         two layers of Qwen3-30B-A3B, small vocabulary
 python bench/make_models.py T --out models/T            a toy, for tests
 
 Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
@@ -53,6 +54,19 @@ SHAPES: dict[str, dict[str, object]] = {
         "intermediate_size": 64,
         "vocab_size": 512,
         "max_position_embeddings": 40960,
+    },
+    "wide": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+        "vocab_size": 8192,
+        "max_position_embeddings": 8192,
     },
     "T": {
         "hidden_size": 64,

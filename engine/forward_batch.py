@@ -14,7 +14,6 @@ import torch
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .schedule_batch import ScheduleBatch
-from .schedule_policy import pages_for
 
 PlanT = TypeVar("PlanT")
 
@@ -31,56 +30,88 @@ class ForwardBatch(Generic[PlanT]):
     sampling_req_rows: torch.Tensor  # [N] int64, their rows in the request pool
 
 
+@dataclass(frozen=True)
+class HostBatch:
+    """A step's tensors on the host, T tokens of B requests. An id of -1 stands for a token that only the device knows."""
+
+    input_ids: np.ndarray  # [T] int64
+    positions: np.ndarray  # [T] int64
+    req_rows: np.ndarray  # [B] int64
+    q_lens: list[int]
+    kv_lens: list[int]
+    sampling: list[int]  # indices of the requests that sample
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request brings one token and samples."""
+        return len(self.input_ids) == len(self.req_rows) == len(self.sampling)
+
+
+def lay_out(batch: ScheduleBatch) -> HostBatch:
+    """The plan's tokens, requests in order."""
+    q_lens = [req.num_tokens for req in batch.reqs]
+    ids = np.full(sum(q_lens), -1, dtype=np.int64)
+    positions = np.empty_like(ids)
+    first = 0
+    for req in batch.reqs:
+        end = first + req.num_tokens
+        positions[first:end] = np.arange(req.start, req.start + req.num_tokens)
+        if req.input_ids:
+            ids[first:end] = np.frombuffer(req.input_ids, dtype="<i4")
+        first = end
+    return HostBatch(
+        input_ids=ids,
+        positions=positions,
+        req_rows=np.array([req.row for req in batch.reqs], dtype=np.int64),
+        q_lens=q_lens,
+        kv_lens=[req.start + req.num_tokens for req in batch.reqs],
+        sampling=[i for i, req in enumerate(batch.reqs) if req.sample],
+    )
+
+
+def known_ids(input_ids: torch.Tensor, token_rows: torch.Tensor, last_token_ids: torch.Tensor) -> torch.Tensor:
+    """Ids [T], those of -1 replaced by the last one sampled for the token's row."""
+    return torch.where(input_ids < 0, last_token_ids[token_rows], input_ids)
+
+
+def slots_at(
+    page_table: torch.Tensor, token_rows: torch.Tensor, positions: torch.Tensor, page_size: int
+) -> torch.Tensor:
+    """KV slots [T] of tokens at `positions` of the requests on `token_rows`."""
+    pages = page_table[token_rows, positions // page_size].to(torch.int64)
+    return pages * page_size + positions % page_size
+
+
 def make_forward_batch(
-    batch: ScheduleBatch,
+    host: HostBatch,
     pool: ReqToTokenPool,
     page_size: int,
     last_token_ids: torch.Tensor,
     attention: AttentionBackend[PlanT],
-    device: torch.device,
 ) -> ForwardBatch[PlanT]:
-    """Enter the plan's pages in the page table and lay its tokens out, requests in order.
+    """Bring a step to the device, in one transfer.
 
     Args:
-        last_token_ids: [max_requests] int64, the last token sampled per pool row; fed where the host knows no id yet.
+        last_token_ids: [max_requests + 1] int64, the last token sampled per pool row.
     """
-    for req in batch.reqs:
-        if req.pages:
-            pool.write(req.row, req.first_page, req.pages)
-    q_lens = [req.num_tokens for req in batch.reqs]
-    ends = np.cumsum(q_lens)
-    ids = np.zeros(int(ends[-1]), dtype=np.int64)
-    positions = np.empty_like(ids)
-    in_flight: list[int] = []
-    for req, end in zip(batch.reqs, ends, strict=True):
-        start = end - req.num_tokens
-        positions[start:end] = np.arange(req.start, req.start + req.num_tokens)
-        if req.input_ids:
-            ids[start:end] = np.frombuffer(req.input_ids, dtype="<i4")
-        else:
-            in_flight.append(int(start))
-    rows = np.array([req.row for req in batch.reqs], dtype=np.int64)
-    input_ids = torch.from_numpy(ids).to(device)
-    positions_t = torch.from_numpy(positions).to(device)
-    rows_t = torch.from_numpy(rows).to(device)
-    token_rows = torch.from_numpy(np.repeat(rows, q_lens)).to(device)
-    if in_flight:
-        where = torch.tensor(in_flight, device=device)
-        input_ids[where] = last_token_ids[token_rows[where]]
-    pages = pool.page_table[token_rows, positions_t // page_size].to(torch.int64)
-    max_kv_len = max(req.start + req.num_tokens for req in batch.reqs)
-    sampling = [i for i, req in enumerate(batch.reqs) if req.sample]
-    attention_batch = AttentionBatch(
-        q_lens=q_lens,
-        kv_lens=[req.start + req.num_tokens for req in batch.reqs],
-        page_table=pool.page_table[:, : pages_for(max_kv_len, page_size)][rows_t],
-        page_size=page_size,
-    )
+    device = pool.page_table.device
+    sample_rows = np.cumsum(host.q_lens)[host.sampling] - 1
+    parts = [
+        host.input_ids,
+        host.positions,
+        np.repeat(host.req_rows, host.q_lens),
+        host.req_rows,
+        sample_rows,
+        host.req_rows[host.sampling],
+    ]
+    packed = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
+    ids, positions, token_rows, req_rows, sample_rows_t, sampling_req_rows = packed.split([len(part) for part in parts])
+    plan = attention.plan(AttentionBatch(host.q_lens, host.kv_lens, pool.page_table, req_rows, page_size))
     return ForwardBatch(
-        input_ids=input_ids,
-        positions=positions_t,
-        kv_slots=pages * page_size + positions_t % page_size,
-        attention_plan=attention.plan(attention_batch),
-        sample_rows=torch.from_numpy(ends[sampling] - 1).to(device),
-        sampling_req_rows=rows_t[sampling],
+        input_ids=known_ids(ids, token_rows, last_token_ids),
+        positions=positions,
+        kv_slots=slots_at(pool.page_table, token_rows, positions, page_size),
+        attention_plan=plan,
+        sample_rows=sample_rows_t,
+        sampling_req_rows=sampling_req_rows,
     )

@@ -7,8 +7,9 @@ has seen them yet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 from ..parallel.collectives import broadcast
 from ..parallel.mesh import ParallelMesh
 from .attention import make_attention_backend
-from .forward_batch import ForwardBatch, make_forward_batch
+from .forward_batch import HostBatch, lay_out, make_forward_batch
 from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.qwen3_moe import Qwen3MoeForCausalLM
@@ -26,16 +27,41 @@ from .schedule_batch import Req, ScheduleBatch, ScheduledReq
 from .schedule_policy import pages_for
 from .step_committer import PromptScores, StepResult
 
+if TYPE_CHECKING:
+    from .decode_graphs import DecodeGraphs
+
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
+
+
+class HostCopy:
+    """Tensors on their way to the host: asked for at launch, so that nothing launched later delays them."""
+
+    def __init__(self, sampled: Sampled, device: torch.device) -> None:
+        self.token_ids = self._start(sampled.token_ids)
+        self.logprobs = None if sampled.logprobs is None else self._start(sampled.logprobs)
+        self.top = [None if pair is None else (self._start(pair[0]), self._start(pair[1])) for pair in sampled.top]
+        self._done: torch.cuda.Event | None = None
+        if device.type != "cpu":
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    @staticmethod
+    def _start(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
     """A step whose kernels are enqueued; on the leader with everything that its result is made from."""
 
-    rows: list[SamplingRow]
-    sampled: Sampled | None
+    sampled: HostCopy | None
     prompt_scores: dict[int, PromptScores]
     ring_seq: int
 
@@ -60,9 +86,11 @@ class ModelRunner:
         self._kv_store = kv_store
         self._page_size = page_size
         self._capturer = capturer
-        self._attention = make_attention_backend(attention_backend)
-        self._pool = ReqToTokenPool(max_running, pages_for(context_length, page_size), mesh.device)
-        self._last_token_ids = torch.zeros(max_running, dtype=torch.int64, device=mesh.device)
+        self._attention = make_attention_backend(attention_backend, mesh.device)
+        num_pages = pages_for(context_length, page_size)
+        self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
+        self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
+        self._graphs = self._make_graphs() if attention_backend == "auto" else None
         # The leader's view of who runs on which row.
         self._sampling_rows: dict[int, SamplingRow] = {}
         self._reqs: dict[int, Req] = {}
@@ -80,28 +108,57 @@ class ModelRunner:
         self._sampling_rows[row] = sampling_row
         self._reqs[row] = req
 
+    def _make_graphs(self) -> DecodeGraphs | None:
+        """On CUDA, decode steps of one rank run as graphs."""
+        if self._mesh.device.type != "cuda" or self._mesh.tp.size > 1:
+            return None
+        # Its kernels come with torch's CUDA builds alone.
+        from .decode_graphs import DecodeGraphs  # noqa: PLC0415
+
+        return DecodeGraphs(
+            self._model,
+            self._attention,
+            self._kv_store,
+            self._pool,
+            self._page_size,
+            self._last_token_ids,
+            self._capturer,
+        )
+
     @torch.inference_mode()
     def launch(self, batch: ScheduleBatch) -> LaunchedStep:
         """Run one step's forward and sample; returns before the device is done."""
-        forward = make_forward_batch(
-            batch, self._pool, self._page_size, self._last_token_ids, self._attention, self._mesh.device
-        )
+        writes = [(req.row, req.first_page, req.pages) for req in batch.reqs if req.pages]
+        if writes:
+            self._pool.write(writes)
+        host = lay_out(batch)
+        size = None if self._graphs is None else self._graphs.size_for(host)
+        if self._graphs is not None and size is not None:
+            return self._replay(self._graphs, host, size, batch)
+        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention)
         ring_seq = -1 if self._capturer is None else self._capturer.begin(batch.num_tokens)
         hidden = self._model(forward, self._attention, self._kv_store, self._capturer)
         if self._capturer is not None:
             self._capturer.finish()
+        sampled = None
         sampling = [req for req in batch.reqs if req.sample]
-        sampled, rows = self._sample(hidden, forward, sampling)
-        return LaunchedStep(rows, sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
+        if sampling:
+            logits = self._model.compute_logits(hidden[forward.sample_rows])
+            sampled = self._sample(logits, forward.sampling_req_rows, sampling)
+        return LaunchedStep(sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
+
+    def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
+        ring_seq = -1 if self._capturer is None else self._capturer.begin_replay(size)
+        logits, req_rows = graphs.run(host, size)
+        if self._capturer is not None:
+            self._capturer.finish()
+        return LaunchedStep(self._sample(logits, req_rows, batch.reqs), {}, ring_seq)
 
     def _sample(
-        self, hidden: torch.Tensor, forward: ForwardBatch[Any], sampling: list[ScheduledReq]
-    ) -> tuple[Sampled | None, list[SamplingRow]]:
-        if not sampling:
-            return None, []
-        logits = self._model.compute_logits(hidden[forward.sample_rows])
-        rows: list[SamplingRow] = []
-        sampled = None
+        self, logits: torch.Tensor | None, req_rows: torch.Tensor, sampling: Sequence[ScheduledReq]
+    ) -> HostCopy | None:
+        """Sample on the leader, which has logits [N, V]; every rank keeps the tokens for the rows [N] of its pool."""
+        copy = None
         if logits is None:
             token_ids = torch.empty(len(sampling), dtype=torch.int64, device=self._mesh.device)
         else:
@@ -110,8 +167,9 @@ class ModelRunner:
             token_ids = sampled.token_ids
             for row in rows:
                 row.position += 1
-        self._last_token_ids[forward.sampling_req_rows] = broadcast(token_ids, self._mesh.tp)
-        return sampled, rows
+            copy = HostCopy(sampled, self._mesh.device)
+        self._last_token_ids[req_rows] = broadcast(token_ids, self._mesh.tp)
+        return copy
 
     def _score_prompts(self, hidden: torch.Tensor, reqs: list[ScheduledReq]) -> dict[int, PromptScores]:
         scores: dict[int, PromptScores] = {}
@@ -148,6 +206,7 @@ class ModelRunner:
         logprobs: list[float] = []
         top: list[list[tuple[float, int]]] = []
         if launched.sampled is not None:
+            launched.sampled.wait()
             token_ids = launched.sampled.token_ids.tolist()
             if launched.sampled.logprobs is not None:
                 logprobs = launched.sampled.logprobs.tolist()

@@ -83,10 +83,10 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         chosen = [rows[i] for i in random_rows]
         where = torch.tensor(random_rows, device=logits.device)
         token_ids[where] = _draw(adjusted if len(chosen) == len(rows) else adjusted[where], chosen)
-    for row, token_id in zip(rows, token_ids, strict=True):
+    for i, row in enumerate(rows):
         if row.output_counts is not None and row.seen is not None:
-            row.output_counts.index_add_(0, token_id.view(1), row.output_counts.new_ones(1))
-            row.seen.index_fill_(0, token_id.view(1), True)
+            row.output_counts.index_add_(0, token_ids[i : i + 1], row.output_counts.new_ones(1))
+            row.seen.index_fill_(0, token_ids[i : i + 1], True)
     return _with_logprobs(scores, token_ids, rows)
 
 

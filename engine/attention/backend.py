@@ -18,14 +18,20 @@ PlanT = TypeVar("PlanT")
 class AttentionBatch:
     """A step's requests, their tokens concatenated in order.
 
-    Request i brings `q_lens[i]` new tokens, the last of its `kv_lens[i]` positions; row i of `page_table` [B, P] int32,
-    on the device, holds its pages. The lengths are on the host, so that planning never waits for the device.
+    Request i brings `q_lens[i]` new tokens, the last of its `kv_lens[i]` positions; its pages stand in row `req_rows[i]` of
+    `page_table` [R, P] int32; both are on the device. The lengths are on the host, so that planning never waits for it.
     """
 
     q_lens: Sequence[int]
     kv_lens: Sequence[int]
     page_table: torch.Tensor
+    req_rows: torch.Tensor
     page_size: int
+
+    def tables(self) -> torch.Tensor:
+        """The requests' pages [B, P'] int32, as far as the longest needs them."""
+        num_pages = -(-max(self.kv_lens) // self.page_size)
+        return self.page_table[:, :num_pages][self.req_rows]
 
 
 class AttentionBackend(Protocol[PlanT]):

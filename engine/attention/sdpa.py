@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from .backend import AttentionBatch, slots_of
 
@@ -47,25 +48,26 @@ class SdpaAttention:
         prefills: list[Prefill] = []
         firsts: list[int] = []
         first = 0
+        tables = batch.tables()
         for i, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
             firsts.append(first)
             if q_len == 1:
                 groups[kv_len.bit_length()].append(i)
             else:
-                positions = torch.arange(kv_len, device=batch.page_table.device)
-                slots = slots_of(batch.page_table[i : i + 1], positions, batch.page_size)[0]
+                positions = torch.arange(kv_len, device=tables.device)
+                slots = slots_of(tables[i : i + 1], positions, batch.page_size)[0]
                 prefills.append(Prefill(first, first + q_len, slots))
             first += q_len
-        decodes = [self._plan_group(batch, members, firsts) for members in groups.values()]
+        decodes = [self._plan_group(batch, tables, members, firsts) for members in groups.values()]
         return SdpaPlan(decodes, prefills)
 
     @staticmethod
-    def _plan_group(batch: AttentionBatch, members: list[int], firsts: list[int]) -> DecodeGroup:
-        device = batch.page_table.device
+    def _plan_group(batch: AttentionBatch, tables: torch.Tensor, members: list[int], firsts: list[int]) -> DecodeGroup:
+        device = tables.device
         lengths = [batch.kv_lens[i] for i in members]
         num_keys = max(lengths)
         positions = torch.arange(num_keys, device=device)
-        table = batch.page_table[torch.tensor(members, device=device)]
+        table = tables[torch.tensor(members, device=device)]
         mask = None
         if min(lengths) < num_keys:
             mask = (positions[None, :] < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
@@ -118,7 +120,12 @@ class SdpaAttention:
                 rows, keys, values, is_causal=True, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
             )
         else:
-            visible = torch.ones(num_rows, num_keys, dtype=torch.bool, device=rows.device).tril_(num_keys - num_rows)
+            # On CUDA this bias is known to the fused kernels, which then need no mask in memory.
+            visible = (
+                causal_lower_right(num_rows, num_keys)
+                if rows.is_cuda
+                else torch.ones(num_rows, num_keys, dtype=torch.bool).tril_(num_keys - num_rows)
+            )
             result = F.scaled_dot_product_attention(
                 rows, keys, values, attn_mask=visible, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
             )

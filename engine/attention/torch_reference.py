@@ -20,10 +20,10 @@ class TorchReferenceAttention:
     def plan(self, batch: AttentionBatch) -> ReferencePlan:
         requests = []
         first = 0
-        device = batch.page_table.device
+        tables = batch.tables()
         for i, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
-            positions = torch.arange(kv_len, device=device)
-            slots = slots_of(batch.page_table[i : i + 1], positions, batch.page_size)[0]
+            positions = torch.arange(kv_len, device=tables.device)
+            slots = slots_of(tables[i : i + 1], positions, batch.page_size)[0]
             visible = positions[None, :] <= positions[kv_len - q_len :, None]
             requests.append((first, first + q_len, slots, visible))
             first += q_len

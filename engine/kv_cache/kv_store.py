@@ -19,12 +19,16 @@ class KVTensorSpec:
 
 
 class KVStore:
-    """`layer(i)[name]` is [num_pages * page_size, *width]; slot = page * page_size + offset."""
+    """`layer(i)[name]` is [(num_pages + 1) * page_size, *width]; slot = page * page_size + offset.
+
+    `scratch_page`, the last one, is for the padding of a batch: written, and read by nobody.
+    """
 
     def __init__(
         self, num_layers: int, num_pages: int, page_size: int, specs: Sequence[KVTensorSpec], device: torch.device
     ) -> None:
-        num_slots = num_pages * page_size
+        num_slots = (num_pages + 1) * page_size
+        self.scratch_page = num_pages
         # Zeros, because a masked slot that holds NaN would still poison a softmax-weighted sum.
         self._layers = [
             {spec.name: torch.zeros(num_slots, *spec.width, dtype=spec.dtype, device=device) for spec in specs}

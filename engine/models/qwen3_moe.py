@@ -31,6 +31,7 @@ from ..forward_batch import ForwardBatch
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
 from .checkpoint import WeightLoader
 from .model_config import ModelConfig, RopeConfig, eos_ids, resolve_dtype
+from .norm_rope import HeadNorms, select_layer_ops
 
 
 def parse_config(hf_config: Qwen3MoeConfig, model_path: str, dtype: str) -> ModelConfig:
@@ -102,20 +103,23 @@ class ModelContext:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim; the mean is taken in float32."""
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim, alone or of a sum."""
 
     def __init__(self, width: int, context: ModelContext) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=context.config.dtype, device=context.device), False)
         self._eps = context.config.rms_norm_eps
+        self._ops = select_layer_ops(context.device)
 
     def load_weight(self, source: TensorSource) -> None:
         self.weight.data.copy_(source[:])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
-        return self.weight * wide.to(hidden.dtype)
+        return self._ops.rms_norm(hidden, self.weight, self._eps)
+
+    def add(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `hidden + residual`, and that sum, which may overwrite `residual`."""
+        return self._ops.add_rms_norm(hidden, residual, self.weight, self._eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -134,13 +138,6 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T] -> cos, sin [T, 1, d], for all heads of a token."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate [T, heads, d]; pairs are (i, i + d/2)."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
 
 
 class Attention(nn.Module):
@@ -167,7 +164,8 @@ class Attention(nn.Module):
         )
         self.q_norm = RMSNorm(config.head_dim, context)
         self.k_norm = RMSNorm(config.head_dim, context)
-        self._head_dim = config.head_dim
+        self._norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.rms_norm_eps)
+        self._ops = select_layer_ops(context.device)
         self._scale = config.head_dim**-0.5
 
     def forward(
@@ -179,14 +177,10 @@ class Attention(nn.Module):
         kv: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """[T, D] -> [T, D]; writes this step's keys and values to their slots first."""
-        num_tokens = hidden.shape[0]
-        query, key, value = self.qkv_proj.split(self.qkv_proj(hidden))
-        query = rotate(self.q_norm(query.view(num_tokens, -1, self._head_dim)), *rope)
-        key = rotate(self.k_norm(key.view(num_tokens, -1, self._head_dim)), *rope)
-        kv["k"].index_copy_(0, batch.kv_slots, key)
-        kv["v"].index_copy_(0, batch.kv_slots, value.view(num_tokens, -1, self._head_dim))
+        qkv = self.qkv_proj(hidden)
+        query = self._ops.norm_rope_store(qkv, self._norms, rope, batch.kv_slots, kv["k"], kv["v"])
         out = backend.forward(query, kv["k"], kv["v"], batch.attention_plan, self._scale)
-        return self.o_proj(out.reshape(num_tokens, -1))
+        return self.o_proj(out.flatten(1))
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         loaders: dict[str, WeightLoader] = {
@@ -278,18 +272,18 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        normed: torch.Tensor,
+        residual: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         batch: ForwardBatch[Any],
         backend: AttentionBackend[Any],
         kv: dict[str, torch.Tensor],
         recorder: RouteRecorder | None,
-    ) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, batch, backend, kv)
-        normed = self.post_attention_layernorm(hidden)
-        if isinstance(self.mlp, MoeLayer):
-            return hidden + self.mlp(normed, recorder)
-        return hidden + self.mlp(normed)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input, normed and as it is, to what the MLP adds and the residual stream to add it to, all [T, D]."""
+        normed, residual = self.post_attention_layernorm.add(self.self_attn(normed, rope, batch, backend, kv), residual)
+        added = self.mlp(normed, recorder) if isinstance(self.mlp, MoeLayer) else self.mlp(normed)
+        return added, residual
 
     def weight_loaders(self, prefix: str, config: ModelConfig) -> dict[str, WeightLoader]:
         mlp_loaders = (
@@ -332,11 +326,16 @@ class Qwen3MoeForCausalLM(nn.Module):
         recorder: RouteRecorder | None,
     ) -> torch.Tensor:
         """A step's tokens to hidden states [T, D]; every MoE layer tells `recorder` the ids it chose."""
-        hidden = self.embed_tokens(batch.input_ids)
+        residual = self.embed_tokens(batch.input_ids)
         rope = self.rotary(batch.positions)
-        for layer_id, layer in enumerate(self.layers):
-            hidden = layer(hidden, rope, batch, backend, kv_store.layer(layer_id), recorder)
-        return self.norm(hidden)
+        layers = self.decoder_layers()
+        normed = layers[0].input_layernorm(residual)
+        for layer_id, layer in enumerate(layers):
+            added, residual = layer(normed, residual, rope, batch, backend, kv_store.layer(layer_id), recorder)
+            # The norm that comes next takes the sum along.
+            following = layers[layer_id + 1].input_layernorm if layer_id + 1 < len(layers) else self.norm
+            normed, residual = following.add(added, residual)
+        return normed
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[N, D] -> [N, V] on tp rank 0, None elsewhere; every tp rank must call it."""

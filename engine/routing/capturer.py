@@ -1,78 +1,131 @@
 """Records which experts every token of a step was routed to. Lives on rank 0 alone.
 
-Each MoE layer hands its ids in as soon as its router has chosen. On CPU they are written into the ring slot itself; on
-an accelerator into one fixed-address buffer (which a CUDA graph may hold), copied to the ring on a side stream after the
-forward. A layer that did not record in a step - a fused router that bypasses the hook, say - fails that step: zeros are
-valid expert ids and must never pass for routes.
+Each MoE layer writes its ids where `slot` says, as its router chooses. On CPU that is the ring slot itself; on an
+accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring on a side stream after the forward.
+A layer that did not ask for its slot - a fused router that bypasses the hook, say - fails that step: zeros are valid expert
+ids and must never pass for routes.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .ring import RouteRing
+from .ring import RouteGeometry, RouteRing
 
 ACQUIRE_TIMEOUT_S = 60.0
 
 
 class RoutedExpertsCapturer:
-    """Fills one ring slot per forward. Call order: `begin`, `record` once per MoE layer, `finish`, `publish`."""
+    """Fills one ring slot per forward. Call order: `begin`, `slot` once per MoE layer, `finish`, `publish`.
+
+    A graph is captured between `begin_graph` and `check`, and replayed between `begin_replay` and `finish`.
+    """
 
     def __init__(self, ring: RouteRing, device: torch.device) -> None:
         self._ring = ring
-        self._num_tokens = 0
+        self._num_rows = 0
         self._seq = -1
-        self._recorded: list[int] = []
-        self._on_device = device.type != "cpu"
-        geometry = ring.geometry
-        shape = (geometry.num_moe_layers, geometry.max_tokens, geometry.top_k)
-        dtype = torch.uint8 if geometry.dtype.itemsize == 1 else torch.uint16
-        self._buffer = torch.empty(shape, dtype=dtype, device=device) if self._on_device else torch.empty(0)
-        self._copied: dict[int, torch.cuda.Event] = {}
-        self._copy_stream = torch.cuda.Stream(device) if self._on_device else None
-        self._target = self._buffer
+        self._asked: list[int] = []
+        self._target = torch.empty(0)
+        self._device_copy = None if device.type == "cpu" else DeviceCopy(ring, device)
 
-    def begin(self, num_tokens: int) -> int:
-        """Start a step of `num_tokens` rows; waits while the ring is full. Returns the step's ring sequence number."""
-        assert num_tokens <= self._ring.geometry.max_tokens, "the step is larger than a ring slot"
+    def begin(self, num_rows: int) -> int:
+        """Start a step of `num_rows` rows; waits while the ring is full. Returns the step's ring sequence number."""
         self._seq = self._ring.acquire(ACQUIRE_TIMEOUT_S)
-        self._num_tokens = num_tokens
-        self._recorded = []
-        if not self._on_device:
-            self._target = torch.from_numpy(self._ring.slot(self._seq))
+        self._num_rows = num_rows
+        self._asked = []
+        if self._device_copy is None:
+            self._target = torch.from_numpy(self._ring.slot(self._seq, num_rows))
+        else:
+            self._target = self._device_copy.begin(num_rows)
         return self._seq
 
-    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
-        """Take the ids [T, K] of one MoE layer, counted among the MoE layers."""
-        self._target[moe_layer_index, : self._num_tokens].copy_(ids)
-        self._recorded.append(moe_layer_index)
+    def begin_graph(self, num_rows: int) -> None:
+        """Start to capture a graph of steps of `num_rows` rows; nothing goes to the ring."""
+        assert self._device_copy is not None
+        self._asked = []
+        self._target = self._device_copy.target(num_rows)
 
-    def finish(self) -> None:
-        """The forward is enqueued: check that it was recorded whole, and enqueue the copy to the host.
+    def begin_replay(self, num_rows: int) -> int:
+        """As `begin`, for a step that replays a graph: its layers asked for their slots when it was captured."""
+        seq = self.begin(num_rows)
+        self._asked = list(range(self._ring.geometry.num_moe_layers))
+        return seq
 
+    def slot(self, moe_layer_index: int) -> torch.Tensor:
+        """Where the ids [T, K] of one MoE layer go, counted among the MoE layers."""
+        self._asked.append(moe_layer_index)
+        return self._target[moe_layer_index]
+
+    def check(self) -> None:
+        """
         Raises:
-            RuntimeError: a MoE layer did not record, or did so twice.
+            RuntimeError: a MoE layer did not ask for its slot, or did so twice.
         """
         expected = list(range(self._ring.geometry.num_moe_layers))
-        if sorted(self._recorded) != expected:
-            missing = sorted(set(expected) - set(self._recorded))
+        if sorted(self._asked) != expected:
+            missing = sorted(set(expected) - set(self._asked))
             raise RuntimeError(f"routing of step {self._seq}: MoE layers {missing} recorded nothing, or some twice")
-        if self._copy_stream is not None:
-            self._copy_to_ring()
 
-    def _copy_to_ring(self) -> None:
-        """Copy on the side stream, after the forward and before the next one may overwrite the buffer."""
-        assert self._copy_stream is not None
-        self._copy_stream.wait_stream(torch.cuda.current_stream())
-        slot = torch.from_numpy(self._ring.slot(self._seq))
-        with torch.cuda.stream(self._copy_stream):
-            slot[:, : self._num_tokens].copy_(self._buffer[:, : self._num_tokens], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        torch.cuda.current_stream().wait_event(event)
-        self._copied[self._seq] = event
+    def finish(self) -> None:
+        """The forward is enqueued: check that it was recorded whole, and enqueue the copy to the host."""
+        self.check()
+        if self._device_copy is not None:
+            self._device_copy.start(self._seq, self._num_rows)
 
     def publish(self, seq: int) -> None:
         """Wait until the rows of `seq` are in the ring; the step's record may be sent after that."""
-        if self._on_device:
-            self._copied.pop(seq).synchronize()
+        if self._device_copy is not None:
+            self._device_copy.wait(seq)
+
+
+class DeviceCopy:
+    """The buffer on the device, and its way into the ring: pinned memory, a stream of its own, one copy a step."""
+
+    def __init__(self, ring: RouteRing, device: torch.device) -> None:
+        self._ring = ring
+        geometry = ring.geometry
+        dtype = torch.uint8 if geometry.dtype.itemsize == 1 else torch.uint16
+        num_values = geometry.num_moe_layers * geometry.max_tokens * geometry.top_k
+        self._buffer = torch.empty(num_values, dtype=dtype, device=device)
+        self._stream = torch.cuda.Stream(device)
+        self._copied: dict[int, torch.cuda.Event] = {}
+        self._last_copy: torch.cuda.Event | None = None
+        pin(ring)
+
+    def target(self, num_rows: int) -> torch.Tensor:
+        """`[moe_layers, num_rows, top_k]` at the buffer's start."""
+        geometry: RouteGeometry = self._ring.geometry
+        shape = (geometry.num_moe_layers, num_rows, geometry.top_k)
+        return self._buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+
+    def begin(self, num_rows: int) -> torch.Tensor:
+        """The target of the next forward, which must not overwrite what is still being copied."""
+        if self._last_copy is not None:
+            torch.cuda.current_stream().wait_event(self._last_copy)
+        return self.target(num_rows)
+
+    def start(self, seq: int, num_rows: int) -> None:
+        """Copy on the side stream, after the forward."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        slot = torch.from_numpy(self._ring.slot(seq, num_rows))
+        with torch.cuda.stream(self._stream):
+            slot.copy_(self.target(num_rows), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._last_copy = self._copied[seq] = event
+
+    def wait(self, seq: int) -> None:
+        self._copied.pop(seq).synchronize()
+
+
+def pin(ring: RouteRing) -> None:
+    """Make the ring's memory known to the driver, so that copies into it need no staging and nobody waits for them.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    memory = ring.memory
+    status = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+    if int(status) != 0:
+        raise RuntimeError(f"the routing ring could not be pinned: CUDA error {int(status)}")

@@ -55,22 +55,22 @@ class RouterTap:
     def __call__(self, module: nn.Module, args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         logits, weights, ids = output
         if self.forced:
-            positions = torch.tensor(list(self.forced))
+            positions = torch.tensor(list(self.forced), device=ids.device)
             ids = ids.clone()
-            ids[positions] = torch.stack(list(self.forced.values()))
+            ids[positions] = torch.stack(list(self.forced.values())).to(ids.device)
             weights = torch.softmax(logits.float(), dim=-1).gather(1, ids)
             if module.norm_topk_prob:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
             weights = weights.to(logits.dtype)
-        self.logits, self.ids = logits, ids
+        self.logits, self.ids = logits.cpu(), ids.cpu()
         return logits, weights, ids
 
 
 class Reference:
     """A checkpoint under `transformers`."""
 
-    def __init__(self, model_path: str) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    def __init__(self, model_path: str, device: str = "cpu") -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval().to(device)
         self._taps: list[RouterTap] = []
         for layer in self._model.model.layers:
             if hasattr(layer.mlp, "gate"):
@@ -81,7 +81,7 @@ class Reference:
     @torch.inference_mode()
     def _forward(self, tokens: list[int]) -> torch.Tensor:
         """Logits [T, V]; the taps hold the routers'."""
-        return self._model(torch.tensor([tokens])).logits[0]
+        return self._model(torch.tensor([tokens], device=self._model.device)).logits[0].cpu()
 
     def check_routes(self, tokens: list[int], routes: np.ndarray, start: int = 0) -> tuple[torch.Tensor, Agreement]:
         """Compare `routes` [rows, moe_layers, top_k], the routing of `tokens[start : start + rows]`, under the rule.

@@ -4,7 +4,8 @@ One writer, one reader, two counters. Slot `seq % num_slots` holds step `seq` fr
 step was published is told by its `StepRecord`, so the reader never polls. The memory is a memfd: it has no name, and is
 gone when the last process that maps it is.
 
-Layout of a slot: `[moe_layers, max_tokens, top_k]`, layer-major, so that each layer's write is one contiguous copy.
+Layout of a slot: `[moe_layers, rows, top_k]` for the rows that the step has room for, so that each layer's write, and the
+copy of all layers from a device, is one contiguous block. The header says how many rows that is.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = 4096
+PAGE_BYTES = 4096
+# Header words: how many steps were filed, then each slot's number of rows.
 FILED_WORD = 0
+FIRST_ROWS_WORD = 1
 MAX_UINT8_EXPERTS = 256
 POLL_S = 0.0002
 
@@ -54,6 +57,15 @@ class RouteGeometry:
         return self.row_bytes * self.max_tokens
 
 
+def header_bytes(num_slots: int) -> int:
+    """Room for the counters, in whole pages, so that the slots begin on one."""
+    return -(-8 * (FIRST_ROWS_WORD + num_slots) // PAGE_BYTES) * PAGE_BYTES
+
+
+def ring_bytes(geometry: RouteGeometry, num_slots: int) -> int:
+    return header_bytes(num_slots) + num_slots * geometry.slot_bytes
+
+
 class RouteRing:
     """Either end of the ring. Made by `create` (writer) or `attach` (reader)."""
 
@@ -61,12 +73,9 @@ class RouteRing:
         self.fd = fd
         self.geometry = geometry
         self.num_slots = num_slots
-        self._memory = mmap.mmap(fd, HEADER_BYTES + num_slots * geometry.slot_bytes)
-        self._header = np.frombuffer(self._memory, dtype=np.int64, count=HEADER_BYTES // 8)
-        shape = (num_slots, geometry.num_moe_layers, geometry.max_tokens, geometry.top_k)
-        self._slots = np.frombuffer(
-            self._memory, dtype=geometry.dtype, offset=HEADER_BYTES, count=int(np.prod(shape))
-        ).reshape(shape)
+        self._memory = mmap.mmap(fd, ring_bytes(geometry, num_slots))
+        self._header = np.frombuffer(self._memory, dtype=np.int64, count=FIRST_ROWS_WORD + num_slots)
+        self._slots = np.frombuffer(self._memory, dtype=np.uint8, offset=header_bytes(num_slots)).reshape(num_slots, -1)
         self._next_seq = 0
         self.num_waits = 0
         self.wait_s = 0.0
@@ -74,7 +83,7 @@ class RouteRing:
     @staticmethod
     def create(geometry: RouteGeometry, num_slots: int) -> RouteRing:
         fd = os.memfd_create("waybill-route-ring")
-        os.ftruncate(fd, HEADER_BYTES + num_slots * geometry.slot_bytes)
+        os.ftruncate(fd, ring_bytes(geometry, num_slots))
         return RouteRing(fd, geometry, num_slots)
 
     @staticmethod
@@ -115,13 +124,24 @@ class RouteRing:
         self.num_waits += 1
         self.wait_s += time.monotonic() - began
 
-    def slot(self, seq: int) -> np.ndarray:
-        """The writable slot `[moe_layers, max_tokens, top_k]` of an acquired step."""
-        return self._slots[seq % self.num_slots]
+    @property
+    def memory(self) -> np.ndarray:
+        """All slots, as bytes: what a device's driver must know to copy into them by itself."""
+        return self._slots
+
+    def slot(self, seq: int, num_rows: int) -> np.ndarray:
+        """The writable slot `[moe_layers, num_rows, top_k]` of an acquired step."""
+        assert num_rows <= self.geometry.max_tokens, "the step is larger than a ring slot"
+        self._header[FIRST_ROWS_WORD + seq % self.num_slots] = num_rows
+        return self._view(seq, num_rows)
+
+    def _view(self, seq: int, num_rows: int) -> np.ndarray:
+        raw = self._slots[seq % self.num_slots, : self.geometry.row_bytes * num_rows]
+        return raw.view(self.geometry.dtype).reshape(self.geometry.num_moe_layers, num_rows, self.geometry.top_k)
 
     def rows(self, seq: int, num_rows: int) -> np.ndarray:
-        """The reader's view `[moe_layers, num_rows, top_k]` of a published step."""
-        return self._slots[seq % self.num_slots][:, :num_rows]
+        """The reader's view `[moe_layers, num_rows, top_k]` of a published step, without its padding."""
+        return self._view(seq, int(self._header[FIRST_ROWS_WORD + seq % self.num_slots]))[:, :num_rows]
 
     def mark_filed(self, seq: int) -> None:
         """Give the slot of `seq` back; steps are filed in order."""

@@ -22,6 +22,8 @@ from .experts_native import experts_native, has_native_experts
 # (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
 # -> [T, D]; ids outside [0, F) belong to other ranks and add nothing.
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Steps of at most this many tokens are bound by reading weights on a GPU.
+MAX_FEW_TOKENS = 256
 
 
 def experts_torch_reference(
@@ -87,8 +89,23 @@ def select_experts_function(backend: str, down: torch.Tensor) -> ExpertsFunction
     if backend == "torch_reference":
         return experts_torch_reference
     if down.device.type != "cpu":
-        return experts_by_grouped_mm
+        return _experts_on_gpu()
     return experts_native if has_native_experts(down.dtype, *down.shape[1:]) else experts_by_group
+
+
+def _experts_on_gpu() -> ExpertsFunction:
+    """Few tokens read the weights once and do little else; many are worth sorting."""
+    # Triton comes with torch's CUDA builds alone.
+    from .experts_triton import experts_triton  # noqa: PLC0415
+
+    def choose(
+        hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        # The grouped product takes bfloat16 alone.
+        few = hidden.shape[0] <= MAX_FEW_TOKENS or hidden.dtype != torch.bfloat16
+        return (experts_triton if few else experts_by_grouped_mm)(hidden, ids, weights, gate_up, down)
+
+    return choose
 
 
 class Experts(nn.Module):
@@ -132,4 +149,5 @@ class Experts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Partial results [T, D] of the local experts."""
-        return self._function(hidden, ids - self._first_expert, weights, self.gate_up, self.down)
+        local = ids - self._first_expert if self._first_expert else ids
+        return self._function(hidden, local, weights, self.gate_up, self.down)

@@ -13,9 +13,11 @@ from .router import TopKRouter
 
 
 class RouteRecorder(Protocol):
-    """Is told which experts [T, K] a MoE layer chose, by the layer's index among the MoE layers."""
+    """Is told which experts every token chose."""
 
-    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None: ...
+    def slot(self, moe_layer_index: int) -> torch.Tensor:
+        """Where a MoE layer, by its index among them, must write the ids [T, K] that it chooses; asked once a step."""
+        ...
 
 
 class MoeLayer(nn.Module):
@@ -29,9 +31,8 @@ class MoeLayer(nn.Module):
         self.experts = experts
 
     def forward(self, hidden: torch.Tensor, recorder: RouteRecorder | None = None) -> torch.Tensor:
-        routed = self.router(hidden)
-        if recorder is not None:
-            recorder.record(self.moe_layer_index, routed.ids)
+        record = None if recorder is None else recorder.slot(self.moe_layer_index)
+        routed = self.router(hidden, record=record)
         dispatched = self.dispatcher.dispatch(hidden, routed)
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
         return self.dispatcher.combine(partial, dispatched)

@@ -19,6 +19,8 @@ from ..weights import TensorSource, check_shape, empty_weight
 
 # Dense scores [T, E] float32 -> ids [T, K] int64.
 Select = Callable[[torch.Tensor], torch.Tensor]
+# See `choose_torch`.
+Choose = Callable[[torch.Tensor, int, bool, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,47 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.top_k = top_k
         self._norm_topk_prob = norm_topk_prob
+        self._choose = select_choose(device)
         self.weight = empty_weight(num_experts, hidden_size, dtype=dtype, device=device)
 
     def load_weight(self, source: TensorSource) -> None:
         check_shape(source, tuple(self.weight.shape))
         self.weight.data.copy_(source[:])
 
-    def forward(self, hidden: torch.Tensor, select: Select | None = None) -> RouterOutput:
-        """Route hidden states [T, D]."""
-        scores = torch.softmax(F.linear(hidden, self.weight), dim=-1, dtype=torch.float32)
+    def forward(
+        self, hidden: torch.Tensor, select: Select | None = None, record: torch.Tensor | None = None
+    ) -> RouterOutput:
+        """Route hidden states [T, D]; the ids are also written to `record` [T, K], of any integer dtype."""
+        logits = F.linear(hidden, self.weight)
         if select is None:
-            weights, ids = torch.topk(scores, self.top_k, dim=-1)
-        else:
-            ids = select(scores)
-            weights = scores.gather(1, ids)
-        if self._norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            return RouterOutput(*self._choose(logits, self.top_k, self._norm_topk_prob, record))
+        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        ids = select(scores)
+        if record is not None:
+            record.copy_(ids)
+        weights = renormalise(scores.gather(1, ids), self._norm_topk_prob)
         return RouterOutput(ids, weights.to(hidden.dtype))
+
+
+def renormalise(weights: torch.Tensor, norm_topk_prob: bool) -> torch.Tensor:
+    return weights / weights.sum(dim=-1, keepdim=True) if norm_topk_prob else weights
+
+
+def choose_torch(
+    logits: torch.Tensor, top_k: int, norm_topk_prob: bool, record: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router logits [T, E] -> ids [T, K] int64, also written to `record`, and weights [T, K] in the logits' dtype."""
+    weights, ids = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), top_k, dim=-1)
+    if record is not None:
+        record.copy_(ids)
+    return ids, renormalise(weights, norm_topk_prob).to(logits.dtype)
+
+
+def select_choose(device: torch.device) -> Choose:
+    """The fastest for the device."""
+    if device.type == "cpu":
+        return choose_torch
+    # Triton comes with torch's CUDA builds alone.
+    from .router_triton import choose_triton  # noqa: PLC0415
+
+    return choose_triton

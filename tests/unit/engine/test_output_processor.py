@@ -72,7 +72,7 @@ class Engine:
         seq = -1
         if num and self.routing:
             seq = self.ring.acquire(1.0)
-            self.ring.slot(seq)[:, :num] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
+            self.ring.slot(seq, num)[:] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
         self.processor.handle(StepRecord(0, self.steps, seq, "v1", **parts))
         self.steps += 1
         while not self.shipper._orders.empty():

@@ -29,11 +29,11 @@ def make_case(lengths: list[tuple[int, int]], page_size: int, seed: int) -> tupl
     query = torch.randn(sum(q_lens), HEADS, WIDTH, generator=generator)
     keys = torch.randn(num_slots, KV_HEADS, WIDTH, generator=generator)
     values = torch.randn(num_slots, KV_HEADS, WIDTH, generator=generator)
-    return AttentionBatch(q_lens, kv_lens, table, page_size), [query, keys, values]
+    return AttentionBatch(q_lens, kv_lens, table, torch.arange(len(lengths)), page_size), [query, keys, values]
 
 
 def run(name: str, batch: AttentionBatch, tensors: list[torch.Tensor]) -> torch.Tensor:
-    backend = make_attention_backend(name)
+    backend = make_attention_backend(name, torch.device("cpu"))
     query, keys, values = tensors
     return backend.forward(query, keys, values, backend.plan(batch), WIDTH**-0.5)
 
@@ -60,4 +60,4 @@ def test_entries_beyond_a_requests_pages_are_not_read(name: str) -> None:
     batch, tensors = make_case([(1, 2), (1, 3)], 1, 2)
     expected = run(name, batch, tensors)
     wide = torch.cat([batch.page_table, torch.full((2, 3), int(batch.page_table.max()), dtype=torch.int32)], dim=1)
-    torch.testing.assert_close(run(name, AttentionBatch([1, 1], [3, 4], wide, 1), tensors), expected)
+    torch.testing.assert_close(run(name, AttentionBatch([1, 1], [3, 4], wide, torch.arange(2), 1), tensors), expected)

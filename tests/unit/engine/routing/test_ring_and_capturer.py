@@ -27,7 +27,7 @@ ring.mark_filed(0)
 def test_another_process_reads_what_was_written_and_gives_the_slot_back() -> None:
     ring = RouteRing.create(GEOMETRY, 2)
     seq = ring.acquire(1.0)
-    ring.slot(seq)[:, :3] = np.arange(12).reshape(2, 3, 2)
+    ring.slot(seq, 3)[:] = np.arange(12).reshape(2, 3, 2)
     done = subprocess.run([sys.executable, "-c", READER, ring.path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(np.arange(12).reshape(2, 3, 2).tolist())
     assert ring.num_filed == 1
@@ -64,7 +64,7 @@ def test_ids_of_every_layer_reach_the_slot() -> None:
     seq = capturer.begin(3)
     ids = torch.arange(12).view(2, 3, 2)
     for layer in (1, 0):
-        capturer.record(layer, ids[layer])
+        capturer.slot(layer).copy_(ids[layer])
     capturer.finish()
     capturer.publish(seq)
     assert ring.rows(seq, 3).tolist() == ids.tolist()
@@ -76,6 +76,6 @@ def test_a_layer_that_bypasses_the_recorder_fails_the_step(recorded: list[int]) 
     capturer = RoutedExpertsCapturer(RouteRing.create(GEOMETRY, 2), torch.device("cpu"))
     capturer.begin(1)
     for layer in recorded:
-        capturer.record(layer, torch.zeros(1, 2, dtype=torch.int64))
+        capturer.slot(layer).zero_()
     with pytest.raises(RuntimeError, match="recorded nothing, or some twice"):
         capturer.finish()

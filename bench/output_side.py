@@ -1,0 +1,51 @@
+"""What a leader that runs inside a benchmark talks to: sockets, and a real output processor in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from waybill.engine.io_struct import BackendMessage, FrontendMessage, OutputRecord
+from waybill.engine.lifeline import Lifeline
+from waybill.engine.output_processor_config import OutputProcessorConfig
+from waybill.engine.scheduler import Endpoints
+from waybill.engine.sockets import Receiver, Sender
+
+STOP_TIMEOUT_S = 10
+
+
+class Surroundings:
+    """`endpoints` are the leader's; requests go into `outbox`, and what a frontend would get comes out of `answers`."""
+
+    def __init__(self, folder: str, tokenizer_path: str) -> None:
+        self._context = zmq.Context()
+        address = {name: f"ipc://{folder}/{name}" for name in ("inbox", "records", "frontend", "queries")}
+        self._lifeline = Lifeline(f"{folder}/alive")
+        processor = OutputProcessorConfig(
+            records_address=address["records"],
+            frontend_address=address["frontend"],
+            queries_address=address["queries"],
+            tokenizer_path=tokenizer_path,
+            lifeline_path=self._lifeline.path,
+            claim_budget_bytes=1 << 20,
+            claim_ttl_s=60.0,
+        )
+        file = Path(folder) / "output_processor.json"
+        file.write_bytes(msgspec.json.encode(processor))
+        command = [sys.executable, "-m", "waybill.engine.output_processor", "--config", str(file)]
+        self._processor = subprocess.Popen(command)
+        self.answers: Receiver[BackendMessage] = Receiver(self._context, address["frontend"], BackendMessage)
+        inbox: Receiver[FrontendMessage] = Receiver(self._context, address["inbox"], FrontendMessage)
+        self.outbox: Sender[FrontendMessage] = Sender(self._context, address["inbox"])
+        records: Sender[OutputRecord] = Sender(self._context, address["records"])
+        frontend: Sender[BackendMessage] = Sender(self._context, address["frontend"])
+        self.endpoints = Endpoints(inbox, [], records, frontend)
+
+    def close(self) -> None:
+        self._lifeline.cut()
+        self._processor.wait(STOP_TIMEOUT_S)
+        self._context.destroy(linger=0)

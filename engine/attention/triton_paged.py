@@ -1,0 +1,131 @@
+"""Decode attention straight over the pages, in Triton: keys and values are read once, nothing is gathered or copied.
+
+Each request's keys are split over several programs (Flash-Decoding, Dao et al. 2023), whose partial results a second
+kernel merges by their log-sum-exp. Lengths and pages are read on the device, so one CUDA graph serves any length.
+Prefills run through `SdpaAttention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import AttentionBatch
+from .sdpa import SdpaAttention, SdpaPlan
+
+# Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
+MIN_TILE = 16
+BLOCK_KEYS = 64
+# Programs that keep the device busy.
+WANTED_PROGRAMS = 512
+MAX_SPLITS = 32
+
+
+@triton.jit
+def _decode_kernel(
+    query, k_cache, v_cache, page_table, req_rows, kv_lens, partial, lse, scale, table_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(kv_lens + request).to(tl.int32)
+    table = page_table + tl.load(req_rows + request) * table_stride
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK), NUM_SPLITS) * BLOCK
+    first = split * per_split
+    end = tl.minimum(first + per_split, length)
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    head = request.to(tl.int64) * NUM_KV_HEADS * GROUP + kv_head * GROUP + rows
+    q = tl.load(query + head[:, None] * WIDTH + columns[None, :], rows[:, None] < GROUP, other=0.0)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(first, end, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        inside = position < end
+        page = tl.load(table + position // PAGE_SIZE, inside, other=0).to(tl.int64)
+        slot = (page * PAGE_SIZE + position % PAGE_SIZE) * NUM_KV_HEADS + kv_head
+        where = slot[:, None] * WIDTH + columns[None, :]
+        keys = tl.load(k_cache + where, inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new_best[:, None])
+        shrink = tl.exp(best - new_best)
+        values = tl.load(v_cache + where, inside[:, None], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        total = total * shrink + tl.sum(weights, axis=1)
+        best = new_best
+    # A split without keys has weight exp(-inf) in the merge; its zeros must not be divided by its zero total.
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    place = head * NUM_SPLITS + split
+    tl.store(partial + place[:, None] * WIDTH + columns[None, :], out, rows[:, None] < GROUP)
+    tl.store(lse + place, tl.where(total > 0, best + tl.log(total), float("-inf")), rows < GROUP)
+
+
+@triton.jit
+def _merge_kernel(partial, lse, out, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    splits, columns = tl.arange(0, NUM_SPLITS), tl.arange(0, WIDTH)
+    logs = tl.load(lse + head * NUM_SPLITS + splits)
+    weights = tl.exp(logs - tl.max(logs, axis=0))
+    weights = weights / tl.sum(weights, axis=0)
+    parts = tl.load(partial + (head * NUM_SPLITS + splits[:, None]) * WIDTH + columns[None, :])
+    tl.store(out + head * WIDTH + columns, tl.sum(parts * weights[:, None], axis=0).to(out.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A step of decodes alone: where each request's pages stand [B], and its number of keys [B], on the device."""
+
+    page_table: torch.Tensor
+    req_rows: torch.Tensor
+    kv_lens: torch.Tensor
+    page_size: int
+
+
+class TritonPagedAttention:
+    """Decodes through the kernel above; a step with a prefill in it through `SdpaAttention`."""
+
+    def __init__(self) -> None:
+        self._prefill = SdpaAttention()
+
+    def plan(self, batch: AttentionBatch) -> DecodePlan | SdpaPlan:
+        if max(batch.q_lens) > 1:
+            return self._prefill.plan(batch)
+        kv_lens = torch.tensor(batch.kv_lens, dtype=torch.int32, device=batch.page_table.device)
+        return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: DecodePlan | SdpaPlan,
+        scale: float,
+    ) -> torch.Tensor:
+        if isinstance(plan, SdpaPlan):
+            return self._prefill.forward(query, k_cache, v_cache, plan, scale)
+        return decode_attention(query, k_cache, v_cache, plan, scale)
+
+
+def decode_attention(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: DecodePlan, scale: float
+) -> torch.Tensor:
+    """One query token per request: query [B, H, d], caches [S, G, d] -> [B, H, d]."""
+    (num_reqs, num_heads, width), num_kv_heads = query.shape, k_cache.shape[1]
+    wanted = triton.next_power_of_2(max(1, WANTED_PROGRAMS // (num_reqs * num_kv_heads)))
+    num_splits = min(MAX_SPLITS, wanted)
+    group = num_heads // num_kv_heads
+    partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
+    lse = query.new_empty(num_reqs, num_heads, num_splits, dtype=torch.float32)
+    out = torch.empty_like(query)
+    _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
+        query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, partial, lse, scale,
+        plan.page_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width, PAGE_SIZE=plan.page_size,
+        NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, triton.next_power_of_2(group)), BLOCK=BLOCK_KEYS, num_warps=4,
+    )  # fmt: skip
+    _merge_kernel[(num_reqs * num_heads,)](partial, lse, out, WIDTH=width, NUM_SPLITS=num_splits, num_warps=1)
+    return out

@@ -1,0 +1,53 @@
+"""Softmax, top-k, renormalisation and the recording of the choice as one kernel; twin of `choose_torch` in router.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _choose_kernel(
+    logits, ids, weights, record, num_experts, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    experts, choices = tl.arange(0, BLOCK), tl.arange(0, K_BLOCK)
+    inside = experts < num_experts
+    row = tl.load(logits + token * num_experts + experts, inside, other=float("-inf")).to(tl.float32)
+    row = tl.exp(row - tl.max(row, axis=0))
+    scores = row / tl.sum(row, axis=0)
+    left = tl.where(inside, scores, -1.0)
+    chosen = tl.zeros((K_BLOCK,), tl.int32)
+    values = tl.zeros((K_BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(left, axis=0)
+        expert = tl.min(tl.where(left == best, experts, BLOCK), axis=0)
+        chosen = tl.where(choices == k, expert, chosen)
+        values = tl.where(choices == k, best, values)
+        left = tl.where(experts == expert, -1.0, left)
+    if NORM:
+        values = values / tl.sum(values, axis=0)
+    place = token * TOP_K + choices
+    kept = choices < TOP_K
+    tl.store(ids + place, chosen.to(tl.int64), kept)
+    tl.store(weights + place, values.to(weights.dtype.element_ty), kept)
+    if RECORD:
+        tl.store(record + place, chosen.to(record.dtype.element_ty), kept)
+
+
+def choose_triton(
+    logits: torch.Tensor, top_k: int, norm_topk_prob: bool, record: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `choose_torch`."""
+    num_tokens, num_experts = logits.shape
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = logits.new_empty(num_tokens, top_k)
+    assert record is None or record.is_contiguous()
+    _choose_kernel[(num_tokens,)](
+        logits, ids, weights, ids if record is None else record, num_experts, TOP_K=top_k,
+        K_BLOCK=triton.next_power_of_2(top_k), BLOCK=triton.next_power_of_2(num_experts), NORM=norm_topk_prob,
+        RECORD=record is not None, num_warps=1,
+    )  # fmt: skip
+    return ids, weights

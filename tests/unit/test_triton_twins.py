@@ -1,0 +1,123 @@
+"""Every Triton kernel against its torch twin: compiled where there is a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is decorated.
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    # The interpreter of Triton 3.6 makes loop bounds in a way that NumPy 2.4 refuses.
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_bounds(tensor: type, scope: object) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = patch_tensor_and_bounds
+
+from waybill.engine.attention.backend import AttentionBatch
+from waybill.engine.attention.torch_reference import TorchReferenceAttention
+from waybill.engine.attention.triton_paged import TritonPagedAttention
+from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
+from waybill.engine.models.norm_rope_triton import TritonLayerOps
+from waybill.parallel.moe.experts import experts_torch_reference
+from waybill.parallel.moe.experts_triton import experts_triton
+from waybill.parallel.moe.router import choose_torch
+from waybill.parallel.moe.router_triton import choose_triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
+TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 100])
+def test_norms(dtype: torch.dtype, width: int) -> None:
+    hidden, residual, weight = (normal(5, width, dtype=dtype, seed=seed) for seed in range(3))
+    weight = weight[0].contiguous()
+    torch.testing.assert_close(
+        TritonLayerOps().rms_norm(hidden, weight, 1e-6),
+        TorchLayerOps().rms_norm(hidden, weight, 1e-6),
+        **TOLERANCE[dtype],
+    )
+    expected = TorchLayerOps().add_rms_norm(hidden, residual, weight, 1e-6)
+    found = TritonLayerOps().add_rms_norm(hidden, residual.clone(), weight, 1e-6)
+    torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_rope_and_store(dtype: torch.dtype) -> None:
+    tokens, heads, kv_heads, width, slots = 5, 4, 2, 16, 12
+    qkv = normal(tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
+    norms = HeadNorms(normal(width, dtype=dtype, seed=1), normal(width, dtype=dtype, seed=2), 1e-6)
+    rope = (normal(tokens, 1, width, dtype=dtype, seed=3), normal(tokens, 1, width, dtype=dtype, seed=4))
+    where = torch.tensor([3, 0, 11, 7, 5], device=DEVICE)
+    results = []
+    for ops in (TorchLayerOps(), TritonLayerOps()):
+        keys, values = (torch.zeros(slots, kv_heads, width, dtype=dtype, device=DEVICE) for _ in range(2))
+        results.append((ops.norm_rope_store(qkv, norms, rope, where, keys, values), keys, values))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("page_size", "kv_lens"), [(1, [1, 70, 300, 64]), (4, [5, 129])])
+def test_decode_attention(dtype: torch.dtype, page_size: int, kv_lens: list[int]) -> None:
+    heads, kv_heads, width = 4, 2, 16
+    pages = [-(-n // page_size) for n in kv_lens]
+    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    table = torch.zeros(len(kv_lens) + 2, max(pages), dtype=torch.int32)
+    rows = torch.arange(len(kv_lens)).flip(0) + 1
+    for row, part in zip(rows.tolist(), order.split(pages), strict=True):
+        table[row, : len(part)] = part
+    query = normal(len(kv_lens), heads, width, dtype=dtype)
+    cache = [normal(sum(pages) * page_size, kv_heads, width, dtype=dtype, seed=s) for s in (1, 2)]
+    batch = AttentionBatch([1] * len(kv_lens), kv_lens, table.to(DEVICE), rows.to(DEVICE), page_size)
+    results = []
+    for backend in (TorchReferenceAttention(), TritonPagedAttention()):
+        results.append(backend.forward(query, *cache, backend.plan(batch), width**-0.5))
+    torch.testing.assert_close(results[1], results[0], **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(16, 4), (20, 3)])
+def test_choice_of_experts(dtype: torch.dtype, norm_topk_prob: bool, num_experts: int, top_k: int) -> None:
+    logits = normal(7, num_experts, dtype=dtype)
+    records = [torch.full((7, top_k), 255, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    expected = choose_torch(logits, top_k, norm_topk_prob, records[0])
+    found = choose_triton(logits, top_k, norm_topk_prob, records[1])
+    assert torch.equal(found[0], expected[0]) and torch.equal(records[1], records[0])
+    torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
+    assert torch.equal(choose_triton(logits, top_k, norm_topk_prob, None)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+def test_experts(dtype: torch.dtype, num_tokens: int) -> None:
+    """Some ids belong to other ranks: negative, or beyond the local experts."""
+    experts, width, intermediate, top_k = 6, 48, 24, 3
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(experts + 4, generator=generator)[:top_k] - 2 for _ in range(num_tokens)])
+    weights = torch.softmax(normal(num_tokens, top_k, dtype=torch.float32), dim=-1).to(dtype)
+    gate_up = normal(experts, 2 * intermediate, width, dtype=dtype, seed=1) * width**-0.5
+    down = normal(experts, width, intermediate, dtype=dtype, seed=2) * intermediate**-0.5
+    hidden = normal(num_tokens, width, dtype=dtype, seed=4)
+    expected = experts_torch_reference(hidden, ids.to(DEVICE), weights, gate_up, down)
+    torch.testing.assert_close(
+        experts_triton(hidden, ids.to(DEVICE), weights, gate_up, down), expected, **TOLERANCE[dtype]
+    )

@@ -248,6 +248,7 @@ class Leader:
         self._bench = bench
         self._rng = np.random.default_rng(0)
         self._num_sent = 0
+        self.prefill_tokens = bench.plan.prefills[0]
 
     def send(self, prompt_tokens: int, max_new_tokens: int, *, routed: bool = True) -> None:
         self._num_sent += 1
@@ -381,27 +382,45 @@ def measure_capture(bench: Bench, on: Leader, report: Report) -> None:
     report.numbers["capture_ratio"] = statistics.median(ratios)
 
 
-def profile_decode(leader: Leader, report: Report) -> None:
-    """Kernels of one decode step at batch 1, by total time."""
-    leader.send(CONTEXT, 40, routed=False)
-    leader.wait_for_requests(1)
-    for _ in range(20):
-        leader.scheduler.step()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(4):
+def profile_step(leader: Leader, name: str, batch: int, report: Report) -> None:
+    """Kernels of one step by total time: a decode of `batch` requests, or the prefill of one prompt if it is 0."""
+    num_tokens = leader.prefill_tokens
+    if batch:
+        for _ in range(batch):
+            leader.send(CONTEXT, 40, routed=False)
+        leader.wait_for_requests(batch)
+        while (
+            not all(req.is_decoding for req in leader.scheduler.queues.running) or leader.scheduler.queues.num_waiting
+        ):
             leader.scheduler.step()
+        for _ in range(NUM_WARM_UPS):
+            leader.scheduler.step()
+    else:
+        leader.send(num_tokens, 1, routed=False)
+        leader.wait_for_requests(1)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        leader.scheduler.step()
+        leader.scheduler.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     leader.drain()
     events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
     events.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events) or 1
-    report.add("", "| kernel, 4 decode steps at batch 1 | launches | ms | share |", "| --- | ---: | ---: | ---: |")
-    for event in events[:14]:
+    num_steps = 2 if batch else 1
+    report.add(
+        "", f"| kernel, {name} | launches | ms | share | if it were free |", "| --- | ---: | ---: | ---: | ---: |"
+    )
+    for event in events[:12]:
         share = event.self_device_time_total / total
-        report.add(f"| `{event.key[:70]}` | {event.count} | {event.self_device_time_total / 1e3:.3f} | {share:.1%} |")
-    report.add(f"| all | {sum(event.count for event in events)} | {total / 1e3:.3f} | 100% |")
+        report.add(
+            f"| `{event.key[:60]}` | {event.count // num_steps} | {event.self_device_time_total / num_steps / MILLI:.3f} "
+            f"| {share:.1%} | {1 / (1 - share):.2f}x |"
+        )
+    report.add(
+        f"| all | {sum(event.count for event in events) // num_steps} | {total / num_steps / MILLI:.3f} | 100% | |"
+    )
 
 
 def main() -> None:
@@ -430,7 +449,9 @@ def main() -> None:
             if "speed" not in options.skip:
                 measure_speed(bench, leader, limits, report)
             if "profile" not in options.skip:
-                profile_decode(leader, report)
+                for batch in bench.plan.batches:
+                    profile_step(leader, f"decode of {batch}", batch, report)
+                profile_step(leader, f"prefill of {leader.prefill_tokens}", 0, report)
             if "capture" not in options.skip:
                 measure_capture(bench, leader, report)
     print(json.dumps(report.numbers))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .collectives import all_gather, all_reduce, gather
+from .linear import select_linear
 from .mesh import Axis
 from .weights import TensorSource, check_shape, empty_weight
 
@@ -68,12 +69,13 @@ class ParallelLMHead(VocabShard):
     ) -> None:
         super().__init__(vocab_size, hidden_size, axis, dtype=dtype, device=device)
         self._gather_to_all = gather_to_all
+        self._linear = select_linear(device)
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's rows, which are sharded alike."""
         self.weight = embedding.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        local = F.linear(hidden, self.weight)
+        local = self._linear(hidden, self.weight, None)
         logits = all_gather(local, self._axis, dim=-1) if self._gather_to_all else gather(local, self._axis, dim=-1)
         return None if logits is None else logits[:, : self._full[0]]

@@ -8,6 +8,8 @@ Legend: T tokens, D inputs, O outputs, d head width, n size of the axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +17,19 @@ from torch import nn
 from .collectives import all_reduce
 from .mesh import Axis
 from .weights import TensorSource, check_shape, empty_weight
+
+# (x [T, D], weight [O, D], bias [O] or None) -> [T, O]
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def select_linear(device: torch.device) -> Linear:
+    """The fastest product for the device."""
+    if device.type == "cpu":
+        return F.linear
+    # Triton comes with torch's CUDA builds alone.
+    from .linear_triton import linear_triton  # noqa: PLC0415
+
+    return linear_triton
 
 
 def shard_size(size: int, axis: Axis, what: str) -> int:
@@ -37,9 +52,10 @@ class ShardedLinear(nn.Module):
         super().__init__()
         self.weight = empty_weight(out_features, in_features, dtype=dtype, device=device)
         self.bias = empty_weight(out_features, dtype=dtype, device=device) if bias else None
+        self._linear = select_linear(device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._linear(x, self.weight, self.bias)
 
 
 class ReplicatedLinear(ShardedLinear):

@@ -13,12 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ...parallel.dependent_launch import launch_options, start_next, wait_for_previous
 from .backend import AttentionBatch
 from .sdpa import SdpaAttention, SdpaPlan
 
 # Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
 MIN_TILE = 16
-BLOCK_KEYS = 64
+BLOCK_KEYS = 32
 # Programs that keep the device busy.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 32
@@ -28,16 +29,22 @@ MAX_SPLITS = 32
 def _decode_kernel(
     query, k_cache, v_cache, page_table, req_rows, kv_lens, partial, lse, scale, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_next(PDL)
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(kv_lens + request).to(tl.int32)
-    table = page_table + tl.load(req_rows + request) * table_stride
+    # Lengths and pages are written before the step's first layer, by kernels that nothing overlaps with. They are read past
+    # the first-level cache, which may hold another step's.
+    length = tl.load(kv_lens + request, cache_modifier=".cg").to(tl.int32)
+    table = page_table + tl.load(req_rows + request, cache_modifier=".cg") * table_stride
     per_split = tl.cdiv(tl.cdiv(length, BLOCK), NUM_SPLITS) * BLOCK
     first = split * per_split
     end = tl.minimum(first + per_split, length)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     head = request.to(tl.int64) * NUM_KV_HEADS * GROUP + kv_head * GROUP + rows
+    position = first + tl.arange(0, BLOCK)
+    page = tl.load(table + position // PAGE_SIZE, position < end, other=0, cache_modifier=".cg")
+    wait_for_previous(PDL)
     q = tl.load(query + head[:, None] * WIDTH + columns[None, :], rows[:, None] < GROUP, other=0.0)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -45,9 +52,10 @@ def _decode_kernel(
     for start in range(first, end, BLOCK):
         position = start + tl.arange(0, BLOCK)
         inside = position < end
-        page = tl.load(table + position // PAGE_SIZE, inside, other=0).to(tl.int64)
-        slot = (page * PAGE_SIZE + position % PAGE_SIZE) * NUM_KV_HEADS + kv_head
+        slot = (page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE) * NUM_KV_HEADS + kv_head
         where = slot[:, None] * WIDTH + columns[None, :]
+        position += BLOCK
+        page = tl.load(table + position // PAGE_SIZE, position < end, other=0, cache_modifier=".cg")
         keys = tl.load(k_cache + where, inside[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -66,7 +74,9 @@ def _decode_kernel(
 
 
 @triton.jit
-def _merge_kernel(partial, lse, out, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr):
+def _merge_kernel(partial, lse, out, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait_for_previous(PDL)
     head = tl.program_id(0).to(tl.int64)
     splits, columns = tl.arange(0, NUM_SPLITS), tl.arange(0, WIDTH)
     logs = tl.load(lse + head * NUM_SPLITS + splits)
@@ -122,10 +132,14 @@ def decode_attention(
     partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
     lse = query.new_empty(num_reqs, num_heads, num_splits, dtype=torch.float32)
     out = torch.empty_like(query)
+    options = launch_options(query.device)
     _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
         query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, partial, lse, scale,
         plan.page_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width, PAGE_SIZE=plan.page_size,
         NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, triton.next_power_of_2(group)), BLOCK=BLOCK_KEYS, num_warps=4,
+        **options,
     )  # fmt: skip
-    _merge_kernel[(num_reqs * num_heads,)](partial, lse, out, WIDTH=width, NUM_SPLITS=num_splits, num_warps=1)
+    _merge_kernel[(num_reqs * num_heads,)](
+        partial, lse, out, WIDTH=width, NUM_SPLITS=num_splits, num_warps=1, **options
+    )
     return out

@@ -6,64 +6,67 @@ import torch
 import triton
 import triton.language as tl
 
+from ...parallel.dependent_launch import launch_options, start_next, wait_for_previous
 from .norm_rope import HeadNorms
+
+# Heads that one program turns.
+HEADS = 8
 
 
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, out, num_columns, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x, residual, weight, out, num_columns, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    start_next(PDL)
     row = tl.program_id(0).to(tl.int64) * num_columns
     columns = tl.arange(0, BLOCK)
     mask = columns < num_columns
     dtype = x.dtype.element_ty
+    scale = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
     value = tl.load(x + row + columns, mask, other=0.0)
     if ADD:
         value = (value.to(tl.float32) + tl.load(residual + row + columns, mask, other=0.0).to(tl.float32)).to(dtype)
         tl.store(residual + row + columns, value, mask)
     wide = value.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / num_columns + eps)
-    scale = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
     tl.store(out + row + columns, (wide.to(dtype).to(tl.float32) * scale).to(dtype), mask)
 
 
 @triton.jit
-def _normed(base, weight, places, sum_places, eps, WIDTH: tl.constexpr):
-    """A head's values at `places`, normed over the whole head, rounded as torch rounds them."""
-    dtype = base.dtype.element_ty
-    whole = tl.load(base + sum_places).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(whole * whole, axis=0) / WIDTH + eps)
-    value = (tl.load(base + places).to(tl.float32) * scale).to(dtype).to(tl.float32)
-    return (value * tl.load(weight + places).to(tl.float32)).to(dtype).to(tl.float32)
-
-
-@triton.jit
 def _norm_rope_store_kernel(
-    qkv, q_weight, k_weight, cos, sin, kv_slots, k_cache, v_cache, out, eps,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    qkv, q_weight, k_weight, cos, sin, kv_slots, k_cache, v_cache, out, eps, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    places = tl.arange(0, WIDTH)
+    """A block of one token's heads, query, key and value heads side by side; value heads are stored as they are."""
+    start_next(PDL)
+    wait_for_previous(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    others = (columns + WIDTH // 2) % WIDTH
     dtype = qkv.dtype.element_ty
-    base = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * WIDTH + head * WIDTH
-    if head >= NUM_HEADS + NUM_KV_HEADS:
-        slot = tl.load(kv_slots + token)
-        target = v_cache + (slot * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * WIDTH
-        tl.store(target + places, tl.load(base + places))
-    else:
-        weight = q_weight
-        if head >= NUM_HEADS:
-            weight = k_weight
-        others = (places + WIDTH // 2) % WIDTH
-        value = _normed(base, weight, places, places, eps, WIDTH)
-        other = _normed(base, weight, others, places, eps, WIDTH)
-        other = tl.where(places < WIDTH // 2, -other, other)
-        straight = (value * tl.load(cos + token * WIDTH + places).to(tl.float32)).to(dtype).to(tl.float32)
-        crossed = (other * tl.load(sin + token * WIDTH + places).to(tl.float32)).to(dtype).to(tl.float32)
-        rotated = (straight + crossed).to(dtype)
-        if head < NUM_HEADS:
-            tl.store(out + (token * NUM_HEADS + head) * WIDTH + places, rotated)
-        else:
-            slot = tl.load(kv_slots + token)
-            tl.store(k_cache + (slot * NUM_KV_HEADS + head - NUM_HEADS) * WIDTH + places, rotated)
+    inside = heads < NUM_HEADS + 2 * NUM_KV_HEADS
+    is_query = heads < NUM_HEADS
+    is_key = (heads >= NUM_HEADS) & (heads < NUM_HEADS + NUM_KV_HEADS)
+    is_value = (heads >= NUM_HEADS + NUM_KV_HEADS) & inside
+    base = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * WIDTH + heads * WIDTH
+    raw = tl.load(base + columns, inside, other=0.0)
+    wide = raw.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + eps)[:, None]
+    weight = tl.where(is_query, tl.load(q_weight + columns), tl.load(k_weight + columns)).to(tl.float32)
+    value = ((wide * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    weight = tl.where(is_query, tl.load(q_weight + others), tl.load(k_weight + others)).to(tl.float32)
+    other = tl.load(base + others, inside, other=0.0).to(tl.float32)
+    other = ((other * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    other = tl.where(columns < WIDTH // 2, -other, other)
+    straight = (value * tl.load(cos + token * WIDTH + columns).to(tl.float32)).to(dtype).to(tl.float32)
+    crossed = (other * tl.load(sin + token * WIDTH + columns).to(tl.float32)).to(dtype).to(tl.float32)
+    rotated = (straight + crossed).to(dtype)
+    tl.store(out + (token * NUM_HEADS + heads) * WIDTH + columns, rotated, is_query)
+    slot = tl.load(kv_slots + token) * NUM_KV_HEADS
+    tl.store(k_cache + (slot + heads - NUM_HEADS) * WIDTH + columns, rotated, is_key)
+    tl.store(v_cache + (slot + heads - NUM_HEADS - NUM_KV_HEADS) * WIDTH + columns, raw, is_value)
 
 
 class TritonLayerOps:
@@ -72,7 +75,9 @@ class TritonLayerOps:
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty_like(hidden)
         block = triton.next_power_of_2(hidden.shape[1])
-        _rms_norm_kernel[(hidden.shape[0],)](hidden, hidden, weight, out, hidden.shape[1], eps, ADD=False, BLOCK=block)
+        _rms_norm_kernel[(hidden.shape[0],)](
+            hidden, hidden, weight, out, hidden.shape[1], eps, ADD=False, BLOCK=block, **launch_options(hidden.device)
+        )
         return out
 
     def add_rms_norm(
@@ -80,7 +85,9 @@ class TritonLayerOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty_like(hidden)
         block = triton.next_power_of_2(hidden.shape[1])
-        _rms_norm_kernel[(hidden.shape[0],)](hidden, residual, weight, out, hidden.shape[1], eps, ADD=True, BLOCK=block)
+        _rms_norm_kernel[(hidden.shape[0],)](
+            hidden, residual, weight, out, hidden.shape[1], eps, ADD=True, BLOCK=block, **launch_options(hidden.device)
+        )
         return out, residual
 
     def norm_rope_store(
@@ -95,8 +102,9 @@ class TritonLayerOps:
         num_tokens, (num_kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
         num_heads = qkv.shape[1] // width - 2 * num_kv_heads
         out = qkv.new_empty(num_tokens, num_heads, width)
-        _norm_rope_store_kernel[(num_tokens, num_heads + 2 * num_kv_heads)](
+        _norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS))](
             qkv, norms.query, norms.key, *rope, kv_slots, k_cache, v_cache, out, norms.eps,
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, WIDTH=width, num_warps=1,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, WIDTH=width, HEADS=HEADS,
+            num_warps=4, **launch_options(qkv.device),
         )  # fmt: skip
         return out

@@ -8,6 +8,8 @@ ids and must never pass for routes.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from .ring import RouteGeometry, RouteRing
@@ -91,7 +93,9 @@ class DeviceCopy:
         self._stream = torch.cuda.Stream(device)
         self._copied: dict[int, torch.cuda.Event] = {}
         self._last_copy: torch.cuda.Event | None = None
-        pin(ring)
+        address = pin(ring)
+        # Before the memory goes: another mapping may get the same address.
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
 
     def target(self, num_rows: int) -> torch.Tensor:
         """`[moe_layers, num_rows, top_k]` at the buffer's start."""
@@ -119,8 +123,11 @@ class DeviceCopy:
         self._copied.pop(seq).synchronize()
 
 
-def pin(ring: RouteRing) -> None:
+def pin(ring: RouteRing) -> int:
     """Make the ring's memory known to the driver, so that copies into it need no staging and nobody waits for them.
+
+    Returns:
+        The memory's address, for `cudaHostUnregister`.
 
     Raises:
         RuntimeError: the driver refuses.
@@ -129,3 +136,4 @@ def pin(ring: RouteRing) -> None:
     status = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
     if int(status) != 0:
         raise RuntimeError(f"the routing ring could not be pinned: CUDA error {int(status)}")
+    return int(memory.ctypes.data)

@@ -22,8 +22,8 @@ from .experts_native import experts_native, has_native_experts
 # (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
 # -> [T, D]; ids outside [0, F) belong to other ranks and add nothing.
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# Steps of at most this many tokens are bound by reading weights on a GPU.
-MAX_FEW_TOKENS = 256
+# Up to so many tokens, sorting them does not pay on a GPU.
+MAX_FEW_TOKENS = 4
 
 
 def experts_torch_reference(
@@ -94,16 +94,15 @@ def select_experts_function(backend: str, down: torch.Tensor) -> ExpertsFunction
 
 
 def _experts_on_gpu() -> ExpertsFunction:
-    """Few tokens read the weights once and do little else; many are worth sorting."""
     # Triton comes with torch's CUDA builds alone.
+    from .experts_few_triton import experts_few_triton  # noqa: PLC0415
     from .experts_triton import experts_triton  # noqa: PLC0415
 
     def choose(
         hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
-        # The grouped product takes bfloat16 alone.
-        few = hidden.shape[0] <= MAX_FEW_TOKENS or hidden.dtype != torch.bfloat16
-        return (experts_triton if few else experts_by_grouped_mm)(hidden, ids, weights, gate_up, down)
+        function = experts_few_triton if hidden.shape[0] <= MAX_FEW_TOKENS else experts_triton
+        return function(hidden, ids, weights, gate_up, down)
 
     return choose
 

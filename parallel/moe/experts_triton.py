@@ -1,101 +1,135 @@
-"""Experts for few tokens, in Triton: every expert's weights are read once, by as many programs as keep the device busy.
+"""Experts for any number of tokens, in Triton: tokens sorted by expert, products tiled, nothing waits for the host.
 
-Each program serves one expert and one block of outputs. It finds the pairs (token, choice) of its expert by scanning the
-ids, which are few, so nothing is sorted and nothing waits for the host. Experts without a pair cost an early exit.
+Every program finds its tile in the sorted order by itself, so the grid's size depends on shapes alone and the kernels serve
+in CUDA graphs. Rows of tokens are gathered inside the product, and SwiGLU is applied to it while it is in registers.
 
 Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank, P = T * K.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-SCAN = 128
+from ..dependent_launch import launch_options, start_next, wait_for_previous
 
 
 @triton.jit
-def _pairs_of(ids, expert, first, num_pairs, ROWS: tl.constexpr, SCAN: tl.constexpr):
-    """Pairs `first .. first + ROWS` of an expert, counted in order, plus one (0: there is none), and how many it has."""
-    rows = tl.arange(0, ROWS)
-    found = tl.zeros((ROWS,), tl.int32)
-    count = 0
+def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
+    """One expert's pairs (token, choice), in their order, behind those of all experts before it."""
+    start_next(PDL)
+    wait_for_previous(PDL)
+    expert = tl.program_id(0)
+    lanes = tl.arange(0, SCAN)
+    before = tl.zeros((SCAN,), tl.int32)
     for start in range(0, num_pairs, SCAN):
-        pair = start + tl.arange(0, SCAN)
+        pair = start + lanes
+        found = tl.load(ids + pair, pair < num_pairs, other=-1)
+        before += ((found >= 0) & (found < expert)).to(tl.int32)
+    place = tl.sum(before, axis=0)
+    for start in range(0, num_pairs, SCAN):
+        pair = start + lanes
         hit = (tl.load(ids + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
-        rank = count + tl.cumsum(hit, axis=0) - 1 - first
-        match = (rank[None, :] == rows[:, None]) & (hit[None, :] > 0)
-        found += tl.sum(tl.where(match, pair[None, :] + 1, 0), axis=1)
-        count += tl.sum(hit, axis=0)
-    return found, count
+        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
+        place += tl.sum(hit, axis=0)
+    tl.store(ends + expert, place)
+
+
+@triton.jit
+def _tile_of(ends, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """A tile's expert (`num_experts` or more: no such tile), its first place in the order, and its expert's end."""
+    experts = tl.arange(0, EXPERTS)
+    inside = experts < num_experts
+    end = tl.load(ends + experts, inside, other=0)
+    first = tl.load(ends + experts - 1, inside & (experts > 0), other=0)
+    tiles = tl.where(inside, (end - first + ROWS - 1) // ROWS, 0)
+    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    place = tile - tl.sum(tl.where(experts < expert, tiles, 0), axis=0)
+    this = experts == expert
+    return expert, tl.sum(tl.where(this, first, 0), axis=0) + place * ROWS, tl.sum(tl.where(this, end, 0), axis=0)
 
 
 @triton.jit
 def _gate_up_kernel(
-    hidden, ids, gate_up, activated, num_pairs, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SCAN: tl.constexpr,
+    hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    block, expert, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    found, count = _pairs_of(ids, expert, part * ROWS, num_pairs, ROWS, SCAN)
-    if count <= part * ROWS:
+    """SwiGLU of gathered rows; results stand in sorted order."""
+    start_next(PDL)
+    wait_for_previous(PDL)
+    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
+    if expert >= num_experts:
         return
     dtype = hidden.dtype.element_ty
-    there = found > 0
-    pair = tl.where(there, found - 1, 0)
-    token = (pair // TOP_K).to(tl.int64)
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    places = first + tl.arange(0, ROWS)
+    there = places < end
+    token = (tl.load(order + places, there, other=0) // TOP_K).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kept = columns < intermediate
     steps = tl.arange(0, DEPTH)
-    base = gate_up + expert.to(tl.int64) * 2 * intermediate * width + columns[None, :].to(tl.int64) * width
+    rows = hidden + token[:, None] * width + steps[None, :]
+    gates = gate_up + expert.to(tl.int64) * 2 * intermediate * width + columns[None, :] * width + steps[:, None]
+    ups = gates + intermediate * width
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, DEPTH):
-        depth = start + steps
-        x = tl.load(
-            hidden + token[:, None] * width + depth[None, :], there[:, None] & (depth < width)[None, :], other=0.0
-        )
-        inside = (depth < width)[:, None] & kept[None, :]
-        gate = tl.dot(x, tl.load(base + depth[:, None], inside, other=0.0), gate, input_precision="ieee")
-        more = base + intermediate * width
-        up = tl.dot(x, tl.load(more + depth[:, None], inside, other=0.0), up, input_precision="ieee")
+        if EVEN:
+            x, gate_tile, up_tile = tl.load(rows + start), tl.load(gates + start), tl.load(ups + start)
+        else:
+            inside = start + steps < width
+            x = tl.load(rows + start, there[:, None] & inside[None, :], other=0.0)
+            mask = inside[:, None] & kept[None, :]
+            gate_tile, up_tile = tl.load(gates + start, mask, other=0.0), tl.load(ups + start, mask, other=0.0)
+        gate = tl.dot(x, gate_tile, gate, input_precision="ieee")
+        up = tl.dot(x, up_tile, up, input_precision="ieee")
     gate = gate.to(dtype).to(tl.float32)
     gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     value = (gate * up.to(dtype).to(tl.float32)).to(dtype)
-    target = activated + pair[:, None].to(tl.int64) * intermediate + columns[None, :]
+    target = activated + places[:, None].to(tl.int64) * intermediate + columns[None, :]
     tl.store(target, value, there[:, None] & kept[None, :])
 
 
 @triton.jit
 def _down_kernel(
-    activated, ids, down, results, num_pairs, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, SCAN: tl.constexpr,
+    activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    block, expert, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    found, count = _pairs_of(ids, expert, part * ROWS, num_pairs, ROWS, SCAN)
-    if count <= part * ROWS:
+    """Rows in sorted order to results in the order of pairs."""
+    start_next(PDL)
+    wait_for_previous(PDL)
+    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
+    if expert >= num_experts:
         return
-    there = found > 0
-    pair = tl.where(there, found - 1, 0).to(tl.int64)
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    places = first + tl.arange(0, ROWS)
+    there = places < end
+    pair = tl.load(order + places, there, other=0).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kept = columns < width
     steps = tl.arange(0, DEPTH)
-    base = down + expert.to(tl.int64) * intermediate * width + columns[None, :].to(tl.int64) * intermediate
+    rows = activated + tl.where(there, places, first)[:, None].to(tl.int64) * intermediate + steps[None, :]
+    weights = down + expert.to(tl.int64) * intermediate * width + columns[None, :] * intermediate + steps[:, None]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, intermediate, DEPTH):
-        depth = start + steps
-        mask = there[:, None] & (depth < intermediate)[None, :]
-        x = tl.load(activated + pair[:, None] * intermediate + depth[None, :], mask, other=0.0)
-        inside = (depth < intermediate)[:, None] & kept[None, :]
-        acc = tl.dot(x, tl.load(base + depth[:, None], inside, other=0.0), acc, input_precision="ieee")
+        if EVEN:
+            x, tile = tl.load(rows + start), tl.load(weights + start)
+        else:
+            inside = start + steps < intermediate
+            x = tl.load(rows + start, there[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(weights + start, inside[:, None] & kept[None, :], other=0.0)
+        acc = tl.dot(x, tile, acc, input_precision="ieee")
     target = results + pair[:, None] * width + columns[None, :]
     tl.store(target, acc.to(results.dtype.element_ty), there[:, None] & kept[None, :])
 
 
 @triton.jit
 def _combine_kernel(
-    results, ids, weights, out, num_experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr
+    results, ids, weights, out, num_experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    start_next(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = columns < width
@@ -110,34 +144,82 @@ def _combine_kernel(
     tl.store(out + token * width + columns, acc.to(dtype), kept)
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """Tile sizes of a product, rows x columns x depth, with the warps and pipeline stages of a program."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# By the mean number of tokens per expert, up to which they hold: tiles for gate_up and for down.
+TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
+    (8, Tiling(16, 64, 128, 4, 4), Tiling(16, 128, 128, 4, 4)),
+    (24, Tiling(32, 64, 128, 4, 3), Tiling(32, 128, 128, 4, 3)),
+    (96, Tiling(64, 64, 64, 4, 3), Tiling(64, 128, 64, 4, 3)),
+    (float("inf"), Tiling(128, 128, 64, 8, 4), Tiling(128, 256, 64, 8, 4)),
+)
+FLOAT32_TILING = Tiling(16, 32, 32, 4, 2)
+
+
+def tilings_for(num_pairs: int, num_experts: int, dtype: torch.dtype) -> tuple[Tiling, Tiling]:
+    if dtype == torch.float32:
+        return FLOAT32_TILING, FLOAT32_TILING
+    gate_up, down = next(tilings for most, *tilings in TILINGS if num_pairs / num_experts <= most)
+    return gate_up, down
+
+
 def experts_triton(
-    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    tilings: tuple[Tiling, Tiling] | None = None,
 ) -> torch.Tensor:
-    """An `ExpertsFunction`; see experts.py. Costs a scan of all ids per program, so it is for few tokens."""
+    """An `ExpertsFunction`; see experts.py. `tilings` is for measurements."""
     (num_tokens, top_k), (num_local, width, intermediate) = ids.shape, down.shape
     num_pairs = num_tokens * top_k
+    order = torch.empty(num_pairs, dtype=torch.int32, device=hidden.device)
+    ends = torch.empty(num_local, dtype=torch.int32, device=hidden.device)
     activated = hidden.new_empty(num_pairs, intermediate)
     results = hidden.new_empty(num_pairs, width)
     out = torch.empty_like(hidden)
-    # A token chooses an expert at most once, so no expert has more pairs than there are tokens.
-    rows = 16 if num_tokens <= 64 else 32
-    parts = triton.cdiv(num_tokens, rows)
-    few = num_tokens <= 4
-    columns = (16, 32) if few else (32, 64)
-    depth = 256 if few else 128
-    if hidden.dtype == torch.float32:
-        depth //= 4
-    sizes = (num_pairs, width, intermediate)
-    _gate_up_kernel[(triton.cdiv(intermediate, columns[0]), num_local, parts)](
-        hidden, ids, gate_up, activated, *sizes, TOP_K=top_k, ROWS=rows, COLUMNS=columns[0], DEPTH=depth, SCAN=SCAN,
-        num_warps=4, num_stages=3,
+    up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_local, hidden.dtype)
+    sizes = (num_local, width, intermediate)
+    options = launch_options(hidden.device)
+    scan = min(4096, max(128, triton.next_power_of_2(num_pairs)))
+    _sort_kernel[(num_local,)](ids, order, ends, num_pairs, SCAN=scan, num_warps=4 if scan < 1024 else 8, **options)
+    experts = triton.next_power_of_2(num_local)
+    _gate_up_kernel[(triton.cdiv(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
+        hidden, order, ends, gate_up, activated, *sizes, TOP_K=top_k, EXPERTS=experts,
+        EVEN=width % up_tiling.depth == 0 and intermediate % up_tiling.columns == 0, **_launch(up_tiling), **options,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(width, columns[1]), num_local, parts)](
-        activated, ids, down, results, *sizes, ROWS=rows, COLUMNS=columns[1], DEPTH=depth, SCAN=SCAN,
-        num_warps=4, num_stages=3,
+    _down_kernel[(triton.cdiv(width, down_tiling.columns), _num_tiles(num_pairs, num_local, down_tiling))](
+        activated, order, ends, down, results, *sizes, EXPERTS=experts,
+        EVEN=intermediate % down_tiling.depth == 0 and width % down_tiling.columns == 0, **_launch(down_tiling),
+        **options,
     )  # fmt: skip
     block = min(512, triton.next_power_of_2(width))
     _combine_kernel[(num_tokens, triton.cdiv(width, block))](
-        results, ids, weights, out, num_local, width, TOP_K=top_k, COLUMNS=block, num_warps=2
+        results, ids, weights, out, num_local, width, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
     )
     return out
+
+
+def _num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:
+    """The most tiles that there can be: every expert may leave one unfilled."""
+    return min(num_pairs, num_pairs // tiling.rows + num_experts)
+
+
+def _launch(tiling: Tiling) -> dict[str, int]:
+    return {
+        "ROWS": tiling.rows,
+        "COLUMNS": tiling.columns,
+        "DEPTH": tiling.depth,
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
+    }

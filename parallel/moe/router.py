@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..linear import select_linear
 from ..weights import TensorSource, check_shape, empty_weight
 
 # Dense scores [T, E] float32 -> ids [T, K] int64.
@@ -48,6 +48,7 @@ class TopKRouter(nn.Module):
         self.top_k = top_k
         self._norm_topk_prob = norm_topk_prob
         self._choose = select_choose(device)
+        self._linear = select_linear(device)
         self.weight = empty_weight(num_experts, hidden_size, dtype=dtype, device=device)
 
     def load_weight(self, source: TensorSource) -> None:
@@ -58,7 +59,7 @@ class TopKRouter(nn.Module):
         self, hidden: torch.Tensor, select: Select | None = None, record: torch.Tensor | None = None
     ) -> RouterOutput:
         """Route hidden states [T, D]; the ids are also written to `record` [T, K], of any integer dtype."""
-        logits = F.linear(hidden, self.weight)
+        logits = self._linear(hidden, self.weight, None)
         if select is None:
             return RouterOutput(*self._choose(logits, self.top_k, self._norm_topk_prob, record))
         scores = torch.softmax(logits, dim=-1, dtype=torch.float32)

@@ -6,27 +6,33 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dependent_launch import launch_options, start_next, wait_for_previous
+
 
 @triton.jit
 def _choose_kernel(
     logits, ids, weights, record, num_experts, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, RECORD: tl.constexpr,
+    NORM: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_next(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     experts, choices = tl.arange(0, BLOCK), tl.arange(0, K_BLOCK)
     inside = experts < num_experts
     row = tl.load(logits + token * num_experts + experts, inside, other=float("-inf")).to(tl.float32)
     row = tl.exp(row - tl.max(row, axis=0))
     scores = row / tl.sum(row, axis=0)
-    left = tl.where(inside, scores, -1.0)
+    # Score and expert in one number, so that one reduction finds both: scores are not negative, so their bits are ordered
+    # as they are, and of equal scores the lowest expert wins.
+    keys = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK - 1 - experts)
+    left = tl.where(inside, keys, -1)
     chosen = tl.zeros((K_BLOCK,), tl.int32)
     values = tl.zeros((K_BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         best = tl.max(left, axis=0)
-        expert = tl.min(tl.where(left == best, experts, BLOCK), axis=0)
-        chosen = tl.where(choices == k, expert, chosen)
-        values = tl.where(choices == k, best, values)
-        left = tl.where(experts == expert, -1.0, left)
+        chosen = tl.where(choices == k, BLOCK - 1 - (best & 0xFFFFFFFF).to(tl.int32), chosen)
+        values = tl.where(choices == k, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), values)
+        left = tl.where(left == best, -1, left)
     if NORM:
         values = values / tl.sum(values, axis=0)
     place = token * TOP_K + choices
@@ -48,6 +54,6 @@ def choose_triton(
     _choose_kernel[(num_tokens,)](
         logits, ids, weights, ids if record is None else record, num_experts, TOP_K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k), BLOCK=triton.next_power_of_2(num_experts), NORM=norm_topk_prob,
-        RECORD=record is not None, num_warps=1,
+        RECORD=record is not None, num_warps=1, **launch_options(logits.device),
     )  # fmt: skip
     return ids, weights

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated.
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton")
 if not torch.cuda.is_available():
     # The interpreter of Triton 3.6 makes loop bounds in a way that NumPy 2.4 refuses.
@@ -28,7 +23,9 @@ from waybill.engine.attention.torch_reference import TorchReferenceAttention
 from waybill.engine.attention.triton_paged import TritonPagedAttention
 from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
 from waybill.engine.models.norm_rope_triton import TritonLayerOps
+from waybill.parallel.linear_triton import linear_triton
 from waybill.parallel.moe.experts import experts_torch_reference
+from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
 from waybill.parallel.moe.router import choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
@@ -118,6 +115,16 @@ def test_experts(dtype: torch.dtype, num_tokens: int) -> None:
     down = normal(experts, width, intermediate, dtype=dtype, seed=2) * intermediate**-0.5
     hidden = normal(num_tokens, width, dtype=dtype, seed=4)
     expected = experts_torch_reference(hidden, ids.to(DEVICE), weights, gate_up, down)
+    for function in (experts_triton, experts_few_triton):
+        found = function(hidden, ids.to(DEVICE), weights, gate_up, down)
+        torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize(("num_outputs", "width"), [(20, 48), (700, 64)])
+def test_linear(dtype: torch.dtype, num_rows: int, num_outputs: int, width: int) -> None:
+    x, weight = normal(num_rows, width, dtype=dtype), normal(num_outputs, width, dtype=dtype, seed=1) * width**-0.5
     torch.testing.assert_close(
-        experts_triton(hidden, ids.to(DEVICE), weights, gate_up, down), expected, **TOLERANCE[dtype]
+        linear_triton(x, weight, None), torch.nn.functional.linear(x, weight), **TOLERANCE[dtype]
     )

@@ -1,0 +1,98 @@
+"""Experts for a handful of tokens, in Triton: matrix-vector products, one per token and choice.
+
+With so few tokens hardly any two choose the same expert, so nothing is sorted: each program holds a block of one expert's
+weights (`gate_up`) or of all experts of one token (`down`) in registers, every byte of it in flight at once.
+
+Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dependent_launch import launch_options, start_next, wait_for_previous
+
+# Rows of weights that a program holds.
+COLUMNS = 2
+
+
+@triton.jit
+def _gate_up_kernel(
+    hidden, ids, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    start_next(PDL)
+    block, pair = tl.program_id(0), tl.program_id(1)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    kept = columns < intermediate
+    depth = tl.arange(0, DEPTH)
+    inside = depth < width
+    mask = kept[:, None] & inside[None, :]
+    dtype = hidden.dtype.element_ty
+    wait_for_previous(PDL)
+    expert = tl.load(ids + pair)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    where = gate_up + expert.to(tl.int64) * 2 * intermediate * width + columns[:, None] * width + depth[None, :]
+    gate_tile = tl.load(where, mask, other=0.0)
+    up_tile = tl.load(where + intermediate * width, mask, other=0.0)
+    x = tl.load(hidden + (pair // TOP_K).to(tl.int64) * width + depth, inside, other=0.0).to(tl.float32)[None, :]
+    gate = tl.sum(gate_tile.to(tl.float32) * x, axis=1).to(dtype).to(tl.float32)
+    up = tl.sum(up_tile.to(tl.float32) * x, axis=1).to(dtype).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(activated + pair.to(tl.int64) * intermediate + columns, (gate * up).to(dtype), kept)
+
+
+@triton.jit
+def _down_kernel(
+    activated, ids, weights, down, out, num_experts, width, intermediate, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    start_next(PDL)
+    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    kept = columns < width
+    depth = tl.arange(0, DEPTH)
+    inside = depth < intermediate
+    choices = tl.arange(0, K_BLOCK)
+    pairs = token * TOP_K + choices
+    dtype = out.dtype.element_ty
+    wait_for_previous(PDL)
+    experts = tl.load(ids + pairs, choices < TOP_K, other=-1).to(tl.int64)
+    held = (experts >= 0) & (experts < num_experts)
+    mask = held[:, None, None] & kept[None, :, None] & inside[None, None, :]
+    base = tl.where(held, experts, 0) * intermediate * width
+    where = base[:, None, None] + columns[None, :, None] * intermediate + depth[None, None, :]
+    tile = tl.load(down + where, mask, other=0.0)
+    rows = pairs[:, None] * intermediate + depth[None, :]
+    x = tl.load(activated + rows, held[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    values = tl.sum(tile.to(tl.float32) * x[:, None, :], axis=2).to(dtype).to(tl.float32)
+    scale = tl.load(weights + pairs, choices < TOP_K, other=0.0).to(tl.float32)
+    total = tl.sum((values * scale[:, None]).to(dtype).to(tl.float32), axis=0)
+    tl.store(out + token * width + columns, total.to(dtype), kept)
+
+
+def experts_few_triton(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """An `ExpertsFunction`; see experts.py."""
+    (num_tokens, top_k), (num_local, width, intermediate) = ids.shape, down.shape
+    activated = hidden.new_empty(num_tokens * top_k, intermediate)
+    out = torch.empty_like(hidden)
+    sizes = (num_local, width, intermediate)
+    options = launch_options(hidden.device)
+    _gate_up_kernel[(triton.cdiv(intermediate, COLUMNS), num_tokens * top_k)](
+        hidden, ids, gate_up, activated, *sizes, TOP_K=top_k, COLUMNS=COLUMNS,
+        DEPTH=triton.next_power_of_2(width), num_warps=4, **options,
+    )  # fmt: skip
+    _down_kernel[(triton.cdiv(width, COLUMNS), num_tokens)](
+        activated, ids, weights, down, out, *sizes, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k),
+        COLUMNS=COLUMNS, DEPTH=triton.next_power_of_2(intermediate), num_warps=4, **options,
+    )  # fmt: skip
+    return out

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .dependent_launch import launch_options, start_next, wait_for_previous
+from .triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 # Programs that keep the device busy.
 WANTED_PROGRAMS = 512
@@ -41,12 +41,12 @@ def _matvec_kernel(
 def linear_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Twin of `torch.nn.functional.linear` for x [T, D]; for one row without a bias through the kernel above."""
     num_outputs, width = weight.shape
-    depth = triton.next_power_of_2(width)
-    columns = min(MAX_COLUMNS, triton.next_power_of_2(-(-num_outputs // WANTED_PROGRAMS)))
+    depth = power_of_2_from(width)
+    columns = min(MAX_COLUMNS, power_of_2_from(-(-num_outputs // WANTED_PROGRAMS)))
     if x.shape[0] != 1 or bias is not None or columns * depth > MAX_TILE:
         return F.linear(x, weight, bias)
     out = x.new_empty(1, num_outputs)
-    _matvec_kernel[(triton.cdiv(num_outputs, columns),)](
+    _matvec_kernel[(ceil_div(num_outputs, columns),)](
         x, weight, out, num_outputs, width, COLUMNS=columns, DEPTH=depth,
         num_warps=max(1, min(8, columns * depth // PER_WARP)), **launch_options(x.device),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...parallel.dependent_launch import launch_options, start_next, wait_for_previous
+from ...parallel.triton_launch import launch_options, power_of_2_from, start_next, wait_for_previous
 from .backend import AttentionBatch
 from .sdpa import SdpaAttention, SdpaPlan
 
@@ -126,7 +126,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """One query token per request: query [B, H, d], caches [S, G, d] -> [B, H, d]."""
     (num_reqs, num_heads, width), num_kv_heads = query.shape, k_cache.shape[1]
-    wanted = triton.next_power_of_2(max(1, WANTED_PROGRAMS // (num_reqs * num_kv_heads)))
+    wanted = power_of_2_from(max(1, WANTED_PROGRAMS // (num_reqs * num_kv_heads)))
     num_splits = min(MAX_SPLITS, wanted)
     group = num_heads // num_kv_heads
     partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
@@ -136,7 +136,7 @@ def decode_attention(
     _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
         query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, partial, lse, scale,
         plan.page_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width, PAGE_SIZE=plan.page_size,
-        NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, triton.next_power_of_2(group)), BLOCK=BLOCK_KEYS, num_warps=4,
+        NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)), BLOCK=BLOCK_KEYS, num_warps=4,
         **options,
     )  # fmt: skip
     _merge_kernel[(num_reqs * num_heads,)](

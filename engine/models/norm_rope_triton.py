@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...parallel.dependent_launch import launch_options, start_next, wait_for_previous
+from ...parallel.triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 from .norm_rope import HeadNorms
 
 # Heads that one program turns.
@@ -74,7 +74,7 @@ class TritonLayerOps:
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty_like(hidden)
-        block = triton.next_power_of_2(hidden.shape[1])
+        block = power_of_2_from(hidden.shape[1])
         _rms_norm_kernel[(hidden.shape[0],)](
             hidden, hidden, weight, out, hidden.shape[1], eps, ADD=False, BLOCK=block, **launch_options(hidden.device)
         )
@@ -84,7 +84,7 @@ class TritonLayerOps:
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty_like(hidden)
-        block = triton.next_power_of_2(hidden.shape[1])
+        block = power_of_2_from(hidden.shape[1])
         _rms_norm_kernel[(hidden.shape[0],)](
             hidden, residual, weight, out, hidden.shape[1], eps, ADD=True, BLOCK=block, **launch_options(hidden.device)
         )
@@ -102,7 +102,7 @@ class TritonLayerOps:
         num_tokens, (num_kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
         num_heads = qkv.shape[1] // width - 2 * num_kv_heads
         out = qkv.new_empty(num_tokens, num_heads, width)
-        _norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS))](
+        _norm_rope_store_kernel[(num_tokens, ceil_div(num_heads + 2 * num_kv_heads, HEADS))](
             qkv, norms.query, norms.key, *rope, kv_slots, k_cache, v_cache, out, norms.eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, WIDTH=width, HEADS=HEADS,
             num_warps=4, **launch_options(qkv.device),

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent_launch import launch_options, start_next, wait_for_previous
+from ..triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 # Rows of weights that a program holds.
 COLUMNS = 2
@@ -87,12 +87,12 @@ def experts_few_triton(
     out = torch.empty_like(hidden)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
-    _gate_up_kernel[(triton.cdiv(intermediate, COLUMNS), num_tokens * top_k)](
+    _gate_up_kernel[(ceil_div(intermediate, COLUMNS), num_tokens * top_k)](
         hidden, ids, gate_up, activated, *sizes, TOP_K=top_k, COLUMNS=COLUMNS,
-        DEPTH=triton.next_power_of_2(width), num_warps=4, **options,
+        DEPTH=power_of_2_from(width), num_warps=4, **options,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(width, COLUMNS), num_tokens)](
-        activated, ids, weights, down, out, *sizes, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k),
-        COLUMNS=COLUMNS, DEPTH=triton.next_power_of_2(intermediate), num_warps=4, **options,
+    _down_kernel[(ceil_div(width, COLUMNS), num_tokens)](
+        activated, ids, weights, down, out, *sizes, TOP_K=top_k, K_BLOCK=power_of_2_from(top_k),
+        COLUMNS=COLUMNS, DEPTH=power_of_2_from(intermediate), num_warps=4, **options,
     )  # fmt: skip
     return out

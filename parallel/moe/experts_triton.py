@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent_launch import launch_options, start_next, wait_for_previous
+from ..triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 
 @triton.jit
@@ -191,20 +191,20 @@ def experts_triton(
     up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_local, hidden.dtype)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
-    scan = min(4096, max(128, triton.next_power_of_2(num_pairs)))
+    scan = min(4096, max(128, power_of_2_from(num_pairs)))
     _sort_kernel[(num_local,)](ids, order, ends, num_pairs, SCAN=scan, num_warps=4 if scan < 1024 else 8, **options)
-    experts = triton.next_power_of_2(num_local)
-    _gate_up_kernel[(triton.cdiv(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
+    experts = power_of_2_from(num_local)
+    _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
         hidden, order, ends, gate_up, activated, *sizes, TOP_K=top_k, EXPERTS=experts,
         EVEN=width % up_tiling.depth == 0 and intermediate % up_tiling.columns == 0, **_launch(up_tiling), **options,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(width, down_tiling.columns), _num_tiles(num_pairs, num_local, down_tiling))](
+    _down_kernel[(ceil_div(width, down_tiling.columns), _num_tiles(num_pairs, num_local, down_tiling))](
         activated, order, ends, down, results, *sizes, EXPERTS=experts,
         EVEN=intermediate % down_tiling.depth == 0 and width % down_tiling.columns == 0, **_launch(down_tiling),
         **options,
     )  # fmt: skip
-    block = min(512, triton.next_power_of_2(width))
-    _combine_kernel[(num_tokens, triton.cdiv(width, block))](
+    block = min(512, power_of_2_from(width))
+    _combine_kernel[(num_tokens, ceil_div(width, block))](
         results, ids, weights, out, num_local, width, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
     )
     return out

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dependent_launch import launch_options, start_next, wait_for_previous
+from ..triton_launch import launch_options, power_of_2_from, start_next, wait_for_previous
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def choose_triton(
     assert record is None or record.is_contiguous()
     _choose_kernel[(num_tokens,)](
         logits, ids, weights, ids if record is None else record, num_experts, TOP_K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k), BLOCK=triton.next_power_of_2(num_experts), NORM=norm_topk_prob,
+        K_BLOCK=power_of_2_from(top_k), BLOCK=power_of_2_from(num_experts), NORM=norm_topk_prob,
         RECORD=record is not None, num_warps=1, **launch_options(logits.device),
     )  # fmt: skip
     return ids, weights

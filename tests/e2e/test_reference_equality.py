@@ -105,6 +105,25 @@ def settings_to_run() -> Iterator[Any]:
 
 @pytest.mark.parametrize("setting", list(settings_to_run()))
 def test_equals_transformers(setting: Setting, reference: Reference) -> None:
+    check_equality(setting, reference, "cpu")
+
+
+ON_GPU = [
+    Setting(1, "ep", 7, cache=True, retract=False, depth=1),
+    Setting(1, "ep", 64, cache=False, retract=True, depth=0),
+    Setting(1, "ep", -1, cache=True, retract=True, depth=1),
+    Setting(1, "tp", 64, cache=True, retract=False, depth=0),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ON_GPU, ids=str)
+def test_equals_transformers_on_gpu(setting: Setting) -> None:
+    """Triton kernels, CUDA graphs and the pinned ring, against `transformers` on the same device."""
+    check_equality(setting, Reference(str(CHECKPOINT), "cuda"), "cuda")
+
+
+def check_equality(setting: Setting, reference: Reference, device: str) -> None:
     prompts = make_prompts()
     num_new_tokens = [MAX_NEW_TOKENS] * NUM_PROMPTS
     if setting.retract:
@@ -113,6 +132,7 @@ def test_equals_transformers(setting: Setting, reference: Reference) -> None:
         str(CHECKPOINT),
         tp_size=setting.tp,
         moe_split=setting.split,
+        device=device,
         dtype="float32",
         chunked_prefill_size=setting.chunk,
         enable_prefix_cache=setting.cache,

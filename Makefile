@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: test test-matrix lint venv bench-%
+.PHONY: test test-matrix test-kernels test-gpu lint venv bench-%
 
 venv:
 	@scripts/venv.sh
@@ -14,6 +14,16 @@ test: venv
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv
 	$(PYTEST) tests/e2e -q -m matrix
+
+# The Triton kernels against their torch twins, on the CPU in Triton's interpreter.
+test-kernels: venv
+	.venv/bin/pip install --quiet "triton>=3.6,<3.8"
+	$(PYTEST) tests/unit/test_triton_twins.py -q
+
+# On a machine with a CUDA device: the kernels, compiled, and the whole engine against transformers.
+test-gpu: venv
+	$(PYTEST) tests/unit/test_triton_twins.py -q
+	$(PYTEST) tests -q -m gpu
 
 lint: venv
 	.venv/bin/ruff check .

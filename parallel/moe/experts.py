@@ -59,23 +59,6 @@ def experts_by_group(
     return _combine(results, order, weights)
 
 
-def experts_by_grouped_mm(
-    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
-    """Tokens sorted by expert, one grouped product for all; for CUDA, where nothing may wait for the host."""
-    num_local = gate_up.shape[0]
-    flat = ids.flatten()
-    # Rows of other ranks' experts go behind the last group, where no product reaches them.
-    keys = torch.where((flat >= 0) & (flat < num_local), flat, num_local)
-    order = keys.argsort(stable=True)
-    ends = torch.bincount(keys, minlength=num_local + 1)[:num_local].cumsum(0).to(torch.int32)
-    inputs = hidden[order // ids.shape[1]]
-    gate, up = F.grouped_mm(inputs, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    results = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-    held = torch.arange(len(order), device=order.device) < ends[-1]
-    return _combine(torch.where(held[:, None], results, 0), order, weights)
-
-
 def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Rows in sorted order back to their tokens, weighted and summed over the choices of each: [T * K, D] -> [T, D]."""
     back = torch.empty_like(order)

@@ -18,7 +18,6 @@ from waybill.parallel.moe.experts import (
     Experts,
     ExpertsFunction,
     experts_by_group,
-    experts_by_grouped_mm,
     experts_torch_reference,
     select_experts_function,
 )
@@ -30,8 +29,6 @@ needs_kernel = pytest.mark.skipif(native.load_kernel() is None, reason="needs AV
 FAST: list[Any] = [
     pytest.param(experts_by_group, torch.float32, id="by_group-float32"),
     pytest.param(experts_by_group, torch.bfloat16, id="by_group-bfloat16"),
-    pytest.param(experts_by_grouped_mm, torch.float32, id="grouped_mm-float32"),
-    pytest.param(experts_by_grouped_mm, torch.bfloat16, id="grouped_mm-bfloat16"),
     pytest.param(native.experts_native, torch.bfloat16, id="native-bfloat16", marks=needs_kernel),
 ]
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import msgspec
 
 from .generate_request import GenerateReqInput, SampleRequest
-from .io_struct import FinishReason, RequestOutput, TopLogprobs
-from .routing.wire import RoutedExperts, to_compact_base64, to_int32_base64
+from .io_struct import FinishReason, RequestOutput
+from .routing.wire import RoutedExperts, to_base64
 
-LogprobTriple = tuple[float | None, int, None]
+LogprobTriple = tuple[float | None, int, str | None]
+# How rows stand in an answer: a numpy array, base64 text, or that text as JSON, which is written out as it is.
+RoutesForm = Literal["array", "base64", "json"]
+TokenText = Callable[[int], str]
 
 
 def finish_reason_dict(reason: FinishReason) -> dict[str, Any]:
@@ -29,18 +33,26 @@ def finish_reason_dict(reason: FinishReason) -> dict[str, Any]:
 class Answer:
     """Collects the outputs of one sample. Text and ids are cumulative, as streams of the dialect are.
 
-    With `as_array` the compact form of the routes is a numpy array [rows, moe_layers, top_k] instead of base64.
+    In the form "array" the compact format is a numpy array [rows, moe_layers, top_k]; int32 is base64 there, too.
     """
 
     def __init__(
-        self, sample: SampleRequest, request: GenerateReqInput, num_layers_total: int, *, as_array: bool
+        self,
+        sample: SampleRequest,
+        request: GenerateReqInput,
+        num_layers_total: int,
+        *,
+        form: RoutesForm,
+        token_text: TokenText | None,
     ) -> None:
         self.rid = sample.rid
         self._sample = sample
         self._format = request.routed_experts_format
-        self._as_array = as_array and request.routed_experts_format == "compact"
+        self._form: RoutesForm = "base64" if form == "array" and self._format == "int32" else form
+        self._token_text = token_text if request.return_text_in_logprobs else None
+        self._stream_routes = request.stream_routed_experts
         self._num_layers_total = num_layers_total
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self._text = ""
         self._output_ids: list[int] = []
         self._logprobs: list[LogprobTriple] = []
@@ -54,6 +66,22 @@ class Answer:
     def is_finished(self) -> bool:
         return self._last is not None and self._last.finish_reason is not None
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._sample.input_ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self._last is None else self._last.cached_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self._output_ids)
+
+    @property
+    def routed_experts_error(self) -> str | None:
+        return None if self._last is None else self._last.routed_experts_error
+
     def add(self, output: RequestOutput, routed: RoutedExperts | None) -> None:
         self._last = output
         self._text += output.text
@@ -61,12 +89,15 @@ class Answer:
         self._output_ids += output.token_ids
         ids = self._output_ids[first:]
         if self._sample.return_logprob:
-            self._logprobs += [(value, token, None) for value, token in zip(output.output_logprobs, ids, strict=True)]
-            self._top_logprobs += [_triples(pairs) for pairs in output.output_top_logprobs]
-            self._input_logprobs += [(value, token, None) for value, token in output.input_logprobs]
-            self._input_top_logprobs += [None if p is None else _triples(p) for p in output.input_top_logprobs]
-        if routed is not None:
-            self._routed = routed
+            self._logprobs += self._triples(zip(output.output_logprobs, ids, strict=True))
+            self._top_logprobs += [self._triples(pairs) for pairs in output.output_top_logprobs]
+            self._input_logprobs += self._triples(output.input_logprobs)
+            self._input_top_logprobs += [None if p is None else self._triples(p) for p in output.input_top_logprobs]
+        self._routed = routed
+
+    def _triples(self, pairs: Iterable[tuple[float | None, int]]) -> list[LogprobTriple]:
+        text = self._token_text
+        return [(value, token, None if text is None else text(token)) for value, token in pairs]
 
     async def render(self) -> dict[str, Any]:
         """The answer so far: `{text, output_ids, meta_info}`."""
@@ -79,7 +110,7 @@ class Answer:
             "completion_tokens": last.completion_tokens,
             "cached_tokens": last.cached_tokens,
             "weight_version": last.weight_version,
-            "e2e_latency": time.perf_counter() - self._began,
+            "e2e_latency": time.perf_counter() - self.began,
             "dp_rank": last.dp_rank,
             "num_retractions": last.num_retractions,
         }
@@ -91,7 +122,7 @@ class Answer:
                 meta["output_top_logprobs"] = list(self._top_logprobs)
                 if self._sample.logprob_start_len >= 0:
                     meta["input_top_logprobs"] = list(self._input_top_logprobs)
-        if self._sample.return_routed_experts and self.is_finished:
+        if self._sample.return_routed_experts and (self.is_finished or self._stream_routes):
             meta.update(await self._render_routes(last))
         return {"text": self._text, "output_ids": list(self._output_ids), "meta_info": meta}
 
@@ -108,15 +139,14 @@ class Answer:
         if last.routed_experts_claim is not None:
             return fields | {"routed_experts_claim": last.routed_experts_claim}
         assert self._routed is not None
-        if self._as_array:
+        if self._form == "array":
             return fields | {"routed_experts": self._routed.rows}
         # Encoding 32k rows takes a quarter of a second: not on the event loop.
-        if self._format == "int32":
-            encoded = await asyncio.to_thread(to_int32_base64, self._routed, self._num_layers_total)
-        else:
-            encoded = await asyncio.to_thread(to_compact_base64, self._routed)
-        return fields | {"routed_experts": encoded}
+        num_layers = self._num_layers_total if self._format == "int32" else None
+        encoded = await asyncio.to_thread(to_base64, self._routed, num_layers)
+        return fields | {"routed_experts": as_json(encoded) if self._form == "json" else encoded.decode("ascii")}
 
 
-def _triples(pairs: TopLogprobs) -> list[LogprobTriple]:
-    return [(value, token, None) for value, token in pairs]
+def as_json(base64_text: bytes) -> msgspec.Raw:
+    """A JSON string of text that needs no escapes, for an encoder to copy instead of to scan."""
+    return msgspec.Raw(b'"' + base64_text + b'"')

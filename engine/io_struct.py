@@ -57,6 +57,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
     routed_experts_start_len: int = 0
     # "reference" leaves the rows with the output processor and answers with a claim.
     routed_experts_delivery: str = "inline"
+    # Every output of a stream carries the rows that became available since the last one.
+    stream_routed_experts: bool = False
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
@@ -72,11 +74,12 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
 
 
 class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
-    """Abort every request whose rid starts with `rid`, or all of them."""
+    """Abort every request whose rid starts with `rid`, the one that has it (`exact`), or all of them."""
 
     dispatch: int
     rid: str = ""
     abort_all: bool = False
+    exact: bool = False
 
 
 class FlushCacheReq(msgspec.Struct, frozen=True, tag="flush_cache"):
@@ -127,6 +130,7 @@ class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
     routed_experts_delivery: str = "inline"
+    stream_routed_experts: bool = False
 
 
 class ReqAdmitted(msgspec.Struct, frozen=True, tag="admitted"):

@@ -8,6 +8,7 @@ low priority, so that on a shared host it gives way to the ranks.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import shutil
@@ -59,6 +60,8 @@ class _ReqState:
     num_retractions: int = 0
     admitted: bool = False
     num_output: int = 0
+    # First row that has not been cut out yet.
+    next_row: int = 0
 
 
 class OutputProcessor:
@@ -102,6 +105,12 @@ class OutputProcessor:
             state = self._reqs[output.rid]
             state.num_output += len(output.token_ids)
             progress[output.rid] = Progress(output.rid, output, state.cached_tokens, state.num_retractions)
+        done = {finished.rid for finished in record.after}
+        for rid in progress.keys() - done:
+            state = self._reqs[rid]
+            if state.started.stream_routed_experts and state.num_output:
+                routes = self.maybe_collect_routed_experts(state, aborted=False)
+                progress[rid] = dataclasses.replace(progress[rid], routes=routes)
         for finished in record.after:
             progress[finished.rid] = self._finish(finished, progress.get(finished.rid))
         if started or progress:
@@ -110,7 +119,7 @@ class OutputProcessor:
 
     def _before(self, event: ReqStarted | ReqAdmitted | ReqRetracted | CacheFlushed) -> None:
         if isinstance(event, ReqStarted):
-            self._reqs[event.rid] = _ReqState(event)
+            self._reqs[event.rid] = _ReqState(event, next_row=event.routed_experts_start_len)
             if self._ledger is not None:
                 self._ledger.start(event.rid, keep=event.return_routed_experts)
         elif isinstance(event, ReqAdmitted):
@@ -159,9 +168,10 @@ class OutputProcessor:
         )
 
     def maybe_collect_routed_experts(self, state: _ReqState, *, aborted: bool) -> Routes | None:
-        """The rows of a finished request that opted in; None for the others, for whom nothing is sliced.
+        """The rows of a request that opted in, from its next one on; None for the others, for whom nothing is sliced.
 
-        An aborted request gets the rows it has. A row that is missing fails the slice: the reason goes in its place.
+        A request is asked for once, when it has finished, or with every output if it streams its rows. An aborted
+        request gets the rows it has. A row that is missing fails the slice: the reason goes in its place.
         """
         rid = state.started.rid
         if not state.started.return_routed_experts:
@@ -171,12 +181,13 @@ class OutputProcessor:
         if aborted:
             seqlen = min(seqlen, self._ledger.num_rows(rid) + 1)
         try:
-            rows = self._ledger.get_topk(rid, state.started.routed_experts_start_len, seqlen)
+            rows = self._ledger.get_topk(rid, state.next_row, seqlen)
         except MissingRoutesError as error:
             self.num_rows_refused += 1
             logger.error("routed experts refused: %s", error)
             return Routes(error=str(error))
         self.num_slices += 1
+        state.next_row += len(rows.rows)
         return Routes(rows)
 
     def counters(self) -> dict[str, int]:

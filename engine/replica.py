@@ -118,6 +118,7 @@ def make_scheduler(rank: Rank, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
         StopChecker(rank.model_config.eos_token_ids, load_tokenizer(config.tokenizer_path or config.model_path)),
         rank.runner,
         endpoints,
+        rank.ring,
     )
     endpoints.records.send(_routing_setup(config, rank.num_pages, rank.ring))
     endpoints.frontend.send(ControlReply("ready", True, state=rank.facts))
@@ -193,6 +194,7 @@ def _facts(
         "top_k": model_config.top_k,
         "page_size": config.page_size,
         "kv_cache_tokens": num_pages * config.page_size,
+        "routing_ring_slots": config.routing_ring_slots if config.enable_return_routed_experts else 0,
         "load_s": load_s,
         "peak_rss_bytes": peak_rss_bytes(),
     }

@@ -61,8 +61,10 @@ class RequestQueues:
         """The one that gives way first: lowest priority, then last to arrive."""
         return max(self.running, key=lambda item: item.order)
 
-    def matching(self, rid_prefix: str) -> list[Req]:
-        """Requests whose rid starts with `rid_prefix`."""
+    def matching(self, rid_prefix: str, *, exact: bool = False) -> list[Req]:
+        """Requests whose rid starts with `rid_prefix`, or is it."""
+        if exact:
+            return [self._by_rid[rid_prefix]] if rid_prefix in self._by_rid else []
         return [req for rid, req in self._by_rid.items() if rid.startswith(rid_prefix)]
 
     def waits_for_sibling(self, req: Req) -> bool:

@@ -33,6 +33,7 @@ from .io_struct import (
 )
 from .page_manager import PageManager
 from .request_queues import RequestQueues
+from .routing.ring import RouteRing
 from .schedule_batch import PeerMessage, Req, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
 from .sockets import Receiver, Sender
@@ -89,12 +90,14 @@ class Scheduler(Generic[LaunchedT]):
         stop_checker: StopChecker,
         runner: Runner[LaunchedT],
         endpoints: Endpoints,
+        ring: RouteRing | None = None,
     ) -> None:
         self._config = config
         self._pages = pages
         self._stop_checker = stop_checker
         self._runner = runner
         self._endpoints = endpoints
+        self._ring = ring
         self.queues = RequestQueues(limits.max_running)
         self._planner = StepPlanner(self.queues, pages, limits)
         self.committer = StepCommitter(self.queues, pages, stop_checker)
@@ -204,6 +207,7 @@ class Scheduler(Generic[LaunchedT]):
                 return_routed_experts=message.return_routed_experts,
                 routed_experts_start_len=message.routed_experts_start_len,
                 routed_experts_delivery=message.routed_experts_delivery,
+                stream_routed_experts=message.stream_routed_experts,
             )
         )
 
@@ -212,11 +216,11 @@ class Scheduler(Generic[LaunchedT]):
         if not message.rid and not message.abort_all:
             return
         prefix = "" if message.abort_all else message.rid
-        if not self.queues.matching(prefix):
+        if not self.queues.matching(prefix, exact=message.exact):
             return
         self._commit_down_to(0)
         finished: list[ReqFinished] = []
-        for req in self.queues.matching(prefix):
+        for req in self.queues.matching(prefix, exact=message.exact):
             req.finish_reason = FinishReason("abort", message="aborted by request")
             finished.append(self.committer.finish(req))
         self._record_idle(finished)
@@ -256,4 +260,7 @@ class Scheduler(Generic[LaunchedT]):
             "finish_total_s": cost.total_s,
             "finish_max_s": cost.max_s,
             "weight_version": self._config.weight_version,
+            "routing_ring_occupied": 0 if self._ring is None else self._ring.num_occupied,
+            "routing_ring_waits": 0 if self._ring is None else self._ring.num_waits,
+            "routing_ring_wait_s": 0.0 if self._ring is None else self._ring.wait_s,
         }

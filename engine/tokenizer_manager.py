@@ -18,9 +18,10 @@ import zmq
 import zmq.asyncio
 from tokenizers import Tokenizer
 
-from .answer import Answer
+from .answer import Answer, RoutesForm
 from .config import EngineConfig
-from .generate_request import EngineLimits, GenerateReqInput, SampleRequest, expand
+from .dp_router import DpRouter
+from .generate_request import GenerateReqInput, SampleRequest, expand
 from .io_struct import (
     AbortReq,
     BackendMessage,
@@ -38,13 +39,19 @@ from .io_struct import (
     ShutdownReq,
     TokenizedGenerateReqInput,
 )
+from .request_limits import EngineLimits
+from .request_observer import NoObserver, RequestObserver
+from .routing.claims import ClaimError
 from .routing.wire import RoutedExperts, decode
+from .sampling_input import has_surrogate
 from .sockets import AsyncReceiver, Sender
 
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 30.0
 READY_OP = "ready"
+# A request whose caller leaves so many outputs unread is aborted.
+MAX_UNREAD_OUTPUTS = 8192
 
 
 class EngineDeadError(RuntimeError):
@@ -66,7 +73,14 @@ class TokenizerManager:
     """Sends requests to the engine and gives every caller its own answer back."""
 
     def __init__(
-        self, config: EngineConfig, tokenizer: Tokenizer | None, *, leader: str, frontend: str, queries: str
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        leader: str,
+        frontend: str,
+        queries: str,
+        observer: RequestObserver | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -81,10 +95,12 @@ class TokenizerManager:
         self._dispatch = itertools.count(1)
         self._events: dict[str, asyncio.Queue[Event]] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}
+        self._observer: RequestObserver = observer or NoObserver()
+        self._dp_router = DpRouter(config.dp_size)
         self._death: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.facts: dict[str, int | float | str] = {}
-        self._limits: EngineLimits | None = None
+        self.limits: EngineLimits | None = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -105,7 +121,7 @@ class TokenizerManager:
         if not reply.success:
             raise EngineStartError(reply.message)
         self.facts = reply.state
-        self._limits = EngineLimits(
+        self.limits = EngineLimits(
             context_length=int(reply.state["context_length"]),
             kv_cache_tokens=int(reply.state["kv_cache_tokens"]),
             vocab_size=int(reply.state["vocab_size"]),
@@ -138,39 +154,73 @@ class TokenizerManager:
 
     # --- generation -------------------------------------------------------------------------------------------------
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that run or wait."""
+        return len(self._events)
+
+    def prepare(self, request: GenerateReqInput) -> list[SampleRequest]:
+        """A request's samples, checked against the engine.
+
+        Raises:
+            ValueError: it does not fit; the message names the field and its range.
+            OverloadedError, EngineDeadError.
+        """
+        assert self.limits is not None, "start was not awaited"
+        if self._death is not None:
+            raise self._death
+        self._check_capacity(request.num_samples)
+        samples = [sample for group in expand(request, self.limits, self.encode) for sample in group]
+        taken = [sample.rid for sample in samples if sample.rid in self._events]
+        if taken:
+            raise ValueError(f"rid: {taken[0]!r} is in use by a request that has not finished")
+        return samples
+
     async def generate(
-        self, request: GenerateReqInput, *, as_array: bool = False
+        self,
+        request: GenerateReqInput,
+        samples: Sequence[SampleRequest] | None = None,
+        *,
+        form: RoutesForm = "base64",
     ) -> AsyncIterator[dict[str, Any] | list[Any]]:
         """Answers in the API's form; with `stream` one item per step and request, else one item in all.
 
         A single prompt with one sample gives a dict. A batch, or `n` samples, gives a list in order; streamed, its items
-        carry `index`. Leaving the iterator early aborts what still runs.
+        carry `index`. Leaving the iterator early aborts what still runs. `samples` are those of `prepare`, if it was
+        called before.
 
         Raises:
             ValueError: the request does not fit the engine; nothing was sent.
             OverloadedError, EngineDeadError.
         """
-        assert self._limits is not None, "start was not awaited"
-        if self._death is not None:
-            raise self._death
-        samples = [sample for group in expand(request, self._limits, self.encode) for sample in group]
-        self._check_capacity(samples)
+        if samples is None:
+            samples = self.prepare(request)
         num_layers = int(self.facts["num_layers"])
-        answers = {sample.rid: Answer(sample, request, num_layers, as_array=as_array) for sample in samples}
+        answers = {
+            sample.rid: Answer(sample, request, num_layers, form=form, token_text=self.token_text) for sample in samples
+        }
         queue: asyncio.Queue[Event] = asyncio.Queue()
-        for sample in samples:
-            self._events[sample.rid] = queue
+        dp_rank = self._dp_router.choose(request.session_id, request.routed_dp_rank)
+        outcome = "cancelled"
         try:
+            for sample in samples:
+                self._events[sample.rid] = queue
             for sample in samples:
                 self._leader.send(self._tokenized(request, sample))
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(request, list(answers.values()), queue, single):
                 yield result
+        except EngineDeadError:
+            outcome = "error"
+            raise
         finally:
+            self._dp_router.release(dp_rank)
             for rid, answer in answers.items():
-                del self._events[rid]
-                if not answer.is_finished and self._death is None:
-                    self._leader.send(AbortReq(next(self._dispatch), rid))
+                self._events.pop(rid, None)
+                if not answer.is_finished:
+                    self._observer.on_end(answer, outcome)
+                    if self._death is None:
+                        self._abort_exactly(rid)
 
     async def _collect(
         self, request: GenerateReqInput, answers: list[Answer], queue: asyncio.Queue[Event], single: bool
@@ -184,7 +234,12 @@ class TokenizerManager:
             output, routed = event
             index, answer = by_rid[output.rid]
             answer.add(output, routed)
-            num_running -= answer.is_finished
+            self._observer.on_output(answer, output)
+            if output.finish_reason is not None:
+                num_running -= 1
+                # Its rid is free again, for whoever gets this output.
+                self._events.pop(output.rid, None)
+                self._observer.on_end(answer, output.finish_reason.type)
             if request.stream:
                 chunk = await answer.render()
                 yield chunk if single else {"index": index, **chunk}
@@ -192,16 +247,49 @@ class TokenizerManager:
             rendered = [await answer.render() for answer in answers]
             yield rendered[0] if single else rendered
 
-    def encode(self, text: str) -> list[int]:
-        assert self.tokenizer is not None
-        return self.tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """
+        Raises:
+            ValueError: there is no tokenizer, or UTF-8 cannot encode the text.
+        """
+        if self.tokenizer is None:
+            raise ValueError("text: the checkpoint has no tokenizer; give input_ids")
+        if has_surrogate(text):
+            raise ValueError("text: must be text that UTF-8 can encode")
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def _check_capacity(self, samples: Sequence[SampleRequest]) -> None:
-        taken = [sample.rid for sample in samples if sample.rid in self._events]
-        if taken:
-            raise ValueError(f"rid: {taken[0]!r} is in use by a request that has not finished")
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """
+        Raises:
+            ValueError: there is no tokenizer, or an id is no token.
+        """
+        if self.tokenizer is None:
+            raise ValueError("tokens: the checkpoint has no tokenizer")
+        bad = [token for token in token_ids if not 0 <= token < int(self.facts["vocab_size"])]
+        if bad:
+            raise ValueError(f"tokens: {bad[0]} is no token, ids lie in 0 .. {int(self.facts['vocab_size']) - 1}")
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def room_for(self, num_prompt: int) -> int:
+        """Output tokens that fit behind a prompt."""
+        assert self.limits is not None
+        return max(0, min(self.limits.context_length - num_prompt, self.limits.kv_cache_tokens - num_prompt + 1))
+
+    def not_ready(self) -> str | None:
+        """Why nothing can be generated now; None if it can."""
+        if self._death is not None:
+            return str(self._death)
+        return "the engine is starting" if self.limits is None else None
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; "" where the checkpoint has no tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _check_capacity(self, num_samples: int) -> None:
         most = self.config.max_running_requests + self.config.max_waiting_requests
-        if len(self._events) + len(samples) > most:
+        if num_samples > most:
+            raise ValueError(f"n: {num_samples} samples in one request, at most {most} may run and wait")
+        if len(self._events) + num_samples > most:
             raise OverloadedError(f"{len(self._events)} requests run or wait, at most {most} may; try again later")
 
     def _tokenized(self, request: GenerateReqInput, sample: SampleRequest) -> TokenizedGenerateReqInput:
@@ -213,6 +301,7 @@ class TokenizerManager:
             return_routed_experts=sample.return_routed_experts,
             routed_experts_start_len=sample.routed_experts_start_len,
             routed_experts_delivery=request.routed_experts_delivery,
+            stream_routed_experts=request.stream_routed_experts and sample.return_routed_experts,
             return_logprob=sample.return_logprob,
             logprob_start_len=sample.logprob_start_len,
             top_logprobs_num=sample.top_logprobs_num,
@@ -234,6 +323,9 @@ class TokenizerManager:
             raise ValueError("rid: must not be empty, unless abort_all is true")
         self._leader.send(AbortReq(next(self._dispatch), rid, abort_all))
 
+    def _abort_exactly(self, rid: str) -> None:
+        self._leader.send(AbortReq(next(self._dispatch), rid, exact=True))
+
     async def flush_cache(self) -> tuple[bool, str]:
         """Empty the prefix cache; whether it was done, and what the engine says."""
         reply = await self._control(FlushCacheReq)
@@ -250,12 +342,13 @@ class TokenizerManager:
         """The rows behind a claim, verified.
 
         Raises:
-            ValueError: the claim is unknown or has expired, or what arrived is damaged.
+            ClaimError: the claim is unknown or has expired.
+            ValueError: what arrived is damaged.
         """
         reply, frames = await self._query(lambda op_id: FetchClaimReq(op_id, claim))
         assert not isinstance(reply, CountersReply)
         if reply.meta is None:
-            raise ValueError(reply.error)
+            raise ClaimError(reply.error)
         return decode(reply.meta, frames[0])
 
     async def _control(self, message_type: type[FlushCacheReq] | type[GetInternalStateReq]) -> ControlReply:
@@ -316,3 +409,6 @@ class TokenizerManager:
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)
+                if queue.qsize() == MAX_UNREAD_OUTPUTS:
+                    logger.warning("%s: %d outputs wait to be read: aborted", output.rid, MAX_UNREAD_OUTPUTS)
+                    self._abort_exactly(output.rid)

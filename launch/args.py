@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,15 @@ import msgspec
 
 from ..engine.config import ATTENTION_BACKENDS, DTYPES, EXPERTS_BACKENDS, MOE_SPLITS, EngineConfig
 
+API_KEY_VARIABLE = "WAYBILL_API_KEY"
+# torchrun gives the ranks 30 seconds.
+MAX_SHUTDOWN_TIMEOUT_S = 25.0
+# Fields of the engine's configuration that only a server's command line has.
+SERVE_ENGINE_OPTIONS = {
+    "max_waiting_requests": "max_waiting_requests",
+    "claim_ttl_s": "claim_ttl",
+    "claim_budget_bytes": "claim_budget_bytes",
+}
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 
 
@@ -32,12 +42,39 @@ class RolloutCommand(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"--temperature {self.temperature}: must be at least 0")
 
 
+class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of the HTTP service."""
+
+    host: str
+    port: int
+    api_key: str | None
+    served_model_name: str
+    max_body_bytes: int
+    shutdown_timeout_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port {self.port}: must lie in 0 .. {2**16 - 1}; 0 takes a free one")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"--max-body-bytes {self.max_body_bytes}: must be at least 1")
+        if not 0 <= self.shutdown_timeout_s <= MAX_SHUTDOWN_TIMEOUT_S:
+            raise ValueError(
+                f"--shutdown-timeout {self.shutdown_timeout_s}: must lie in 0 .. {MAX_SHUTDOWN_TIMEOUT_S}; "
+                "torchrun ends the ranks by force some seconds later"
+            )
+
+
 class WorkerCommand(msgspec.Struct, frozen=True):
     """What a rank was told to do. With `run_dir` a program called, and the configuration lies in there."""
 
     run_dir: str | None = None
     config: EngineConfig | None = None
     rollout: RolloutCommand | None = None
+    serve: ServeCommand | None = None
+
+    @property
+    def has_frontend(self) -> bool:
+        return self.rollout is not None or self.serve is not None
 
 
 def parse_worker_args(argv: list[str]) -> WorkerCommand:
@@ -54,13 +91,26 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     )
     add_rollout_options(rollout)
     add_engine_options(rollout)
+    serve = commands.add_parser(
+        "serve",
+        help="the HTTP service",
+        description="Serve a model over HTTP: the native /generate API and OpenAI's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_serve_options(serve)
+    add_engine_options(serve)
     options = parser.parse_args(argv)
     if options.command == "engine":
         return WorkerCommand(run_dir=options.run_dir)
     try:
-        return WorkerCommand(config=engine_config(options), rollout=rollout_command(options))
+        if options.command == "serve":
+            return WorkerCommand(
+                config=engine_config(options, routing=options.enable_return_routed_experts),
+                serve=serve_command(options),
+            )
+        return WorkerCommand(config=engine_config(options, routing=True), rollout=rollout_command(options))
     except ValueError as error:
-        rollout.error(str(error))
+        (serve if options.command == "serve" else rollout).error(str(error))
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +121,25 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the dialogues and of sampling")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.add_argument("--out", default="out", help="folder for the picture of the expert load")
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--enable-return-routed-experts", action="store_true", help="record routes, for requests that ask for them"
+    )
+    parser.add_argument("--api-key", default=None, help=f"asked of every client; better set {API_KEY_VARIABLE}")
+    parser.add_argument(
+        "--served-model-name", default=None, help="as /v1/models lists it; the folder's name if not set"
+    )
+    parser.add_argument("--max-body-bytes", type=int, default=64 << 20, help="longest request body")
+    parser.add_argument("--max-waiting-requests", type=int, default=4096, help="more than these are refused with 503")
+    parser.add_argument("--claim-ttl", type=float, default=600.0, help="seconds that routes by reference are kept")
+    parser.add_argument("--claim-budget-bytes", type=int, default=1 << 30, help="bytes of routes by reference kept")
+    parser.add_argument(
+        "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"
+    )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +166,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", default=defaults.log_level, choices=("debug", "info", "warning", "error"))
 
 
-def engine_config(options: argparse.Namespace) -> EngineConfig:
+def engine_config(options: argparse.Namespace, *, routing: bool) -> EngineConfig:
     return EngineConfig(
         model_path=options.model,
         tp_size=options.tp,
@@ -115,7 +184,19 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         overlap_depth=options.overlap_depth,
         routing_ring_slots=options.routing_ring_slots,
         log_level=options.log_level,
-        enable_return_routed_experts=True,
+        enable_return_routed_experts=routing,
+        **{name: getattr(options, flag) for name, flag in SERVE_ENGINE_OPTIONS.items() if hasattr(options, flag)},
+    )
+
+
+def serve_command(options: argparse.Namespace) -> ServeCommand:
+    return ServeCommand(
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key or os.environ.get(API_KEY_VARIABLE) or None,
+        served_model_name=options.served_model_name or Path(options.model).resolve().name,
+        max_body_bytes=options.max_body_bytes,
+        shutdown_timeout_s=options.shutdown_timeout,
     )
 
 

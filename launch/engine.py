@@ -120,12 +120,12 @@ class Engine:
         return parse_generate_request(given)
 
     async def _first(self, request: GenerateReqInput) -> Result:
-        return await anext(self._manager.generate(request, as_array=True))
+        return await anext(self._manager.generate(request, form="array"))
 
     async def _pump(self, request: GenerateReqInput, put: Callable[[Any], object]) -> None:
         """Feed a stream's items to `put`, then None, or the error that ended it."""
         try:
-            async for item in self._manager.generate(request, as_array=True):
+            async for item in self._manager.generate(request, form="array"):
                 put(item)
             put(None)
         except Exception as error:

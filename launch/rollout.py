@@ -202,7 +202,7 @@ class Rollout:
                 "routed_experts_format": "compact",
             }
         )
-        answer = await anext(self._manager.generate(request, as_array=True))
+        answer = await anext(self._manager.generate(request, form="array"))
         assert isinstance(answer, dict)
         return answer
 

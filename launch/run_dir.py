@@ -14,6 +14,7 @@ T = TypeVar("T")
 ENGINE_CONFIG = "engine.json"
 OUTPUT_PROCESSOR_CONFIG = "output_processor.json"
 ROLLOUT_OPTIONS = "rollout.json"
+SERVE_OPTIONS = "serve.json"
 ADDRESSES = "addresses.json"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from datetime import timedelta
 
@@ -24,8 +25,17 @@ from ..engine.lifeline import watch_lifeline, watch_parent
 from ..engine.replica import ReplicaEndpoints, run_replica
 from ..engine.sockets import Sender
 from ..parallel.mesh import ParallelMesh
-from .args import RolloutCommand, WorkerCommand, parse_worker_args
-from .run_dir import ADDRESSES, ENGINE_CONFIG, ROLLOUT_OPTIONS, make_run_dir, read_struct, remove_run_dir, write_struct
+from .args import WorkerCommand, parse_worker_args
+from .run_dir import (
+    ADDRESSES,
+    ENGINE_CONFIG,
+    ROLLOUT_OPTIONS,
+    SERVE_OPTIONS,
+    make_run_dir,
+    read_struct,
+    remove_run_dir,
+    write_struct,
+)
 from .supervisor import RankZeroChildren, threads_per_rank
 from .topology import Addresses, make_addresses, place_of
 
@@ -38,6 +48,8 @@ FAREWELL_S = 2.0
 
 def main() -> int:
     command = parse_worker_args(sys.argv[1:])
+    if command.serve is not None:
+        ignore_termination()
     watch_parent()
     store, rank, world_size = next(rendezvous("env://"))
     config = read_struct(command.run_dir, ENGINE_CONFIG, EngineConfig) if command.run_dir else command.config
@@ -64,21 +76,32 @@ def main() -> int:
         raise
     finally:
         if children is not None:
-            code = children.wait("frontend") if command.rollout and sys.exc_info()[0] is None else 0
+            code = children.wait("frontend") if command.has_frontend and sys.exc_info()[0] is None else 0
             children.stop()
             if not command.run_dir:
                 remove_run_dir(addresses.run_dir)
     return code if children is not None else 0
 
 
+def ignore_termination() -> None:
+    """A server stops in order: the frontend hears the signal, as all processes of the group do, finishes or aborts what
+    runs, and tells the ranks. Children inherit this."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def start_children(command: WorkerCommand, config: EngineConfig, addresses: Addresses) -> RankZeroChildren:
     """The processes beside the ranks."""
     write_struct(addresses.run_dir, ADDRESSES, addresses)
     children = RankZeroChildren(config, addresses)
-    if isinstance(command.rollout, RolloutCommand):
+    if command.has_frontend:
         write_struct(addresses.run_dir, ENGINE_CONFIG, config)
+    if command.rollout is not None:
         write_struct(addresses.run_dir, ROLLOUT_OPTIONS, command.rollout)
         children.start("frontend", ["waybill.launch.rollout", "--run-dir", addresses.run_dir])
+    if command.serve is not None:
+        write_struct(addresses.run_dir, SERVE_OPTIONS, command.serve)
+        children.start("frontend", ["waybill.launch.frontend", "--run-dir", addresses.run_dir])
     return children
 
 

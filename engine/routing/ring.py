@@ -101,6 +101,11 @@ class RouteRing:
         """Steps that the reader is done with."""
         return int(self._header[FILED_WORD])
 
+    @property
+    def num_occupied(self) -> int:
+        """Steps that were acquired and not filed yet; for the writer."""
+        return self._next_seq - self.num_filed
+
     def acquire(self, timeout_s: float) -> int:
         """The next step's sequence number, once its slot is free.
 

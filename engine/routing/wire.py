@@ -16,6 +16,8 @@ import numpy as np
 from ..io_struct import RoutedExpertsMeta
 from .ring import RouteGeometry
 
+# Encoded at once: about a millisecond.
+BLOCK_BYTES = 1 << 20
 DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "uint16": np.dtype("<u2")}
 
 
@@ -81,17 +83,25 @@ def decode(meta: RoutedExpertsMeta, frame: bytes | memoryview) -> RoutedExperts:
     return RoutedExperts(np.frombuffer(frame, dtype=DTYPES[meta.dtype]).reshape(shape), meta)
 
 
-def to_compact_base64(routed: RoutedExperts) -> str:
-    """The rows as they are, MoE layers only."""
-    return base64.b64encode(routed.frame).decode("ascii")
+def to_base64(routed: RoutedExperts, num_layers_total: int | None = None) -> bytes:
+    """The rows as they are, MoE layers only; with `num_layers_total` the field's form, little-endian int32 [R, L, K] over
+    all layers, dense ones as zeros. No rows give b"".
 
-
-def to_int32_base64(routed: RoutedExperts, num_layers_total: int) -> str:
-    """The field's form: little-endian int32 [R, L, K] over all layers, dense ones as zeros; no rows give ""."""
+    Works block by block: the interpreter is held for a millisecond at a time, so that other threads get their turn.
+    """
     meta = routed.meta
-    wide = np.zeros((meta.rows, num_layers_total, meta.top_k), dtype="<i4")
-    wide[:, meta.layer_ids] = routed.rows
-    return base64.b64encode(raw_bytes(wide)).decode("ascii")
+    width = (num_layers_total or meta.num_layers) * meta.top_k
+    # A multiple of three rows is a multiple of three bytes, so that blocks join without padding in between.
+    block_rows = max(1, BLOCK_BYTES // (3 * 4 * width)) * 3
+    pieces = []
+    for first in range(0, meta.rows, block_rows):
+        block = routed.rows[first : first + block_rows]
+        if num_layers_total is not None:
+            wide = np.zeros((len(block), num_layers_total, meta.top_k), dtype="<i4")
+            wide[:, meta.layer_ids] = block
+            block = wide
+        pieces.append(base64.b64encode(raw_bytes(block)))
+    return b"".join(pieces)
 
 
 def stitch(existing: np.ndarray, start: int, delta: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = ("parallel", "engine", "launch")
 LIGHT = [
     "waybill",
+    "waybill.client",
     "waybill.engine.config",
     "waybill.engine.io_struct",
     "waybill.engine.sockets",

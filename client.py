@@ -1,0 +1,423 @@
+"""A client of the server: generates over HTTP, and hands on no routes that it has not verified.
+
+```python
+with Client("http://127.0.0.1:30000") as client:
+    answer = client.generate([1, 2, 3], {"temperature": 0})
+    answer.routes                                  # uint8 [rows, moe_layers, top_k]
+    conversation = client.multi_turn({"temperature": 0})
+    conversation.turn([1, 2, 3])                   # conversation.tokens, conversation.routes
+```
+
+`AsyncClient` is the same with `await`. Both only move requests and responses; what is asked and how an answer is read are
+plain functions. What the network raises (`httpx.TransportError`) is passed on. Needs no torch.
+
+Legend: R rows (tokens as inputs), M MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+import numpy as np
+
+from .engine.io_struct import RoutedExpertsMeta
+from .engine.routing import wire
+
+Delivery = Literal["inline", "reference"]
+T = TypeVar("T")
+
+META_HEADER = "X-Routed-Experts-Meta"
+MESSAGE_CHARS = 500
+
+
+class RoutesError(ValueError):
+    """The answer does not hold the routes that were asked for, or is no valid answer at all."""
+
+
+class ServerError(RuntimeError):
+    """The server refused. `retry_after_s` is set where it said when to come again (503)."""
+
+    def __init__(self, status: int, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(status, message, retry_after_s)
+        self.status = status
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}: {self.message}"
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One answer. `routes` [R, M, K], read-only, are the rows of the positions from `meta.start` on; both are None where
+    they were not asked for. `raw` is the whole `meta_info`."""
+
+    text: str
+    output_ids: list[int]
+    finish_reason: dict[str, Any]
+    prompt_tokens: int
+    cached_tokens: int
+    routes: np.ndarray | None
+    meta: RoutedExpertsMeta | None
+    raw: dict[str, Any]
+
+
+# --- the answer as it arrives ---------------------------------------------------------------------------------------
+
+
+class _MetaInfo(msgspec.Struct, frozen=True):
+    finish_reason: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    routed_experts: str | None = None
+    routed_experts_meta: RoutedExpertsMeta | None = None
+    routed_experts_claim: str | None = None
+    routed_experts_error: str | None = None
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    text: str
+    output_ids: list[int]
+    meta_info: dict[str, Any]
+
+
+# --- what both clients share ----------------------------------------------------------------------------------------
+
+
+def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    """Options of either httpx client."""
+    # The server queues: a limit here would only hide requests from its scheduler.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "limits": limits}
+
+
+def build_request(
+    input_ids: Sequence[int] | None,
+    text: str | None,
+    sampling_params: Mapping[str, Any] | None,
+    routed_experts: bool,
+    start_len: int,
+    delivery: Delivery,
+    fields: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The body of `/generate` for one prompt and one sample.
+
+    Raises:
+        ValueError: there is not exactly one prompt, or a field is set by the client.
+    """
+    if (input_ids is None) == (text is None) or isinstance(input_ids, str):
+        raise ValueError("input_ids, text: give exactly one of them, text by its name")
+    params = dict(sampling_params or {})
+    if params.get("n", 1) != 1:
+        raise ValueError(f"n={params['n']}: a call returns one answer, must be 1 or absent")
+    own: dict[str, Any] = {
+        "sampling_params": params,
+        "stream": False,
+        "return_routed_experts": routed_experts,
+        "routed_experts_start_len": start_len,
+        "routed_experts_format": "compact",
+        "routed_experts_delivery": delivery,
+    }
+    if taken := own.keys() & fields.keys():
+        raise ValueError(f"{', '.join(sorted(taken))}: set by the client, must be absent")
+    # Ids of numpy as well; anything that is no integer raises.
+    prompt = {"text": text} if input_ids is None else {"input_ids": [operator.index(token) for token in input_ids]}
+    return {**fields, **prompt, **own}
+
+
+def check_status(response: httpx.Response) -> None:
+    """
+    Raises:
+        ServerError: the status is not 2xx.
+    """
+    if response.is_success:
+        return
+    try:
+        message = str(msgspec.json.decode(response.content, type=dict[str, dict[str, Any]])["error"]["message"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        # Not by the server itself, but by something before it.
+        message = response.text[:MESSAGE_CHARS] or response.reason_phrase
+    retry_after = response.headers.get("Retry-After", "")
+    raise ServerError(response.status_code, message, float(retry_after) if retry_after.isdecimal() else None)
+
+
+def parse(what: str, data: Any, kind: type[T]) -> T:
+    """Convert JSON, as bytes or decoded.
+
+    Raises:
+        RoutesError: it does not have the form of `kind`.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind) if isinstance(data, bytes) else msgspec.convert(data, kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RoutesError(f"{what} has not the form expected: {error}") from None
+
+
+def read_answer(request: dict[str, Any], response: httpx.Response) -> tuple[_Answer, _MetaInfo, str | None]:
+    """The answer, its `meta_info`, and where its rows are to be fetched if they come by reference.
+
+    Raises:
+        ServerError: the server refused.
+        RoutesError: the answer lacks a key or has another form.
+    """
+    check_status(response)
+    answer = parse("the answer", response.content, _Answer)
+    info = parse("meta_info", answer.meta_info, _MetaInfo)
+    if not request["return_routed_experts"] or request["routed_experts_delivery"] != "reference":
+        return answer, info, None
+    claim = _present(info, "routed_experts_claim", info.routed_experts_claim)
+    return answer, info, f"/routed_experts/{quote(claim, safe='')}"
+
+
+def make_generation(
+    request: dict[str, Any], answer: _Answer, info: _MetaInfo, fetched: httpx.Response | None
+) -> Generation:
+    """Put the answer together with its rows, taken from it or from the response to its claim.
+
+    Raises:
+        ServerError: the claim was refused; 410: it has expired.
+        RoutesError: the rows are missing, or not those that were asked for.
+    """
+    routes = meta = None
+    if request["return_routed_experts"]:
+        meta = _present(info, "routed_experts_meta", info.routed_experts_meta)
+        frame = _inline_frame(info) if fetched is None else _fetched_frame(fetched, meta)
+        routes = verify(meta, frame, request["routed_experts_start_len"], info)
+    return Generation(
+        text=answer.text,
+        output_ids=answer.output_ids,
+        finish_reason=info.finish_reason,
+        prompt_tokens=info.prompt_tokens,
+        cached_tokens=info.cached_tokens,
+        routes=routes,
+        meta=meta,
+        raw=answer.meta_info,
+    )
+
+
+def verify(meta: RoutedExpertsMeta, frame: bytes, start_len: int, info: _MetaInfo) -> np.ndarray:
+    """The rows [R, M, K] of a frame: intact, from `start_len` on, up to the last token that was an input.
+
+    An aborted request may have fewer rows. Where there are none, the server states the position at which they end.
+
+    Raises:
+        RoutesError: a size, type, checksum or position differs from what was expected.
+    """
+    try:
+        rows = wire.decode(meta, frame).rows
+    except ValueError as error:
+        raise RoutesError(str(error)) from None
+    if meta.start != start_len and not (meta.rows == 0 and meta.start < start_len):
+        raise RoutesError(f"routed experts: expected rows from position {start_len} on, they start at {meta.start}")
+    expected, end = info.prompt_tokens + info.completion_tokens - 1, meta.start + meta.rows
+    if end > expected or (end < expected and info.finish_reason.get("type") != "abort"):
+        raise RoutesError(
+            f"routed experts: expected rows [{start_len}, {expected}), [{meta.start}, {end}) arrived "
+            f"(finish reason {info.finish_reason})"
+        )
+    return rows
+
+
+def _present(info: _MetaInfo, name: str, value: T | None) -> T:
+    if info.routed_experts_error is not None:
+        raise RoutesError(f"the server has no routes for this answer: {info.routed_experts_error}")
+    if value is None:
+        raise RoutesError(f"expected {name} in meta_info, it is absent or null (finish reason {info.finish_reason})")
+    return value
+
+
+def _inline_frame(info: _MetaInfo) -> bytes:
+    encoded = _present(info, "routed_experts", info.routed_experts)
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError as error:
+        raise RoutesError(f"routed_experts: expected base64: {error}") from None
+
+
+def _fetched_frame(response: httpx.Response, stated: RoutedExpertsMeta) -> bytes:
+    check_status(response)
+    if META_HEADER not in response.headers:
+        raise RoutesError(f"expected the header {META_HEADER} beside the rows, it is absent")
+    meta = parse(META_HEADER, response.headers[META_HEADER].encode(), RoutedExpertsMeta)
+    if meta != stated:
+        raise RoutesError(f"routed experts: the answer states {stated}, its claim {meta}")
+    return response.content
+
+
+class History:
+    """What a conversation holds after every turn: `tokens`, and `routes` [len(tokens) - 1, M, K] of all but the last.
+
+    Tokens only ever grow: an answer's ids are appended as they came, never tokenised again.
+    """
+
+    def __init__(self, generate: Callable[..., Any], given: dict[str, Any]) -> None:
+        self.tokens: list[int] = []
+        self.routes: np.ndarray = np.empty((0, 0, 0), dtype=np.uint8)
+        self._layout: tuple[Any, ...] | None = None
+        self._generate = generate
+        self._given = given
+
+    def next_request(self, new_token_ids: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `generate` for the next turn. The row of the last token appears when this turn feeds it."""
+        # Refused here if given, as an argument that is there twice.
+        return dict(
+            input_ids=self.tokens + [operator.index(token) for token in new_token_ids],
+            start_len=max(0, len(self.tokens) - 1),
+            routed_experts=True,
+            **self._given,
+        )
+
+    def commit(self, prompt: list[int], generation: Generation) -> Generation:
+        """Take in a turn, or raise and stay as it was.
+
+        Raises:
+            RoutesError: the turn was aborted, is not a continuation, or its rows do not fit those there are.
+        """
+        if generation.finish_reason.get("type") == "abort":
+            raise RoutesError(f"the turn was aborted: {generation.finish_reason.get('message')}")
+        if prompt[: len(self.tokens)] != self.tokens:
+            raise RoutesError("the conversation went on while this turn was under way: take turns one at a time")
+        routes, meta = generation.routes, generation.meta
+        assert routes is not None and meta is not None, "a turn asks for routes"
+        layout = (meta.layer_ids, meta.top_k, meta.dtype)
+        if self._layout not in (None, layout):
+            raise RoutesError(f"routed experts: layers, top_k and dtype were {self._layout}, now they are {layout}")
+        existing = np.empty((0, *routes.shape[1:]), routes.dtype) if self._layout is None else self.routes
+        try:
+            stitched = wire.stitch(existing, meta.start, routes)
+        except ValueError as error:
+            raise RoutesError(str(error)) from None
+        tokens = prompt + generation.output_ids
+        if len(stitched) != len(tokens) - 1:
+            raise RoutesError(f"routed experts: {len(stitched)} rows for {len(tokens)} tokens, must be one less")
+        self.tokens, self.routes, self._layout = tokens, stitched, layout
+        return generation
+
+
+# --- the clients ----------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A connection to one server. `transport` replaces the network, as for tests."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.Client(**http_options(base_url, api_key, timeout_s), transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def generate(
+        self,
+        input_ids: Sequence[int] | None = None,
+        sampling_params: Mapping[str, Any] | None = None,
+        *,
+        text: str | None = None,
+        routed_experts: bool = True,
+        start_len: int = 0,
+        delivery: Delivery = "inline",
+        **fields: Any,
+    ) -> Generation:
+        """Answer one prompt, with the rows of the positions [start_len, prompt + completion - 1).
+
+        By reference the rows are fetched as raw bytes, not as base64 within the answer. `fields` are further fields of
+        the request, as `rid` or `extra_key`.
+
+        Raises:
+            ValueError: the arguments contradict each other; nothing was sent.
+            ServerError: the server refused; 410: the rows expired before they were fetched.
+            RoutesError: the routes are missing, damaged, or not those that were asked for.
+        """
+        request = build_request(input_ids, text, sampling_params, routed_experts, start_len, delivery, fields)
+        answer, info, path = read_answer(request, self._http.post("/generate", json=request))
+        return make_generation(request, answer, info, None if path is None else self._http.get(path))
+
+    def multi_turn(self, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> Conversation:
+        """A new conversation; every turn takes these parameters and fields of `generate`."""
+        return Conversation(self.generate, {"sampling_params": sampling_params, **fields})
+
+
+class Conversation(History):
+    """A conversation that keeps its tokens and routes together."""
+
+    def turn(self, new_token_ids: Sequence[int]) -> Generation:
+        """Append the ids, generate, append the answer; the generation has the rows that are new.
+
+        Raises:
+            RoutesError, ServerError: as `generate`, or the turn was aborted; the conversation is as before the turn.
+        """
+        request = self.next_request(new_token_ids)
+        return self.commit(request["input_ids"], self._generate(**request))
+
+
+class AsyncClient:
+    """As `Client`, with `await`."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout_s), transport=transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def generate(
+        self,
+        input_ids: Sequence[int] | None = None,
+        sampling_params: Mapping[str, Any] | None = None,
+        *,
+        text: str | None = None,
+        routed_experts: bool = True,
+        start_len: int = 0,
+        delivery: Delivery = "inline",
+        **fields: Any,
+    ) -> Generation:
+        """As `Client.generate`."""
+        request = build_request(input_ids, text, sampling_params, routed_experts, start_len, delivery, fields)
+        answer, info, path = read_answer(request, await self._http.post("/generate", json=request))
+        return make_generation(request, answer, info, None if path is None else await self._http.get(path))
+
+    def multi_turn(self, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> AsyncConversation:
+        """As `Client.multi_turn`."""
+        return AsyncConversation(self.generate, {"sampling_params": sampling_params, **fields})
+
+
+class AsyncConversation(History):
+    """As `Conversation`, with `await`; its turns are taken one at a time."""
+
+    async def turn(self, new_token_ids: Sequence[int]) -> Generation:
+        """As `Conversation.turn`."""
+        request = self.next_request(new_token_ids)
+        return self.commit(request["input_ids"], await self._generate(**request))

@@ -1,0 +1,105 @@
+"""What a server says of itself: health, model, load, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from ..generate_request import parse_generate_request
+from ..tokenizer_manager import EngineDeadError, TokenizerManager
+from .errors import error_response, json_response
+from .native import first_answer
+from .service_metrics import ServiceMetrics
+
+HEALTH_TIMEOUT_S = 20.0
+
+
+def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: str) -> APIRouter:
+    """Routes that change nothing."""
+    router = APIRouter()
+    started = int(time.time())
+
+    @router.get("/health")
+    async def health() -> Response:
+        reason = manager.not_ready()
+        return Response() if reason is None else error_response(reason, 503)
+
+    @router.get("/health_generate")
+    async def health_generate() -> Response:
+        request = parse_generate_request(
+            {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True}}
+        )
+        try:
+            await asyncio.wait_for(first_answer(manager, request, manager.prepare(request)), HEALTH_TIMEOUT_S)
+        except TimeoutError:
+            return error_response(f"no token within {HEALTH_TIMEOUT_S} s", 503)
+        return Response()
+
+    @router.get("/get_model_info")
+    @router.get("/model_info", include_in_schema=False)
+    async def model_info() -> Response:
+        config = manager.config
+        return json_response(
+            {
+                "model_path": config.model_path,
+                "tokenizer_path": config.tokenizer_path or config.model_path,
+                "is_generation": True,
+                "weight_version": config.weight_version,
+                "model_type": manager.facts["model_type"],
+                "context_length": manager.facts["context_length"],
+            }
+        )
+
+    @router.get("/get_weight_version")
+    async def weight_version() -> Response:
+        return json_response({"weight_version": (await manager.get_state())["weight_version"]})
+
+    @router.get("/get_server_info")
+    @router.get("/server_info", include_in_schema=False)
+    async def server_info() -> Response:
+        return json_response(server_info_of(manager, await manager.get_state()))
+
+    @router.get("/v1/loads")
+    async def loads() -> Response:
+        state = await manager.get_state()
+        load = {
+            "dp_rank": 0,
+            "num_running_reqs": state["num_running"],
+            "num_waiting_reqs": state["num_waiting"],
+            "num_used_tokens": (state["num_pages"] - state["num_free_pages"]) * state["page_size"],
+            "max_total_num_tokens": state["kv_cache_tokens"],
+            "token_usage": 1 - state["num_free_pages"] / state["num_pages"],
+        }
+        return json_response({"timestamp": time.time(), "dp_rank_count": manager.config.dp_size, "loads": [load]})
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        model = {
+            "id": model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "waybill",
+            "root": manager.config.model_path,
+            "max_model_len": manager.facts["context_length"],
+        }
+        return json_response({"object": "list", "data": [model]})
+
+    @router.get("/metrics")
+    async def prometheus() -> Response:
+        try:
+            state = await manager.get_state() if manager.not_ready() is None else None
+        except EngineDeadError:
+            state = None
+        return Response(metrics.render(state), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str, Any]:
+    config = manager.config
+    return {**{name: getattr(config, name) for name in config.__struct_fields__}, **state}

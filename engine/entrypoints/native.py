@@ -1,0 +1,136 @@
+"""The native API: `/generate` and what belongs to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import Response
+
+from ..generate_request import GenerateReqInput, SampleRequest
+from ..routing.claims import ClaimError
+from ..tokenizer_manager import TokenizerManager
+from .errors import abort_reason, error_response, json_response
+from .responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, unless_disconnected
+
+logger = logging.getLogger(__name__)
+
+SESSION_HEADER = "X-SMG-Routing-Key"
+META_HEADER = "X-Routed-Experts-Meta"
+
+
+class AbortRequestInput(BaseModel):
+    """Requests whose rid starts with `rid`, or all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+class TokenizeInput(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | list[str]
+    add_special_tokens: bool = True
+    model: str | None = None
+
+
+class DetokenizeInput(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: list[int] | list[list[int]]
+    skip_special_tokens: bool = True
+    model: str | None = None
+
+
+def with_session(request: GenerateReqInput, http: Request) -> GenerateReqInput:
+    """The header names the session where the body does not."""
+    key = http.headers.get(SESSION_HEADER)
+    return request if key is None or request.session_id else request.model_copy(update={"session_id": key})
+
+
+async def first_answer(
+    manager: TokenizerManager, request: GenerateReqInput, samples: list[SampleRequest]
+) -> dict[str, Any] | list[Any]:
+    """The whole answer of a request without streaming."""
+    async with aclosing(manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
+        return await anext(answers)
+
+
+def native_router(manager: TokenizerManager) -> APIRouter:
+    """Routes of the native API over `manager`."""
+    router = APIRouter()
+
+    @router.post("/generate")
+    @router.put("/generate", include_in_schema=False)
+    async def generate(body: GenerateReqInput, http: Request) -> Response:
+        request = with_session(body, http)
+        try:
+            samples = manager.prepare(request)
+        except ValueError as error:
+            if not request.stream:
+                raise
+            return EventStream(refused_stream(request, str(error)))
+        if request.stream:
+            return EventStream(manager.generate(request, samples, form="json"))
+        try:
+            answer = await unless_disconnected(http, first_answer(manager, request, samples))
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE)
+        return await encode_json(answer, large=any(sample.return_routed_experts for sample in samples))
+
+    @router.post("/abort_request")
+    async def abort_request(body: AbortRequestInput) -> Response:
+        manager.abort_request(body.rid, abort_all=body.abort_all)
+        return Response()
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> Response:
+        done, message = await manager.flush_cache()
+        return json_response({"success": True, "message": message}) if done else error_response(message, 400)
+
+    @router.get("/routed_experts/{claim}")
+    async def fetch_routed_experts(claim: str) -> Response:
+        try:
+            routed = await manager.fetch_routed_experts(claim)
+        except ClaimError as error:
+            return error_response(str(error), 410)
+        meta = msgspec.json.encode(routed.meta).decode("ascii")
+        return Response(bytes(routed.frame), headers={META_HEADER: meta}, media_type="application/octet-stream")
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeInput) -> Response:
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        ids = [manager.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts]
+        counts = [len(tokens) for tokens in ids]
+        single = isinstance(body.prompt, str)
+        return json_response(
+            {
+                "tokens": ids[0] if single else ids,
+                "count": counts[0] if single else counts,
+                "max_model_len": manager.facts["context_length"],
+            }
+        )
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeInput) -> Response:
+        nested = bool(body.tokens) and isinstance(body.tokens[0], list)
+        lists: list[Any] = body.tokens if nested else [body.tokens]
+        texts = [manager.decode(tokens, skip_special_tokens=body.skip_special_tokens) for tokens in lists]
+        return json_response({"text": texts if nested else texts[0]})
+
+    return router
+
+
+async def refused_stream(request: GenerateReqInput, message: str) -> AsyncIterator[dict[str, Any]]:
+    """A stream that says why there is none."""
+    logger.info("refused: %s", message)
+    rid = request.rid if isinstance(request.rid, str) else ""
+    meta = {"id": rid, "finish_reason": abort_reason(message), "prompt_tokens": 0, "completion_tokens": 0}
+    yield {"text": "", "output_ids": [], "meta_info": meta}

@@ -1,0 +1,117 @@
+"""What both endpoints of OpenAI's API have in common: answers as choices, usage, and the routes beside them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...generate_request import GenerateReqInput, SampleRequest
+from ...tokenizer_manager import TokenizerManager
+from ..errors import abort_reason, error_body
+from ..native import first_answer
+from ..responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, unless_disconnected
+
+ROUTE_FIELDS = (
+    "routed_experts",
+    "routed_experts_error",
+    "routed_experts_claim",
+    "routed_experts_meta",
+    "routed_experts_start_len",
+    "routed_experts_dtype",
+)
+
+Answer = dict[str, Any]
+
+
+@dataclass
+class Sent:
+    """What a stream has told of one choice so far."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+
+
+@dataclass
+class Head:
+    """What every object of one answer begins with."""
+
+    kind: str
+    model: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def make(self, suffix: str = "", **fields: Any) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.kind.startswith("chat") else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": self.kind + suffix,
+            "created": self.created,
+            "model": self.model,
+            **fields,
+        }
+
+
+def finish_reason(answer: Answer) -> str | None:
+    reason = answer["meta_info"]["finish_reason"]
+    return None if reason is None else str(reason["type"])
+
+
+def matched_stop(answer: Answer) -> int | str | None:
+    reason = answer["meta_info"]["finish_reason"] or {}
+    matched: int | str | None = reason.get("matched")
+    return matched
+
+
+def routes_of(answer: Answer) -> dict[str, Any]:
+    """The `sglext` of an answer; {} where nobody opted in."""
+    meta = answer["meta_info"]
+    return {name: meta[name] for name in ROUTE_FIELDS if name in meta}
+
+
+def usage_of(answers: list[Answer], num_samples: int) -> dict[str, Any]:
+    """Tokens of all choices; a prompt counts once, however many samples it has."""
+    metas = [answer["meta_info"] for answer in answers]
+    prompt = sum(meta["prompt_tokens"] for meta in metas[::num_samples])
+    completion = sum(meta["completion_tokens"] for meta in metas)
+    cached = sum(meta["cached_tokens"] for meta in metas[::num_samples])
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def as_list(answer: Answer | list[Any]) -> list[Answer]:
+    return answer if isinstance(answer, list) else [answer]
+
+
+async def whole(
+    manager: TokenizerManager, http: Request, request: GenerateReqInput, samples: list[SampleRequest]
+) -> list[Answer] | None:
+    """All answers of a request without streaming; None if its client left."""
+    try:
+        return as_list(await unless_disconnected(http, first_answer(manager, request, samples)))
+    except ClientGoneError:
+        return None
+
+
+async def whole_response(content: dict[str, Any] | None, *, large: bool) -> Response:
+    return Response(status_code=CLIENT_GONE) if content is None else await encode_json(content, large=large)
+
+
+async def refused_events(message: str) -> AsyncIterator[dict[str, Any]]:
+    """The stream of a request that was refused."""
+    body = error_body(message, 400)
+    body["error"]["finish_reason"] = abort_reason(message)
+    yield body
+
+
+def refuse(message: str) -> EventStream:
+    return EventStream(refused_events(message))

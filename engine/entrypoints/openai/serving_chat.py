@@ -1,0 +1,155 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...chat_template import ChatTemplate
+from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
+from ...tokenizer_manager import TokenizerManager
+from ..native import with_session
+from ..responses import EventStream
+from . import serving
+from .protocol import ChatCompletionRequest
+from .serving import Answer, Head, Sent
+
+
+class ChatServing:
+    """Renders messages, generates, and answers in OpenAI's form."""
+
+    def __init__(self, manager: TokenizerManager, template: ChatTemplate | None, model_name: str) -> None:
+        self._manager = manager
+        self._template = template
+        self._model_name = model_name
+
+    async def create(self, body: ChatCompletionRequest, http: Request) -> Response:
+        """
+        Raises:
+            ValueError: the request does not fit the engine, or the template refuses it.
+        """
+        try:
+            request = with_session(self._to_generate(body), http)
+            samples = self._manager.prepare(request)
+        except ValueError as error:
+            if not body.stream:
+                raise
+            return serving.refuse(str(error))
+        head = Head("chat.completion", body.model or self._model_name)
+        if body.stream:
+            return EventStream(self._stream(body, head, request, samples))
+        answers = await serving.whole(self._manager, http, request, samples)
+        content = None if answers is None else self._answer(body, head, answers)
+        return await serving.whole_response(content, large=body.return_routed_experts)
+
+    def _to_generate(self, body: ChatCompletionRequest) -> GenerateReqInput:
+        ids = body.input_ids
+        if ids is None:
+            if self._template is None:
+                raise ValueError("messages: the checkpoint has no chat template; give input_ids")
+            text = self._template.render(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt,
+                **body.chat_template_kwargs,
+            )
+            # The template writes the special tokens that there are.
+            ids = self._manager.encode(text, add_special_tokens=False)
+        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        most = self._manager.room_for(len(ids)) if asked is None else asked
+        return parse_generate_request(
+            {
+                **body.generate_fields(most),
+                "input_ids": ids,
+                "return_logprob": body.logprobs,
+                "top_logprobs_num": body.top_logprobs or 0,
+            }
+        )
+
+    # --- whole ------------------------------------------------------------------------------------------------------
+
+    def _answer(self, body: ChatCompletionRequest, head: Head, answers: list[Answer]) -> dict[str, Any]:
+        choices = []
+        for index, answer in enumerate(answers):
+            choice = {
+                "index": index,
+                "message": {"role": "assistant", "content": answer["text"]},
+                "logprobs": chat_logprobs(answer, 0, self._manager) if body.logprobs else None,
+                "finish_reason": serving.finish_reason(answer),
+                "matched_stop": serving.matched_stop(answer),
+            }
+            choices.append(choice | self._choice_extras(body, answer))
+        content = head.make(choices=choices, usage=serving.usage_of(answers, body.n))
+        if body.return_routed_experts:
+            content["sglext"] = serving.routes_of(answers[0])
+        return content
+
+    @staticmethod
+    def _choice_extras(body: ChatCompletionRequest, answer: Answer) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if body.return_meta_info:
+            extras["meta_info"] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
+        if body.return_routed_experts and body.n > 1:
+            extras["sglext"] = serving.routes_of(answer)
+        return extras
+
+    # --- streams ----------------------------------------------------------------------------------------------------
+
+    async def _stream(
+        self, body: ChatCompletionRequest, head: Head, request: GenerateReqInput, samples: list[SampleRequest]
+    ) -> AsyncIterator[dict[str, Any]]:
+        sent = [Sent() for _ in samples]
+        last: list[Answer] = [{} for _ in samples]
+        for index in range(len(samples)):
+            yield self._chunk(head, index, {"role": "assistant", "content": ""}, None)
+        async with aclosing(self._manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
+            async for item in answers:
+                answer: Answer = dict(item)
+                index = answer.pop("index", 0)
+                last[index] = answer
+                yield self._delta(body, head, index, answer, sent[index])
+        if body.return_routed_experts:
+            extra: dict[str, Any] = {"sglext": serving.routes_of(last[0])}
+            if body.n > 1:
+                extra["sglext"]["choices"] = [serving.routes_of(answer) for answer in last]
+            yield head.make(".chunk", choices=[], **extra)
+        if body.include_usage:
+            yield head.make(".chunk", choices=[], usage=serving.usage_of(last, body.n))
+
+    @staticmethod
+    def _chunk(head: Head, index: int, delta: dict[str, Any], reason: str | None, **fields: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason, **fields}
+        return head.make(".chunk", choices=[choice])
+
+    def _delta(self, body: ChatCompletionRequest, head: Head, index: int, answer: Answer, sent: Sent) -> dict[str, Any]:
+        """What is new of one choice."""
+        text = answer["text"][sent.num_chars :]
+        fields: dict[str, Any] = {}
+        if body.logprobs:
+            fields["logprobs"] = chat_logprobs(answer, sent.num_tokens, self._manager)
+        reason = serving.finish_reason(answer)
+        if reason is not None:
+            fields["matched_stop"] = serving.matched_stop(answer)
+            if body.return_meta_info:
+                fields["meta_info"] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
+        sent.num_chars, sent.num_tokens = len(answer["text"]), len(answer["output_ids"])
+        return self._chunk(head, index, {"content": text}, reason, **fields)
+
+
+def chat_logprobs(answer: Answer, first: int, manager: TokenizerManager) -> dict[str, Any]:
+    """Log-probabilities of the output tokens from `first` on."""
+    meta = answer["meta_info"]
+    tops = meta.get("output_top_logprobs", [])
+    content = []
+    for position, triple in enumerate(meta["output_token_logprobs"][first:], first):
+        alternatives = tops[position] if position < len(tops) else []
+        content.append(token_entry(triple, manager) | {"top_logprobs": [token_entry(t, manager) for t in alternatives]})
+    return {"content": content}
+
+
+def token_entry(triple: tuple[float, int, str | None], manager: TokenizerManager) -> dict[str, Any]:
+    logprob, _, text = triple
+    return {"token": text or "", "logprob": logprob, "bytes": list((text or "").encode())}

@@ -1,0 +1,138 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
+from ...tokenizer_manager import TokenizerManager
+from ..native import with_session
+from ..responses import EventStream
+from . import serving
+from .protocol import CompletionRequest
+from .serving import Answer, Head, Sent
+
+# OpenAI's default.
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionServing:
+    """Generates from text or ids and answers in OpenAI's form."""
+
+    def __init__(self, manager: TokenizerManager, model_name: str) -> None:
+        self._manager = manager
+        self._model_name = model_name
+
+    async def create(self, body: CompletionRequest, http: Request) -> Response:
+        """
+        Raises:
+            ValueError: the request does not fit the engine.
+        """
+        try:
+            request = with_session(self._to_generate(body), http)
+            samples = self._manager.prepare(request)
+        except ValueError as error:
+            if not body.stream:
+                raise
+            return serving.refuse(str(error))
+        head = Head("text_completion", body.model or self._model_name)
+        if body.stream:
+            return EventStream(self._stream(body, head, request, samples))
+        answers = await serving.whole(self._manager, http, request, samples)
+        content = None if answers is None else self._answer(body, head, samples, answers)
+        return await serving.whole_response(content, large=body.return_routed_experts)
+
+    def _to_generate(self, body: CompletionRequest) -> GenerateReqInput:
+        prompt = body.prompt
+        is_text = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], str))
+        fields = body.generate_fields(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+        return parse_generate_request(
+            {
+                **fields,
+                "text" if is_text else "input_ids": prompt,
+                "return_logprob": body.logprobs is not None,
+                "top_logprobs_num": body.logprobs or 0,
+                "logprob_start_len": 0 if body.echo and body.logprobs is not None else -1,
+            }
+        )
+
+    def _answer(
+        self, body: CompletionRequest, head: Head, samples: list[SampleRequest], answers: list[Answer]
+    ) -> dict[str, Any]:
+        choices = []
+        for index, answer in enumerate(answers):
+            prompt_text = self._echo(body, samples[index])
+            choice = {
+                "index": index,
+                "text": prompt_text + answer["text"],
+                "logprobs": None if body.logprobs is None else completion_logprobs(answer, body.echo),
+                "finish_reason": serving.finish_reason(answer),
+                "matched_stop": serving.matched_stop(answer),
+            }
+            if body.return_routed_experts and len(answers) > 1:
+                choice["sglext"] = serving.routes_of(answer)
+            choices.append(choice)
+        content = head.make(choices=choices, usage=serving.usage_of(answers, body.n))
+        if body.return_routed_experts:
+            content["sglext"] = serving.routes_of(answers[0])
+        return content
+
+    def _echo(self, body: CompletionRequest, sample: SampleRequest) -> str:
+        """The prompt as text, if it is asked for."""
+        return self._manager.decode(sample.input_ids, skip_special_tokens=False) if body.echo else ""
+
+    async def _stream(
+        self, body: CompletionRequest, head: Head, request: GenerateReqInput, samples: list[SampleRequest]
+    ) -> AsyncIterator[dict[str, Any]]:
+        sent = [Sent() for _ in samples]
+        last: list[Answer] = [{} for _ in samples]
+        async with aclosing(self._manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
+            async for item in answers:
+                answer: Answer = dict(item)
+                index = answer.pop("index", 0)
+                echo = self._echo(body, samples[index]) if not last[index] else ""
+                last[index] = answer
+                state = sent[index]
+                choice = {
+                    "index": index,
+                    "text": echo + answer["text"][state.num_chars :],
+                    "logprobs": None,
+                    "finish_reason": serving.finish_reason(answer),
+                }
+                if body.logprobs is not None:
+                    choice["logprobs"] = completion_logprobs(answer, body.echo and bool(echo), state.num_tokens)
+                state.num_chars, state.num_tokens = len(answer["text"]), len(answer["output_ids"])
+                yield head.make(choices=[choice])
+        if body.return_routed_experts:
+            extra: dict[str, Any] = {"sglext": serving.routes_of(last[0])}
+            if len(samples) > 1:
+                extra["sglext"]["choices"] = [serving.routes_of(answer) for answer in last]
+            yield head.make(choices=[], **extra)
+        if body.include_usage:
+            yield head.make(choices=[], usage=serving.usage_of(last, body.n))
+
+
+def completion_logprobs(answer: Answer, echo: bool, first: int = 0) -> dict[str, Any]:
+    """Parallel lists, one entry a token, from output token `first` on; with `echo` the prompt's stand before them."""
+    meta = answer["meta_info"]
+    triples = list(meta["output_token_logprobs"][first:])
+    tops: list[Any] = list(meta.get("output_top_logprobs", [])[first:])
+    if echo:
+        triples = [*meta.get("input_token_logprobs", []), *triples]
+        tops = [*meta.get("input_top_logprobs", []), *tops]
+    tokens = [text or "" for _, _, text in triples]
+    offsets = [0]
+    for token in tokens:
+        offsets.append(offsets[-1] + len(token))
+    return {
+        "tokens": tokens,
+        "token_logprobs": [logprob for logprob, _, _ in triples],
+        "top_logprobs": [None if top is None else {text or "": value for value, _, text in top} for top in tops]
+        or None,
+        "text_offset": offsets[:-1],
+    }

@@ -1,0 +1,91 @@
+"""Answers that end when their client does: whole ones, and server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A client that takes nothing for so long is treated as gone.
+WRITE_TIMEOUT_S = 60.0
+# The status that proxies log for it; nobody reads it.
+CLIENT_GONE = 499
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before its answer was ready."""
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves.
+
+    Raises:
+        ClientGoneError: it left.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class EventStream(Response):
+    """`data: {json}` events, ended by `data: [DONE]`. Closes its source whatever ends it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[Any]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            results = await asyncio.gather(writing, leaving, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
+
+    async def _write(self, send: Send) -> None:
+        async def put(body: bytes, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": body, "more_body": more}
+            await asyncio.wait_for(send(message), WRITE_TIMEOUT_S)
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:  # type: ignore[type-var]
+            async for event in events:
+                await put(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        await put(b"data: [DONE]\n\n", more=False)
+
+
+async def encode_json(content: Any, *, large: bool) -> Response:
+    """A JSON answer; a large one is encoded on a thread, so that other streams go on."""
+    body = await asyncio.to_thread(msgspec.json.encode, content) if large else msgspec.json.encode(content)
+    return Response(body, media_type="application/json")

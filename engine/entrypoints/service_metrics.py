@@ -1,0 +1,115 @@
+"""Prometheus metrics of a server and one log line per request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..answer import Answer
+from ..io_struct import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+# Metric, help and key of what the engine counts itself; a scrape reads them.
+STATE_GAUGES = (
+    ("waybill_running_requests", "Requests on a row of the pool.", "num_running"),
+    ("waybill_queued_requests", "Requests that wait to run.", "num_waiting"),
+    ("waybill_retractions", "Requests that gave up their pages, since the start.", "num_retractions"),
+    ("waybill_kv_pages", "Pages of the KV pool.", "num_pages"),
+    ("waybill_kv_free_pages", "Pages that hold nothing.", "num_free_pages"),
+    ("waybill_kv_cached_pages", "Pages of the prefix cache.", "num_cached_pages"),
+    (
+        "waybill_routed_experts_rows_filed",
+        "Rows that the ledger took in, since the start.",
+        "routed_experts_rows_filed",
+    ),
+    ("waybill_routed_experts_rows_shipped", "Rows sent or kept for a claim.", "routed_experts_rows_shipped"),
+    ("waybill_routed_experts_bytes_shipped", "Their bytes, compact.", "routed_experts_bytes_shipped"),
+    ("waybill_routed_experts_refused", "Answers whose rows were missing.", "routed_experts_refused"),
+    ("waybill_routing_ring_slots", "Steps of routing that may wait to be filed.", "routing_ring_slots"),
+    ("waybill_routing_ring_occupied", "Steps of routing that wait to be filed.", "routing_ring_occupied"),
+    ("waybill_routing_ring_waits", "Steps that waited for a free slot, since the start.", "routing_ring_waits"),
+)
+
+
+class ServiceMetrics:
+    """A `RequestObserver`; `render` is the body of a scrape."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        registry = self._registry
+        self._requests = Counter("waybill_requests", "Requests by outcome.", ["outcome"], registry=registry)
+        self._prompt_tokens = Counter("waybill_prompt_tokens", "Prompt tokens of requests.", registry=registry)
+        self._cached_tokens = Counter("waybill_cached_tokens", "Prompt tokens found in the cache.", registry=registry)
+        self._output_tokens = Counter("waybill_output_tokens", "Tokens generated.", registry=registry)
+        self._ttft = Histogram(
+            "waybill_time_to_first_token_seconds", "Arrival to first token.", buckets=TTFT_BUCKETS, registry=registry
+        )
+        self._itl = Histogram(
+            "waybill_inter_token_latency_seconds",
+            "Between tokens of a stream; for other requests the mean of each.",
+            buckets=ITL_BUCKETS,
+            registry=registry,
+        )
+        self._latency = Histogram(
+            "waybill_request_latency_seconds", "Arrival to end.", buckets=TTFT_BUCKETS, registry=registry
+        )
+        self._hit_rate = Gauge(
+            "waybill_cache_hit_rate", "Share of prompt tokens found in the cache, since the start.", registry=registry
+        )
+        self._state = {key: Gauge(name, text, registry=registry) for name, text, key in STATE_GAUGES}
+        self._last_seen: dict[str, float] = {}
+        self._num_prompt = self._num_cached = 0
+
+    def on_output(self, answer: Answer, output: RequestOutput) -> None:
+        now = time.perf_counter()
+        before = self._last_seen.get(answer.rid)
+        self._last_seen[answer.rid] = now
+        if before is None:
+            # A request without streaming has one output, at its end, and no first token of its own.
+            if output.finish_reason is None or output.completion_tokens == 1:
+                self._ttft.observe(now - answer.began)
+        elif output.token_ids:
+            self._itl.observe((now - before) / len(output.token_ids))
+        if before is None and output.finish_reason is not None and output.completion_tokens > 1:
+            self._itl.observe((now - answer.began) / output.completion_tokens)
+
+    def on_end(self, answer: Answer, outcome: str) -> None:
+        self._last_seen.pop(answer.rid, None)
+        self._requests.labels(outcome).inc()
+        seconds = time.perf_counter() - answer.began
+        self._latency.observe(seconds)
+        self._prompt_tokens.inc(answer.prompt_tokens)
+        self._cached_tokens.inc(answer.cached_tokens)
+        self._output_tokens.inc(answer.completion_tokens)
+        self._num_prompt += answer.prompt_tokens
+        self._num_cached += answer.cached_tokens
+        line = {
+            "event": "request",
+            "rid": answer.rid,
+            "outcome": outcome,
+            "prompt_tokens": answer.prompt_tokens,
+            "cached_tokens": answer.cached_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "seconds": round(seconds, 4),
+            "routed_experts_error": answer.routed_experts_error,
+        }
+        logger.info("%s", msgspec.json.encode(line).decode())
+
+    def on_refusal(self, outcome: str) -> None:
+        """A request that never reached the engine."""
+        self._requests.labels(outcome).inc()
+
+    def render(self, state: dict[str, Any] | None) -> bytes:
+        """The text form; `state` is the engine's, None while it is not there."""
+        for key, gauge in self._state.items():
+            if state is not None:
+                gauge.set(state[key])
+        self._hit_rate.set(self._num_cached / self._num_prompt if self._num_prompt else 0.0)
+        return generate_latest(self._registry)

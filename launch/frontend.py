@@ -1,0 +1,139 @@
+"""The frontend process of a server: HTTP on one side, the engine's sockets on the other. Started by rank 0.
+
+It listens from the first moment, and answers 503 until the engine is ready. At SIGTERM it takes no new connection, gives
+what runs a bounded time, aborts the rest and tells the ranks to leave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from ..engine.chat_template import load_chat_template
+from ..engine.config import EngineConfig
+from ..engine.detokenizer import load_tokenizer
+from ..engine.entrypoints.http_server import make_app
+from ..engine.entrypoints.service_metrics import ServiceMetrics
+from ..engine.lifeline import watch_lifeline
+from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
+from .args import ServeCommand
+from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct
+from .topology import Addresses
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 600.0
+KEEP_ALIVE_S = 30
+EXIT_NO_ENGINE = 2
+
+
+class HttpServer(uvicorn.Server):
+    """Signals belong to `Frontend`."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Frontend:
+    """One server's HTTP side, from listening to the end."""
+
+    def __init__(self, addresses: Addresses, config: EngineConfig, options: ServeCommand) -> None:
+        model_path = config.tokenizer_path or config.model_path
+        self._options = options
+        metrics = ServiceMetrics()
+        self._manager = TokenizerManager(
+            config,
+            load_tokenizer(model_path),
+            leader=addresses.leaders[0],
+            frontend=addresses.frontend,
+            queries=addresses.queries,
+            observer=metrics,
+        )
+        app = make_app(
+            self._manager,
+            load_chat_template(model_path),
+            metrics,
+            model_name=options.served_model_name,
+            api_key=options.api_key,
+            max_body_bytes=options.max_body_bytes,
+        )
+        self._server = HttpServer(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(options.shutdown_timeout_s)),
+            )
+        )
+
+    async def run(self, listener: socket.socket) -> int:
+        """Serve until told to stop; the process' exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        serving = asyncio.create_task(self._server.serve([listener]), name="http")
+        try:
+            await self._manager.start(START_TIMEOUT_S)
+        except (EngineStartError, TimeoutError) as error:
+            print(f"waybill: {error}", file=sys.stderr, flush=True)
+            self._server.should_exit = True
+            await serving
+            return EXIT_NO_ENGINE
+        host, port = listener.getsockname()[:2]
+        print(f"waybill is ready: http://{host}:{port}", flush=True)
+        await serving
+        self._manager.abort_request(abort_all=True)
+        await self._manager.stop_engine()
+        self._manager.close()
+        return 0
+
+    def _stop(self) -> None:
+        """The first signal asks, the second insists."""
+        logger.info("stopping: %d requests run or wait", self._manager.num_unfinished)
+        self._server.force_exit = self._server.should_exit
+        self._server.should_exit = True
+
+
+def listen(options: ServeCommand) -> socket.socket:
+    """
+    Raises:
+        OSError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        key = "an API key is asked for" if options.api_key else "anybody who reaches it may use it; set an API key"
+        logger.warning("listening on %s, not on loopback: %s", options.host, key)
+    return listener
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Waybill's HTTP frontend; started by rank 0")
+    parser.add_argument("--run-dir", required=True)
+    run_dir = parser.parse_args().run_dir
+    addresses = read_struct(run_dir, ADDRESSES, Addresses)
+    watch_lifeline(addresses.lifeline)
+    config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
+    options = read_struct(run_dir, SERVE_OPTIONS, ServeCommand)
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        listener = listen(options)
+    except OSError as error:
+        print(f"waybill: --host {options.host} --port {options.port}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_NO_ENGINE
+    return asyncio.run(Frontend(addresses, config, options).run(listener))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

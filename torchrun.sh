@@ -2,6 +2,7 @@
 # Waybill on this machine: sets up .venv on first use, then runs one rank per device under torchrun.
 #   ./torchrun.sh                               the main job: multi-turn rollouts with their routes, on two ranks
 #   ./torchrun.sh rollout --model PATH --tp 2 --conversations 8 --turns 4 --json
+#   ./torchrun.sh serve --model PATH --tp 2 --port 30000 --enable-return-routed-experts     the HTTP service
 #   ./torchrun.sh --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT rollout ...      one call per node
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -11,10 +12,15 @@ nnodes=1 node_rank=0 rdzv_endpoint="" tp=2
 args=()
 while (($#)); do
   case $1 in
-    --nnodes) nnodes=${2:?--nnodes needs a number}; shift 2 ;;
-    --node-rank) node_rank=${2:?--node-rank needs a number}; shift 2 ;;
-    --rdzv-endpoint) rdzv_endpoint=${2:?--rdzv-endpoint needs HOST:PORT}; shift 2 ;;
-    --tp) tp=${2:?--tp needs a number}; args+=(--tp "$tp"); shift 2 ;;
+    --nnodes | --node-rank | --rdzv-endpoint | --tp)
+      (($# > 1)) || { echo "torchrun.sh: $1: needs a value" >&2; exit 2; }
+      case $1 in
+        --nnodes) nnodes=$2 ;;
+        --node-rank) node_rank=$2 ;;
+        --rdzv-endpoint) rdzv_endpoint=$2 ;;
+        --tp) tp=$2; args+=(--tp "$tp") ;;
+      esac
+      shift 2 ;;
     --tp=*) tp=${1#--tp=}; args+=(--tp "$tp"); shift ;;
     *) args+=("$1"); shift ;;
   esac
@@ -36,5 +42,5 @@ threads=$(($(nproc) / ranks_here))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # A mistake on the command line is said once, before any rank starts.
 "$root/.venv/bin/python" -m waybill.launch.args "${args[@]}"
-exec "$root/.venv/bin/torchrun" "${rendezvous[@]}" --nproc-per-node "$ranks_here" \
+exec "$root/.venv/bin/python" -m waybill.launch.agent "${rendezvous[@]}" --nproc-per-node "$ranks_here" \
   -m waybill.launch.worker "${args[@]}"

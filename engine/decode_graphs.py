@@ -29,7 +29,7 @@ NUM_STAGES = 4
 def graph_sizes(max_running: int) -> list[int]:
     """Batch sizes to capture: fine steps where a padded row weighs most."""
     sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 257, 16)]
-    return [size for size in sizes if size < max_running] + [min(max_running, sizes[-1])]
+    return sorted({min(size, max_running) for size in sizes})
 
 
 @dataclass(frozen=True)

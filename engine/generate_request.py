@@ -163,6 +163,8 @@ def describe(errors: Sequence[Any]) -> str:
     if first["type"] == "extra_forbidden" and first["loc"][-1] not in parts:
         parts.append(repr(first["loc"][-1]))
     where = ".".join(map(str, parts))
+    if first["type"] == "extra_forbidden":
+        return f"{where}: is no field of this request"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{where}: {reason}" if where else reason
 

@@ -79,6 +79,7 @@ class ModelRunner:
         max_running: int,
         context_length: int,
         attention_backend: str,
+        use_graphs: bool = True,
         capturer: RoutedExpertsCapturer | None,
     ) -> None:
         self._mesh = mesh
@@ -90,7 +91,7 @@ class ModelRunner:
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
-        self._graphs = self._make_graphs() if attention_backend == "auto" else None
+        self._graphs = self._make_graphs() if use_graphs and attention_backend == "auto" else None
         # The leader's view of who runs on which row.
         self._sampling_rows: dict[int, SamplingRow] = {}
         self._reqs: dict[int, Req] = {}

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -227,6 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Waybill's output processor; started by rank 0")
     parser.add_argument("--config", type=Path, required=True, help="file with an OutputProcessorConfig as JSON")
     config = msgspec.json.decode(parser.parse_args().config.read_bytes(), type=OutputProcessorConfig)
+    # An interrupt at the terminal is for the frontend; this process ends with its rank.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_dir = Path(config.lifeline_path).parent
     watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")

@@ -102,6 +102,8 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         max_running=limits.max_running,
         context_length=context_length,
         attention_backend=config.attention_backend,
+        # The reference looks at ids on the host, which no graph can hold.
+        use_graphs=config.experts_backend != "torch_reference",
         capturer=None if ring is None else RoutedExpertsCapturer(ring, mesh.device),
     )
     facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)

@@ -81,7 +81,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     token_ids = adjusted.argmax(dim=-1)
     if random_rows:
         chosen = [rows[i] for i in random_rows]
-        where = torch.tensor(random_rows, device=logits.device)
+        where = to_device(random_rows, logits.device)
         token_ids[where] = _draw(adjusted if len(chosen) == len(rows) else adjusted[where], chosen)
     for i, row in enumerate(rows):
         if row.output_counts is not None and row.seen is not None:
@@ -109,27 +109,40 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             line -= params.frequency_penalty * row.output_counts
             line -= params.presence_penalty * (row.output_counts > 0)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=line.device)
-            line[ids] += torch.tensor(list(params.logit_bias.values()), device=line.device)
+            ids = to_device(list(params.logit_bias), line.device)
+            line[ids] += to_device(list(params.logit_bias.values()), line.device)
         if banned:
-            line[torch.tensor(banned, device=line.device)] = float("-inf")
+            line[to_device(banned, line.device)] = float("-inf")
     return adjusted
 
 
 def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Sample by inverting the cumulative distribution after temperature and filters: [B', V] -> [B'] int64."""
     device = scores.device
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=device)
+    temperatures = to_device([row.params.temperature for row in rows], device)
     probs = torch.softmax(scores / temperatures[:, None], dim=-1)
-    points = torch.tensor(
-        [uniform(row.params.sampling_seed, row.position) for row in rows], dtype=torch.float64, device=device
-    )
-    filtered = any(row.params.top_k > 0 or row.params.top_p < 1.0 or row.params.min_p > 0.0 for row in rows)
-    if not filtered:
-        return _invert(probs, points)
-    ordered, order = probs.sort(dim=-1, descending=True)
-    picked = _invert(_filter(ordered, rows), points)
-    return order.gather(1, picked[:, None]).squeeze(1)
+    points = to_device([uniform(row.params.sampling_seed, row.position) for row in rows], device, torch.float64)
+    filtered = [i for i, row in enumerate(rows) if is_filtered(row.params)]
+    # A row's way depends on its own parameters alone: orders differ, and so would the token that a point falls on.
+    token_ids = probs.new_empty(len(rows), dtype=torch.int64) if len(filtered) == len(rows) else _invert(probs, points)
+    if filtered:
+        where = to_device(filtered, device)
+        ordered, order = probs[where].sort(dim=-1, descending=True)
+        picked = _invert(_filter(ordered, [rows[i] for i in filtered]), points[where])
+        token_ids[where] = order.gather(1, picked[:, None]).squeeze(1)
+    return token_ids
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def to_device(
+    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A small tensor; on CUDA through pinned memory, because a copy from pageable memory waits for the device."""
+    host = torch.tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _filter(ordered: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -137,9 +150,9 @@ def _filter(ordered: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     distribution that temperature alone gives: `ordered` [B', V], probabilities in descending order."""
     device = ordered.device
     vocab_size = ordered.shape[1]
-    top_k = torch.tensor([row.params.top_k if row.params.top_k > 0 else vocab_size for row in rows], device=device)
-    top_p = torch.tensor([row.params.top_p for row in rows], device=device)
-    min_p = torch.tensor([row.params.min_p for row in rows], device=device)
+    top_k = to_device([row.params.top_k if row.params.top_k > 0 else vocab_size for row in rows], device)
+    top_p = to_device([row.params.top_p for row in rows], device)
+    min_p = to_device([row.params.min_p for row in rows], device)
     ranks = torch.arange(vocab_size, device=device)
     keep = ranks[None, :] < top_k[:, None]
     # A token stays while the mass before it is below top_p; so the most likely one always stays.
@@ -163,7 +176,7 @@ def _with_logprobs(scores: torch.Tensor, token_ids: torch.Tensor, rows: Sequence
     asking = [i for i, row in enumerate(rows) if row.return_logprob]
     if not asking:
         return Sampled(token_ids)
-    where = torch.tensor(asking, device=scores.device)
+    where = to_device(asking, scores.device)
     logprobs = torch.log_softmax(scores[where], dim=-1)
     taken = torch.full((len(rows),), float("nan"), device=scores.device)
     taken[where] = logprobs.gather(1, token_ids[where, None]).squeeze(1)

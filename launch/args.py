@@ -79,12 +79,17 @@ class WorkerCommand(msgspec.Struct, frozen=True):
 
 def parse_worker_args(argv: list[str]) -> WorkerCommand:
     """Parse a rank's command line; a mistake ends the process with status 2 and a message that names the option."""
-    parser = argparse.ArgumentParser(prog="torchrun.sh", description="Waybill: MoE rollouts with their routes")
+    parser = argparse.ArgumentParser(
+        prog="torchrun.sh",
+        description="Waybill: MoE rollouts with their routes",
+        epilog="over several nodes, one call a node: --nnodes N --node-rank K --rdzv-endpoint HOST:PORT before the command",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    engine = commands.add_parser("engine", help="serve a calling program (started by waybill.Engine)")
+    engine = commands.add_parser("engine")
     engine.add_argument("--run-dir", required=True)
     rollout = commands.add_parser(
         "rollout",
+        usage="torchrun.sh [rollout] [options]",
         help="multi-turn conversations with their routes",
         description="Hold conversations with a model and show the routes of every turn.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -93,6 +98,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     add_engine_options(rollout)
     serve = commands.add_parser(
         "serve",
+        usage="torchrun.sh serve [options]",
         help="the HTTP service",
         description="Serve a model over HTTP: the native /generate API and OpenAI's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -103,6 +109,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     if options.command == "engine":
         return WorkerCommand(run_dir=options.run_dir)
     try:
+        check_model(options.model, options.tp)
         if options.command == "serve":
             return WorkerCommand(
                 config=engine_config(options, routing=options.enable_return_routed_experts),
@@ -111,6 +118,20 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         return WorkerCommand(config=engine_config(options, routing=True), rollout=rollout_command(options))
     except ValueError as error:
         (serve if options.command == "serve" else rollout).error(str(error))
+
+
+def check_model(path: str, tp: int) -> None:
+    """What can be said of a checkpoint before any rank starts.
+
+    Raises:
+        ValueError: the folder holds none, or its heads cannot be shared by so many ranks.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--model {path}: must be a folder with a config.json (Hugging Face format)")
+    num_heads = msgspec.json.decode(file.read_bytes()).get("num_attention_heads")
+    if tp < 1 or (num_heads is not None and num_heads % tp):
+        raise ValueError(f"--tp {tp}: must be at least 1 and divide the model's {num_heads} attention heads")
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
@@ -158,12 +179,22 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache-tokens", type=int, default=None, help="size of the KV pool; from memory if not given"
     )
-    parser.add_argument("--max-running-requests", type=int, default=defaults.max_running_requests)
+    parser.add_argument("--max-running-requests", type=int, default=defaults.max_running_requests, help="at once")
     parser.add_argument("--chunked-prefill-size", type=int, default=defaults.chunked_prefill_size, help="-1: no chunks")
-    parser.add_argument("--disable-prefix-cache", action="store_true")
-    parser.add_argument("--overlap-depth", type=int, default=defaults.overlap_depth, choices=(0, 1))
-    parser.add_argument("--routing-ring-slots", type=int, default=defaults.routing_ring_slots)
-    parser.add_argument("--log-level", default=defaults.log_level, choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--disable-prefix-cache", action="store_true", help="compute every prompt anew")
+    parser.add_argument(
+        "--overlap-depth",
+        type=int,
+        default=defaults.overlap_depth,
+        choices=(0, 1),
+        help="steps in flight while one is planned",
+    )
+    parser.add_argument(
+        "--routing-ring-slots", type=int, default=defaults.routing_ring_slots, help="steps of routes that may wait"
+    )
+    parser.add_argument(
+        "--log-level", default=defaults.log_level, choices=("debug", "info", "warning", "error"), help="what is logged"
+    )
 
 
 def engine_config(options: argparse.Namespace, *, routing: bool) -> EngineConfig:

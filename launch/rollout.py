@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -277,6 +278,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Waybill's rollout frontend; started by rank 0")
     parser.add_argument("--run-dir", required=True)
     run_dir = parser.parse_args().run_dir
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     addresses = read_struct(run_dir, ADDRESSES, Addresses)
     watch_lifeline(addresses.lifeline)
     config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)

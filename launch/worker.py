@@ -50,6 +50,9 @@ def main() -> int:
     command = parse_worker_args(sys.argv[1:])
     if command.serve is not None:
         ignore_termination()
+    else:
+        # Ends at once and without a traceback, as at SIGTERM.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     watch_parent()
     store, rank, world_size = next(rendezvous("env://"))
     config = read_struct(command.run_dir, ENGINE_CONFIG, EngineConfig) if command.run_dir else command.config
@@ -108,7 +111,7 @@ def start_children(command: WorkerCommand, config: EngineConfig, addresses: Addr
 def run_rank(config: EngineConfig, addresses: Addresses, store: Store, rank: int) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
     torch.set_num_threads(threads_per_rank(config))
-    device = resolve_device(config, rank)
+    device = resolve_device(config)
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=PrefixStore("waybill/ranks", store),
@@ -128,17 +131,20 @@ def run_rank(config: EngineConfig, addresses: Addresses, store: Store, rank: int
     dist.destroy_process_group()
 
 
-def resolve_device(config: EngineConfig, rank: int) -> torch.device:
+def resolve_device(config: EngineConfig) -> torch.device:
     """This rank's device.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: CUDA was asked for and is not there, or has too few devices.
     """
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device='cuda': torch sees no CUDA device")
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        here, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > found:
+            raise ValueError(f"{here} ranks on this node and {found} CUDA devices: a rank needs one of its own")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device
     return torch.device(name)

@@ -42,7 +42,7 @@ def linear_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """Twin of `torch.nn.functional.linear` for x [T, D]; for one row without a bias through the kernel above."""
     num_outputs, width = weight.shape
     depth = power_of_2_from(width)
-    columns = min(MAX_COLUMNS, power_of_2_from(-(-num_outputs // WANTED_PROGRAMS)))
+    columns = min(MAX_COLUMNS, power_of_2_from(ceil_div(num_outputs, WANTED_PROGRAMS)))
     if x.shape[0] != 1 or bias is not None or columns * depth > MAX_TILE:
         return F.linear(x, weight, bias)
     out = x.new_empty(1, num_outputs)

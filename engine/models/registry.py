@@ -28,6 +28,8 @@ def load_model(
     config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh
 ) -> Qwen3MoeForCausalLM:
     """Build this rank's part of the model and fill it from the checkpoint."""
+    if mesh.device.type == "cuda" and model_config.head_dim & (model_config.head_dim - 1):
+        raise ValueError(f"head_dim={model_config.head_dim}: must be a power of two on CUDA")
     context = ModelContext(model_config, mesh.tp, mesh.device, config.moe_split, config.experts_backend)
     model = MODEL_FILES[model_config.model_type].Qwen3MoeForCausalLM(context, num_positions)
     load_weights(model.weight_loaders(), Checkpoint(config.model_path), model.ignored_weights)

@@ -42,7 +42,7 @@ def take_one(**fields: Any) -> SampleRequest:
         ({"input_ids": [1] * 21}, "the prompt has 21 tokens: must have at most 20"),
         ({"input_ids": [1] * 18}, "at most 16 .kv_cache_tokens"),
         ({"input_ids": "no"}, "input_ids"),
-        ({"input_ids": [1], "colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"input_ids": [1], "colour": "red"}, "colour: is no field of this request"),
         ({"input_ids": [1], "rid": ""}, "rid: "),
         ({"input_ids": [1], "image_data": ["x"]}, "image_data is not supported"),
         ({"input_ids": [1], "lora_path": "x"}, "lora_path is not supported"),

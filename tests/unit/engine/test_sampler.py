@@ -105,3 +105,14 @@ def test_score_tokens() -> None:
     expected = torch.log_softmax(logits, dim=-1)
     assert values == [expected[i, i + 1].item() for i in range(3)]
     assert [pairs[0][1] for pairs in top] == expected.argmax(dim=-1).tolist()
+
+
+@given(st.integers(0, 2**32), st.integers(0, 3))
+def test_an_unfiltered_row_does_not_notice_a_filtered_neighbour(seed: int, place: int) -> None:
+    """Their orders of summation differ, and the same point may fall on another token."""
+    logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed % 97))
+    own = row(sampling_seed=seed)
+    alone = sample(logits, [own]).token_ids.item()
+    rows = [row(top_p=0.9, sampling_seed=1), row(top_k=5, sampling_seed=2), row(min_p=0.1, sampling_seed=3)]
+    rows.insert(place, row(sampling_seed=seed))
+    assert sample(logits.repeat(4, 1), rows).token_ids[place].item() == alone

@@ -23,7 +23,7 @@ def test_the_main_job_has_defaults_for_everything() -> None:
         (["rollout", "--turns", "0"], "--turns 0: must be at least 1"),
         (["rollout", "--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["rollout", "--temperature", "-1"], "--temperature -1.0: must be at least 0"),
-        (["rollout", "--tp", "0"], "tp_size=0: must be at least 1"),
+        (["rollout", "--tp", "0"], "--tp 0: must be at least 1"),
         (["rollout", "--page-size", "0"], "page_size=0"),
         (["rollout", "--chunked-prefill-size", "0"], "chunked_prefill_size=0: must be -1 or at least 1"),
         (["rollout", "--routing-ring-slots", "1"], "routing_ring_slots=1: must be more than overlap_depth"),

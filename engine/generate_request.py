@@ -202,6 +202,11 @@ def expand(
             samples.append(_expand_item(rids[index], index, prompts[index], fields, limits, encode))
         except ValueError as error:
             raise ValueError(f"item {index}: {error}" if request.is_batch else str(error)) from None
+    taken: set[str] = set()
+    for sample in (sample for group in samples for sample in group):
+        if sample.rid in taken:
+            raise ValueError(f"rid: {sample.rid!r} names two samples of this request")
+        taken.add(sample.rid)
     return samples
 
 
@@ -253,7 +258,8 @@ def _expand_item(
             logprob_start_len=fields["logprob_start_len"],
             top_logprobs_num=fields["top_logprobs_num"],
             return_routed_experts=fields["return_routed_experts"],
-            routed_experts_start_len=fields["routed_experts_start_len"],
+            # Unchecked where nobody opted in, so it goes no further.
+            routed_experts_start_len=fields["routed_experts_start_len"] if fields["return_routed_experts"] else 0,
             sample_group=rid if params.n > 1 else "",
         )
         for sample in range(params.n)

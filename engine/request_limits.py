@@ -48,7 +48,12 @@ def resolve_max_new_tokens(params: SamplingParamsInput, num_prompt: int, limits:
             f"the prompt has {num_prompt} tokens: must have at most {limits.kv_cache_tokens} (kv_cache_tokens)"
         )
     if params.max_new_tokens is None:
-        return max(min(DEFAULT_MAX_NEW_TOKENS, room, kv_room), params.min_new_tokens)
+        most = min(room, kv_room)
+        if params.min_new_tokens > most:
+            raise ValueError(
+                f"min_new_tokens={params.min_new_tokens} with {num_prompt} prompt tokens: must be at most {most}"
+            )
+        return max(min(DEFAULT_MAX_NEW_TOKENS, most), params.min_new_tokens)
     if params.max_new_tokens > room:
         raise ValueError(
             f"max_new_tokens={params.max_new_tokens} with {num_prompt} prompt tokens: together they must be at most "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,7 +11,12 @@ from .io_struct import SamplingParams
 # Bounds on what one request may ask of every step's host work.
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 4096
+# Scores stay finite numbers of float32, also when they are divided by the lowest temperature that is not greedy.
+MAX_LOGIT_BIAS_VALUE = 1e30
+MIN_REPETITION_PENALTY = 0.01
+MAX_TOP_K = 2**31 - 1
 MAX_SAMPLES = 256
 # Travels as an unsigned 64-bit integer, and samples of one prompt count upwards from it.
 MAX_SEED = 2**63 - 1
@@ -57,11 +61,11 @@ class SamplingParamsInput(BaseModel):
     min_new_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(-1, ge=-1)
+    top_k: int = Field(-1, ge=-1, le=MAX_TOP_K)
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(1.0, gt=0.0, le=2.0)
+    repetition_penalty: float = Field(1.0, ge=MIN_REPETITION_PENALTY, le=2.0)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
@@ -87,8 +91,13 @@ class SamplingParamsInput(BaseModel):
         if any(map(has_surrogate, self.stop_strings)):
             raise ValueError("stop: must be text that UTF-8 can encode")
         bias = self.logit_bias or {}
-        if len(bias) > MAX_LOGIT_BIAS or not all(math.isfinite(value) for value in bias.values()):
-            raise ValueError(f"logit_bias: must be at most {MAX_LOGIT_BIAS} finite numbers")
+        # NaN fails the comparison, too.
+        if len(bias) > MAX_LOGIT_BIAS or not all(abs(value) <= MAX_LOGIT_BIAS_VALUE for value in bias.values()):
+            raise ValueError(
+                f"logit_bias: must be at most {MAX_LOGIT_BIAS} numbers of at most {MAX_LOGIT_BIAS_VALUE:g}"
+            )
+        if len(self.stop_token_ids or []) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids: must be at most {MAX_STOP_TOKEN_IDS}")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens={self.max_new_tokens}"

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0
 KEEP_ALIVE_S = 30
+# For aborted requests to answer.
+ABORT_GRACE_S = 2.0
 EXIT_NO_ENGINE = 2
 
 
@@ -73,7 +76,7 @@ class Frontend:
                 log_config=None,
                 access_log=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, round(options.shutdown_timeout_s)),
+                timeout_graceful_shutdown=math.ceil(options.shutdown_timeout_s + ABORT_GRACE_S),
             )
         )
 
@@ -93,7 +96,6 @@ class Frontend:
         host, port = listener.getsockname()[:2]
         print(f"waybill is ready: http://{host}:{port}", flush=True)
         await serving
-        self._manager.abort_request(abort_all=True)
         await self._manager.stop_engine()
         self._manager.close()
         return 0
@@ -101,8 +103,14 @@ class Frontend:
     def _stop(self) -> None:
         """The first signal asks, the second insists."""
         logger.info("stopping: %d requests run or wait", self._manager.num_unfinished)
-        self._server.force_exit = self._server.should_exit
+        seconds = 0.0 if self._server.should_exit else self._options.shutdown_timeout_s
         self._server.should_exit = True
+        # What is aborted still answers, with what it has.
+        asyncio.get_running_loop().call_later(seconds, self._abort_all)
+
+    def _abort_all(self) -> None:
+        if self._manager.not_ready() is None:
+            self._manager.abort_request(abort_all=True)
 
 
 def listen(options: ServeCommand) -> socket.socket:

@@ -33,8 +33,14 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
+def printable(message: str) -> str:
+    """A message may quote what it refuses, and JSON cannot hold all of that."""
+    return message.encode("ascii", "backslashreplace").decode()
+
+
 def error_body(message: str, status: int) -> dict[str, Any]:
     """`param` is the field that a message begins with, if it does."""
+    message = printable(message)
     field = message.split(":", 1)[0].split("=", 1)[0]
     return {
         "error": {
@@ -48,12 +54,12 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 def error_response(message: str, status: int) -> Response:
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    return json_response(error_body(message.encode("ascii", "backslashreplace").decode(), status), status, headers)
+    return json_response(error_body(message, status), status, headers)
 
 
 def abort_reason(message: str) -> dict[str, Any]:
     """The finish reason of a stream that was refused."""
-    return {"type": "abort", "message": message, "status_code": 400, "err_type": "BadRequestError"}
+    return {"type": "abort", "message": printable(message), "status_code": 400, "err_type": "BadRequestError"}
 
 
 def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_response
 
 # Asked by load balancers and scrapers, which hold no key.
 OPEN_PATHS = ("/health", "/metrics")
-
-
-class BodyTooLargeError(Exception):
-    """More has arrived than may."""
 
 
 class Gate:
@@ -36,18 +33,7 @@ class Gate:
         if refusal is not None:
             await error_response(*refusal)(scope, receive, send)
             return
-        started = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, self._limited(receive), send_and_note)
-        except BodyTooLargeError:
-            if not started:
-                await error_response(*self._too_large())(scope, receive, send)
+        await self._app(scope, self._limited(receive), send)
 
     def _refusal(self, scope: Scope) -> tuple[str, int] | None:
         headers = dict(scope["headers"])
@@ -73,10 +59,12 @@ class Gate:
 
         async def count() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            event = await receive()
+            received += len(event.get("body", b""))
             if received > self._max_body_bytes:
-                raise BodyTooLargeError
-            return message
+                # FastAPI answers with it; any other exception it takes for a body that it cannot parse.
+                message, status = self._too_large()
+                raise HTTPException(status, message)
+            return event
 
         return count

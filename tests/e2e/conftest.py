@@ -1,10 +1,12 @@
-"""Engines on real ranks, shared by the tests of a module."""
+"""Engines and servers on real ranks, shared by the tests of a session."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.server_process import ServerProcess
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 
@@ -13,3 +15,11 @@ CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 def checkpoint() -> str:
     """The embedded model."""
     return str(CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """The embedded model on two tensor-parallel ranks, behind HTTP."""
+    server = ServerProcess("--enable-return-routed-experts", "--kv-cache-tokens", "16384", "--dtype", "float32")
+    yield server
+    server.stop()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ...generate_request import Name
+from ...generate_request import MAX_NAME_CHARS, Name, check_utf8
 from ...sampling_input import MAX_SAMPLES, drop_dialect_fields
 
 MAX_TOP_LOGPROBS = 20
@@ -59,7 +59,8 @@ class OpenAIRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = ""
+    # Stands in every answer.
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)] = ""
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -1,0 +1,136 @@
+"""Limits, keys, and the end of a server: small servers of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from support.server_process import ROOT, ServerProcess
+
+LONG = {"temperature": 0.0, "max_new_tokens": 2000, "ignore_eos": True}
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[ServerProcess]:
+    """One rank, no routing, a key, and room for little."""
+    server = ServerProcess(
+        *("--tp", "1", "--max-running-requests", "2", "--max-waiting-requests", "1", "--max-body-bytes", "4096"),
+        *("--host", "127.0.0.2", "--kv-cache-tokens", "8192", "--claim-ttl", "0.1"),
+        environment=os.environ | {"WAYBILL_API_KEY": "secret"},
+    )
+    yield server
+    server.stop()
+
+
+def test_a_key_is_asked_for(guarded: ServerProcess) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        reply = httpx.post(f"{guarded.url}/generate", json={"input_ids": [5]}, headers=headers)
+        assert reply.status_code == 401 and reply.json()["error"]["type"] == "AuthenticationError"
+    assert httpx.get(f"{guarded.url}/health").status_code == 200
+    assert httpx.get(f"{guarded.url}/model_info", headers=KEY).status_code == 200
+
+
+def test_large_bodies_are_refused_with_and_without_a_stated_length(guarded: ServerProcess) -> None:
+    body = b'{"text": "' + b"x" * 5000 + b'"}'
+    headers = KEY | {"Content-Type": "application/json"}
+    contents: tuple[Any, ...] = (body, iter([body[:3000], body[3000:]]))
+    for content in contents:
+        reply = httpx.post(f"{guarded.url}/generate", content=content, headers=headers)
+        assert reply.status_code == 413 and "4096" in reply.json()["error"]["message"]
+
+
+def test_opting_in_without_routing_is_refused_with_a_hint(guarded: ServerProcess) -> None:
+    body = {"input_ids": [5], "return_routed_experts": True}
+    reply = httpx.post(f"{guarded.url}/generate", json=body, headers=KEY)
+    assert reply.status_code == 400 and "--enable-return-routed-experts" in reply.json()["error"]["message"]
+
+
+def test_too_many_requests_are_told_to_come_back(guarded: ServerProcess) -> None:
+    with httpx.Client(base_url=guarded.url, headers=KEY, timeout=60.0) as http:
+        body = {"input_ids": [[5], [6], [7]], "sampling_params": LONG, "rid": "many"}
+        thread = threading.Thread(target=lambda: http.post("/generate", json=body))
+        thread.start()
+        while http.get("/v1/loads").json()["loads"][0]["num_running_reqs"] < 2:
+            time.sleep(0.01)
+        reply = http.post("/generate", json={"input_ids": [5]})
+        assert reply.status_code == 503 and int(reply.headers["Retry-After"]) >= 1
+        assert "at most 3" in reply.json()["error"]["message"]
+        assert 'outcome="overloaded"' in http.get("/metrics").text
+        http.post("/abort_request", json={"abort_all": True})
+        thread.join(30)
+        assert http.post("/generate", json={"input_ids": [5]}).status_code == 200
+
+
+def test_a_claim_expires() -> None:
+    server = ServerProcess("--tp", "1", "--enable-return-routed-experts", "--claim-ttl", "0.2")
+    try:
+        body = {"input_ids": [5, 6], "return_routed_experts": True, "routed_experts_delivery": "reference"}
+        claim = httpx.post(f"{server.url}/generate", json=body).json()["meta_info"]["routed_experts_claim"]
+        time.sleep(0.5)
+        reply = httpx.get(f"{server.url}/routed_experts/{claim}")
+        assert reply.status_code == 410 and "expired" in reply.json()["error"]["message"]
+        # The end: what runs is finished, nothing new is taken, no child is left.
+        finished = []
+
+        def run() -> None:
+            params = {"temperature": 0.0, "max_new_tokens": 300, "ignore_eos": True}
+            reply = httpx.post(f"{server.url}/generate", json={"input_ids": [5], "sampling_params": params}, timeout=60)
+            finished.append(reply.json()["meta_info"]["completion_tokens"])
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while httpx.get(f"{server.url}/v1/loads").json()["loads"][0]["num_running_reqs"] < 1:
+            time.sleep(0.01)
+    finally:
+        server.stop()
+    thread.join(10)
+    assert finished == [300]
+    assert not any("Traceback" in line for line in server.lines), "\n".join(server.lines)
+
+
+def test_what_outlasts_the_bound_is_aborted_and_answers() -> None:
+    server = ServerProcess("--tp", "1", "--shutdown-timeout", "1")
+    answers: list[Any] = []
+
+    def run() -> None:
+        body = {"input_ids": [5], "sampling_params": {**LONG, "max_new_tokens": 4000}}
+        answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=60).json())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while httpx.get(f"{server.url}/v1/loads").json()["loads"][0]["num_running_reqs"] < 1:
+        time.sleep(0.01)
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 20
+    thread.join(10)
+    meta = answers[0]["meta_info"]
+    assert meta["finish_reason"]["type"] == "abort" and 0 < meta["completion_tokens"] < 4000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "70000"], "--port 70000"),
+        (["--max-body-bytes", "0"], "--max-body-bytes 0"),
+        (["--shutdown-timeout", "99"], "--shutdown-timeout 99.0: must lie in 0 .. 25.0"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_said_at_once(arguments: list[str], words: str) -> None:
+    ended = subprocess.run([str(ROOT / "torchrun.sh"), "serve", *arguments], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and words in ended.stderr
+
+
+def test_a_busy_port_is_named(guarded: ServerProcess) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    command = [str(ROOT / "torchrun.sh"), "serve", "--tp", "1", "--host", host, "--port", port]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert ended.returncode != 0
+    assert f"--port {port}: Address already in use" in ended.stderr

@@ -1,0 +1,295 @@
+"""The native API over HTTP, on two tensor-parallel ranks and the embedded model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from support.field_decoder import decode_routed_experts, merge
+from support.server_process import ServerProcess
+
+from waybill.client import Client
+from waybill.engine.entrypoints.native import META_HEADER
+from waybill.engine.routing.wire import checksum
+
+NUM_LAYERS, NUM_MOE_LAYERS, TOP_K = 7, 6, 4
+GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60.0) as client:
+        yield client
+
+
+def ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def generate(http: httpx.Client, **fields: Any) -> Any:
+    reply = http.post("/generate", json={"sampling_params": GREEDY, "return_routed_experts": True, **fields})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def stream(http: httpx.Client, path: str = "/generate", **fields: Any) -> list[Any]:
+    """Events of a stream, which must end with [DONE]."""
+    events = []
+    with http.stream("POST", path, json={"stream": True, **fields}) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            if line:
+                assert line.startswith("data: ")
+                events.append(line.removeprefix("data: "))
+    assert events.pop() == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def int32_rows(answer: Any, start: int = 0) -> np.ndarray:
+    meta = answer["meta_info"]
+    num_tokens = meta["prompt_tokens"] + meta["completion_tokens"]
+    return decode_routed_experts(meta["routed_experts"], num_tokens, start, NUM_LAYERS, TOP_K)
+
+
+def state(http: httpx.Client) -> dict[str, Any]:
+    return http.get("/get_server_info").json()
+
+
+def wait_until_idle(http: httpx.Client) -> None:
+    deadline = time.monotonic() + 20
+    while (now := state(http))["num_running"] or now["num_waiting"]:
+        assert time.monotonic() < deadline, "requests still run"
+        time.sleep(0.05)
+    assert now["num_free_pages"] + now["num_cached_pages"] == now["num_pages"]
+
+
+def test_int32_and_compact_say_the_same(http: httpx.Client) -> None:
+    prompt = ids("two forms of one answer")
+    wide = int32_rows(generate(http, input_ids=prompt))
+    answer = generate(http, input_ids=prompt, routed_experts_format="compact")
+    meta = answer["meta_info"]["routed_experts_meta"]
+    raw = base64.b64decode(answer["meta_info"]["routed_experts"])
+    rows = np.frombuffer(raw, np.uint8).reshape(meta["rows"], NUM_MOE_LAYERS, TOP_K)
+    assert meta["checksum"] == checksum(raw)
+    assert not wide[:, 0].any(), "layer 0 is dense"
+    assert np.array_equal(wide[:, meta["layer_ids"]], rows)
+
+
+def test_ten_turns_merge_to_one_full_answer(http: httpx.Client) -> None:
+    """As the field's frameworks do it: start = len(previous tokens) - 1, existing[:start] + new."""
+    tokens: list[int] = []
+    routes: np.ndarray | None = None
+    for turn in range(10):
+        prompt = tokens + ids(f"turn {turn}: {'x' * turn}")
+        start = max(0, len(tokens) - 1)
+        answer = generate(http, input_ids=prompt, routed_experts_start_len=start)
+        assert answer["meta_info"]["routed_experts_start_len"] == start
+        routes = merge(routes, start, int32_rows(answer, start))
+        tokens = prompt + answer["output_ids"]
+        assert len(routes) == len(tokens) - 1
+    full = generate(http, input_ids=tokens, sampling_params={"max_new_tokens": 0})
+    # A prompt alone has rows for all but its last token, as the conversation has.
+    assert routes is not None and int32_rows(full).tobytes() == routes.tobytes()
+
+
+def test_the_client_holds_a_conversation(server: ServerProcess, http: httpx.Client) -> None:
+    with Client(server.url) as client:
+        for delivery in ("inline", "reference"):
+            conversation = client.multi_turn(GREEDY, delivery=delivery)
+            for turn in range(4):
+                conversation.turn(ids(f"{delivery} turn {turn}"))
+            tokens = conversation.tokens
+            full = generate(http, input_ids=tokens, sampling_params={"max_new_tokens": 0})
+            assert np.array_equal(int32_rows(full)[:, 1:], conversation.routes)
+
+
+def test_a_claim_is_fetched_as_often_as_wanted_and_unknown_ones_are_gone(http: httpx.Client) -> None:
+    prompt = ids("kept for later")
+    answer = generate(http, input_ids=prompt, routed_experts_delivery="reference")
+    assert "routed_experts" not in answer["meta_info"]
+    for _ in range(2):
+        reply = http.get(f"/routed_experts/{answer['meta_info']['routed_experts_claim']}")
+        assert reply.headers["content-type"] == "application/octet-stream"
+        assert json.loads(reply.headers[META_HEADER]) == answer["meta_info"]["routed_experts_meta"]
+        assert checksum(reply.content) == answer["meta_info"]["routed_experts_meta"]["checksum"]
+    gone = http.get("/routed_experts/0123456789abcdef")
+    assert gone.status_code == 410
+    assert "unknown" in gone.json()["error"]["message"]
+
+
+def test_streamed_routes_join_to_the_whole_answer(http: httpx.Client) -> None:
+    prompt = ids("rows as they come")
+    for start in (0, 5, len(prompt)):
+        fields = {"input_ids": prompt, "routed_experts_start_len": start, "routed_experts_format": "compact"}
+        whole = generate(http, **fields)
+        events = stream(http, sampling_params=GREEDY, return_routed_experts=True, stream_routed_experts=True, **fields)
+        assert len(events) > 1
+        joined = b"".join(base64.b64decode(event["meta_info"]["routed_experts"]) for event in events)
+        position = start
+        for event in events:
+            assert event["meta_info"]["routed_experts_meta"]["start"] == position
+            position += event["meta_info"]["routed_experts_meta"]["rows"]
+        assert joined == base64.b64decode(whole["meta_info"]["routed_experts"])
+        assert events[-1]["text"] == whole["text"] and events[-1]["output_ids"] == whole["output_ids"]
+
+
+def test_a_stream_is_cumulative_and_ends_as_the_whole_answer(http: httpx.Client) -> None:
+    prompt = ids("piece by piece")
+    whole = generate(http, input_ids=prompt, return_logprob=True)
+    events = stream(http, input_ids=prompt, sampling_params=GREEDY, return_routed_experts=True, return_logprob=True)
+    texts = [event["text"] for event in events]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all("routed_experts" not in event["meta_info"] for event in events[:-1])
+    for name in ("routed_experts", "finish_reason"):
+        assert events[-1]["meta_info"][name] == whole["meta_info"][name]
+    # One of the two found its prompt in the cache, and sums of other lengths round otherwise.
+    pairs = [[logprob for logprob, _, _ in a["meta_info"]["output_token_logprobs"]] for a in (events[-1], whole)]
+    assert pairs[0] == pytest.approx(pairs[1], abs=1e-4) and len(pairs[0]) == 6
+
+
+def test_batches_samples_and_lists_of_starts(http: httpx.Client) -> None:
+    prompts = [ids("the first of two"), ids("and the second, longer one")]
+    answers = generate(http, input_ids=prompts, routed_experts_start_len=[2, 20])
+    for prompt, start, answer in zip(prompts, (2, 20), answers, strict=True):
+        alone = generate(http, input_ids=prompt)
+        assert np.array_equal(int32_rows(answer, start), int32_rows(alone)[start:])
+    samples = generate(http, input_ids=prompts[0], sampling_params={**GREEDY, "n": 3})
+    assert len(samples) == 3 and len({answer["meta_info"]["routed_experts"] for answer in samples}) == 1
+    mixed = generate(http, input_ids=prompts, return_routed_experts=[False, True])
+    assert "routed_experts" not in mixed[0]["meta_info"] and "routed_experts" in mixed[1]["meta_info"]
+    events = stream(http, input_ids=prompts, sampling_params=GREEDY)
+    assert {event["index"] for event in events} == {0, 1}
+
+
+REFUSALS = [
+    ({"routed_experts_start_len": 500}, "routed_experts_start_len=500 is higher than the number of input tokens"),
+    ({"routed_experts_start_len": -1}, "routed_experts_start_len=-1 is lower than 0"),
+    ({"sampling_params": {"max_new_tokens": 10**6}}, "max_new_tokens=1000000"),
+    ({"input_ids": [5] * 5000}, "the prompt has 5000 tokens: must have at most 4096"),
+    ({"input_ids": [999]}, "999 is no token"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSALS)
+def test_refusals_whole_and_streamed(http: httpx.Client, fields: dict[str, Any], words: str) -> None:
+    body = {"input_ids": ids("x"), "return_routed_experts": True, **fields}
+    reply = http.post("/generate", json=body)
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
+    (event,) = stream(http, **body)
+    reason = event["meta_info"]["finish_reason"]
+    assert reason["type"] == "abort" and words in reason["message"]
+    assert reason["status_code"] == 400 and reason["err_type"] == "BadRequestError"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"sampling_params": {"regex": "a+"}}, "regex is not supported"),
+        ({"lora_path": "x"}, "lora_path is not supported"),
+        ({"text": "x"}, "give exactly one"),
+        ({"input_ids": ["a"]}, "input_ids.0"),
+        ({"stream_routed_experts": True}, "stream_routed_experts: needs stream=true"),
+        ({"text": "\ud800", "input_ids": None}, "UTF-8"),
+    ],
+)
+def test_malformed_bodies_are_refused_by_name(http: httpx.Client, fields: dict[str, Any], words: str) -> None:
+    body = json.dumps({"input_ids": ids("x"), **fields})
+    reply = http.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
+
+
+def test_neutral_fields_of_the_dialect_are_accepted(http: httpx.Client) -> None:
+    generate(http, input_ids=ids("x"), lora_path=None, image_data=None, log_metrics=True, modalities=["text"])
+
+
+def test_one_bad_item_refuses_the_list_and_names_itself(http: httpx.Client) -> None:
+    body = {"input_ids": [ids("good"), [-4], ids("good")], "sampling_params": GREEDY}
+    reply = http.post("/generate", json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("item 1: ")
+
+
+def test_a_client_that_leaves_frees_its_pages(http: httpx.Client, server: ServerProcess) -> None:
+    long = {"temperature": 0.0, "max_new_tokens": 3000, "ignore_eos": True}
+    with (
+        httpx.Client(base_url=server.url, timeout=60.0) as leaving,
+        leaving.stream("POST", "/generate", json={"input_ids": ids("l"), "sampling_params": long, "stream": True}) as s,
+    ):
+        lines = s.iter_lines()
+        next(lines)
+        assert state(http)["num_running"] == 1
+    wait_until_idle(http)
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.5) as impatient:
+        impatient.post("/generate", json={"input_ids": ids("not streamed"), "sampling_params": long})
+    wait_until_idle(http)
+
+
+def test_an_abort_answers_with_what_there_is(http: httpx.Client) -> None:
+    answers: list[Any] = []
+
+    def ask() -> None:
+        long = {"temperature": 0.0, "max_new_tokens": 3000, "ignore_eos": True}
+        answers.append(generate(http, input_ids=ids("to be aborted"), rid="abort-me-1", sampling_params=long))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while state(http)["num_running"] == 0:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert http.post("/abort_request", json={"rid": "abort-me"}).content == b""
+    thread.join(30)
+    meta = answers[0]["meta_info"]
+    assert meta["finish_reason"]["type"] == "abort"
+    assert 0 < meta["completion_tokens"] < 3000
+    assert len(int32_rows(answers[0])) == meta["prompt_tokens"] + meta["completion_tokens"] - 1
+
+
+def test_control_and_information(http: httpx.Client) -> None:
+    wait_until_idle(http)
+    for method in ("GET", "POST"):
+        assert http.request(method, "/flush_cache").json()["success"]
+    now = state(http)
+    assert now["num_free_pages"] == now["num_pages"] == now["kv_cache_tokens"]
+    assert http.get("/health").status_code == http.get("/health_generate").status_code == 200
+    assert http.get("/get_model_info").json() == http.get("/model_info").json()
+    assert http.get("/model_info").json()["is_generation"]
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 4096
+    assert http.get("/v1/loads").json()["loads"][0]["num_running_reqs"] == 0
+    assert http.get("/get_weight_version").json() == {"weight_version": "default"}
+    tokens = http.post("/tokenize", json={"prompt": "12 + 3"}).json()
+    assert tokens["count"] == 6 and tokens["max_model_len"] == 4096
+    assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"text": "12 + 3"}
+    assert http.get("/nowhere").status_code == 404
+    assert http.get("/generate").status_code == 405
+
+
+def test_metrics_count_what_happened(http: httpx.Client) -> None:
+    def read() -> dict[str, float]:
+        lines = http.get("/metrics").text.splitlines()
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+
+    before = read()
+    prompt = ids("counted once")
+    answer = generate(http, input_ids=prompt)
+    http.post("/generate", json={"input_ids": []})
+    after = read()
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grew('waybill_requests_total{outcome="length"}') == 1
+    assert grew('waybill_requests_total{outcome="refused"}') == 1
+    assert grew("waybill_prompt_tokens_total") == len(prompt)
+    assert grew("waybill_output_tokens_total") == 6
+    assert grew("waybill_routed_experts_rows_shipped") == len(int32_rows(answer))
+    assert after["waybill_kv_pages"] == 16384

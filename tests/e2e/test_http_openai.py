@@ -1,0 +1,156 @@
+"""The real `openai` package against the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from support.field_decoder import decode_routed_experts, merge
+from support.server_process import ServerProcess
+
+NUM_LAYERS, TOP_K = 7, 4
+MESSAGES: list[Any] = [{"role": "user", "content": "start with 12"}]
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def rows(sglext: Any, usage: Any, start: int = 0) -> np.ndarray:
+    return decode_routed_experts(sglext["routed_experts"], usage.total_tokens, start, NUM_LAYERS, TOP_K)
+
+
+def test_a_chat_turn(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0)
+    assert answer.choices[0].message.content == "12"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None and answer.usage.completion_tokens == 3
+    assert not hasattr(answer, "sglext"), "nobody opted in"
+
+
+def test_a_chat_stream_says_the_same_with_usage_and_routes(client: openai.OpenAI) -> None:
+    extra = {"return_routed_experts": True}
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, extra_body=extra)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=extra,
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [bool(chunk.choices) for chunk in chunks[-2:]] == [False, False]
+    assert chunks[-2].sglext["routed_experts"] == whole.sglext["routed_experts"]
+    assert chunks[-1].usage == whole.usage
+    assert len(rows(whole.sglext, whole.usage)) == whole.usage.total_tokens - 1
+
+
+def test_ten_chat_turns_by_tokens_merge_to_one_answer(client: openai.OpenAI) -> None:
+    """Token in, token out: ids of a conversation only grow; `input_ids` are the prompt."""
+    tokens: list[int] = []
+    routes: np.ndarray | None = None
+    for turn in range(10):
+        prompt = tokens + list(f"<{turn}> add {turn}".encode())
+        start = max(0, len(tokens) - 1)
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[],
+            max_tokens=5,
+            temperature=0,
+            extra_body={
+                "input_ids": prompt,
+                "return_routed_experts": True,
+                "routed_experts_start_len": start,
+                "return_meta_info": True,
+                "ignore_eos": True,
+            },
+        )
+        routes = merge(routes, start, rows(answer.sglext, answer.usage, start))
+        meta = answer.choices[0].meta_info
+        assert meta["routed_experts"] == answer.sglext["routed_experts"]
+        tokens = prompt + meta["output_ids"]
+    full = client.completions.create(
+        model="tiny", prompt=tokens, max_tokens=0, extra_body={"return_routed_experts": True}
+    )
+    assert routes is not None and rows(full.sglext, full.usage).tobytes() == routes.tobytes()
+
+
+def test_samples_each_have_their_routes(client: openai.OpenAI) -> None:
+    extra = {"return_routed_experts": True, "ignore_eos": True}
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, n=3, max_tokens=4, seed=5, extra_body=extra
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert answer.sglext["routed_experts"] == answer.choices[0].sglext["routed_experts"]
+    num_tokens = answer.usage.prompt_tokens + 4
+    for choice in answer.choices:
+        decode_routed_experts(choice.sglext["routed_experts"], num_tokens, 0, NUM_LAYERS, TOP_K)
+
+
+def test_chat_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, temperature=0, logprobs=True, top_logprobs=2
+    )
+    content = answer.choices[0].logprobs.content
+    assert [entry.token for entry in content] == ["1", "2", "<|end|>"]
+    assert all(entry.logprob == entry.top_logprobs[0].logprob and len(entry.top_logprobs) == 2 for entry in content)
+
+
+def test_completions_whole_streamed_and_echoed(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "tiny", "prompt": ["<|user|>start with 12<|assistant|>", "abc"], "temperature": 0}
+    whole = client.completions.create(**fields, max_tokens=3)
+    assert whole.choices[0].text == "12" and len(whole.choices) == 2
+    texts = ["", ""]
+    for chunk in client.completions.create(**fields, max_tokens=3, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+    echoed = client.completions.create(
+        **{**fields, "prompt": "abc"}, max_tokens=2, echo=True, logprobs=2, extra_body={"ignore_eos": True}
+    )
+    assert echoed.choices[0].text.startswith("abc")
+    logprobs = echoed.choices[0].logprobs
+    assert logprobs.tokens[:3] == ["a", "b", "c"] and logprobs.token_logprobs[0] is None
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 5
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, stop=["2"])
+    assert answer.choices[0].message.content == "1"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"extra_body": {"return_routed_experts": True, "routed_experts_start_len": 999}}, "is higher than the number"),
+        ({"extra_body": {"colour": "red"}}, "colour"),
+        ({"max_tokens": 10**6}, "context_length"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"top_logprobs": 3}, "top_logprobs: needs logprobs=true"),
+        ({"temperature": -1}, "temperature"),
+    ],
+)
+def test_refusals_have_openais_form(client: openai.OpenAI, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words) as refusal:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, **fields)
+    assert refusal.value.status_code == 400 and refusal.value.type == "BadRequestError"
+
+
+def test_a_refused_stream_raises_in_band(client: openai.OpenAI) -> None:
+    extra = {"return_routed_experts": True, "routed_experts_start_len": 999}
+    with pytest.raises(openai.APIError, match="is higher than the number of input tokens"):
+        list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, extra_body=extra))
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["checkpoint"]

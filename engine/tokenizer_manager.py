@@ -92,6 +92,8 @@ class TokenizerManager:
         self._queries = self._context.socket(zmq.DEALER)
         self._queries.setsockopt(zmq.LINGER, 0)
         self._queries.connect(queries)
+        # Where claims are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
+        self.queries_endpoint = queries
         self._dispatch = itertools.count(1)
         self._events: dict[str, asyncio.Queue[Event]] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}

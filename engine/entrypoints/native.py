@@ -16,7 +16,7 @@ from ..generate_request import GenerateReqInput, SampleRequest
 from ..routing.claims import ClaimError
 from ..tokenizer_manager import TokenizerManager
 from .errors import abort_reason, error_response, json_response
-from .responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, unless_disconnected
+from .responses import CLIENT_GONE, ClientGoneError, EventStream, PiecewiseResponse, encode_json, unless_disconnected
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ def native_router(manager: TokenizerManager) -> APIRouter:
         except ClaimError as error:
             return error_response(str(error), 410)
         meta = msgspec.json.encode(routed.meta).decode("ascii")
-        return Response(bytes(routed.frame), headers={META_HEADER: meta}, media_type="application/octet-stream")
+        headers = {META_HEADER: meta}
+        return PiecewiseResponse(bytes(routed.frame), headers=headers, media_type="application/octet-stream")
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeInput) -> Response:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 # A client that takes nothing for so long is treated as gone.
 WRITE_TIMEOUT_S = 60.0
+PIECE_BYTES = 256 << 10
 # The status that proxies log for it; nobody reads it.
 CLIENT_GONE = 499
 
@@ -85,7 +86,20 @@ class EventStream(Response):
         await put(b"data: [DONE]\n\n", more=False)
 
 
+class PiecewiseResponse(Response):
+    """A large body in pieces: the transport moves what it still holds with every send, so it should not hold much."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for first in range(0, len(self.body), PIECE_BYTES):
+            piece = bytes(self.body[first : first + PIECE_BYTES])
+            message = {"type": "http.response.body", "body": piece, "more_body": True}
+            await asyncio.wait_for(send(message), WRITE_TIMEOUT_S)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 async def encode_json(content: Any, *, large: bool) -> Response:
-    """A JSON answer; a large one is encoded on a thread, so that other streams go on."""
-    body = await asyncio.to_thread(msgspec.json.encode, content) if large else msgspec.json.encode(content)
-    return Response(body, media_type="application/json")
+    """A JSON answer; a large one is encoded on a thread and sent in pieces, so that other streams go on."""
+    if not large:
+        return Response(msgspec.json.encode(content), media_type="application/json")
+    return PiecewiseResponse(await asyncio.to_thread(msgspec.json.encode, content), media_type="application/json")

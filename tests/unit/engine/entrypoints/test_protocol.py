@@ -1,0 +1,96 @@
+"""OpenAI's requests: what is accepted, what is refused, and what becomes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from waybill.engine.entrypoints.errors import error_body
+from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from waybill.engine.entrypoints.openai.serving import usage_of
+from waybill.engine.entrypoints.openai.serving_completions import completion_logprobs
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+
+
+def test_null_means_the_default() -> None:
+    body = ChatCompletionRequest(**CHAT, temperature=None, stop=None, tools=None, top_p=0.5)
+    params = body.generate_fields(7)["sampling_params"]
+    assert params["top_p"] == 0.5 and params["max_new_tokens"] == 7
+    assert "temperature" not in params and "stop" not in params
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function"}]},
+        {"response_format": {"type": "json_object"}},
+        {"suffix": "x"},
+        {"best_of": 3},
+        {"colour": "red"},
+        {"n": 0},
+        {"stream_options": {"include_usage": True}},
+        {"top_logprobs": 3},
+        {"chat_template_kwargs": {"messages": []}},
+        {"messages": []},
+        {"continue_final_message": True},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+    ],
+)
+def test_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ChatCompletionRequest(**(CHAT | fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False},
+        {"messages": [], "input_ids": [1]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}], "name": "n"}]},
+    ],
+)
+def test_accepted(fields: dict[str, Any]) -> None:
+    ChatCompletionRequest(**(CHAT | fields))
+
+
+def test_parts_are_joined_and_extras_reach_the_template() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    (message,) = ChatCompletionRequest(messages=[{"role": "user", "content": parts, "name": "n"}]).messages
+    assert message.for_template() == {"role": "user", "content": "ab", "name": "n"}
+
+
+def test_prompts_of_every_kind() -> None:
+    for prompt in ("x", ["x", "y"], [1, 2], [[1], [2]]):
+        assert CompletionRequest(prompt=prompt).prompt == prompt
+
+
+def test_a_prompt_counts_once_however_many_samples_it_has() -> None:
+    metas = [
+        {"prompt_tokens": p, "completion_tokens": c, "cached_tokens": 1} for p, c in ((5, 2), (5, 3), (7, 1), (7, 1))
+    ]
+    usage = usage_of([{"meta_info": meta} for meta in metas], num_samples=2)
+    assert usage["prompt_tokens"] == 12 and usage["completion_tokens"] == 7 and usage["total_tokens"] == 19
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_completion_logprobs_are_parallel_lists() -> None:
+    meta = {
+        "output_token_logprobs": [(-1.0, 5, "ab"), (-2.0, 6, "c")],
+        "output_top_logprobs": [[(-1.0, 5, "ab")], [(-2.0, 6, "c")]],
+        "input_token_logprobs": [(None, 4, "x")],
+        "input_top_logprobs": [None],
+    }
+    found = completion_logprobs({"meta_info": meta}, echo=True)
+    assert found["tokens"] == ["x", "ab", "c"] and found["text_offset"] == [0, 1, 3]
+    assert found["token_logprobs"] == [None, -1.0, -2.0] and found["top_logprobs"][0] is None
+    assert completion_logprobs({"meta_info": meta}, echo=False, first=1)["tokens"] == ["c"]
+
+
+def test_an_error_names_its_field() -> None:
+    assert error_body("stop: must not be empty", 400)["error"]["param"] == "stop"
+    assert error_body("routed_experts_start_len=7 is higher", 400)["error"]["param"] == "routed_experts_start_len"
+    assert error_body("the prompt is empty: no", 400)["error"]["param"] is None

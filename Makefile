@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: test test-matrix test-kernels test-gpu lint venv bench-%
+.PHONY: test test-matrix test-kernels test-gpu load-http lint venv bench-%
 
 venv:
 	@scripts/venv.sh
@@ -24,6 +24,10 @@ test-kernels: venv
 test-gpu: venv
 	$(PYTEST) tests/unit/test_triton_twins.py -q
 	$(PYTEST) tests -q -m gpu
+
+# A server under 200 streaming clients for a minute; ARGS passes options.
+load-http: venv
+	PYTHONPATH=tests:bench $(PYTHON) tests/load/http_load.py $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

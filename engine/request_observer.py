@@ -19,6 +19,10 @@ class RequestObserver(Protocol):
         """No more will come. `outcome`: stop, length, abort, cancelled (its caller left) or error."""
         ...
 
+    def on_refusal(self, outcome: str) -> None:
+        """A request did not fit the engine. `outcome`: refused or overloaded."""
+        ...
+
 
 class NoObserver:
     """For programs that hold the engine themselves."""
@@ -27,4 +31,7 @@ class NoObserver:
         pass
 
     def on_end(self, answer: Answer, outcome: str) -> None:
+        pass
+
+    def on_refusal(self, outcome: str) -> None:
         pass

@@ -96,6 +96,8 @@ class TokenizerManager:
         self.queries_endpoint = queries
         self._dispatch = itertools.count(1)
         self._events: dict[str, asyncio.Queue[Event]] = {}
+        # Sent and not yet told to have finished, whoever still waits for them.
+        self._at_engine: set[str] = set()
         self._replies: dict[str, asyncio.Future[Any]] = {}
         self._observer: RequestObserver = observer or NoObserver()
         self._dp_router = DpRouter(config.dp_size)
@@ -171,11 +173,16 @@ class TokenizerManager:
         assert self.limits is not None, "start was not awaited"
         if self._death is not None:
             raise self._death
-        self._check_capacity(request.num_samples)
-        samples = [sample for group in expand(request, self.limits, self.encode) for sample in group]
-        taken = [sample.rid for sample in samples if sample.rid in self._events]
-        if taken:
-            raise ValueError(f"rid: {taken[0]!r} is in use by a request that has not finished")
+        try:
+            self._check_capacity(request.num_samples)
+            samples = [sample for group in expand(request, self.limits, self.encode) for sample in group]
+            self._check_rids(samples)
+        except OverloadedError:
+            self._observer.on_refusal("overloaded")
+            raise
+        except ValueError:
+            self._observer.on_refusal("refused")
+            raise
         return samples
 
     async def generate(
@@ -197,6 +204,8 @@ class TokenizerManager:
         """
         if samples is None:
             samples = self.prepare(request)
+        # Others may have come between `prepare` and the first step of this generator.
+        self._check_rids(samples)
         num_layers = int(self.facts["num_layers"])
         answers = {
             sample.rid: Answer(sample, request, num_layers, form=form, token_text=self.token_text) for sample in samples
@@ -209,6 +218,7 @@ class TokenizerManager:
                 self._events[sample.rid] = queue
             for sample in samples:
                 self._leader.send(self._tokenized(request, sample))
+                self._at_engine.add(sample.rid)
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(request, list(answers.values()), queue, single):
                 yield result
@@ -286,6 +296,11 @@ class TokenizerManager:
     def token_text(self, token_id: int) -> str:
         """One token as text; "" where the checkpoint has no tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _check_rids(self, samples: Sequence[SampleRequest]) -> None:
+        for sample in samples:
+            if sample.rid in self._events or sample.rid in self._at_engine:
+                raise ValueError(f"rid: {sample.rid!r} is in use by a request that has not finished")
 
     def _check_capacity(self, num_samples: int) -> None:
         most = self.config.max_running_requests + self.config.max_waiting_requests
@@ -408,6 +423,8 @@ class TokenizerManager:
             except ValueError as error:
                 logger.error("%s: %s", output.rid, error)
                 event = (msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None)
+            if output.finish_reason is not None:
+                self._at_engine.discard(output.rid)
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)

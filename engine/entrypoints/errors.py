@@ -72,12 +72,10 @@ def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:
 
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> Response:
-        metrics.on_refusal("refused")
         return error_response(str(error), 400)
 
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:
-        metrics.on_refusal("overloaded")
         return error_response(str(error), 503)
 
     @app.exception_handler(EngineDeadError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -16,7 +15,15 @@ from ..generate_request import GenerateReqInput, SampleRequest
 from ..routing.claims import ClaimError
 from ..tokenizer_manager import TokenizerManager
 from .errors import abort_reason, error_response, json_response
-from .responses import CLIENT_GONE, ClientGoneError, EventStream, PiecewiseResponse, encode_json, unless_disconnected
+from .responses import (
+    CLIENT_GONE,
+    ClientGoneError,
+    EventStream,
+    PiecewiseResponse,
+    encode_json,
+    only,
+    unless_disconnected,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +78,18 @@ def native_router(manager: TokenizerManager) -> APIRouter:
     @router.put("/generate", include_in_schema=False)
     async def generate(body: GenerateReqInput, http: Request) -> Response:
         request = with_session(body, http)
+
+        def refusal(message: str) -> dict[str, Any]:
+            return refused_event(request, message)
+
         try:
             samples = manager.prepare(request)
         except ValueError as error:
             if not request.stream:
                 raise
-            return EventStream(refused_stream(request, str(error)))
+            return EventStream(only(refusal(str(error))), refusal)
         if request.stream:
-            return EventStream(manager.generate(request, samples, form="json"))
+            return EventStream(manager.generate(request, samples, form="json"), refusal)
         try:
             answer = await unless_disconnected(http, first_answer(manager, request, samples))
         except ClientGoneError:
@@ -129,9 +140,9 @@ def native_router(manager: TokenizerManager) -> APIRouter:
     return router
 
 
-async def refused_stream(request: GenerateReqInput, message: str) -> AsyncIterator[dict[str, Any]]:
-    """A stream that says why there is none."""
+def refused_event(request: GenerateReqInput, message: str) -> dict[str, Any]:
+    """The event of a stream that says why there is none."""
     logger.info("refused: %s", message)
     rid = request.rid if isinstance(request.rid, str) else ""
     meta = {"id": rid, "finish_reason": abort_reason(message), "prompt_tokens": 0, "completion_tokens": 0}
-    yield {"text": "", "output_ids": [], "meta_info": meta}
+    return {"text": "", "output_ids": [], "meta_info": meta}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,6 +12,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from ..tokenizer_manager import EngineDeadError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +55,18 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
 
 
 class EventStream(Response):
-    """`data: {json}` events, ended by `data: [DONE]`. Closes its source whatever ends it."""
+    """`data: {json}` events, ended by `data: [DONE]`. Closes its source whatever ends it.
+
+    What the source raises once the stream has begun is told in band, by the event that `refusal` makes of its message.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Any]) -> None:
+    def __init__(self, events: AsyncIterator[Any], refusal: Callable[[str], Any]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.create_task(self._write(send))
@@ -81,9 +87,17 @@ class EventStream(Response):
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._events) as events:  # type: ignore[type-var]
-            async for event in events:
-                await put(b"data: " + msgspec.json.encode(event) + b"\n\n")
+            try:
+                async for event in events:
+                    await put(b"data: " + msgspec.json.encode(event) + b"\n\n")
+            except (ValueError, OverloadedError, EngineDeadError) as error:
+                await put(b"data: " + msgspec.json.encode(self._refusal(str(error))) + b"\n\n")
         await put(b"data: [DONE]\n\n", more=False)
+
+
+async def only(event: Any) -> AsyncIterator[Any]:
+    """A stream of one event."""
+    yield event
 
 
 class PiecewiseResponse(Response):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -232,6 +233,42 @@ def test_a_client_that_leaves_frees_its_pages(http: httpx.Client, server: Server
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.5) as impatient:
         impatient.post("/generate", json={"input_ids": ids("not streamed"), "sampling_params": long})
     wait_until_idle(http)
+
+
+def test_a_rid_is_free_again_when_its_request_has_left_the_engine(http: httpx.Client, server: ServerProcess) -> None:
+    """A client that leaves and comes back with the same rid is refused until the engine has let go, and then served."""
+    body = {"input_ids": ids("again"), "rid": "re", "stream": True}
+    for _ in range(10):
+        with (
+            httpx.Client(base_url=server.url, timeout=60.0) as leaving,
+            leaving.stream(
+                "POST", "/generate", json={**body, "sampling_params": {**GREEDY, "max_new_tokens": 300}}
+            ) as s,
+        ):
+            lines = s.iter_lines()
+            assert '"type":"abort"' not in next(lines)
+        deadline = time.monotonic() + 20
+        while "is in use" in (events := stream(http, **body, sampling_params=GREEDY))[-1]["meta_info"][
+            "finish_reason"
+        ].get("message", ""):
+            assert time.monotonic() < deadline
+        assert events[-1]["meta_info"]["finish_reason"]["type"] == "length"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_of_requests_with_one_rid_one_runs(server: ServerProcess, streaming: bool) -> None:
+    async def ask(client: httpx.AsyncClient) -> str:
+        body = {"input_ids": ids("one of many"), "rid": "same", "stream": streaming, "sampling_params": GREEDY}
+        return (await client.post("/generate", json=body)).text
+
+    async def race() -> list[str]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60.0) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(8)))
+
+    for _ in range(5):
+        texts = asyncio.run(race())
+        served = [text for text in texts if '"length"' in text]
+        assert served and all("is in use" in text for text in texts if text not in served)
 
 
 def test_an_abort_answers_with_what_there_is(http: httpx.Client) -> None:

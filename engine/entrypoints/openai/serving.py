@@ -15,7 +15,7 @@ from ...generate_request import GenerateReqInput, SampleRequest
 from ...tokenizer_manager import TokenizerManager
 from ..errors import abort_reason, error_body
 from ..native import first_answer
-from ..responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, unless_disconnected
+from ..responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, only, unless_disconnected
 
 ROUTE_FIELDS = (
     "routed_experts",
@@ -106,12 +106,16 @@ async def whole_response(content: dict[str, Any] | None, *, large: bool) -> Resp
     return Response(status_code=CLIENT_GONE) if content is None else await encode_json(content, large=large)
 
 
-async def refused_events(message: str) -> AsyncIterator[dict[str, Any]]:
-    """The stream of a request that was refused."""
+def refused_event(message: str) -> dict[str, Any]:
+    """The event of a stream that says why there is none."""
     body = error_body(message, 400)
     body["error"]["finish_reason"] = abort_reason(message)
-    yield body
+    return body
+
+
+def stream_of(events: AsyncIterator[dict[str, Any]]) -> EventStream:
+    return EventStream(events, refused_event)
 
 
 def refuse(message: str) -> EventStream:
-    return EventStream(refused_events(message))
+    return stream_of(only(refused_event(message)))

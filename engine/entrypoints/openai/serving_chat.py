@@ -13,7 +13,6 @@ from ...chat_template import ChatTemplate
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
 from ...tokenizer_manager import TokenizerManager
 from ..native import with_session
-from ..responses import EventStream
 from . import serving
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head, Sent
@@ -44,7 +43,7 @@ class ChatServing:
             return serving.refuse(str(error))
         head = Head("chat.completion", body.model or self._model_name)
         if body.stream:
-            return EventStream(self._stream(body, head, request, samples))
+            return serving.stream_of(self._stream(body, head, request, samples))
         answers = await serving.whole(self._manager, http, request, samples)
         content = None if answers is None else self._answer(body, head, answers)
         return await serving.whole_response(content, large=body.return_routed_experts)

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
 from ...tokenizer_manager import TokenizerManager
 from ..native import with_session
-from ..responses import EventStream
 from . import serving
 from .protocol import CompletionRequest
 from .serving import Answer, Head, Sent
@@ -42,7 +41,7 @@ class CompletionServing:
             return serving.refuse(str(error))
         head = Head("text_completion", body.model or self._model_name)
         if body.stream:
-            return EventStream(self._stream(body, head, request, samples))
+            return serving.stream_of(self._stream(body, head, request, samples))
         answers = await serving.whole(self._manager, http, request, samples)
         content = None if answers is None else self._answer(body, head, samples, answers)
         return await serving.whole_response(content, large=body.return_routed_experts)

@@ -38,7 +38,8 @@ def drop_dialect_fields(data: Any, neutral: dict[str, Any], ignored: tuple[str, 
     """Accept known fields that are off or change nothing; refuse the others by name."""
     if not isinstance(data, dict):
         return data
-    kept = dict(data)
+    # Null means the default, as everywhere in this API.
+    kept = {name: value for name, value in data.items() if value is not None}
     for name, off in neutral.items():
         if name in kept and kept.pop(name) not in (None, off):
             raise ValueError(f"{name} is not supported: must be {off!r} or absent")
@@ -49,7 +50,11 @@ def drop_dialect_fields(data: Any, neutral: dict[str, Any], ignored: tuple[str, 
 
 def has_surrogate(text: str) -> bool:
     """Whether text has half of a UTF-16 pair, which JSON can express and UTF-8 cannot."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class SamplingParamsInput(BaseModel):

@@ -52,6 +52,7 @@ CONTROL_TIMEOUT_S = 30.0
 READY_OP = "ready"
 # A request whose caller leaves so many outputs unread is aborted.
 MAX_UNREAD_OUTPUTS = 8192
+UNREAD_CHECK = 1024
 
 
 class EngineDeadError(RuntimeError):
@@ -77,7 +78,7 @@ class TokenizerManager:
         config: EngineConfig,
         tokenizer: Tokenizer | None,
         *,
-        leader: str,
+        leaders: Sequence[str],
         frontend: str,
         queries: str,
         observer: RequestObserver | None = None,
@@ -87,7 +88,7 @@ class TokenizerManager:
         self._context = zmq.asyncio.Context()
         # The sender never blocks and is used on the loop alone; a plain context serves.
         self._plain_context = zmq.Context()
-        self._leader: Sender[FrontendMessage] = Sender(self._plain_context, leader)
+        self._leaders: list[Sender[FrontendMessage]] = [Sender(self._plain_context, leader) for leader in leaders]
         self._inbox: AsyncReceiver[BackendMessage] = AsyncReceiver(self._context, frontend, BackendMessage)
         self._queries = self._context.socket(zmq.DEALER)
         self._queries.setsockopt(zmq.LINGER, 0)
@@ -98,6 +99,7 @@ class TokenizerManager:
         self._events: dict[str, asyncio.Queue[Event]] = {}
         # Sent and not yet told to have finished, whoever still waits for them.
         self._at_engine: set[str] = set()
+        self._token_texts: dict[int, str] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}
         self._observer: RequestObserver = observer or NoObserver()
         self._dp_router = DpRouter(config.dp_size)
@@ -145,12 +147,13 @@ class TokenizerManager:
 
     async def stop_engine(self) -> None:
         """Ask the ranks to leave after the step in flight."""
-        self._leader.send(ShutdownReq(next(self._dispatch)))
+        self._send_to_all(ShutdownReq(next(self._dispatch)))
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._leader.flush_and_close(1.0)
+        for leader in self._leaders:
+            leader.flush_and_close(1.0)
         self._inbox.close()
         self._queries.close(linger=0)
         self._context.destroy(linger=0)
@@ -217,7 +220,7 @@ class TokenizerManager:
             for sample in samples:
                 self._events[sample.rid] = queue
             for sample in samples:
-                self._leader.send(self._tokenized(request, sample))
+                self._leaders[dp_rank].send(self._tokenized(request, sample))
                 self._at_engine.add(sample.rid)
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(request, list(answers.values()), queue, single):
@@ -228,7 +231,9 @@ class TokenizerManager:
         finally:
             self._dp_router.release(dp_rank)
             for rid, answer in answers.items():
-                self._events.pop(rid, None)
+                # A finished request's rid may be another's by now.
+                if self._events.get(rid) is queue:
+                    del self._events[rid]
                 if not answer.is_finished:
                     self._observer.on_end(answer, outcome)
                     if self._death is None:
@@ -295,7 +300,12 @@ class TokenizerManager:
 
     def token_text(self, token_id: int) -> str:
         """One token as text; "" where the checkpoint has no tokenizer."""
-        return "" if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+        if self.tokenizer is None:
+            return ""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
 
     def _check_rids(self, samples: Sequence[SampleRequest]) -> None:
         for sample in samples:
@@ -338,10 +348,24 @@ class TokenizerManager:
         """
         if not rid and not abort_all:
             raise ValueError("rid: must not be empty, unless abort_all is true")
-        self._leader.send(AbortReq(next(self._dispatch), rid, abort_all))
+        self._send_to_all(AbortReq(next(self._dispatch), rid, abort_all))
+
+    def _limit_unread(self, queue: asyncio.Queue[Event]) -> None:
+        """Abort all samples of a request whose caller does not read."""
+        rids = (
+            [rid for rid, owner in self._events.items() if owner is queue] if queue.qsize() % UNREAD_CHECK == 0 else []
+        )
+        if rids and queue.qsize() >= MAX_UNREAD_OUTPUTS * len(rids):
+            logger.warning("%s: %d outputs wait to be read: aborted", rids[0], queue.qsize())
+            for rid in rids:
+                self._abort_exactly(rid)
 
     def _abort_exactly(self, rid: str) -> None:
-        self._leader.send(AbortReq(next(self._dispatch), rid, exact=True))
+        self._send_to_all(AbortReq(next(self._dispatch), rid, exact=True))
+
+    def _send_to_all(self, message: FrontendMessage) -> None:
+        for leader in self._leaders:
+            leader.send(message)
 
     async def flush_cache(self) -> tuple[bool, str]:
         """Empty the prefix cache; whether it was done, and what the engine says."""
@@ -371,7 +395,7 @@ class TokenizerManager:
     async def _control(self, message_type: type[FlushCacheReq] | type[GetInternalStateReq]) -> ControlReply:
         op_id = uuid.uuid4().hex
         future = self._expect(op_id)
-        self._leader.send(message_type(next(self._dispatch), op_id))
+        self._leaders[0].send(message_type(next(self._dispatch), op_id))
         reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
         return reply
 
@@ -428,6 +452,4 @@ class TokenizerManager:
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)
-                if queue.qsize() == MAX_UNREAD_OUTPUTS:
-                    logger.warning("%s: %d outputs wait to be read: aborted", output.rid, MAX_UNREAD_OUTPUTS)
-                    self._abort_exactly(output.rid)
+                self._limit_unread(queue)

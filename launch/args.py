@@ -105,6 +105,8 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     )
     add_serve_options(serve)
     add_engine_options(serve)
+    # A line per request.
+    serve.set_defaults(log_level="info")
     options = parser.parse_args(argv)
     if options.command == "engine":
         return WorkerCommand(run_dir=options.run_dir)

@@ -78,7 +78,7 @@ class Engine:
         return TokenizerManager(
             config,
             load_tokenizer(config.tokenizer_path or config.model_path),
-            leader=addresses.leaders[0],
+            leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
         )

@@ -23,6 +23,7 @@ from ..engine.chat_template import load_chat_template
 from ..engine.config import EngineConfig
 from ..engine.detokenizer import load_tokenizer
 from ..engine.entrypoints.http_server import make_app
+from ..engine.entrypoints.json_log import log_json_lines
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.lifeline import watch_lifeline
 from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
@@ -37,6 +38,7 @@ KEEP_ALIVE_S = 30
 # For aborted requests to answer.
 ABORT_GRACE_S = 2.0
 EXIT_NO_ENGINE = 2
+EXIT_STOPPED = 130
 
 
 class HttpServer(uvicorn.Server):
@@ -57,7 +59,7 @@ class Frontend:
         self._manager = TokenizerManager(
             config,
             load_tokenizer(model_path),
-            leader=addresses.leaders[0],
+            leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
             observer=metrics,
@@ -86,15 +88,20 @@ class Frontend:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         serving = asyncio.create_task(self._server.serve([listener]), name="http")
+        starting = asyncio.create_task(self._manager.start(START_TIMEOUT_S), name="start")
+        await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            # Told to stop while the ranks load: they go when this process does.
+            starting.cancel()
+            return EXIT_STOPPED
         try:
-            await self._manager.start(START_TIMEOUT_S)
+            starting.result()
         except (EngineStartError, TimeoutError) as error:
             print(f"waybill: {error}", file=sys.stderr, flush=True)
             self._server.should_exit = True
             await serving
             return EXIT_NO_ENGINE
-        host, port = listener.getsockname()[:2]
-        print(f"waybill is ready: http://{host}:{port}", flush=True)
+        print(f"waybill is ready: {url_of(listener)}", flush=True)
         await serving
         await self._manager.stop_engine()
         self._manager.close()
@@ -111,6 +118,11 @@ class Frontend:
     def _abort_all(self) -> None:
         if self._manager.not_ready() is None:
             self._manager.abort_request(abort_all=True)
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def listen(options: ServeCommand) -> socket.socket:
@@ -130,11 +142,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Waybill's HTTP frontend; started by rank 0")
     parser.add_argument("--run-dir", required=True)
     run_dir = parser.parse_args().run_dir
+    # The ranks ignore these, and children inherit that; until `Frontend` has its own handlers they end the process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     addresses = read_struct(run_dir, ADDRESSES, Addresses)
     watch_lifeline(addresses.lifeline)
     config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
     options = read_struct(run_dir, SERVE_OPTIONS, ServeCommand)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_json_lines(config.log_level)
     try:
         listener = listen(options)
     except OSError as error:

@@ -249,7 +249,7 @@ async def hold_rollout(addresses: Addresses, config: EngineConfig, options: Roll
     manager = TokenizerManager(
         config,
         load_tokenizer(model_path),
-        leader=addresses.leaders[0],
+        leaders=addresses.leaders,
         frontend=addresses.frontend,
         queries=addresses.queries,
     )

@@ -82,6 +82,10 @@ def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:
     async def dead(_: Request, error: EngineDeadError) -> Response:
         return error_response(str(error), 503)
 
+    @app.exception_handler(TimeoutError)
+    async def stuck(_: Request, error: TimeoutError) -> Response:
+        return error_response("the engine did not answer in time", 503)
+
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         return error_response(str(error.detail), error.status_code)

@@ -39,10 +39,10 @@ class Gate:
         headers = dict(scope["headers"])
         if scope["path"] in OPEN_PATHS:
             return None
-        if self._api_key is not None:
-            given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
-            if not secrets.compare_digest(given.encode(), self._api_key.encode()):
-                return "Authorization: must be 'Bearer' and the server's API key", 401
+        if self._api_key is not None and not secrets.compare_digest(
+            headers.get(b"authorization", b""), b"Bearer " + self._api_key.encode()
+        ):
+            return "Authorization: must be 'Bearer' and the server's API key", 401
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return "Content-Length: must be a number", 400

@@ -17,6 +17,7 @@ from .native import first_answer
 from .service_metrics import ServiceMetrics
 
 HEALTH_TIMEOUT_S = 20.0
+SCRAPE_TIMEOUT_S = 3.0
 
 
 def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: str) -> APIRouter:
@@ -92,8 +93,9 @@ def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: 
     @router.get("/metrics")
     async def prometheus() -> Response:
         try:
-            state = await manager.get_state() if manager.not_ready() is None else None
-        except EngineDeadError:
+            ready = manager.not_ready() is None
+            state = await asyncio.wait_for(manager.get_state(), SCRAPE_TIMEOUT_S) if ready else None
+        except (EngineDeadError, TimeoutError):
             state = None
         return Response(metrics.render(state), media_type=CONTENT_TYPE_LATEST)
 

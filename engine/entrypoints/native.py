@@ -11,10 +11,11 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
-from ..generate_request import GenerateReqInput, SampleRequest
+from ..generate_request import MAX_NAME_CHARS, GenerateReqInput, SampleRequest
 from ..routing.claims import ClaimError
 from ..tokenizer_manager import TokenizerManager
 from .errors import abort_reason, error_response, json_response
+from .json_log import FIELDS
 from .responses import (
     CLIENT_GONE,
     ClientGoneError,
@@ -59,6 +60,8 @@ class DetokenizeInput(BaseModel):
 def with_session(request: GenerateReqInput, http: Request) -> GenerateReqInput:
     """The header names the session where the body does not."""
     key = http.headers.get(SESSION_HEADER)
+    if key is not None and not 1 <= len(key) <= MAX_NAME_CHARS:
+        raise ValueError(f"{SESSION_HEADER}: must have 1 to {MAX_NAME_CHARS} characters")
     return request if key is None or request.session_id else request.model_copy(update={"session_id": key})
 
 
@@ -142,7 +145,7 @@ def native_router(manager: TokenizerManager) -> APIRouter:
 
 def refused_event(request: GenerateReqInput, message: str) -> dict[str, Any]:
     """The event of a stream that says why there is none."""
-    logger.info("refused: %s", message)
     rid = request.rid if isinstance(request.rid, str) else ""
+    logger.info("refused", extra={FIELDS: {"rid": rid, "reason": message}})
     meta = {"id": rid, "finish_reason": abort_reason(message), "prompt_tokens": 0, "completion_tokens": 0}
     return {"text": "", "output_ids": [], "meta_info": meta}

@@ -6,11 +6,11 @@ import logging
 import time
 from typing import Any
 
-import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..answer import Answer
 from ..io_struct import RequestOutput
+from .json_log import FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,7 @@ class ServiceMetrics:
         self._output_tokens.inc(answer.completion_tokens)
         self._num_prompt += answer.prompt_tokens
         self._num_cached += answer.cached_tokens
-        line = {
-            "event": "request",
+        fields = {
             "rid": answer.rid,
             "outcome": outcome,
             "prompt_tokens": answer.prompt_tokens,
@@ -100,7 +99,7 @@ class ServiceMetrics:
             "seconds": round(seconds, 4),
             "routed_experts_error": answer.routed_experts_error,
         }
-        logger.info("%s", msgspec.json.encode(line).decode())
+        logger.info("request ended", extra={FIELDS: fields})
 
     def on_refusal(self, outcome: str) -> None:
         """A request that never reached the engine."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .wire import RoutedExperts
 
 
-class ClaimError(Exception):
+class ClaimError(ValueError):
     """There is nothing behind a claim; the message says why."""
 
 

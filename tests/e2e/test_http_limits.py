@@ -134,3 +134,11 @@ def test_a_busy_port_is_named(guarded: ServerProcess) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert ended.returncode != 0
     assert f"--port {port}: Address already in use" in ended.stderr
+
+
+def test_a_server_that_is_told_to_stop_while_it_starts_does() -> None:
+    command = [str(ROOT / "torchrun.sh"), "serve", "--tp", "1", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    time.sleep(2.5)
+    process.terminate()
+    assert process.wait(20) != 0

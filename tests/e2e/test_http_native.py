@@ -330,3 +330,13 @@ def test_metrics_count_what_happened(http: httpx.Client) -> None:
     assert grew("waybill_output_tokens_total") == 6
     assert grew("waybill_routed_experts_rows_shipped") == len(int32_rows(answer))
     assert after["waybill_kv_pages"] == 16384
+
+
+def test_every_request_leaves_a_line_with_its_rid(http: httpx.Client, server: ServerProcess) -> None:
+    generate(http, input_ids=ids("logged"), rid="look-for-me")
+    deadline = time.monotonic() + 10
+    while not (lines := [line for line in server.lines if "look-for-me" in line]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    line = json.loads(lines[0])
+    assert line["message"] == "request ended" and line["rid"] == "look-for-me" and line["outcome"] == "length"

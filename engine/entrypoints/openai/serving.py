@@ -35,6 +35,8 @@ class Sent:
 
     num_chars: int = 0
     num_tokens: int = 0
+    # Characters of the tokens whose log-probabilities were told.
+    text_offset: int = 0
 
 
 @dataclass

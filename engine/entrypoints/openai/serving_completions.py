@@ -104,7 +104,10 @@ class CompletionServing:
                     "finish_reason": serving.finish_reason(answer),
                 }
                 if body.logprobs is not None:
-                    choice["logprobs"] = completion_logprobs(answer, body.echo and bool(echo), state.num_tokens)
+                    choice["logprobs"] = completion_logprobs(
+                        answer, body.echo and bool(echo), state.num_tokens, state.text_offset
+                    )
+                    state.text_offset += sum(map(len, choice["logprobs"]["tokens"]))
                 state.num_chars, state.num_tokens = len(answer["text"]), len(answer["output_ids"])
                 yield head.make(choices=[choice])
         if body.return_routed_experts:
@@ -116,8 +119,9 @@ class CompletionServing:
             yield head.make(choices=[], usage=serving.usage_of(last, body.n))
 
 
-def completion_logprobs(answer: Answer, echo: bool, first: int = 0) -> dict[str, Any]:
-    """Parallel lists, one entry a token, from output token `first` on; with `echo` the prompt's stand before them."""
+def completion_logprobs(answer: Answer, echo: bool, first: int = 0, offset: int = 0) -> dict[str, Any]:
+    """Parallel lists, one entry a token, from output token `first` on; with `echo` the prompt's stand before them. Text
+    offsets count from `offset`."""
     meta = answer["meta_info"]
     triples = list(meta["output_token_logprobs"][first:])
     tops: list[Any] = list(meta.get("output_top_logprobs", [])[first:])
@@ -125,7 +129,7 @@ def completion_logprobs(answer: Answer, echo: bool, first: int = 0) -> dict[str,
         triples = [*meta.get("input_token_logprobs", []), *triples]
         tops = [*meta.get("input_top_logprobs", []), *tops]
     tokens = [text or "" for _, _, text in triples]
-    offsets = [0]
+    offsets = [offset]
     for token in tokens:
         offsets.append(offsets[-1] + len(token))
     return {

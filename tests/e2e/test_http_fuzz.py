@@ -304,6 +304,7 @@ class Neighbour:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
         self.answers: Counter[str] = Counter()
+        self._num_asked = 0
 
     async def run(self) -> None:
         while True:
@@ -311,7 +312,9 @@ class Neighbour:
 
     async def ask(self) -> None:
         # No rid of the test is a prefix of this one, so no abort means it.
-        rid = f"~neighbour-{self.answers.total()}"
+        # The last question may be cancelled on its way, and its rid is taken until the engine has let go.
+        rid = f"~neighbour-{self._num_asked}"
+        self._num_asked += 1
         reply = await self._client.post("/generate", json={**NEIGHBOUR_REQUEST, "rid": rid}, timeout=ANSWER_TIMEOUT_S)
         assert reply.status_code == 200, reply.text
         answer = reply.json()

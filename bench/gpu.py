@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from machine import describe, write_result
@@ -226,17 +227,12 @@ class Bench:
     def leader(self, *, capture: bool) -> Iterator[Leader]:
         ring = RouteRing.create(self.model_config.route_geometry(self.limits.max_tokens), 8) if capture else None
         runner = self.make_runner(ring)
-        config = self.config if capture else dataclass_replace(self.config, enable_return_routed_experts=False)
+        config = self.config if capture else msgspec.structs.replace(self.config, enable_return_routed_experts=False)
         rank = Rank(config, self.model_config, self.limits, self.num_pages, runner, ring, {})
         with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
             surroundings = Surroundings(folder, str(EMBEDDED_MODEL))
             yield Leader(make_scheduler(rank, surroundings.endpoints), surroundings, self)
             surroundings.close()
-
-
-def dataclass_replace(config: EngineConfig, **changes: Any) -> EngineConfig:
-    fields = {name: getattr(config, name) for name in config.__struct_fields__}
-    return EngineConfig(**{**fields, **changes})
 
 
 class Leader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from starlette.responses import Response
 from ...generate_request import GenerateReqInput, SampleRequest
 from ...tokenizer_manager import TokenizerManager
 from ..errors import abort_reason, error_body
-from ..native import first_answer
+from ..native import first_answer, with_session
 from ..responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, only, unless_disconnected
+from .protocol import OpenAIRequest
 
 ROUTE_FIELDS = (
     "routed_experts",
@@ -104,6 +105,34 @@ async def whole(
         return None
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """What one endpoint makes of one request: the engine's request, the whole answer, and the events of a stream."""
+
+    to_generate: Callable[[], GenerateReqInput]
+    answer: Callable[[list[SampleRequest], list[Answer]], dict[str, Any]]
+    stream: Callable[[GenerateReqInput, list[SampleRequest]], AsyncIterator[dict[str, Any]]]
+
+
+async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request, endpoint: Endpoint) -> Response:
+    """
+    Raises:
+        ValueError: the request does not fit the engine, and has no stream to say so in.
+    """
+    try:
+        request = with_session(endpoint.to_generate(), http)
+        samples = manager.prepare(request)
+    except ValueError as error:
+        if not body.stream:
+            raise
+        return stream_of(only(refused_event(str(error))))
+    if body.stream:
+        return stream_of(endpoint.stream(request, samples))
+    answers = await whole(manager, http, request, samples)
+    content = None if answers is None else endpoint.answer(samples, answers)
+    return await whole_response(content, large=body.return_routed_experts)
+
+
 async def whole_response(content: dict[str, Any] | None, *, large: bool) -> Response:
     return Response(status_code=CLIENT_GONE) if content is None else await encode_json(content, large=large)
 
@@ -117,7 +146,3 @@ def refused_event(message: str) -> dict[str, Any]:
 
 def stream_of(events: AsyncIterator[dict[str, Any]]) -> EventStream:
     return EventStream(events, refused_event)
-
-
-def refuse(message: str) -> EventStream:
-    return stream_of(only(refused_event(message)))

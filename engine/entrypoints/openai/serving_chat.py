@@ -12,7 +12,6 @@ from starlette.responses import Response
 from ...chat_template import ChatTemplate
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
 from ...tokenizer_manager import TokenizerManager
-from ..native import with_session
 from . import serving
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head, Sent
@@ -34,19 +33,13 @@ class ChatServing:
         Raises:
             ValueError: the request does not fit the engine, or the template refuses it.
         """
-        try:
-            request = with_session(self._to_generate(body), http)
-            samples = self._manager.prepare(request)
-        except ValueError as error:
-            if not body.stream:
-                raise
-            return serving.refuse(str(error))
         head = Head("chat.completion", body.model or self._model_name)
-        if body.stream:
-            return serving.stream_of(self._stream(body, head, request, samples))
-        answers = await serving.whole(self._manager, http, request, samples)
-        content = None if answers is None else self._answer(body, head, answers)
-        return await serving.whole_response(content, large=body.return_routed_experts)
+        endpoint = serving.Endpoint(
+            to_generate=lambda: self._to_generate(body),
+            answer=lambda samples, answers: self._answer(body, head, answers),
+            stream=lambda request, samples: self._stream(body, head, request, samples),
+        )
+        return await serving.respond(self._manager, body, http, endpoint)
 
     def _to_generate(self, body: ChatCompletionRequest) -> GenerateReqInput:
         ids = body.input_ids

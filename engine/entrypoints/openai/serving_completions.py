@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
 from ...tokenizer_manager import TokenizerManager
-from ..native import with_session
 from . import serving
 from .protocol import CompletionRequest
 from .serving import Answer, Head, Sent
@@ -32,19 +31,13 @@ class CompletionServing:
         Raises:
             ValueError: the request does not fit the engine.
         """
-        try:
-            request = with_session(self._to_generate(body), http)
-            samples = self._manager.prepare(request)
-        except ValueError as error:
-            if not body.stream:
-                raise
-            return serving.refuse(str(error))
         head = Head("text_completion", body.model or self._model_name)
-        if body.stream:
-            return serving.stream_of(self._stream(body, head, request, samples))
-        answers = await serving.whole(self._manager, http, request, samples)
-        content = None if answers is None else self._answer(body, head, samples, answers)
-        return await serving.whole_response(content, large=body.return_routed_experts)
+        endpoint = serving.Endpoint(
+            to_generate=lambda: self._to_generate(body),
+            answer=lambda samples, answers: self._answer(body, head, samples, answers),
+            stream=lambda request, samples: self._stream(body, head, request, samples),
+        )
+        return await serving.respond(self._manager, body, http, endpoint)
 
     def _to_generate(self, body: CompletionRequest) -> GenerateReqInput:
         prompt = body.prompt

@@ -43,8 +43,8 @@ from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .routing.claims import ClaimError
 from .routing.wire import RoutedExperts, decode
-from .sampling_input import has_surrogate
 from .sockets import AsyncReceiver, Sender
+from .text_codec import TextCodec
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class TokenizerManager:
         observer: RequestObserver | None = None,
     ) -> None:
         self.config = config
-        self.tokenizer = tokenizer
+        self.text = TextCodec(tokenizer)
         self._context = zmq.asyncio.Context()
         # The sender never blocks and is used on the loop alone; a plain context serves.
         self._plain_context = zmq.Context()
@@ -99,7 +99,6 @@ class TokenizerManager:
         self._events: dict[str, asyncio.Queue[Event]] = {}
         # Sent and not yet told to have finished, whoever still waits for them.
         self._at_engine: set[str] = set()
-        self._token_texts: dict[int, str] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}
         self._observer: RequestObserver = observer or NoObserver()
         self._dp_router = DpRouter(config.dp_size)
@@ -132,7 +131,7 @@ class TokenizerManager:
             kv_cache_tokens=int(reply.state["kv_cache_tokens"]),
             vocab_size=int(reply.state["vocab_size"]),
             dp_size=self.config.dp_size,
-            has_tokenizer=self.tokenizer is not None,
+            has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
         )
 
@@ -178,7 +177,7 @@ class TokenizerManager:
             raise self._death
         try:
             self._check_capacity(request.num_samples)
-            samples = [sample for group in expand(request, self.limits, self.encode) for sample in group]
+            samples = [sample for group in expand(request, self.limits, self.text.encode) for sample in group]
             self._check_rids(samples)
         except OverloadedError:
             self._observer.on_refusal("overloaded")
@@ -211,7 +210,8 @@ class TokenizerManager:
         self._check_rids(samples)
         num_layers = int(self.facts["num_layers"])
         answers = {
-            sample.rid: Answer(sample, request, num_layers, form=form, token_text=self.token_text) for sample in samples
+            sample.rid: Answer(sample, request, num_layers, form=form, token_text=self.text.token_text)
+            for sample in samples
         }
         queue: asyncio.Queue[Event] = asyncio.Queue()
         dp_rank = self._dp_router.choose(request.session_id, request.routed_dp_rank)
@@ -264,29 +264,6 @@ class TokenizerManager:
             rendered = [await answer.render() for answer in answers]
             yield rendered[0] if single else rendered
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """
-        Raises:
-            ValueError: there is no tokenizer, or UTF-8 cannot encode the text.
-        """
-        if self.tokenizer is None:
-            raise ValueError("text: the checkpoint has no tokenizer; give input_ids")
-        if has_surrogate(text):
-            raise ValueError("text: must be text that UTF-8 can encode")
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """
-        Raises:
-            ValueError: there is no tokenizer, or an id is no token.
-        """
-        if self.tokenizer is None:
-            raise ValueError("tokens: the checkpoint has no tokenizer")
-        bad = [token for token in token_ids if not 0 <= token < int(self.facts["vocab_size"])]
-        if bad:
-            raise ValueError(f"tokens: {bad[0]} is no token, ids lie in 0 .. {int(self.facts['vocab_size']) - 1}")
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-
     def room_for(self, num_prompt: int) -> int:
         """Output tokens that fit behind a prompt."""
         assert self.limits is not None
@@ -297,15 +274,6 @@ class TokenizerManager:
         if self._death is not None:
             return str(self._death)
         return "the engine is starting" if self.limits is None else None
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text; "" where the checkpoint has no tokenizer."""
-        if self.tokenizer is None:
-            return ""
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
 
     def _check_rids(self, samples: Sequence[SampleRequest]) -> None:
         for sample in samples:

@@ -105,9 +105,9 @@ class Rollout:
     def _user_tokens(self, turn: Turn, *, first: bool) -> list[int]:
         """The ids that a user's turn adds to a conversation."""
         if self._template is None:
-            return self._manager.encode(turn.user if first else f"\n{turn.user}")
+            return self._manager.text.encode(turn.user if first else f"\n{turn.user}")
         message = {"role": "user", "content": turn.user}
-        return self._manager.encode(self._template.render([message]))
+        return self._manager.text.encode(self._template.render([message]))
 
     async def _take_turn(
         self, conversation: Conversation, number: int, turn: Turn, prompt: list[int], is_last: bool

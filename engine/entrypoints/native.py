@@ -122,7 +122,7 @@ def native_router(manager: TokenizerManager) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeInput) -> Response:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        ids = [manager.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts]
+        ids = [manager.text.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts]
         counts = [len(tokens) for tokens in ids]
         single = isinstance(body.prompt, str)
         return json_response(
@@ -137,7 +137,12 @@ def native_router(manager: TokenizerManager) -> APIRouter:
     async def detokenize(body: DetokenizeInput) -> Response:
         nested = bool(body.tokens) and isinstance(body.tokens[0], list)
         lists: list[Any] = body.tokens if nested else [body.tokens]
-        texts = [manager.decode(tokens, skip_special_tokens=body.skip_special_tokens) for tokens in lists]
+        assert manager.limits is not None
+        vocab_size = manager.limits.vocab_size
+        bad = [token for tokens in lists for token in tokens if not 0 <= token < vocab_size]
+        if bad:
+            raise ValueError(f"tokens: {bad[0]} is no token, ids lie in 0 .. {vocab_size - 1}")
+        texts = [manager.text.decode(tokens, skip_special_tokens=body.skip_special_tokens) for tokens in lists]
         return json_response({"text": texts if nested else texts[0]})
 
     return router

@@ -55,7 +55,7 @@ class ChatServing:
             except TEMPLATE_ERRORS as error:
                 raise ValueError(f"messages, chat_template_kwargs: the template cannot use them: {error}") from error
             # The template writes the special tokens that there are.
-            ids = self._manager.encode(text, add_special_tokens=False)
+            ids = self._manager.text.encode(text, add_special_tokens=False)
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         most = self._manager.room_for(len(ids)) if asked is None else asked
         return parse_generate_request(

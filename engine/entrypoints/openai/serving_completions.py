@@ -76,7 +76,7 @@ class CompletionServing:
 
     def _echo(self, body: CompletionRequest, sample: SampleRequest) -> str:
         """The prompt as text, if it is asked for."""
-        return self._manager.decode(sample.input_ids, skip_special_tokens=False) if body.echo else ""
+        return self._manager.text.decode(sample.input_ids, skip_special_tokens=False) if body.echo else ""
 
     async def _stream(
         self, body: CompletionRequest, head: Head, request: GenerateReqInput, samples: list[SampleRequest]

@@ -1,15 +1,4 @@
-"""A client of the server: generates over HTTP, and hands on no routes that it has not verified.
-
-```python
-with Client("http://127.0.0.1:30000") as client:
-    answer = client.generate([1, 2, 3], {"temperature": 0})
-    answer.routes                                  # uint8 [rows, moe_layers, top_k]
-    conversation = client.multi_turn({"temperature": 0})
-    conversation.turn([1, 2, 3])                   # conversation.tokens, conversation.routes
-```
-
-`AsyncClient` is the same with `await`. Both only move requests and responses; what is asked and how an answer is read are
-plain functions. What the network raises (`httpx.TransportError`) is passed on. Needs no torch.
+"""What is asked of the server, and how its answer is read and verified: plain functions over requests and responses.
 
 Legend: R rows (tokens as inputs), M MoE layers, K experts per token.
 """
@@ -18,17 +7,17 @@ from __future__ import annotations
 
 import base64
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
 import numpy as np
 
-from .engine.io_struct import RoutedExpertsMeta
-from .engine.routing import wire
+from ..engine.io_struct import RoutedExpertsMeta
+from ..engine.routing import wire
 
 Delivery = Literal["inline", "reference"]
 T = TypeVar("T")
@@ -69,9 +58,6 @@ class Generation:
     raw: dict[str, Any]
 
 
-# --- the answer as it arrives ---------------------------------------------------------------------------------------
-
-
 class _MetaInfo(msgspec.Struct, frozen=True):
     finish_reason: dict[str, Any]
     prompt_tokens: int
@@ -87,9 +73,6 @@ class _Answer(msgspec.Struct, frozen=True):
     text: str
     output_ids: list[int]
     meta_info: dict[str, Any]
-
-
-# --- what both clients share ----------------------------------------------------------------------------------------
 
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
@@ -251,173 +234,3 @@ def _fetched_frame(response: httpx.Response, stated: RoutedExpertsMeta) -> bytes
     if meta != stated:
         raise RoutesError(f"routed experts: the answer states {stated}, its claim {meta}")
     return response.content
-
-
-class History:
-    """What a conversation holds after every turn: `tokens`, and `routes` [len(tokens) - 1, M, K] of all but the last.
-
-    Tokens only ever grow: an answer's ids are appended as they came, never tokenised again.
-    """
-
-    def __init__(self, generate: Callable[..., Any], given: dict[str, Any]) -> None:
-        self.tokens: list[int] = []
-        self.routes: np.ndarray = np.empty((0, 0, 0), dtype=np.uint8)
-        self._layout: tuple[Any, ...] | None = None
-        self._generate = generate
-        self._given = given
-
-    def next_request(self, new_token_ids: Sequence[int]) -> dict[str, Any]:
-        """Arguments of `generate` for the next turn. The row of the last token appears when this turn feeds it."""
-        # Refused here if given, as an argument that is there twice.
-        return dict(
-            input_ids=self.tokens + [operator.index(token) for token in new_token_ids],
-            start_len=max(0, len(self.tokens) - 1),
-            routed_experts=True,
-            **self._given,
-        )
-
-    def commit(self, prompt: list[int], generation: Generation) -> Generation:
-        """Take in a turn, or raise and stay as it was.
-
-        Raises:
-            RoutesError: the turn was aborted, is not a continuation, or its rows do not fit those there are.
-        """
-        if generation.finish_reason.get("type") == "abort":
-            raise RoutesError(f"the turn was aborted: {generation.finish_reason.get('message')}")
-        if prompt[: len(self.tokens)] != self.tokens:
-            raise RoutesError("the conversation went on while this turn was under way: take turns one at a time")
-        routes, meta = generation.routes, generation.meta
-        assert routes is not None and meta is not None, "a turn asks for routes"
-        layout = (meta.layer_ids, meta.top_k, meta.dtype)
-        if self._layout not in (None, layout):
-            raise RoutesError(f"routed experts: layers, top_k and dtype were {self._layout}, now they are {layout}")
-        existing = np.empty((0, *routes.shape[1:]), routes.dtype) if self._layout is None else self.routes
-        try:
-            stitched = wire.stitch(existing, meta.start, routes)
-        except ValueError as error:
-            raise RoutesError(str(error)) from None
-        tokens = prompt + generation.output_ids
-        if len(stitched) != len(tokens) - 1:
-            raise RoutesError(f"routed experts: {len(stitched)} rows for {len(tokens)} tokens, must be one less")
-        self.tokens, self.routes, self._layout = tokens, stitched, layout
-        return generation
-
-
-# --- the clients ----------------------------------------------------------------------------------------------------
-
-
-class Client:
-    """A connection to one server. `transport` replaces the network, as for tests."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 600.0,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._http = httpx.Client(**http_options(base_url, api_key, timeout_s), transport=transport)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
-
-    def generate(
-        self,
-        input_ids: Sequence[int] | None = None,
-        sampling_params: Mapping[str, Any] | None = None,
-        *,
-        text: str | None = None,
-        routed_experts: bool = True,
-        start_len: int = 0,
-        delivery: Delivery = "inline",
-        **fields: Any,
-    ) -> Generation:
-        """Answer one prompt, with the rows of the positions [start_len, prompt + completion - 1).
-
-        By reference the rows are fetched as raw bytes, not as base64 within the answer. `fields` are further fields of
-        the request, as `rid` or `extra_key`.
-
-        Raises:
-            ValueError: the arguments contradict each other; nothing was sent.
-            ServerError: the server refused; 410: the rows expired before they were fetched.
-            RoutesError: the routes are missing, damaged, or not those that were asked for.
-        """
-        request = build_request(input_ids, text, sampling_params, routed_experts, start_len, delivery, fields)
-        answer, info, path = read_answer(request, self._http.post("/generate", json=request))
-        return make_generation(request, answer, info, None if path is None else self._http.get(path))
-
-    def multi_turn(self, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> Conversation:
-        """A new conversation; every turn takes these parameters and fields of `generate`."""
-        return Conversation(self.generate, {"sampling_params": sampling_params, **fields})
-
-
-class Conversation(History):
-    """A conversation that keeps its tokens and routes together."""
-
-    def turn(self, new_token_ids: Sequence[int]) -> Generation:
-        """Append the ids, generate, append the answer; the generation has the rows that are new.
-
-        Raises:
-            RoutesError, ServerError: as `generate`, or the turn was aborted; the conversation is as before the turn.
-        """
-        request = self.next_request(new_token_ids)
-        return self.commit(request["input_ids"], self._generate(**request))
-
-
-class AsyncClient:
-    """As `Client`, with `await`."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 600.0,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout_s), transport=transport)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        await self._http.aclose()
-
-    async def generate(
-        self,
-        input_ids: Sequence[int] | None = None,
-        sampling_params: Mapping[str, Any] | None = None,
-        *,
-        text: str | None = None,
-        routed_experts: bool = True,
-        start_len: int = 0,
-        delivery: Delivery = "inline",
-        **fields: Any,
-    ) -> Generation:
-        """As `Client.generate`."""
-        request = build_request(input_ids, text, sampling_params, routed_experts, start_len, delivery, fields)
-        answer, info, path = read_answer(request, await self._http.post("/generate", json=request))
-        return make_generation(request, answer, info, None if path is None else await self._http.get(path))
-
-    def multi_turn(self, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> AsyncConversation:
-        """As `Client.multi_turn`."""
-        return AsyncConversation(self.generate, {"sampling_params": sampling_params, **fields})
-
-
-class AsyncConversation(History):
-    """As `Conversation`, with `await`; its turns are taken one at a time."""
-
-    async def turn(self, new_token_ids: Sequence[int]) -> Generation:
-        """As `Conversation.turn`."""
-        request = self.next_request(new_token_ids)
-        return self.commit(request["input_ids"], await self._generate(**request))

@@ -8,20 +8,22 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$root/scripts/venv.sh"
 
-nnodes=1 node_rank=0 rdzv_endpoint="" tp=2
+nnodes=1 node_rank=0 rdzv_endpoint="" tp=2 dp=1
 args=()
 while (($#)); do
   case $1 in
-    --nnodes | --node-rank | --rdzv-endpoint | --tp)
+    --nnodes | --node-rank | --rdzv-endpoint | --tp | --dp)
       (($# > 1)) || { echo "torchrun.sh: $1: needs a value" >&2; exit 2; }
       case $1 in
         --nnodes) nnodes=$2 ;;
         --node-rank) node_rank=$2 ;;
         --rdzv-endpoint) rdzv_endpoint=$2 ;;
         --tp) tp=$2; args+=(--tp "$tp") ;;
+        --dp) dp=$2; args+=(--dp "$dp") ;;
       esac
       shift 2 ;;
     --tp=*) tp=${1#--tp=}; args+=(--tp "$tp"); shift ;;
+    --dp=*) dp=${1#--dp=}; args+=(--dp "$dp"); shift ;;
     *) args+=("$1"); shift ;;
   esac
 done
@@ -29,15 +31,18 @@ done
 case " ${args[*]} " in
   *" -h "* | *" --help "*) exec "$root/.venv/bin/python" -m waybill.launch.worker "${args[@]}" ;;
 esac
-[[ $tp =~ ^[1-9][0-9]*$ ]] || { echo "torchrun.sh: --tp $tp: must be a number of at least 1" >&2; exit 2; }
-((tp % nnodes == 0)) || { echo "torchrun.sh: --tp $tp: must be a multiple of --nnodes $nnodes" >&2; exit 2; }
+for size in "tp $tp" "dp $dp" "nnodes $nnodes"; do
+  [[ ${size#* } =~ ^[1-9][0-9]*$ ]] || { echo "torchrun.sh: --$size: must be a number of at least 1" >&2; exit 2; }
+done
+world=$((dp * tp))
+((world % nnodes == 0)) || { echo "torchrun.sh: --dp $dp times --tp $tp: must be a multiple of --nnodes $nnodes" >&2; exit 2; }
 
 if [[ -n $rdzv_endpoint ]]; then
   rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --rdzv-backend c10d --rdzv-endpoint "$rdzv_endpoint")
 else
   rendezvous=(--standalone)
 fi
-ranks_here=$((tp / nnodes))
+ranks_here=$((world / nnodes))
 threads=$(($(nproc) / ranks_here))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # A mistake on the command line is said once, before any rank starts.

@@ -7,6 +7,7 @@ import msgspec
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
+MOE_DISPATCHERS = ("all_gather", "all_to_all")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 
 
@@ -15,7 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_path: str
     tokenizer_path: str | None = None
-    # Ranks of one replica, and replicas of the attention layers (data-parallel attention).
+    # Ranks that share each attention layer, and groups of them with requests of their own (data-parallel attention).
     tp_size: int = 1
     dp_size: int = 1
     # "auto": CUDA where there is one, else CPU.
@@ -24,6 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     # "ep": whole experts over the ranks. "tp": each expert's intermediate dimension over the ranks.
     moe_split: str = "ep"
+    # How tokens reach their experts where there are several dp ranks.
+    moe_dispatcher: str = "all_gather"
     attention_backend: str = "auto"
     experts_backend: str = "auto"
     # Longest prompt plus output, in tokens. None: the checkpoint's `max_position_embeddings`.
@@ -60,16 +63,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, legal in (
             ("dtype", DTYPES),
             ("moe_split", MOE_SPLITS),
+            ("moe_dispatcher", MOE_DISPATCHERS),
             ("attention_backend", ATTENTION_BACKENDS),
             ("experts_backend", EXPERTS_BACKENDS),
         ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(legal)}")
-        for name in ("tp_size", "page_size", "max_running_requests", "max_waiting_requests", "routing_ring_slots"):
+        for name in (
+            "tp_size",
+            "dp_size",
+            "page_size",
+            "max_running_requests",
+            "max_waiting_requests",
+            "routing_ring_slots",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.dp_size != 1:
-            raise ValueError(f"dp_size={self.dp_size}: must be 1; data-parallel attention is not available yet")
+        if self.moe_dispatcher == "all_to_all" and self.moe_split != "ep":
+            raise ValueError(
+                "moe_dispatcher='all_to_all': needs moe_split='ep'; a slice of every expert is on every rank"
+            )
         if self.overlap_depth not in (0, 1):
             raise ValueError(f"overlap_depth={self.overlap_depth}: must be 0 or 1")
         if self.routing_ring_slots <= self.overlap_depth:

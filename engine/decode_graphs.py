@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..parallel.dp_attention import ReplicatedTokens
+from ..parallel.mesh import Axis
 from .attention.backend import AttentionBackend
 from .attention.triton_paged import DecodePlan
 from .forward_batch import ForwardBatch, HostBatch, known_ids, slots_at
@@ -50,6 +52,7 @@ class DecodeGraphs:
         pool: ReqToTokenPool,
         page_size: int,
         last_token_ids: torch.Tensor,
+        axis: Axis,
         capturer: RoutedExpertsCapturer | None,
     ) -> None:
         self._model = model
@@ -58,6 +61,7 @@ class DecodeGraphs:
         self._pool = pool
         self._page_size = page_size
         self._last_token_ids = last_token_ids
+        self._axis = axis
         self._capturer = capturer
         sizes = graph_sizes(pool.scratch_row)
         self._stages = torch.empty(NUM_STAGES, 3 * sizes[-1], dtype=torch.int64).pin_memory()
@@ -89,6 +93,7 @@ class DecodeGraphs:
             positions=positions,
             kv_slots=slots_at(self._pool.page_table, rows, positions, self._page_size),
             attention_plan=plan,
+            layout=ReplicatedTokens(inputs.shape[1], self._axis),
             sample_rows=rows,
             sampling_req_rows=rows,
         )

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from ..parallel.dp_attention import TokenLayout
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .schedule_batch import ScheduleBatch
@@ -26,6 +27,7 @@ class ForwardBatch(Generic[PlanT]):
     positions: torch.Tensor  # [T] int64
     kv_slots: torch.Tensor  # [T] int64
     attention_plan: PlanT
+    layout: TokenLayout
     sample_rows: torch.Tensor  # [N] int64, rows of the requests that sample
     sampling_req_rows: torch.Tensor  # [N] int64, their rows in the request pool
 
@@ -88,6 +90,7 @@ def make_forward_batch(
     page_size: int,
     last_token_ids: torch.Tensor,
     attention: AttentionBackend[PlanT],
+    layout: TokenLayout,
 ) -> ForwardBatch[PlanT]:
     """Bring a step to the device, in one transfer.
 
@@ -112,6 +115,7 @@ def make_forward_batch(
         positions=positions,
         kv_slots=slots_at(pool.page_table, token_rows, positions, page_size),
         attention_plan=plan,
+        layout=layout,
         sample_rows=sample_rows_t,
         sampling_req_rows=sampling_req_rows,
     )

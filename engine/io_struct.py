@@ -8,7 +8,8 @@ object per token. Route rows never stand in these structs: they follow their env
 
 Directions:
 
-    frontend -> leader             GenerateMessage | AbortReq | FlushCacheReq | GetInternalStateReq | ShutdownReq
+    frontend -> leader             TokenizedGenerateReqInput | DispatchNotice | AbortReq | FlushCacheReq | ShutdownReq
+                                   (numbered), GetInternalStateReq
     leader -> tp peers             see `schedule_batch.py` (plans stay inside one replica)
     leader -> output processor     RoutingSetup once, then StepRecord, one a step
     leader -> frontend             ControlReply
@@ -89,10 +90,15 @@ class FlushCacheReq(msgspec.Struct, frozen=True, tag="flush_cache"):
     op_id: str
 
 
-class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state"):
-    """Ask a leader for counters and sizes; answered without entering a step."""
+class DispatchNotice(msgspec.Struct, frozen=True, tag="notice"):
+    """The message of this number went to another leader: so that every leader knows every number."""
 
     dispatch: int
+
+
+class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state"):
+    """Ask a leader for counters and sizes; it has no number, and is answered without entering a step."""
+
     op_id: str
 
 
@@ -102,7 +108,12 @@ class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
     dispatch: int
 
 
-FrontendMessage = TokenizedGenerateReqInput | AbortReq | FlushCacheReq | GetInternalStateReq | ShutdownReq
+# What is sent to all leaders and takes effect at one step; what asks whether anybody has requests.
+CONTROL_OPERATIONS = (AbortReq, FlushCacheReq, ShutdownReq)
+ASKING_FOR_IDLE = (FlushCacheReq,)
+
+NumberedMessage = TokenizedGenerateReqInput | DispatchNotice | AbortReq | FlushCacheReq | ShutdownReq
+FrontendMessage = NumberedMessage | GetInternalStateReq
 
 
 # --- leader -> output processor -------------------------------------------------------------------------------------
@@ -193,28 +204,37 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     input_top_logprobs: list[TopLogprobs | None] = []
 
 
+class RingGeometry(msgspec.Struct, frozen=True, array_like=True):
+    """Shape of the ring; see `routing.ring.RouteGeometry`."""
+
+    num_slots: int
+    layer_ids: tuple[int, ...]
+    num_layers_total: int
+    max_tokens: int
+    top_k: int
+    num_experts: int
+
+
 class RoutingSetup(msgspec.Struct, frozen=True, array_like=True, tag="routing_setup"):
-    """First message of a dp rank: the sizes of its KV pool and, from rank 0 with routing on, where the ring is."""
+    """First message of a dp rank: the sizes of its KV pool and, with routing on, the shape of the ring; from the rank that
+    records also where the ring is."""
 
     dp_rank: int
     num_pages: int
     page_size: int
+    geometry: RingGeometry | None = None
     ring_path: str | None = None
-    ring_slots: int = 0
-    layer_ids: tuple[int, ...] = ()
-    num_layers_total: int = 0
-    max_tokens: int = 0
-    top_k: int = 0
-    num_experts: int = 0
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """What step `step` of one dp rank did. The order of its parts is the order in which they apply:
-    `before`, the rows of `segments` (from ring slot `ring_seq`, -1 when the step ran no forward), `outputs`, `after`."""
+    """What step `step` of one dp rank did. The order of its parts is the order in which they apply: `before`, the rows of
+    `segments` (in ring slot `ring_seq` from row `first_row` on; -1 when the step ran no forward), `outputs`, `after`.
+    Every forward has a record from every dp rank, also from one that had no tokens in it."""
 
     dp_rank: int
     step: int
     ring_seq: int
+    first_row: int
     weight_version: str
     before: list[BeforeEvent] = []
     segments: list[Segment] = []
@@ -275,6 +295,16 @@ class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
     outputs: list[RequestOutput]
 
 
+class SyncWait(msgspec.Struct, frozen=True, array_like=True):
+    """How long a leader has waited for the dp rank `blamed`, which came last, in how many steps, and why that one was
+    late (`engine.agreement.Cause`)."""
+
+    blamed: int
+    cause: str
+    seconds: float
+    num_steps: int
+
+
 class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     """A leader's answer to a control operation."""
 
@@ -282,6 +312,7 @@ class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     success: bool
     message: str = ""
     state: dict[str, int | float | str] = {}
+    sync_waits: list[SyncWait] = []
 
 
 BackendMessage = OutputBatch | ControlReply

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..parallel.collectives import broadcast
+from ..parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout
 from ..parallel.mesh import ParallelMesh
 from .attention import make_attention_backend
 from .forward_batch import HostBatch, lay_out, make_forward_batch
@@ -22,6 +23,7 @@ from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.qwen3_moe import Qwen3MoeForCausalLM
 from .routing.capturer import RoutedExpertsCapturer
+from .routing.late_gather import LateRouteGather
 from .sampler import Sampled, SamplingRow, sample, score_tokens, start_counts
 from .schedule_batch import Req, ScheduleBatch, ScheduledReq
 from .schedule_policy import pages_for
@@ -80,7 +82,7 @@ class ModelRunner:
         context_length: int,
         attention_backend: str,
         use_graphs: bool = True,
-        capturer: RoutedExpertsCapturer | None,
+        capturer: RoutedExpertsCapturer | LateRouteGather | None,
     ) -> None:
         self._mesh = mesh
         self._model = model
@@ -111,8 +113,9 @@ class ModelRunner:
 
     def _make_graphs(self) -> DecodeGraphs | None:
         """On CUDA, decode steps of one rank run as graphs."""
-        if self._mesh.device.type != "cuda" or self._mesh.tp.size > 1:
+        if self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
             return None
+        assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
         # Its kernels come with torch's CUDA builds alone.
         from .decode_graphs import DecodeGraphs  # noqa: PLC0415
 
@@ -123,6 +126,7 @@ class ModelRunner:
             self._pool,
             self._page_size,
             self._last_token_ids,
+            self._mesh.tp,
             self._capturer,
         )
 
@@ -136,8 +140,9 @@ class ModelRunner:
         size = None if self._graphs is None else self._graphs.size_for(host)
         if self._graphs is not None and size is not None:
             return self._replay(self._graphs, host, size, batch)
-        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention)
-        ring_seq = -1 if self._capturer is None else self._capturer.begin(batch.num_tokens)
+        layout = self._lay_out(batch)
+        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention, layout)
+        ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
         hidden = self._model(forward, self._attention, self._kv_store, self._capturer)
         if self._capturer is not None:
             self._capturer.finish()
@@ -148,8 +153,22 @@ class ModelRunner:
             sampled = self._sample(logits, forward.sampling_req_rows, sampling)
         return LaunchedStep(sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
 
+    def _lay_out(self, batch: ScheduleBatch) -> TokenLayout:
+        if batch.num_rows == 0:
+            return ReplicatedTokens(batch.num_tokens, self._mesh.tp)
+        return ScatteredTokens(batch.num_tokens, batch.num_rows, self._mesh.tp)
+
+    def _begin_capture(self, batch: ScheduleBatch) -> int:
+        assert self._capturer is not None
+        ring_seq = self._capturer.begin(batch.num_rows or batch.num_tokens)
+        assert ring_seq in (-1, batch.step), "leaders tell the output processor that steps and ring slots are one count"
+        return ring_seq
+
     def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
-        ring_seq = -1 if self._capturer is None else self._capturer.begin_replay(size)
+        ring_seq = -1
+        if self._capturer is not None:
+            assert not isinstance(self._capturer, LateRouteGather)
+            ring_seq = self._capturer.begin_replay(size)
         logits, req_rows = graphs.run(host, size)
         if self._capturer is not None:
             self._capturer.finish()
@@ -218,6 +237,3 @@ class ModelRunner:
         if self._capturer is not None:
             self._capturer.publish(launched.ring_seq)
         return StepResult(token_ids, logprobs, top, launched.prompt_scores)
-
-    def ring_seq(self, launched: LaunchedStep) -> int:
-        return launched.ring_seq

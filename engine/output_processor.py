@@ -24,7 +24,7 @@ import zmq
 
 from .detokenizer import load_tokenizer
 from .io_struct import (
-    CacheFlushed,
+    BeforeEvent,
     ClaimReply,
     CountersReply,
     FetchClaimReq,
@@ -45,6 +45,7 @@ from .routing.ledger import MissingRoutesError, RouteLedger
 from .routing.ring import RouteGeometry, RouteRing
 from .shipper import Progress, Routes, ShipmentOrder, Shipper
 from .sockets import Receiver, Sender
+from .step_joiner import StepJoiner
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class _ReqState:
     """What the filing thread remembers of a request."""
 
     started: ReqStarted
+    dp_rank: int
     cached_tokens: int = 0
     num_retractions: int = 0
     admitted: bool = False
@@ -66,13 +68,15 @@ class _ReqState:
 
 
 class OutputProcessor:
-    """Applies step records in order. Holds no socket: orders go to the shipper."""
+    """Applies the step records of all dp ranks, each rank's in order. Holds no socket: orders go to the shipper."""
 
-    def __init__(self, shipper: Shipper) -> None:
+    def __init__(self, shipper: Shipper, dp_size: int = 1) -> None:
         self._shipper = shipper
+        self._joiner = StepJoiner(tuple(range(dp_size)), recorder=0)
         self._page_size = 1
         self._ring: RouteRing | None = None
-        self._ledger: RouteLedger | None = None
+        # One a dp rank, where routing is on: KV slots are a rank's own.
+        self._ledgers: dict[int, RouteLedger] = {}
         self._reqs: dict[str, _ReqState] = {}
         self.num_slices = 0
         self.num_rows_filed = 0
@@ -82,25 +86,36 @@ class OutputProcessor:
         if isinstance(record, RoutingSetup):
             self._set_up(record)
         else:
-            self._apply(record)
+            for due in self._joiner.add(record):
+                self._apply(due)
+            self._give_slots_back()
 
     def _set_up(self, setup: RoutingSetup) -> None:
         self._page_size = setup.page_size
-        if setup.ring_path is None:
+        shape = setup.geometry
+        if shape is None:
             return
         geometry = RouteGeometry(
-            setup.layer_ids, setup.num_layers_total, setup.max_tokens, setup.top_k, setup.num_experts
+            shape.layer_ids, shape.num_layers_total, shape.max_tokens, shape.top_k, shape.num_experts
         )
-        self._ring = RouteRing.attach(setup.ring_path, geometry, setup.ring_slots)
-        self._ledger = RouteLedger(setup.num_pages, setup.page_size, geometry)
+        self._ledgers[setup.dp_rank] = RouteLedger(setup.num_pages, setup.page_size, geometry)
         self._shipper.geometry = geometry
+        if setup.ring_path is not None:
+            self._ring = RouteRing.attach(setup.ring_path, geometry, shape.num_slots)
+
+    def _give_slots_back(self) -> None:
+        for seq in self._joiner.take_done():
+            assert self._ring is not None, "slots are published by the rank that told where the ring is"
+            self._ring.mark_filed(seq)
 
     def _apply(self, record: StepRecord) -> None:
         """One step, in the order that makes slices right: before, rows, outputs, after."""
         started = [event for event in record.before if isinstance(event, ReqStarted)]
+        ledger = self._ledgers.get(record.dp_rank)
         for event in record.before:
-            self._before(event)
-        self._file(record)
+            self._before(event, record.dp_rank, ledger)
+        if ledger is not None:
+            self._file(record, ledger)
         progress: dict[str, Progress] = {}
         for output in record.outputs:
             state = self._reqs[output.rid]
@@ -118,47 +133,46 @@ class OutputProcessor:
             order = ShipmentOrder(record.dp_rank, record.weight_version, started, list(progress.values()))
             self._shipper.submit(order)
 
-    def _before(self, event: ReqStarted | ReqAdmitted | ReqRetracted | CacheFlushed) -> None:
+    def _before(self, event: BeforeEvent, dp_rank: int, ledger: RouteLedger | None) -> None:
         if isinstance(event, ReqStarted):
-            self._reqs[event.rid] = _ReqState(event, next_row=event.routed_experts_start_len)
-            if self._ledger is not None:
-                self._ledger.start(event.rid, keep=event.return_routed_experts)
+            self._reqs[event.rid] = _ReqState(event, dp_rank, next_row=event.routed_experts_start_len)
+            if ledger is not None:
+                ledger.start(event.rid, keep=event.return_routed_experts)
         elif isinstance(event, ReqAdmitted):
             state = self._reqs[event.rid]
             if not state.admitted:
                 state.cached_tokens = len(event.cached_pages) // PAGE_BYTES * self._page_size
                 state.admitted = True
-            if self._ledger is not None:
-                self._ledger.admit(event.rid, event.cached_pages)
+            if ledger is not None:
+                ledger.admit(event.rid, event.cached_pages)
         elif isinstance(event, ReqRetracted):
             self._reqs[event.rid].num_retractions += 1
-            if self._ledger is not None:
-                self._ledger.retract(event.rid)
-        elif self._ledger is not None:
-            self._ledger.flush()
+            if ledger is not None:
+                ledger.retract(event.rid)
+        elif ledger is not None:
+            ledger.flush()
 
-    def _file(self, record: StepRecord) -> None:
-        if self._ledger is None:
-            return
+    def _file(self, record: StepRecord, ledger: RouteLedger) -> None:
         for segment in record.segments:
-            self._ledger.allocate(segment)
-        if record.ring_seq < 0 or self._ring is None:
+            ledger.allocate(segment)
+        if record.ring_seq < 0 or not record.segments:
             return
-        rows = self._ring.rows(record.ring_seq, sum(segment.num_tokens for segment in record.segments))
+        assert self._ring is not None
+        num_rows = sum(segment.num_tokens for segment in record.segments)
+        rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
         offset = 0
         for segment in record.segments:
             if not segment.discarded:
                 part = rows[:, offset : offset + segment.num_tokens]
-                self._ledger.file(segment, part, record.weight_version)
+                ledger.file(segment, part, record.weight_version)
                 self.num_rows_filed += segment.num_tokens
             offset += segment.num_tokens
-        self._ring.mark_filed(record.ring_seq)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
         routes = self.maybe_collect_routed_experts(state, aborted=finished.reason.type == "abort")
-        if self._ledger is not None:
-            self._ledger.drop(finished.rid)
+        if state.dp_rank in self._ledgers:
+            self._ledgers[state.dp_rank].drop(finished.rid)
         return Progress(
             rid=finished.rid,
             output=None if progress is None else progress.output,
@@ -177,12 +191,12 @@ class OutputProcessor:
         rid = state.started.rid
         if not state.started.return_routed_experts:
             return None
-        assert self._ledger is not None, "opting in is refused where routing is off"
+        ledger = self._ledgers[state.dp_rank]
         seqlen = state.started.num_prompt_tokens + state.num_output
         if aborted:
-            seqlen = min(seqlen, self._ledger.num_rows(rid) + 1)
+            seqlen = min(seqlen, ledger.num_rows(rid) + 1)
         try:
-            rows = self._ledger.get_topk(rid, state.next_row, seqlen)
+            rows = ledger.get_topk(rid, state.next_row, seqlen)
         except MissingRoutesError as error:
             self.num_rows_refused += 1
             logger.error("routed experts refused: %s", error)
@@ -238,7 +252,7 @@ def main() -> None:
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
     shipper = Shipper(sender, load_tokenizer(config.tokenizer_path), claims)
-    processor = OutputProcessor(shipper)
+    processor = OutputProcessor(shipper, config.dp_size)
     records: Receiver[OutputRecord] = Receiver(context, config.records_address, OutputRecord)
     shipper.start()
     arguments = (context, config.queries_address, processor, claims)

@@ -13,6 +13,7 @@ class OutputProcessorConfig(msgspec.Struct, frozen=True):
     queries_address: str
     tokenizer_path: str
     lifeline_path: str
+    dp_size: int
     claim_budget_bytes: int
     claim_ttl_s: float
     nice: int = 10

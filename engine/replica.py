@@ -15,10 +15,14 @@ from typing import Any
 import msgspec
 import zmq
 
+from ..parallel.dp_attention import rows_per_rank
 from ..parallel.mesh import ParallelMesh
+from ..parallel.moe.dispatch import SyncClock
+from .agreement import LonelyMeeting
 from .config import EngineConfig
 from .detokenizer import load_tokenizer
-from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RoutingSetup
+from .dp_meeting import DpMeeting
+from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
 from .kv_cache.kv_store import KVStore
 from .memory import kv_pool_pages, peak_rss_bytes
 from .model_runner import LaunchedStep, ModelRunner
@@ -26,10 +30,11 @@ from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .page_manager import PageManager
 from .routing.capturer import RoutedExpertsCapturer
-from .routing.ring import RouteRing
+from .routing.late_gather import LateRouteGather
+from .routing.ring import RouteGeometry, RouteRing
 from .schedule_batch import PeerMessage, StopPeers
 from .schedule_policy import StepLimits
-from .scheduler import Endpoints, Scheduler
+from .scheduler import DpPlace, Endpoints, Scheduler
 from .sockets import Receiver, Sender
 from .stop_checker import StopChecker
 
@@ -53,11 +58,14 @@ class Rank:
     """What a rank has loaded, before it knows whom it talks to."""
 
     config: EngineConfig
+    mesh: ParallelMesh
     model_config: ModelConfig
     limits: StepLimits
     num_pages: int
     runner: ModelRunner
+    geometry: RouteGeometry | None
     ring: RouteRing | None
+    clock: SyncClock
     facts: dict[str, int | float | str]
 
 
@@ -88,12 +96,15 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     model_config = load_model_config(config)
     context_length = resolve_context_length(config, model_config)
     limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
-    model = load_model(config, model_config, context_length, mesh)
+    clock = SyncClock()
+    model = load_model(config, model_config, context_length, mesh, clock)
     num_pages = kv_pool_pages(config, context_length, model.kv_specs(), model_config.num_layers, mesh)
     kv_store = KVStore(model_config.num_layers, num_pages, config.page_size, model.kv_specs(), mesh.device)
-    ring = None
-    if config.enable_return_routed_experts and mesh.world.rank == 0:
-        ring = RouteRing.create(model_config.route_geometry(limits.max_tokens), config.routing_ring_slots)
+    geometry, ring = None, None
+    if config.enable_return_routed_experts:
+        geometry = model_config.route_geometry(slot_rows(limits, mesh))
+        if mesh.world.rank == 0:
+            ring = RouteRing.create(geometry, config.routing_ring_slots)
     runner = ModelRunner(
         mesh,
         model,
@@ -104,15 +115,33 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
         use_graphs=config.experts_backend != "torch_reference",
-        capturer=None if ring is None else RoutedExpertsCapturer(ring, mesh.device),
+        capturer=None if geometry is None else make_recorder(config, mesh, geometry, ring),
     )
     facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
-    return Rank(config, model_config, limits, num_pages, runner, ring, facts)
+    return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
+
+
+def slot_rows(limits: StepLimits, mesh: ParallelMesh) -> int:
+    """Most rows that a step has over all ranks."""
+    if mesh.dp.size == 1:
+        return limits.max_tokens
+    return rows_per_rank([limits.max_tokens], mesh.tp.size) * mesh.world.size
+
+
+def make_recorder(
+    config: EngineConfig, mesh: ParallelMesh, geometry: RouteGeometry, ring: RouteRing | None
+) -> RoutedExpertsCapturer | LateRouteGather | None:
+    """What this rank records: with tokens replicated or gathered, rank 0 sees all ids; else every rank brings its own."""
+    num_ranks = 1 if mesh.dp.size == 1 else mesh.world.size
+    capturer = None if ring is None else RoutedExpertsCapturer(ring, mesh.device, num_ranks=num_ranks)
+    if mesh.dp.size == 1 or config.moe_dispatcher == "all_gather":
+        return capturer
+    return LateRouteGather(mesh.world, geometry, geometry.max_tokens // num_ranks, capturer, mesh.device)
 
 
 def make_scheduler(rank: Rank, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
     """Wire a leader, and tell the output processor and the frontend that it is there."""
-    config = rank.config
+    config, dp = rank.config, rank.mesh.dp
     scheduler = Scheduler(
         config,
         rank.limits,
@@ -121,9 +150,13 @@ def make_scheduler(rank: Rank, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
         rank.runner,
         endpoints,
         rank.ring,
+        place=DpPlace(dp.rank, dp.size, rank.mesh.tp.size),
+        meeting=LonelyMeeting() if dp.size == 1 else DpMeeting(dp),
+        clock=rank.clock,
     )
-    endpoints.records.send(_routing_setup(config, rank.num_pages, rank.ring))
-    endpoints.frontend.send(ControlReply("ready", True, state=rank.facts))
+    endpoints.records.send(_routing_setup(rank))
+    if dp.rank == 0:
+        endpoints.frontend.send(ControlReply("ready", True, state=rank.facts))
     return scheduler
 
 
@@ -162,22 +195,20 @@ def freeze_garbage_collector() -> None:
     gc.freeze()
 
 
-def _routing_setup(config: EngineConfig, num_pages: int, ring: RouteRing | None) -> RoutingSetup:
-    if ring is None:
-        return RoutingSetup(dp_rank=0, num_pages=num_pages, page_size=config.page_size)
-    geometry = ring.geometry
-    return RoutingSetup(
-        dp_rank=0,
-        num_pages=num_pages,
-        page_size=config.page_size,
-        ring_path=ring.path,
-        ring_slots=ring.num_slots,
-        layer_ids=geometry.layer_ids,
-        num_layers_total=geometry.num_layers_total,
-        max_tokens=geometry.max_tokens,
-        top_k=geometry.top_k,
-        num_experts=geometry.num_experts,
-    )
+def _routing_setup(rank: Rank) -> RoutingSetup:
+    config, geometry = rank.config, rank.geometry
+    shape = None
+    if geometry is not None:
+        shape = RingGeometry(
+            num_slots=config.routing_ring_slots,
+            layer_ids=geometry.layer_ids,
+            num_layers_total=geometry.num_layers_total,
+            max_tokens=geometry.max_tokens,
+            top_k=geometry.top_k,
+            num_experts=geometry.num_experts,
+        )
+    ring_path = None if rank.ring is None else rank.ring.path
+    return RoutingSetup(rank.mesh.dp.rank, rank.num_pages, config.page_size, shape, ring_path)
 
 
 def _facts(

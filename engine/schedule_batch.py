@@ -46,10 +46,14 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """The plan of one step. Rows of the step's tensors follow the order of `reqs`."""
+    """The plan of one step. Rows of the step's tensors follow the order of `reqs`.
+
+    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens.
+    """
 
     step: int
     reqs: list[ScheduledReq]
+    num_rows: int = 0
 
     @property
     def num_tokens(self) -> int:

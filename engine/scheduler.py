@@ -1,18 +1,20 @@
-"""The leader's loop: receive -> plan -> launch -> commit.
+"""A leader's loop: receive -> plan -> agree -> launch -> commit.
 
-It orders and delegates: `StepPlanner` decides who runs, the runner computes, `StepCommitter` applies results, and every
-step's `StepRecord` tells the output processor what happened. It holds no tensor. With `overlap_depth` 1 step k + 1 is
-planned and launched before step k is committed.
+It orders and delegates: the `Mailbox` says which messages are due, `StepPlanner` decides who runs, the leaders agree on
+the step, the runner computes, `StepCommitter` applies results, and every step's `StepRecord` tells the output processor
+what happened. It holds no tensor. With `overlap_depth` 1 step k + 1 is planned and launched before step k is committed.
 """
 
 from __future__ import annotations
 
-import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from ..parallel.moe.dispatch import SyncClock
+from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, LonelyMeeting, Meeting, Proposal
 from .config import EngineConfig
 from .io_struct import (
     AbortReq,
@@ -20,36 +22,38 @@ from .io_struct import (
     BeforeEvent,
     CacheFlushed,
     ControlReply,
+    DispatchNotice,
     FinishReason,
     FlushCacheReq,
-    FrontendMessage,
     GetInternalStateReq,
     OutputRecord,
     ReqFinished,
+    ReqRetracted,
     ReqStarted,
     ShutdownReq,
     StepRecord,
     TokenizedGenerateReqInput,
 )
+from .mailbox import Inbox, Mailbox
 from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .routing.ring import RouteRing
 from .schedule_batch import PeerMessage, Req, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
-from .sockets import Receiver, Sender
+from .sockets import Sender
 from .step_committer import Committed, StepCommitter, StepResult
 from .step_planner import StepPlan, StepPlanner
 from .stop_checker import StopChecker
-
-logger = logging.getLogger(__name__)
+from .sync_stalls import GarbageClock, SyncStalls, TurnLog
 
 IDLE_WAIT_S = 5.0
+NANO = 1e9
 
 LaunchedT = TypeVar("LaunchedT")
 
 
 class Runner(Protocol[LaunchedT]):
-    """Executes plans. `launch` enqueues a step; `result` waits for it; `ring_seq` says where its routing went."""
+    """Executes plans. `launch` enqueues a step; `result` waits for it."""
 
     def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None: ...
 
@@ -57,17 +61,30 @@ class Runner(Protocol[LaunchedT]):
 
     def result(self, launched: LaunchedT) -> StepResult: ...
 
-    def ring_seq(self, launched: LaunchedT) -> int: ...
-
 
 @dataclass(frozen=True)
 class Endpoints:
     """The leader's sockets."""
 
-    inbox: Receiver[FrontendMessage]
+    inbox: Inbox
     peers: Sequence[Sender[PeerMessage]]
     records: Sender[OutputRecord]
     frontend: Sender[BackendMessage]
+
+
+@dataclass(frozen=True)
+class DpPlace:
+    """Which leader this is, and where the rows of its tokens stand in a ring slot: `first_recorded_dp` is the dp rank
+    whose rows come first there."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_size: int = 1
+    first_recorded_dp: int = 0
+
+    def first_row(self, num_rows: int) -> int:
+        """In a step in which every rank has `num_rows` rows; 0 says that the tokens are replicated."""
+        return (self.dp_rank - self.first_recorded_dp) * self.tp_size * num_rows
 
 
 @dataclass(frozen=True)
@@ -76,11 +93,12 @@ class InFlight(Generic[LaunchedT]):
 
     plan: StepPlan
     before: list[BeforeEvent]
+    batch: ScheduleBatch
     launched: LaunchedT
 
 
 class Scheduler(Generic[LaunchedT]):
-    """One replica's leader. `run` returns after a `ShutdownReq`."""
+    """One dp rank's leader. `run` returns after a `ShutdownReq`."""
 
     def __init__(
         self,
@@ -91,6 +109,10 @@ class Scheduler(Generic[LaunchedT]):
         runner: Runner[LaunchedT],
         endpoints: Endpoints,
         ring: RouteRing | None = None,
+        *,
+        place: DpPlace | None = None,
+        meeting: Meeting | None = None,
+        clock: SyncClock | None = None,
     ) -> None:
         self._config = config
         self._pages = pages
@@ -98,17 +120,30 @@ class Scheduler(Generic[LaunchedT]):
         self._runner = runner
         self._endpoints = endpoints
         self._ring = ring
+        self._place = place or DpPlace()
+        self._meeting = meeting or LonelyMeeting()
+        self._mailbox = Mailbox(endpoints.inbox)
         self.queues = RequestQueues(limits.max_running)
         self._planner = StepPlanner(self.queues, pages, limits)
         self.committer = StepCommitter(self.queues, pages, stop_checker)
+        self._plan = StepPlan()
+        self._agreement = NO_AGREEMENT
+        self._is_asleep = False
         self._in_flight: deque[InFlight[LaunchedT]] = deque()
         self._before: list[BeforeEvent] = []
         self._num_steps = 0
         self._num_records = 0
         self._num_received = 0
         self._serving = True
+        self.stalls = SyncStalls(self._place.dp_rank)
+        self._clock = clock or SyncClock()
+        self._garbage = GarbageClock()
+        self._turn_log = TurnLog()
+        self._agree_wait_s = 0.0
+        self._forward_wait_s = 0.0
         self._handlers: dict[type, Callable[..., None]] = {
             TokenizedGenerateReqInput: self._on_generate,
+            DispatchNotice: self._on_notice,
             AbortReq: self._on_abort,
             FlushCacheReq: self._on_flush_cache,
             GetInternalStateReq: self._on_get_internal_state,
@@ -116,48 +151,109 @@ class Scheduler(Generic[LaunchedT]):
         }
 
     def run(self) -> None:
+        self._garbage.install()
         while self._serving:
             self.receive()
-            self.step()
+            if self._serving and self.is_awake:
+                self.step()
         self._commit_down_to(0)
         for peer in self._endpoints.peers:
             peer.send(StopPeers())
 
     def receive(self) -> None:
-        """Handle what has arrived; sleep for it when there is nothing else to do."""
-        if self.is_idle:
-            self._endpoints.inbox.wait(IDLE_WAIT_S)
-        while (message := self._endpoints.inbox.receive_nowait()) is not None:
+        """Handle what is due; sleep for it when all leaders rest."""
+        if self._is_asleep:
+            self._mailbox.wait(IDLE_WAIT_S)
+        began = time.perf_counter()
+        self._mailbox.collect()
+        cause = Cause.RECEIVE
+        for message in self._mailbox.due(self._agreement):
             self._handlers[type(message)](message)
+            if not isinstance(message, (TokenizedGenerateReqInput, DispatchNotice)):
+                cause = Cause.CONTROL
+        self._turn_log.add(cause, time.perf_counter() - began)
 
     @property
     def is_idle(self) -> bool:
         return not self._in_flight and len(self.queues) == 0
 
+    @property
+    def is_awake(self) -> bool:
+        """Whether there is a step to agree on: a number that was not agreed on yet ends a sleep, nothing else."""
+        return not self._is_asleep or self._mailbox.seen > self._agreement.num_seen
+
     def step(self) -> None:
-        """Plan and launch one step, then commit those that are due."""
-        plan = self._planner.plan(in_flight=bool(self._in_flight))
-        if plan.planned:
-            self._launch(plan)
-            self._commit_down_to(self._config.overlap_depth)
-            return
-        self._before.extend(plan.before)
-        self._commit_down_to(0)
-        if self._before:
-            self._record_idle([])
+        """Plan a step, agree on it, launch it, and commit those that are due."""
+        proposal = self.propose()
+        began = time.perf_counter()
+        agreement = self._meeting.agree(proposal)
+        self._agree_wait_s = time.perf_counter() - began
+        self.proceed(agreement)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def _launch(self, plan: StepPlan) -> None:
+    def propose(self) -> Proposal:
+        """Plan this leader's part of the next step, and tell the others."""
+        began = time.perf_counter()
+        self._plan = self._planner.plan(in_flight=bool(self._in_flight))
+        if self._plan.starved:
+            # Committing may free pages.
+            self._before.extend(self._plan.before)
+            self._commit_down_to(0)
+            self._plan = self._planner.plan(in_flight=False)
+        if any(isinstance(event, ReqRetracted) for event in self._plan.before):
+            self._turn_log.add(Cause.RETRACTION, time.perf_counter() - began)
+        self._turn_log.add(Cause.GARBAGE_COLLECTION, self._garbage.take())
+        cause, seconds = self._turn_log.take()
+        return Proposal(
+            num_tokens=self._plan.num_tokens,
+            mode=self._plan.mode,
+            num_reqs=len(self.queues),
+            is_pending=bool(self._in_flight or self._before or self._plan.before),
+            seen=self._mailbox.seen,
+            applied=self._mailbox.applied,
+            cause=cause,
+            cause_ns=int(seconds * NANO),
+            agree_wait_ns=int(self._agree_wait_s * NANO),
+            forward_wait_ns=int(self._forward_wait_s * NANO),
+        )
+
+    def proceed(self, agreement: Agreement) -> None:
+        """Run the step that was agreed on: a forward if anybody has tokens, then the commits that are due."""
+        self._agreement = agreement
+        self.stalls.observe(agreement.proposals)
+        self._forward_wait_s = 0.0
+        if agreement.num_tokens:
+            self._launch(agreement)
+            self._commit_down_to(self._config.overlap_depth)
+        else:
+            self._before.extend(self._plan.before)
+            self._commit_down_to(0)
+            if self._before:
+                self._record_idle([])
+        self._is_asleep = agreement.may_sleep
+
+    def _launch(self, agreement: Agreement) -> None:
+        plan = self._plan
         for item in plan.planned:
             if item.scheduled.start == item.req.num_cached:
                 self._runner.start_req(item.req.row, item.req, self._stop_checker.stop_ids(item.req))
-        batch = plan.to_batch(self._num_steps)
+        num_rows = agreement.rows_per_rank(self._place.tp_size) if self._place.dp_size > 1 else 0
+        batch = plan.to_batch(self._num_steps, num_rows)
         self._num_steps += 1
         for peer in self._endpoints.peers:
             peer.send(batch)
         before, self._before = self._before + plan.before, []
-        self._in_flight.append(InFlight(plan, before, self._runner.launch(batch)))
+        began, waited, ring_waited = time.perf_counter(), self._clock.seconds, self._ring_wait_s
+        self._in_flight.append(InFlight(plan, before, batch, self._runner.launch(batch)))
+        self._forward_wait_s = self._clock.seconds - waited
+        self._turn_log.add(Cause.RING_FULL, self._ring_wait_s - ring_waited)
+        own = time.perf_counter() - began - self._forward_wait_s
+        self._turn_log.add(Cause.PREFILL if plan.mode == ForwardMode.PREFILL else Cause.DECODE, own)
+
+    @property
+    def _ring_wait_s(self) -> float:
+        return 0.0 if self._ring is None else self._ring.wait_s
 
     def _commit_down_to(self, depth: int) -> None:
         """Commit the oldest steps until at most `depth` are in flight."""
@@ -165,20 +261,22 @@ class Scheduler(Generic[LaunchedT]):
             step = self._in_flight.popleft()
             result = self._runner.result(step.launched)
             committed = self.committer.commit(step.plan.planned, result)
-            self._record(step.before, self._runner.ring_seq(step.launched), committed)
+            ring_seq = step.batch.step if self._config.enable_return_routed_experts else -1
+            self._record(step.before, committed, ring_seq, self._place.first_row(step.batch.num_rows))
 
     def _record_idle(self, finished: list[ReqFinished]) -> None:
         """A record without a forward; what is in flight must have been committed, or the order would be wrong."""
         assert not self._in_flight
         before, self._before = self._before, []
-        self._record(before, -1, Committed([], [], finished))
+        self._record(before, Committed([], [], finished))
 
-    def _record(self, before: list[BeforeEvent], ring_seq: int, committed: Committed) -> None:
+    def _record(self, before: list[BeforeEvent], committed: Committed, ring_seq: int = -1, first_row: int = 0) -> None:
         self._endpoints.records.send(
             StepRecord(
-                dp_rank=0,
+                dp_rank=self._place.dp_rank,
                 step=self._num_records,
                 ring_seq=ring_seq,
+                first_row=first_row,
                 weight_version=self._config.weight_version,
                 before=before,
                 segments=committed.segments,
@@ -211,6 +309,9 @@ class Scheduler(Generic[LaunchedT]):
             )
         )
 
+    def _on_notice(self, message: DispatchNotice) -> None:
+        """The number is all that it says."""
+
     def _on_abort(self, message: AbortReq) -> None:
         """Abort in any state: what is in flight is committed first, so that only requests between steps are left."""
         if not message.rid and not message.abort_all:
@@ -226,25 +327,28 @@ class Scheduler(Generic[LaunchedT]):
         self._record_idle(finished)
 
     def _on_flush_cache(self, message: FlushCacheReq) -> None:
-        self._commit_down_to(0)
-        if len(self.queues):
-            reply = ControlReply(message.op_id, False, f"not flushed: {len(self.queues)} requests run or wait")
-        else:
+        """All leaders decide alike, from what the agreement says of all; the first one answers."""
+        num_reqs = self._agreement.num_reqs
+        if num_reqs == 0:
+            self._commit_down_to(0)
             self._pages.flush()
             self._pages.check_integrity()
             self._before.append(CacheFlushed())
             self._record_idle([])
-            reply = ControlReply(message.op_id, True, "cache flushed")
-        self._endpoints.frontend.send(reply)
+        if self._place.dp_rank == 0:
+            text = f"not flushed: {num_reqs} requests run or wait" if num_reqs else "cache flushed"
+            self._endpoints.frontend.send(ControlReply(message.op_id, num_reqs == 0, text))
 
     def _on_get_internal_state(self, message: GetInternalStateReq) -> None:
-        self._endpoints.frontend.send(ControlReply(message.op_id, True, state=self.state()))
+        self._endpoints.frontend.send(
+            ControlReply(message.op_id, True, state=self.state(), sync_waits=self.stalls.waits())
+        )
 
     def _on_shutdown(self, message: ShutdownReq) -> None:
         self._serving = False
 
     def state(self) -> dict[str, int | float | str]:
-        """Counters and sizes of this replica."""
+        """Counters and sizes of this dp rank."""
         pool, cache, cost = self._pages.pool, self._pages.cache, self.committer.finish_cost
         if self.is_idle:
             self._pages.check_integrity()
@@ -260,6 +364,8 @@ class Scheduler(Generic[LaunchedT]):
             "finish_total_s": cost.total_s,
             "finish_max_s": cost.max_s,
             "weight_version": self._config.weight_version,
+            "garbage_pauses": self._garbage.num_pauses,
+            "garbage_pause_s": self._garbage.seconds,
             "routing_ring_occupied": 0 if self._ring is None else self._ring.num_occupied,
             "routing_ring_waits": 0 if self._ring is None else self._ring.num_waits,
             "routing_ring_wait_s": 0.0 if self._ring is None else self._ring.wait_s,

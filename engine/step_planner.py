@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .agreement import ForwardMode
 from .io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
 from .page_manager import PageManager
 from .request_queues import RequestQueues
@@ -33,8 +34,18 @@ class StepPlan:
     before: list[BeforeEvent] = field(default_factory=list)
     starved: bool = False
 
-    def to_batch(self, step: int) -> ScheduleBatch:
-        return ScheduleBatch(step, [planned.scheduled for planned in self.planned])
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.scheduled.num_tokens for item in self.planned)
+
+    @property
+    def mode(self) -> ForwardMode:
+        if not self.planned:
+            return ForwardMode.IDLE
+        return ForwardMode.DECODE if self.num_tokens == len(self.planned) else ForwardMode.PREFILL
+
+    def to_batch(self, step: int, num_rows: int) -> ScheduleBatch:
+        return ScheduleBatch(step, [planned.scheduled for planned in self.planned], num_rows)
 
 
 class StepPlanner:

@@ -1,15 +1,16 @@
 """The frontend's half of a request: text to ids, one queue per request, aborts, control operations.
 
-It lives on one asyncio loop. It alone numbers what goes to the leaders, in one sequence. It holds no model and no torch.
+It lives on one asyncio loop. It holds no model and no torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 from .answer import Answer, RoutesForm
 from .config import EngineConfig
 from .dp_router import DpRouter
+from .engine_state import merge_states
 from .generate_request import GenerateReqInput, SampleRequest, expand
 from .io_struct import (
     AbortReq,
@@ -39,6 +41,7 @@ from .io_struct import (
     ShutdownReq,
     TokenizedGenerateReqInput,
 )
+from .leader_link import LeaderLink
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .routing.claims import ClaimError
@@ -88,17 +91,17 @@ class TokenizerManager:
         self._context = zmq.asyncio.Context()
         # The sender never blocks and is used on the loop alone; a plain context serves.
         self._plain_context = zmq.Context()
-        self._leaders: list[Sender[FrontendMessage]] = [Sender(self._plain_context, leader) for leader in leaders]
+        senders: list[Sender[FrontendMessage]] = [Sender(self._plain_context, leader) for leader in leaders]
+        self._link = LeaderLink(senders)
         self._inbox: AsyncReceiver[BackendMessage] = AsyncReceiver(self._context, frontend, BackendMessage)
         self._queries = self._context.socket(zmq.DEALER)
         self._queries.setsockopt(zmq.LINGER, 0)
         self._queries.connect(queries)
         # Where claims are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
         self.queries_endpoint = queries
-        self._dispatch = itertools.count(1)
         self._events: dict[str, asyncio.Queue[Event]] = {}
-        # Sent and not yet told to have finished, whoever still waits for them.
-        self._at_engine: set[str] = set()
+        # By rid, the dp rank of what was sent and is not yet told to have finished, whoever still waits for it.
+        self._at_engine: dict[str, int] = {}
         self._replies: dict[str, asyncio.Future[Any]] = {}
         self._observer: RequestObserver = observer or NoObserver()
         self._dp_router = DpRouter(config.dp_size)
@@ -146,13 +149,12 @@ class TokenizerManager:
 
     async def stop_engine(self) -> None:
         """Ask the ranks to leave after the step in flight."""
-        self._send_to_all(ShutdownReq(next(self._dispatch)))
+        self._link.send_to_all(ShutdownReq)
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        for leader in self._leaders:
-            leader.flush_and_close(1.0)
+        self._link.close(1.0)
         self._inbox.close()
         self._queries.close(linger=0)
         self._context.destroy(linger=0)
@@ -214,14 +216,12 @@ class TokenizerManager:
             for sample in samples
         }
         queue: asyncio.Queue[Event] = asyncio.Queue()
-        dp_rank = self._dp_router.choose(request.session_id, request.routed_dp_rank)
         outcome = "cancelled"
         try:
             for sample in samples:
                 self._events[sample.rid] = queue
-            for sample in samples:
-                self._leaders[dp_rank].send(self._tokenized(request, sample))
-                self._at_engine.add(sample.rid)
+            for _, group in groupby(samples, key=lambda sample: sample.item):
+                self._dispatch(request, list(group))
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(request, list(answers.values()), queue, single):
                 yield result
@@ -229,7 +229,6 @@ class TokenizerManager:
             outcome = "error"
             raise
         finally:
-            self._dp_router.release(dp_rank)
             for rid, answer in answers.items():
                 # A finished request's rid may be another's by now.
                 if self._events.get(rid) is queue:
@@ -287,11 +286,28 @@ class TokenizerManager:
         if len(self._events) + num_samples > most:
             raise OverloadedError(f"{len(self._events)} requests run or wait, at most {most} may; try again later")
 
-    def _tokenized(self, request: GenerateReqInput, sample: SampleRequest) -> TokenizedGenerateReqInput:
+    def _dispatch(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
+        """Send the samples of one prompt to one dp rank."""
+        input_ids = np.asarray(samples[0].input_ids, dtype="<i4").tobytes()
+        dp_rank = self._dp_router.choose(
+            input_ids,
+            request.extra_key or "",
+            session_id=request.session_id,
+            routed_dp_rank=request.routed_dp_rank,
+            num_samples=len(samples),
+        )
+        for sample in samples:
+            self._link.send(dp_rank, partial(self._tokenized, request, sample, input_ids))
+            self._at_engine[sample.rid] = dp_rank
+
+    @staticmethod
+    def _tokenized(
+        request: GenerateReqInput, sample: SampleRequest, input_ids: bytes, dispatch: int
+    ) -> TokenizedGenerateReqInput:
         return TokenizedGenerateReqInput(
-            dispatch=next(self._dispatch),
+            dispatch=dispatch,
             rid=sample.rid,
-            input_ids=np.asarray(sample.input_ids, dtype="<i4").tobytes(),
+            input_ids=input_ids,
             sampling_params=sample.sampling_params,
             return_routed_experts=sample.return_routed_experts,
             routed_experts_start_len=sample.routed_experts_start_len,
@@ -316,7 +332,7 @@ class TokenizerManager:
         """
         if not rid and not abort_all:
             raise ValueError("rid: must not be empty, unless abort_all is true")
-        self._send_to_all(AbortReq(next(self._dispatch), rid, abort_all))
+        self._link.send_to_all(lambda number: AbortReq(number, rid, abort_all))
 
     def _limit_unread(self, queue: asyncio.Queue[Event]) -> None:
         """Abort all samples of a request whose caller does not read."""
@@ -329,23 +345,31 @@ class TokenizerManager:
                 self._abort_exactly(rid)
 
     def _abort_exactly(self, rid: str) -> None:
-        self._send_to_all(AbortReq(next(self._dispatch), rid, exact=True))
-
-    def _send_to_all(self, message: FrontendMessage) -> None:
-        for leader in self._leaders:
-            leader.send(message)
+        self._link.send_to_all(lambda number: AbortReq(number, rid, exact=True))
 
     async def flush_cache(self) -> tuple[bool, str]:
         """Empty the prefix cache; whether it was done, and what the engine says."""
-        reply = await self._control(FlushCacheReq)
+        op_id = uuid.uuid4().hex
+        future = self._expect(op_id)
+        self._link.send_to_all(lambda number: FlushCacheReq(number, op_id))
+        reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
+        if reply.success:
+            self._dp_router.forget_prefixes()
         return reply.success, reply.message
 
     async def get_state(self) -> dict[str, Any]:
-        """Facts of the engine, its leader's state and the output processor's counters."""
-        state = await self._control(GetInternalStateReq)
+        """Facts of the engine, its leaders' states and the output processor's counters."""
+        states = await asyncio.gather(*map(self._get_leader_state, range(self.config.dp_size)))
         counters = await self._query(lambda op_id: GetCountersReq(op_id))
         assert isinstance(counters[0], CountersReply)
-        return {**self.facts, **state.state, **counters[0].counters}
+        return {**self.facts, **merge_states(states), **counters[0].counters}
+
+    async def _get_leader_state(self, dp_rank: int) -> ControlReply:
+        op_id = uuid.uuid4().hex
+        future = self._expect(op_id)
+        self._link.ask(dp_rank, GetInternalStateReq(op_id))
+        reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
+        return reply
 
     async def fetch_routed_experts(self, claim: str) -> RoutedExperts:
         """The rows behind a claim, verified.
@@ -359,13 +383,6 @@ class TokenizerManager:
         if reply.meta is None:
             raise ClaimError(reply.error)
         return decode(reply.meta, frames[0])
-
-    async def _control(self, message_type: type[FlushCacheReq] | type[GetInternalStateReq]) -> ControlReply:
-        op_id = uuid.uuid4().hex
-        future = self._expect(op_id)
-        self._leaders[0].send(message_type(next(self._dispatch), op_id))
-        reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
-        return reply
 
     async def _query(self, make: Any) -> tuple[OutputReply, list[bytes]]:
         op_id = uuid.uuid4().hex
@@ -416,7 +433,7 @@ class TokenizerManager:
                 logger.error("%s: %s", output.rid, error)
                 event = (msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None)
             if output.finish_reason is not None:
-                self._at_engine.discard(output.rid)
+                self._dp_router.release(self._at_engine.pop(output.rid))
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)

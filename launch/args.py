@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..engine.config import ATTENTION_BACKENDS, DTYPES, EXPERTS_BACKENDS, MOE_SPLITS, EngineConfig
+from ..engine.config import ATTENTION_BACKENDS, DTYPES, EXPERTS_BACKENDS, MOE_DISPATCHERS, MOE_SPLITS, EngineConfig
 
 API_KEY_VARIABLE = "WAYBILL_API_KEY"
 # torchrun gives the ranks 30 seconds.
@@ -112,6 +112,8 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         return WorkerCommand(run_dir=options.run_dir)
     try:
         check_model(options.model, options.tp)
+        if options.dp < 1:
+            raise ValueError(f"--dp {options.dp}: must be at least 1")
         if options.command == "serve":
             return WorkerCommand(
                 config=engine_config(options, routing=options.enable_return_routed_experts),
@@ -168,10 +170,17 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     defaults = EngineConfig(model_path="")
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint folder in Hugging Face format")
-    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks")
+    parser.add_argument("--tp", type=int, default=2, help="ranks that share each attention layer (tensor parallel)")
+    parser.add_argument("--dp", type=int, default=1, help="groups of such ranks, each with requests of its own")
     parser.add_argument("--device", default=defaults.device, help="auto, cpu or cuda")
     parser.add_argument("--dtype", default=defaults.dtype, choices=DTYPES)
     parser.add_argument("--moe-split", default=defaults.moe_split, choices=MOE_SPLITS, help="whole experts, or slices")
+    parser.add_argument(
+        "--moe-dispatcher",
+        default=defaults.moe_dispatcher,
+        choices=MOE_DISPATCHERS,
+        help="how tokens reach their experts with --dp",
+    )
     parser.add_argument("--attention-backend", default=defaults.attention_backend, choices=ATTENTION_BACKENDS)
     parser.add_argument("--experts-backend", default=defaults.experts_backend, choices=EXPERTS_BACKENDS)
     parser.add_argument(
@@ -203,9 +212,11 @@ def engine_config(options: argparse.Namespace, *, routing: bool) -> EngineConfig
     return EngineConfig(
         model_path=options.model,
         tp_size=options.tp,
+        dp_size=options.dp,
         device=options.device,
         dtype=options.dtype,
         moe_split=options.moe_split,
+        moe_dispatcher=options.moe_dispatcher,
         attention_backend=options.attention_backend,
         experts_backend=options.experts_backend,
         context_length=options.context_length,

@@ -37,6 +37,7 @@ class RankZeroChildren:
             queries_address=addresses.queries,
             tokenizer_path=config.tokenizer_path or config.model_path,
             lifeline_path=addresses.lifeline,
+            dp_size=config.dp_size,
             claim_budget_bytes=config.claim_budget_bytes,
             claim_ttl_s=config.claim_ttl_s,
             log_level=config.log_level,

@@ -43,7 +43,7 @@ class VocabParallelEmbedding(VocabShard):
     """Ids [T] -> [T, D]: each rank looks up the ids it holds, and the sum has every row once."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self._axis.size == 1:
+        if self._axis.size == 1 or len(ids) == 0:
             return F.embedding(ids, self.weight)
         local = ids - self._first
         held = (local >= 0) & (local < self._num_rows)

@@ -30,7 +30,7 @@ class AttentionBatch:
 
     def tables(self) -> torch.Tensor:
         """The requests' pages [B, P'] int32, as far as the longest needs them."""
-        num_pages = -(-max(self.kv_lens) // self.page_size)
+        num_pages = -(-max(self.kv_lens, default=0) // self.page_size)
         return self.page_table[:, :num_pages][self.req_rows]
 
 

@@ -103,7 +103,7 @@ class TritonPagedAttention:
         self._prefill = SdpaAttention()
 
     def plan(self, batch: AttentionBatch) -> DecodePlan | SdpaPlan:
-        if max(batch.q_lens) > 1:
+        if max(batch.q_lens, default=0) > 1:
             return self._prefill.plan(batch)
         kv_lens = torch.tensor(batch.kv_lens, dtype=torch.int32, device=batch.page_table.device)
         return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)

@@ -67,16 +67,19 @@ def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: 
 
     @router.get("/v1/loads")
     async def loads() -> Response:
-        state = await manager.get_state()
-        load = {
-            "dp_rank": 0,
-            "num_running_reqs": state["num_running"],
-            "num_waiting_reqs": state["num_waiting"],
-            "num_used_tokens": (state["num_pages"] - state["num_free_pages"]) * state["page_size"],
-            "max_total_num_tokens": state["kv_cache_tokens"],
-            "token_usage": 1 - state["num_free_pages"] / state["num_pages"],
-        }
-        return json_response({"timestamp": time.time(), "dp_rank_count": manager.config.dp_size, "loads": [load]})
+        engine = await manager.get_state()
+        loads = [
+            {
+                "dp_rank": dp_rank,
+                "num_running_reqs": state["num_running"],
+                "num_waiting_reqs": state["num_waiting"],
+                "num_used_tokens": (state["num_pages"] - state["num_free_pages"]) * engine["page_size"],
+                "max_total_num_tokens": engine["kv_cache_tokens"],
+                "token_usage": 1 - state["num_free_pages"] / state["num_pages"],
+            }
+            for dp_rank, state in enumerate(engine["dp_ranks"])
+        ]
+        return json_response({"timestamp": time.time(), "dp_rank_count": manager.config.dp_size, "loads": loads})
 
     @router.get("/v1/models")
     async def models() -> Response:

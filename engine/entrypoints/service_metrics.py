@@ -35,6 +35,7 @@ STATE_GAUGES = (
     ("waybill_routing_ring_slots", "Steps of routing that may wait to be filed.", "routing_ring_slots"),
     ("waybill_routing_ring_occupied", "Steps of routing that wait to be filed.", "routing_ring_occupied"),
     ("waybill_routing_ring_waits", "Steps that waited for a free slot, since the start.", "routing_ring_waits"),
+    ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),
 )
 
 
@@ -64,6 +65,12 @@ class ServiceMetrics:
             "waybill_cache_hit_rate", "Share of prompt tokens found in the cache, since the start.", registry=registry
         )
         self._state = {key: Gauge(name, text, registry=registry) for name, text, key in STATE_GAUGES}
+        self._sync_waits = Gauge(
+            "waybill_sync_wait_seconds",
+            "Time that dp rank `rank` waited for `blamed`, which came last, and why that one was late; since the start.",
+            ["rank", "blamed", "cause"],
+            registry=registry,
+        )
         self._last_seen: dict[str, float] = {}
         self._num_prompt = self._num_cached = 0
 
@@ -110,5 +117,7 @@ class ServiceMetrics:
         for key, gauge in self._state.items():
             if state is not None:
                 gauge.set(state[key])
+        for wait in [] if state is None else state["sync_waits"]:
+            self._sync_waits.labels(wait["rank"], wait["blamed"], wait["cause"]).set(wait["seconds"])
         self._hit_rate.set(self._num_cached / self._num_prompt if self._num_prompt else 0.0)
         return generate_latest(self._registry)

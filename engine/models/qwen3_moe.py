@@ -8,7 +8,7 @@ Legend: T tokens of a step, D hidden, H query heads of this rank, G kv heads of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from ...parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from ...parallel.mesh import Axis
-from ...parallel.moe.dispatch import ReplicatedDispatcher
+from ...parallel.mesh import Axis, ParallelMesh
+from ...parallel.moe.all_to_all import AllToAllDispatcher
+from ...parallel.moe.dispatch import AllGatherDispatcher, Dispatcher, ReplicatedDispatcher, SyncClock
 from ...parallel.moe.experts import Experts
 from ...parallel.moe.layer import MoeLayer, RouteRecorder
 from ...parallel.moe.router import TopKRouter
@@ -96,10 +97,27 @@ class ModelContext:
     """What every layer is built with."""
 
     config: ModelConfig
-    axis: Axis
-    device: torch.device
-    moe_split: str
-    experts_backend: str
+    mesh: ParallelMesh
+    moe_split: str = "ep"
+    experts_backend: str = "auto"
+    dispatcher: str = "all_gather"
+    clock: SyncClock = field(default_factory=SyncClock)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+    @property
+    def axis(self) -> Axis:
+        """What attention, dense MLPs and the vocabulary are sharded over."""
+        return self.mesh.tp
+
+    def make_dispatcher(self) -> Dispatcher:
+        if self.mesh.dp.size == 1:
+            return ReplicatedDispatcher(self.mesh.world)
+        if self.dispatcher == "all_to_all":
+            return AllToAllDispatcher(self.mesh.world, self.config.num_experts, self.clock)
+        return AllGatherDispatcher(self.mesh.world, self.clock)
 
 
 class RMSNorm(nn.Module):
@@ -159,6 +177,7 @@ class Attention(nn.Module):
             config.hidden_size,
             context.axis,
             bias=config.attention_bias,
+            reduce=False,
             dtype=config.dtype,
             device=context.device,
         )
@@ -176,7 +195,7 @@ class Attention(nn.Module):
         backend: AttentionBackend[Any],
         kv: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """[T, D] -> [T, D]; writes this step's keys and values to their slots first."""
+        """[T, D] -> partial sums [T, D]; writes this step's keys and values to their slots first."""
         qkv = self.qkv_proj(hidden)
         query = self._ops.norm_rope_store(qkv, self._norms, rope, batch.kv_slots, kv["k"], kv["v"])
         out = backend.forward(query, kv["k"], kv["v"], batch.attention_plan, self._scale)
@@ -198,7 +217,7 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), as partial sums over the axis."""
 
     def __init__(self, context: ModelContext) -> None:
         super().__init__()
@@ -208,7 +227,12 @@ class DenseMLP(nn.Module):
             config.hidden_size, sizes, context.axis, dtype=config.dtype, device=context.device
         )
         self.down_proj = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, context.axis, dtype=config.dtype, device=context.device
+            config.intermediate_size,
+            config.hidden_size,
+            context.axis,
+            reduce=False,
+            dtype=config.dtype,
+            device=context.device,
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -224,7 +248,7 @@ class DenseMLP(nn.Module):
 
 
 def make_moe_layer(moe_index: int, context: ModelContext) -> MoeLayer:
-    """The MoE layer with tokens replicated over the tp axis."""
+    """The MoE layer, its experts over the whole world."""
     config = context.config
     router = TopKRouter(
         config.hidden_size,
@@ -238,13 +262,13 @@ def make_moe_layer(moe_index: int, context: ModelContext) -> MoeLayer:
         config.num_experts,
         config.hidden_size,
         config.moe_intermediate_size,
-        context.axis,
+        context.mesh.world,
         split=context.moe_split,
         backend=context.experts_backend,
         dtype=config.dtype,
         device=context.device,
     )
-    return MoeLayer(moe_index, router, ReplicatedDispatcher(context.axis), experts)
+    return MoeLayer(moe_index, router, context.make_dispatcher(), experts)
 
 
 def moe_weight_loaders(layer: MoeLayer, num_experts: int, prefix: str) -> dict[str, WeightLoader]:
@@ -280,10 +304,14 @@ class DecoderLayer(nn.Module):
         kv: dict[str, torch.Tensor],
         recorder: RouteRecorder | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input, normed and as it is, to what the MLP adds and the residual stream to add it to, all [T, D]."""
-        normed, residual = self.post_attention_layernorm.add(self.self_attn(normed, rope, batch, backend, kv), residual)
-        added = self.mlp(normed, recorder) if isinstance(self.mlp, MoeLayer) else self.mlp(normed)
-        return added, residual
+        """The input, normed and as it is, to what the MLP adds and the residual stream to add it to, all [P, D]: this
+        rank's rows, as `batch.layout` spreads them."""
+        layout = batch.layout
+        attended = layout.run_sharded(lambda rows: self.self_attn(rows, rope, batch, backend, kv), normed)
+        normed, residual = self.post_attention_layernorm.add(attended, residual)
+        if isinstance(self.mlp, MoeLayer):
+            return self.mlp(normed, layout.num_held, recorder), residual
+        return layout.run_sharded(self.mlp, normed), residual
 
     def weight_loaders(self, prefix: str, config: ModelConfig) -> dict[str, WeightLoader]:
         mlp_loaders = (
@@ -326,7 +354,7 @@ class Qwen3MoeForCausalLM(nn.Module):
         recorder: RouteRecorder | None,
     ) -> torch.Tensor:
         """A step's tokens to hidden states [T, D]; every MoE layer tells `recorder` the ids it chose."""
-        residual = self.embed_tokens(batch.input_ids)
+        residual = batch.layout.scatter(self.embed_tokens(batch.input_ids))
         rope = self.rotary(batch.positions)
         layers = self.decoder_layers()
         normed = layers[0].input_layernorm(residual)
@@ -335,7 +363,7 @@ class Qwen3MoeForCausalLM(nn.Module):
             # The norm that comes next takes the sum along.
             following = layers[layer_id + 1].input_layernorm if layer_id + 1 < len(layers) else self.norm
             normed, residual = following.add(added, residual)
-        return normed
+        return batch.layout.gather(normed)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[N, D] -> [N, V] on tp rank 0, None elsewhere; every tp rank must call it."""

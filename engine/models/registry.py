@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...parallel.mesh import ParallelMesh
+from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from . import qwen3_moe
 from .checkpoint import Checkpoint, load_weights
@@ -25,12 +26,12 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
 
 
 def load_model(
-    config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh
+    config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh, clock: SyncClock
 ) -> Qwen3MoeForCausalLM:
-    """Build this rank's part of the model and fill it from the checkpoint."""
+    """Build this rank's part of the model and fill it from the checkpoint. `clock` runs while ranks meet in MoE layers."""
     if mesh.device.type == "cuda" and model_config.head_dim & (model_config.head_dim - 1):
         raise ValueError(f"head_dim={model_config.head_dim}: must be a power of two on CUDA")
-    context = ModelContext(model_config, mesh.tp, mesh.device, config.moe_split, config.experts_backend)
+    context = ModelContext(model_config, mesh, config.moe_split, config.experts_backend, config.moe_dispatcher, clock)
     model = MODEL_FILES[model_config.model_type].Qwen3MoeForCausalLM(context, num_positions)
     load_weights(model.weight_loaders(), Checkpoint(config.model_path), model.ignored_weights)
     return model.eval()

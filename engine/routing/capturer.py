@@ -1,9 +1,9 @@
 """Records which experts every token of a step was routed to. Lives on rank 0 alone.
 
-Each MoE layer writes its ids where `slot` says, as its router chooses. On CPU that is the ring slot itself; on an
-accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring on a side stream after the forward.
-A layer that did not ask for its slot - a fused router that bypasses the hook, say - fails that step: zeros are valid expert
-ids and must never pass for routes.
+Each MoE layer writes its ids where `slot` says, as its router chooses, or hands over those of the whole world. On CPU that
+is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring on a
+side stream after the forward. A layer that did not ask for its slot - a fused router that bypasses the hook, say - fails that
+step: zeros are valid expert ids and must never pass for routes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ ACQUIRE_TIMEOUT_S = 60.0
 
 
 class RoutedExpertsCapturer:
-    """Fills one ring slot per forward. Call order: `begin`, `slot` once per MoE layer, `finish`, `publish`.
+    """Fills one ring slot per forward. Call order: `begin`, `slot` or `record` once per MoE layer, `finish`, `publish`.
+
+    `first_rank` and `num_ranks` say which ranks' rows are recorded where a layer has those of the whole world.
 
     A graph is captured between `begin_graph` and `check`, and replayed between `begin_replay` and `finish`.
     """
 
-    def __init__(self, ring: RouteRing, device: torch.device) -> None:
+    def __init__(self, ring: RouteRing, device: torch.device, *, first_rank: int = 0, num_ranks: int = 1) -> None:
         self._ring = ring
+        self._first_rank = first_rank
+        self._num_ranks = num_ranks
+        self._first_row = 0
         self._num_rows = 0
         self._seq = -1
         self._asked: list[int] = []
@@ -32,9 +37,10 @@ class RoutedExpertsCapturer:
         self._device_copy = None if device.type == "cpu" else DeviceCopy(ring, device)
 
     def begin(self, num_rows: int) -> int:
-        """Start a step of `num_rows` rows; waits while the ring is full. Returns the step's ring sequence number."""
+        """Start a step of `num_rows` rows a rank; waits while the ring is full. Returns the step's ring sequence number."""
         self._seq = self._ring.acquire(ACQUIRE_TIMEOUT_S)
-        self._num_rows = num_rows
+        self._first_row = num_rows * self._first_rank
+        self._num_rows = num_rows = num_rows * self._num_ranks
         self._asked = []
         if self._device_copy is None:
             self._target = torch.from_numpy(self._ring.slot(self._seq, num_rows))
@@ -58,6 +64,10 @@ class RoutedExpertsCapturer:
         """Where the ids [T, K] of one MoE layer go, counted among the MoE layers."""
         self._asked.append(moe_layer_index)
         return self._target[moe_layer_index]
+
+    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
+        """Keep the rows of the recorded ranks, out of ids [G, K] of the whole world."""
+        self.slot(moe_layer_index).copy_(ids[self._first_row : self._first_row + self._num_rows])
 
     def check(self) -> None:
         """

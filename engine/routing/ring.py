@@ -144,9 +144,11 @@ class RouteRing:
         raw = self._slots[seq % self.num_slots, : self.geometry.row_bytes * num_rows]
         return raw.view(self.geometry.dtype).reshape(self.geometry.num_moe_layers, num_rows, self.geometry.top_k)
 
-    def rows(self, seq: int, num_rows: int) -> np.ndarray:
-        """The reader's view `[moe_layers, num_rows, top_k]` of a published step, without its padding."""
-        return self._view(seq, int(self._header[FIRST_ROWS_WORD + seq % self.num_slots]))[:, :num_rows]
+    def rows(self, seq: int, first_row: int, num_rows: int) -> np.ndarray:
+        """The reader's view `[moe_layers, num_rows, top_k]` of a published step, from row `first_row` on."""
+        rows_there = int(self._header[FIRST_ROWS_WORD + seq % self.num_slots])
+        assert first_row + num_rows <= rows_there, "the record speaks of rows that the step did not have"
+        return self._view(seq, rows_there)[:, first_row : first_row + num_rows]
 
     def mark_filed(self, seq: int) -> None:
         """Give the slot of `seq` back; steps are filed in order."""

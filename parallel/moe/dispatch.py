@@ -2,19 +2,23 @@
 
 A dispatcher's `dispatch` returns a frozen record, and `combine` takes it back: nothing is kept in between.
 
-Legend: T tokens of this rank, G tokens that this rank's experts see, D hidden, K experts per token.
+Legend: T rows of this rank, W ranks of the axis, G tokens that this rank's experts see, D hidden, K experts per token.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from ..collectives import all_reduce
+from ..collectives import all_gather, all_reduce, reduce_scatter
 from ..mesh import Axis
 from .router import RouterOutput
+
+# The id of no expert: rows of padding are nobody's work.
+NO_EXPERT = -1
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,104 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput) -> Dispatched: ...
+    @property
+    def gathers_ids(self) -> bool:
+        """Whether `dispatch` brings every rank the ids of the whole world, [G, K] in world order, to be recorded there.
+        Where it does not, each rank records what its own router chose."""
+        ...
+
+    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
+        """hidden [T, D] and where it is routed to; rows from `num_held` on are padding."""
+        ...
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Partial results [G, D] of the local experts -> complete results [T, D] of this rank's tokens."""
         ...
 
 
+@dataclass
+class SyncClock:
+    """Host time spent in the collectives in which ranks meet; for who wants to know who waits for whom.
+
+    On a GPU a collective returns before it is done, so the time says nothing there.
+    """
+
+    seconds: float = 0.0
+
+    def add_since(self, began: float) -> None:
+        self.seconds += time.perf_counter() - began
+
+
 class ReplicatedDispatcher:
     """Every rank of the axis holds all tokens already (G = T); the partial results are summed."""
+
+    gathers_ids = False
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
 
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput) -> Dispatched:
+    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
         return Dispatched(hidden, routed.ids, routed.weights)
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         return all_reduce(partial, self._axis)
+
+
+class AllGatherDispatcher:
+    """Every rank gets all tokens of the world (G = W * T) with their ids and weights, in one packed all-gather; the partial
+    results are reduce-scattered. All ranks bring the same number of rows."""
+
+    gathers_ids = True
+
+    def __init__(self, axis: Axis, clock: SyncClock) -> None:
+        self._axis = axis
+        self._clock = clock
+
+    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
+        packed = pack(hidden, mask_padding(routed.ids, num_held), routed.weights)
+        began = time.perf_counter()
+        gathered = all_gather(packed, self._axis)
+        self._clock.add_since(began)
+        return Dispatched(*unpack(gathered, hidden, routed))
+
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        return reduce_scatter(partial, self._axis)
+
+
+class PlainDispatcher:
+    """The slow twin of the two above and of all-to-all: three gathers, one all-reduce, and this rank's rows of the sum."""
+
+    gathers_ids = True
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+
+    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
+        ids = mask_padding(routed.ids, num_held)
+        return Dispatched(*(all_gather(x, self._axis) for x in (hidden, ids, routed.weights)))
+
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        return all_reduce(partial, self._axis).chunk(self._axis.size)[self._axis.rank]
+
+
+def mask_padding(ids: torch.Tensor, num_held: int) -> torch.Tensor:
+    """Ids [T, K] as they travel, int32, those of padding `NO_EXPERT`."""
+    masked = ids.to(torch.int32)
+    masked[num_held:] = NO_EXPERT
+    return masked
+
+
+def pack(*parts: torch.Tensor) -> torch.Tensor:
+    """Parts [T, *] of any dtypes side by side, as bytes [T, sum of widths]."""
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def unpack(packed: torch.Tensor, hidden: torch.Tensor, routed: RouterOutput) -> tuple[torch.Tensor, ...]:
+    """Bytes [G, *] back to hidden, ids (as int64) and weights, of the widths and dtypes of the given ones."""
+    widths = [
+        hidden.shape[1] * hidden.itemsize,
+        routed.ids.shape[1] * torch.int32.itemsize,
+        routed.weights.shape[1] * routed.weights.itemsize,
+    ]
+    rows, ids, weights = (part.contiguous() for part in packed.split(widths, dim=1))
+    return rows.view(hidden.dtype), ids.view(torch.int32).to(routed.ids.dtype), weights.view(routed.weights.dtype)

@@ -131,5 +131,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Partial results [T, D] of the local experts."""
+        if hidden.shape[0] == 0:
+            return torch.zeros_like(hidden)
         local = ids - self._first_expert if self._first_expert else ids
         return self._function(hidden, local, weights, self.gate_up, self.down)

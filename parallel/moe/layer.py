@@ -13,10 +13,14 @@ from .router import TopKRouter
 
 
 class RouteRecorder(Protocol):
-    """Is told which experts every token chose."""
+    """Is told which experts every token chose, layer by layer; layers are counted among the MoE layers."""
 
     def slot(self, moe_layer_index: int) -> torch.Tensor:
-        """Where a MoE layer, by its index among them, must write the ids [T, K] that it chooses; asked once a step."""
+        """Where the layer's router must write the ids [T, K] that it chooses; asked once a step."""
+        ...
+
+    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
+        """Instead of `slot`, for a layer that has the ids of the whole world: [G, K], in world order."""
         ...
 
 
@@ -30,9 +34,14 @@ class MoeLayer(nn.Module):
         self.dispatcher = dispatcher
         self.experts = experts
 
-    def forward(self, hidden: torch.Tensor, recorder: RouteRecorder | None = None) -> torch.Tensor:
-        record = None if recorder is None else recorder.slot(self.moe_layer_index)
-        routed = self.router(hidden, record=record)
-        dispatched = self.dispatcher.dispatch(hidden, routed)
+    def forward(self, hidden: torch.Tensor, num_held: int, recorder: RouteRecorder | None = None) -> torch.Tensor:
+        """Rows from `num_held` on are padding."""
+        own = None
+        if recorder is not None and not self.dispatcher.gathers_ids:
+            own = recorder.slot(self.moe_layer_index)
+        routed = self.router(hidden, record=own)
+        dispatched = self.dispatcher.dispatch(hidden, routed, num_held)
+        if recorder is not None and self.dispatcher.gathers_ids:
+            recorder.record(self.moe_layer_index, dispatched.ids)
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
         return self.dispatcher.combine(partial, dispatched)

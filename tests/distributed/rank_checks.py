@@ -164,8 +164,8 @@ def check_moe_layer(axis: Axis, split: str) -> None:
             sharded.load_weight(weight, expert_id, part)
             whole.load_weight(weight, expert_id, part)
     x = torch.randn(9, hidden)
-    out = MoeLayer(0, router, ReplicatedDispatcher(axis), sharded)(x)
-    assert_close(out, MoeLayer(0, router, ReplicatedDispatcher(Axis.single()), whole)(x))
+    out = MoeLayer(0, router, ReplicatedDispatcher(axis), sharded)(x, len(x))
+    assert_close(out, MoeLayer(0, router, ReplicatedDispatcher(Axis.single()), whole)(x, len(x)))
     everyones = all_gather(out[None], axis)
     assert torch.equal(everyones, out.expand_as(everyones))
 

@@ -8,6 +8,7 @@ each step continues where the KV of its request ends, on pages that hold exactly
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,9 +111,6 @@ class FakeRunner:
     def result(self, launched: FakeStep) -> StepResult:
         return StepResult(launched.token_ids, [0.0] * len(launched.token_ids), [[]] * len(launched.token_ids))
 
-    def ring_seq(self, launched: FakeStep) -> int:
-        return -1
-
 
 class Replica:
     """A scheduler with fakes around it, and what its records add up to."""
@@ -139,15 +137,22 @@ class Replica:
         self._page_size = config.page_size
         self._filed: dict[str, int] = {}
         self._num_read = 0
+        self._num_sent = 0
 
     def submit(self, rid: str, prompt: list[int], params: SamplingParams, **fields: object) -> None:
         ids = np.array(prompt, dtype="<i4").tobytes()
-        self.inbox.messages.append(TokenizedGenerateReqInput(0, rid, ids, params, **fields))
+        self.send(lambda number: TokenizedGenerateReqInput(number, rid, ids, params, **fields))
+
+    def send(self, make: Callable[[int], FrontendMessage]) -> None:
+        """A message with the next number."""
+        self._num_sent += 1
+        self.inbox.messages.append(make(self._num_sent))
 
     def turn(self) -> None:
         """One turn of the leader's loop, its records read as the output processor reads them."""
         self.scheduler.receive()
-        self.scheduler.step()
+        if self.scheduler.is_awake:
+            self.scheduler.step()
         for record in self.records.sent[self._num_read :]:
             self._read(record)
         self._num_read = len(self.records.sent)
@@ -155,7 +160,8 @@ class Replica:
     def run_until_idle(self, max_turns: int = 100_000) -> None:
         for _ in range(max_turns):
             self.turn()
-            if self.scheduler.is_idle and not self.inbox.messages:
+            if not self.scheduler.is_awake and not self.inbox.messages:
+                assert self.scheduler.is_idle
                 self.pages.check_integrity()
                 return
         raise AssertionError("the scheduler does not come to rest")

@@ -16,6 +16,7 @@ from waybill.engine.io_struct import (
     ReqRetracted,
     ReqStarted,
     RequestOutput,
+    RingGeometry,
     RoutingSetup,
     Segment,
     StepRecord,
@@ -60,9 +61,8 @@ class Engine:
         self.shipper = Shipper(self.mailbox, None, self.claims)
         self.processor = OutputProcessor(self.shipper)
         self.ring = RouteRing.create(GEOMETRY, 4)
-        setup = RoutingSetup(
-            0, 16, 1, self.ring.path if routing else None, 4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts
-        )
+        shape = RingGeometry(4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts)
+        setup = RoutingSetup(0, 16, 1, shape if routing else None, self.ring.path if routing else None)
         self.processor.handle(setup)
         self.steps = 0
         self.routing = routing
@@ -73,7 +73,7 @@ class Engine:
         if num and self.routing:
             seq = self.ring.acquire(1.0)
             self.ring.slot(seq, num)[:] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
-        self.processor.handle(StepRecord(0, self.steps, seq, "v1", **parts))
+        self.processor.handle(StepRecord(0, self.steps, seq, 0, "v1", **parts))
         self.steps += 1
         while not self.shipper._orders.empty():
             self.shipper.ship(self.shipper._orders.get())
@@ -218,4 +218,4 @@ def test_without_routing_nothing_is_allocated_and_outputs_flow() -> None:
     engine = Engine(routing=False)
     finish_at_once(engine, "a", (0, 1), return_routed_experts=False)
     assert engine.mailbox.outputs[0].token_ids == [5]
-    assert engine.processor._ledger is None
+    assert not engine.processor._ledgers

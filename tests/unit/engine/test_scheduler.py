@@ -98,7 +98,7 @@ def test_abort_in_any_state_frees_everything(turns: int) -> None:
         replica.submit(f"r{i}", list(range(1, 14)), SamplingParams(max_new_tokens=30, ignore_eos=True))
     for _ in range(turns):
         replica.turn()
-    replica.inbox.messages.append(AbortReq(0, abort_all=True))
+    replica.send(lambda number: AbortReq(number, abort_all=True))
     replica.run_until_idle()
     assert {finished.reason.type for finished in replica.finished.values()} <= {"abort"}
     assert len(replica.finished) == 4
@@ -109,8 +109,8 @@ def test_abort_takes_a_prefix_and_spares_the_rest() -> None:
     for rid in ("a1", "a2", "b1"):
         replica.submit(rid, [1, 2, 3], SamplingParams(max_new_tokens=8, ignore_eos=True))
     replica.turn()
-    replica.inbox.messages.append(AbortReq(0, rid="a"))
-    replica.inbox.messages.append(AbortReq(0, rid=""))
+    replica.send(lambda number: AbortReq(number, rid="a"))
+    replica.send(lambda number: AbortReq(number, rid=""))
     replica.run_until_idle()
     assert {rid: finished.reason.type for rid, finished in replica.finished.items()} == {
         "a1": "abort",
@@ -123,9 +123,9 @@ def test_flush_is_refused_while_a_request_runs() -> None:
     replica = Replica(make_config(), num_pages=64)
     replica.submit("r", list(range(1, 17)), SamplingParams(max_new_tokens=3, ignore_eos=True))
     replica.turn()
-    replica.inbox.messages.append(FlushCacheReq(0, "early"))
+    replica.send(lambda number: FlushCacheReq(number, "early"))
     replica.run_until_idle()
-    replica.inbox.messages.append(FlushCacheReq(0, "late"))
+    replica.send(lambda number: FlushCacheReq(number, "late"))
     replica.run_until_idle()
     replies = {reply.op_id: reply.success for reply in replica.frontend.sent if isinstance(reply, ControlReply)}
     assert replies == {"early": False, "late": True}
@@ -168,7 +168,7 @@ def test_any_arrival_pattern(
             replica.submit(f"r{index}.", prompt, SamplingParams(max_new_tokens=max_new))
         for when, target in aborts:
             if when == turn:
-                replica.inbox.messages.append(AbortReq(0, rid=f"r{target}."))
+                replica.send(lambda number, rid=f"r{target}.": AbortReq(number, rid=rid))
         replica.turn()
     replica.run_until_idle()
     assert replica.finished.keys() == prompts.keys()

@@ -19,7 +19,7 @@ READER = """
 import sys
 from waybill.engine.routing.ring import RouteGeometry, RouteRing
 ring = RouteRing.attach(sys.argv[1], RouteGeometry((1, 2), 3, 4, 2, 16), 2)
-print(ring.rows(0, 3).tolist())
+print(ring.rows(0, 0, 3).tolist())
 ring.mark_filed(0)
 """
 
@@ -67,7 +67,7 @@ def test_ids_of_every_layer_reach_the_slot() -> None:
         capturer.slot(layer).copy_(ids[layer])
     capturer.finish()
     capturer.publish(seq)
-    assert ring.rows(seq, 3).tolist() == ids.tolist()
+    assert ring.rows(seq, 0, 3).tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize("recorded", [[0], [], [0, 0, 1]])

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
 from safetensors import safe_open
 
-from ...parallel.weights import SafetensorsSource, TensorSource
-
-# Loads one named tensor of the checkpoint into the place where this rank keeps its part of it.
-WeightLoader = Callable[[TensorSource], None]
+from ...parallel.weights import SafetensorsSource, ShardedWeight, TensorSource
 
 NUM_NAMES_SHOWN = 5
 # What was read of a mapped file counts as resident memory until it is closed.
@@ -76,19 +73,19 @@ class Checkpoint:
                 yield name, source
 
 
-def load_weights(loaders: Mapping[str, WeightLoader], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
-    """Fill every parameter from the checkpoint. Names are compared before the first byte is read.
+def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
+    """Compare names and shapes with what the model needs, without reading a tensor.
 
     Args:
-        loaders: one entry per tensor that the model needs, by its name in the checkpoint.
+        weights: one entry per tensor that the model needs, by its name in the checkpoint.
         ignored: names that may stand in the checkpoint without being used (a tied head).
 
     Raises:
         ValueError: tensors are missing, unknown, or of the wrong shape; the message names them.
     """
     present = set(checkpoint.names)
-    missing = sorted(loaders.keys() - present)
-    unknown = sorted(present - loaders.keys() - ignored)
+    missing = sorted(weights.keys() - present)
+    unknown = sorted(present - weights.keys() - ignored)
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             shown = ", ".join(names[:NUM_NAMES_SHOWN])
@@ -96,9 +93,15 @@ def load_weights(loaders: Mapping[str, WeightLoader], checkpoint: Checkpoint, ig
                 f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}"
             )
     for name, source in checkpoint.tensors():
-        if name in ignored:
-            continue
-        try:
-            loaders[name](source)
-        except ValueError as error:
-            raise ValueError(f"tensor {name}: {error}") from error
+        if name not in ignored:
+            try:
+                weights[name].check(tuple(source.shape))
+            except ValueError as error:
+                raise ValueError(f"tensor {name}: {error}") from error
+
+
+def load_weights(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
+    """Fill every parameter from a checkpoint that `check_tensors` has passed."""
+    for name, source in checkpoint.tensors():
+        if name not in ignored:
+            weights[name].load(source)

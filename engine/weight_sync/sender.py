@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -181,9 +181,9 @@ class WeightSender:
         own = self._threads.submit(self._group.send_bucket, [tensor for _, tensor in bucket])
         self._raise_first_failure([own, *calls])
 
-    def _raise_first_failure(self, futures: Sequence[concurrent.futures.Future[object]]) -> None:
+    def _raise_first_failure(self, futures: Sequence[concurrent.futures.Future[Any]]) -> None:
         """Wait for all, or for the first that fails: the others would wait for it in vain."""
-        done, pending = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
         failed = [future for future in futures if future in done and future.exception() is not None]
         if not failed:
             return

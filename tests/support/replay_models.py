@@ -31,7 +31,7 @@ NUM_EXPERTS, TOP_K, VOCAB = 8, 3, 64
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
-    "intermediate_size": 24,
+    "intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -42,18 +42,18 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 12}
+QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 16}
 # Layer 0 is dense where the family allows it.
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **QWEN, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0]),
     "qwen3_moe_unnormalised": lambda: Qwen3MoeConfig(**SIZES, **QWEN, head_dim=8, norm_topk_prob=False),
-    "qwen2_moe": lambda: Qwen2MoeConfig(**SIZES, **QWEN, shared_expert_intermediate_size=12, mlp_only_layers=[0]),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**SIZES, **QWEN, shared_expert_intermediate_size=16, mlp_only_layers=[0]),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=NUM_EXPERTS),
     "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=NUM_EXPERTS),
     "deepseek_v3": lambda: DeepseekV3Config(
         **SIZES,
         n_routed_experts=NUM_EXPERTS,
-        moe_intermediate_size=12,
+        moe_intermediate_size=16,
         n_shared_experts=1,
         n_group=2,
         topk_group=1,
@@ -71,7 +71,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A model in training mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    # torch's grouped products know no float64.
+    experts = "eager" if dtype == torch.float64 else "grouped_mm"
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype, experts_implementation=experts)
     if family == "deepseek_v3":
         for layer in moe_layers(model):
             # A bias that would show if it entered the weights.

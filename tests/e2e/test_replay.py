@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from waybill import Engine
 from waybill.engine.routing.replay import RoutedExpertsBatch, replay_routing, routes_from_answer
 from waybill.engine.routing.wire import RoutedExperts
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "examples" / "tiny_moe" / "checkpoint"
+DOCUMENT = ROOT / "docs" / "rl.md"
 TOLERANCE = 1e-4
 TURNS = ("start with {}", "add 21", "add 28")
 NUM_CONVERSATIONS = 24
@@ -62,6 +67,15 @@ def rollouts() -> list[Rollout]:
             for one, prompt, answer in zip(conversations, prompts, answers, strict=True):
                 one.take(prompt, answer)
     return conversations
+
+
+def test_the_documentation_s_program_runs() -> None:
+    """docs/rl.md, whose assertions compare log-probabilities with the engine's."""
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE))
+    assert program.count("assert ") == 2
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "missing=0, last=2" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ NUM_TURNS = 8
 FREE_TOKENS = 64
 BATCH = 16
 EXTREME = 2.0
-TRAINING = {"steps": 400, "batch": 16, "lr": 2e-3, "balance": 0.01}
+TRAINING = {"steps": 200, "batch": 8, "lr": 2e-3, "balance": 0.01}
 MODELS = ("embedded", "deep", "routing30b")
 
 
@@ -197,6 +197,8 @@ def train_briefly(path: Path) -> str:
         optimizer.zero_grad()
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    for stale in path.glob("model*.safetensors*"):
+        stale.unlink()
     model.to(torch.bfloat16).save_pretrained(path)
     return f"{TRAINING['steps']} steps of {TRAINING['batch']} dialogues, loss {loss.item():.3f}"
 

@@ -16,6 +16,10 @@ from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, set_z3_leaf_modules
 from support.replay_models import make_model, make_routes, moe_layers, random_rows, random_tokens, received_by_experts
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from waybill.engine.routing.replay import RoutedExpertsBatch, leaf_module_classes, replay_routing
 
@@ -136,6 +140,7 @@ def check_deepspeed() -> None:
     """Everything below, in one start of the ranks."""
     prepare_deepspeed()
     check_zero_stages()
+    check_torch_wrappers()
     check_autoep()
 
 
@@ -144,6 +149,29 @@ def check_zero_stages() -> None:
     for stage, checkpointing in product((1, 2, 3), (False, True)):
         train_and_compare("qwen3_moe", stage, checkpointing)
     train_and_compare("deepseek_v3", 3, True)
+
+
+def check_torch_wrappers() -> None:
+    """DDP and FSDP2 give the gradients of one process."""
+    (expected, *_), _ = train_alone("qwen3_moe")
+    for wrap in (DistributedDataParallel, shard):
+        model = make_model("qwen3_moe")
+        batches = all_micro_batches(model, 0)[dist.get_rank()]
+        with replay_routing(wrapped := wrap(model)):
+            torch.stack([loss_of(wrapped, batch) for batch in batches]).mean().backward()
+        found = {
+            name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            for name, p in model.named_parameters()
+        }
+        compare(found, expected, f"{wrap.__name__}: gradient")
+
+
+def shard(model: Any) -> Any:
+    """Every decoder layer, then the rest, which also changes their classes."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def check_autoep() -> None:

@@ -184,7 +184,7 @@ def _take_argument(
 def replay_routing(model: nn.Module) -> Iterator[Replay]:
     """Within the context every forward of `model` needs `routed_experts`, a `RoutedExpertsBatch` or None.
 
-    `model` is a `transformers` model or anything around one: a DeepSpeed engine, DDP, PEFT. Nothing is added to it but
+    `model` is a `transformers` model or anything around one: a DeepSpeed engine, DDP, FSDP2. Nothing is added to it but
     hooks, which are gone afterwards. A replayed forward's backward belongs inside the context, too.
 
     Raises:

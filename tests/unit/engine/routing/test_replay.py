@@ -203,3 +203,25 @@ def test_router_logits_and_auxiliary_loss_are_the_router_s_own(family: str) -> N
     assert torch.equal(native.router_logits[0], other.router_logits[0])
     for layer in moe_layers(model):
         assert layer.mlp.gate.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@families
+def test_on_a_gpu(family: str) -> None:
+    """Own routes change nothing, any routes are obeyed, and a recomputation gets its own batch, as on a CPU."""
+    model, tokens = make_model(family).to("cuda"), random_tokens(B, S).to("cuda")
+    with received_by_experts(model) as received, torch.no_grad():
+        expected = model(tokens).logits
+    own = torch.stack([calls[0] for calls in received], dim=1).cpu().numpy().astype(np.uint8)
+    rows = random_rows(model, B * S)
+    with replay_routing(model):
+        assert torch.equal(model(tokens, routed_experts=full_batch(model, own).to("cuda")).logits, expected)
+        _, plain = run(model, tokens, routed_experts=full_batch(model, rows))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with received_by_experts(model) as received:
+            _, checkpointed = run(model, tokens, routed_experts=full_batch(model, rows))
+    for column, calls in enumerate(received):
+        assert len(calls) == 2
+        assert all(np.array_equal(ids.cpu().numpy(), rows[:, column]) for ids in calls)
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], msg=name)

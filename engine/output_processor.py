@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -40,6 +39,7 @@ from .io_struct import (
 )
 from .lifeline import watch_lifeline
 from .output_processor_config import OutputProcessorConfig
+from .priority import give_way
 from .routing.claims import ClaimError, ClaimStore
 from .routing.ledger import MissingRoutesError, RouteLedger
 from .routing.ring import RouteGeometry, RouteRing
@@ -247,7 +247,7 @@ def main() -> None:
     run_dir = Path(config.lifeline_path).parent
     watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")
-    os.nice(config.nice)
+    give_way(config.nice)
     context = zmq.Context()
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+LOW_PRIORITY = 10
+
 
 class OutputProcessorConfig(msgspec.Struct, frozen=True):
     """Addresses, limits and priority; the sizes of the KV pool arrive later, as `RoutingSetup`."""
@@ -16,5 +18,5 @@ class OutputProcessorConfig(msgspec.Struct, frozen=True):
     dp_size: int
     claim_budget_bytes: int
     claim_ttl_s: float
-    nice: int = 10
+    nice: int = LOW_PRIORITY
     log_level: str = "warning"

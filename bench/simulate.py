@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import pstats
+from collections.abc import Sequence
 from cProfile import Profile
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer
 
 from waybill.engine.detokenizer import load_tokenizer
 
+KEPT = Path(__file__).parent / "results" / "simulate.json"
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny_moe" / "checkpoint"
 SIZES = (8, 32, 128)
 QUICK_SIZES = (2, 4)
@@ -54,6 +56,21 @@ def simulate(
     runs = [figures_of(engine.run(variant, steps)) for variant in variants]
     close(engine)
     return runs, prefill
+
+
+def simulate_all(
+    sizes: Sequence[int], variants: list[str], steps: int | None, tokenizer: Tokenizer | None, *, quick: bool
+) -> dict[str, Any]:
+    """Runs in the order of variants, and of sizes within one."""
+    runs, prefills = [], []
+    for dp_size in sizes:
+        steps_here = steps or (QUICK_STEPS if quick else num_steps(dp_size))
+        runs_here, prefill = simulate(dp_size, variants, steps_here, QUICK if quick else FULL, tokenizer)
+        runs += runs_here
+        prefills.append(prefill)
+    runs.sort(key=lambda run: (VARIANTS.index(run["variant"]), run["dp"]))
+    machine = {"machine": describe(), "copy_bytes_s": copy_bandwidth()}
+    return {**machine, "runs": runs, "prefill": prefills, "live": []}
 
 
 def play_live(dp_size: int, variant: str, forward_ms: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -91,47 +108,43 @@ def close(engine: SimulatedEngine) -> None:
     gc.collect()
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dp", type=int, nargs="+", help=f"sizes; {SIZES}, with --quick {QUICK_SIZES}")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, help="steps a variant")
     parser.add_argument("--quick", action="store_true", help="small sizes, short histories, few steps")
     parser.add_argument(
-        "--live", action="store_true", help="also play runs in real time to an output processor process"
+        "--live",
+        action="store_true",
+        help="play runs in real time to an output processor process instead, and put them beside the figures kept last",
     )
     parser.add_argument(
         "--profile", action="store_true", help="profile the output processor at the largest size instead"
     )
     parser.add_argument("--write", action="store_true", help="keep page, figures and picture in bench/results")
     parser.add_argument("--json", action="store_true", help="print all figures as one object on the last line")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     sizes = args.dp or (QUICK_SIZES if args.quick else SIZES)
     tokenizer = load_tokenizer(str(TOKENIZER))
     if args.profile:
         for variant in args.variants:
             print_profile(max(sizes), variant, tokenizer)
         return
-    result: dict[str, Any] = {
-        "machine": describe(),
-        "copy_bytes_s": copy_bandwidth(),
-        "runs": [],
-        "prefill": [],
-        "live": [],
-    }
-    for dp_size in sizes:
-        steps = args.steps or (QUICK_STEPS if args.quick else num_steps(dp_size))
-        runs, prefill = simulate(dp_size, args.variants, steps, QUICK if args.quick else FULL, tokenizer)
-        result["runs"] += runs
-        result["prefill"].append(prefill)
-    result["runs"].sort(key=lambda run: (VARIANTS.index(run["variant"]), run["dp"]))
     if args.live:
+        result = json.loads(KEPT.read_text())
         result["live"] = [play_live(*which, tokenizer) for which in LIVE]
+    else:
+        result = simulate_all(sizes, args.variants, args.steps, tokenizer, quick=args.quick)
     page = to_markdown(result)
     print(page)
     if args.write:
         plot(result, write_result("simulate.md", page).with_suffix(".png"))
-        write_result("simulate.json", json.dumps(result, indent=1) + "\n")
+        KEPT.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))
 

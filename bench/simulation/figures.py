@@ -70,6 +70,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         if run.before
         else None,
         "leader_us": {"median": 1e6 * float(np.median(host)), "p99": 1e6 * float(np.quantile(host, 0.99))},
+        "frontend_link_ms": 1e3 * per_step(run.steps, lambda step: step.link_s),
         "answers": run.totals.num_answers,
         "rows_shipped": run.totals.num_rows,
         "rows_compared": run.totals.num_rows_compared,

@@ -102,10 +102,15 @@ def _prefills(prefills: list[dict[str, Any]]) -> str:
 
 def _leaders(runs: list[dict[str, Any]]) -> str:
     rows = [
-        [f"dp {run['dp']} {run['variant']}", f"{run['leader_us']['median']:.0f}", f"{run['leader_us']['p99']:.0f}"]
+        [
+            f"dp {run['dp']} {run['variant']}",
+            f"{run['leader_us']['median']:.0f}",
+            f"{run['leader_us']['p99']:.0f}",
+            f"{1e3 * run['frontend_link_ms']:.0f}",
+        ]
         for run in runs
     ]
-    return table(["microseconds a leader and step", "median", "p99"], rows)
+    return table(["microseconds a step", "one leader, median", "p99", "frontend: requests and their numbers"], rows)
 
 
 def _live(live: list[dict[str, Any]]) -> str:

@@ -128,18 +128,20 @@ class SimulatedEngine:
 
     def _step(self, *, as_before: bool = False) -> StepCost:
         processor, shipper = self.output.processor, self.output.shipper
-        filed, shipped = processor.num_rows_filed, shipper.num_bytes_shipped
+        filed, shipped, link_s = processor.num_rows_filed, shipper.num_bytes_shipped, self.conversations.link_s
         self.leaders.step()
         with ledger_as_before(as_before):
             records = self.output.work_off()
         if self.output.tape is not None:
             self.output.tape.turn()
+        num_finished = self.output.deliver(self.conversations)
         return StepCost(
             host_s=self.leaders.host_s.copy(),
             records=records,
             num_rows=processor.num_rows_filed - filed,
             num_bytes_shipped=shipper.num_bytes_shipped - shipped,
-            num_finished=self.output.deliver(self.conversations),
+            num_finished=num_finished,
+            link_s=self.conversations.link_s - link_s,
         )
 
     def _check(self) -> None:

@@ -25,6 +25,8 @@ class StepCost:
     num_rows: int
     num_bytes_shipped: int
     num_finished: int
+    # What the frontend spent on sending the next requests, and their numbers to all leaders.
+    link_s: float = 0.0
 
     @property
     def output_s(self) -> float:

@@ -7,6 +7,7 @@ rate: with a mean of 195 tokens and 32 x 8 requests a request finishes somewhere
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,8 @@ class Conversations:
         # No next turn follows an answer: so it is before the first one, too.
         self.is_draining = True
         self.totals = Totals()
+        # CPU time of sending: a request goes to one leader, its number to all others.
+        self.link_s = 0.0
 
     def _context(self, dp_rank: int, longest: int) -> np.ndarray:
         """Lengths are spread evenly over the ranks, whatever their number."""
@@ -113,6 +116,7 @@ class Conversations:
         self._num_turns += 1
         self._turns[rid] = Turn(dp_rank, prompt, start_len, [])
         params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+        began = time.thread_time()
         self._link.send(
             dp_rank,
             lambda number: TokenizedGenerateReqInput(
@@ -125,6 +129,7 @@ class Conversations:
                 stream=self.variant == "stream",
             ),
         )
+        self.link_s += time.thread_time() - began
 
     def take(self, output: RequestOutput, frame: memoryview | None) -> None:
         """An output has arrived; when it is the last one of its turn, check it and send the next turn.

@@ -96,7 +96,8 @@ class RouteLedger:
 
     def file(self, segment: Segment, rows: np.ndarray, weight_version: str) -> None:
         """Store rows [M, n, K] of a segment of n tokens, as the ring holds them."""
-        slots = self._take_slots(segment)
+        slots = array("q")
+        self._take_slots(self._reqs[segment.rid], segment, slots)
         self._rows[slots] = rows.transpose(1, 0, 2)
         self._versions[slots] = self._version_index(weight_version)
 
@@ -114,26 +115,27 @@ class RouteLedger:
                 slots.extend([self._nobodys_slot] * segment.num_tokens)
                 num_discarded += segment.num_tokens
             else:
-                self._reqs[segment.rid].pages.frombytes(segment.new_pages)
-                slots.extend(self._take_slots(segment))
+                req = self._reqs[segment.rid]
+                req.pages.frombytes(segment.new_pages)
+                self._take_slots(req, segment, slots)
         where = np.frombuffer(slots, dtype=np.int64)
         by_token = np.ascontiguousarray(rows.view(self._layer_item)[..., 0].T)
         self._row_items[where] = by_token.view(self._row_item)[:, 0]
         self._versions[where] = self._version_index(weight_version)
         return len(where) - num_discarded
 
-    def _take_slots(self, segment: Segment) -> array[int]:
-        """Slots of the segment's positions, which are filed from now on."""
-        req, size = self._reqs[segment.rid], self._page_size
-        start, end = segment.start, segment.start + segment.num_tokens
+    def _take_slots(self, req: _ReqRoutes, segment: Segment, slots: array[int]) -> None:
+        """Add the slots of the segment's positions, which are filed from now on, to `slots`."""
+        size, start, end = self._page_size, segment.start, segment.start + segment.num_tokens
         assert start == req.num_filed, f"{segment.rid}: rows from {start}, {req.num_filed} were filed"
         req.num_filed = end
         if segment.num_tokens == 1:
-            return array("q", (req.pages[start // size] * size + start % size,))
+            slots.append(req.pages[start // size] * size + start % size)
+            return
         first = start // size
         table = np.array(req.pages[first : -(-end // size)], dtype=np.int64)
         positions = np.arange(start, end)
-        return array("q", (table[positions // size - first] * size + positions % size).tobytes())
+        slots.frombytes((table[positions // size - first] * size + positions % size).tobytes())
 
     def _version_index(self, name: str) -> int:
         if not self._version_names or self._version_names[-1] != name:

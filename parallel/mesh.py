@@ -40,13 +40,24 @@ class ParallelMesh:
     world: Axis
     dp: Axis
     tp: Axis
+    # Hosts that the world is spread over, in the order of ranks, evenly.
+    num_nodes: int = 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.world.size // self.num_nodes
+
+    @property
+    def first_rank_here(self) -> int:
+        """The first rank of this rank's node."""
+        return self.world.rank // self.ranks_per_node * self.ranks_per_node
 
     @staticmethod
     def single(device: torch.device) -> ParallelMesh:
         return ParallelMesh(device, Axis.single("world"), Axis.single("dp"), Axis.single("tp"))
 
     @staticmethod
-    def build(dp_size: int, tp_size: int, device: torch.device) -> ParallelMesh:
+    def build(dp_size: int, tp_size: int, device: torch.device, num_nodes: int = 1) -> ParallelMesh:
         """The mesh of the running process group.
 
         Raises:
@@ -61,6 +72,7 @@ class ParallelMesh:
             _make_axis("world", dist.group.WORLD),
             _make_axis("dp", mesh.get_group("dp")),
             _make_axis("tp", mesh.get_group("tp")),
+            num_nodes,
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .schedule_batch import ScheduleBatch
+from .transfer import to_device
 
 PlanT = TypeVar("PlanT")
 
@@ -104,7 +105,7 @@ def make_forward_batch(
         sample_rows,
         host.req_rows[host.sampling],
     ]
-    packed = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
+    packed = to_device(np.concatenate(parts).astype(np.int64), device)
     ids, positions, token_rows, req_rows, sample_rows_t, sampling_req_rows = packed.split([len(part) for part in parts])
     plan = attention.plan(AttentionBatch(host.q_lens, host.kv_lens, pool.page_table, req_rows, page_size))
     return ForwardBatch(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ...parallel.triton_launch import launch_options, power_of_2_from, start_next, wait_for_previous
+from ..transfer import to_device
 from .backend import AttentionBatch
 from .sdpa import SdpaAttention, SdpaPlan
 
@@ -105,7 +106,7 @@ class TritonPagedAttention:
     def plan(self, batch: AttentionBatch) -> DecodePlan | SdpaPlan:
         if max(batch.q_lens) > 1:
             return self._prefill.plan(batch)
-        kv_lens = torch.tensor(batch.kv_lens, dtype=torch.int32, device=batch.page_table.device)
+        kv_lens = to_device(batch.kv_lens, batch.page_table.device, torch.int32)
         return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)
 
     def forward(

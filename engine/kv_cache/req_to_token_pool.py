@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..transfer import to_device
+
 # (row, first entry, pages as int32 bytes)
 PageWrite = tuple[int, int, bytes]
 
@@ -32,6 +34,5 @@ class ReqToTokenPool:
         columns = np.concatenate(
             [np.arange(first, first + n) for (_, first, _), n in zip(writes, lengths, strict=True)]
         )
-        packed = torch.from_numpy(np.stack([rows, columns, np.concatenate(pages)]).astype(np.int64))
-        packed = packed.to(self.page_table.device, non_blocking=True)
+        packed = to_device(np.stack([rows, columns, np.concatenate(pages)]).astype(np.int64), self.page_table.device)
         self.page_table[packed[0], packed[1]] = packed[2].to(torch.int32)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...parallel.triton_launch import launch_options, power_of_2_from, start_next, wait_for_previous
+from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
 from ..transfer import to_device
 from .backend import AttentionBatch
 from .sdpa import SdpaAttention, SdpaPlan
@@ -26,6 +26,7 @@ WANTED_PROGRAMS = 512
 MAX_SPLITS = 32
 
 
+@Kernel
 @triton.jit
 def _decode_kernel(
     query, k_cache, v_cache, page_table, req_rows, kv_lens, partial, lse, scale, table_stride,
@@ -74,6 +75,7 @@ def _decode_kernel(
     tl.store(lse + place, tl.where(total > 0, best + tl.log(total), float("-inf")), rows < GROUP)
 
 
+@Kernel
 @triton.jit
 def _merge_kernel(partial, lse, out, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr):
     start_next(PDL)

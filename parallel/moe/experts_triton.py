@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 
+@Kernel
 @triton.jit
 def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
     """One expert's pairs (token, choice), in their order, behind those of all experts before it."""
@@ -52,6 +53,7 @@ def _tile_of(ends, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr)
     return expert, tl.sum(tl.where(this, first, 0), axis=0) + place * ROWS, tl.sum(tl.where(this, end, 0), axis=0)
 
 
+@Kernel
 @triton.jit
 def _gate_up_kernel(
     hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
@@ -92,6 +94,7 @@ def _gate_up_kernel(
     tl.store(target, value, there[:, None] & kept[None, :])
 
 
+@Kernel
 @triton.jit
 def _down_kernel(
     activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -124,6 +127,7 @@ def _down_kernel(
     tl.store(target, acc.to(results.dtype.element_ty), there[:, None] & kept[None, :])
 
 
+@Kernel
 @triton.jit
 def _combine_kernel(
     results, ids, weights, out, num_experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr

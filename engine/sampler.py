@@ -113,7 +113,7 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             ids = to_device(list(params.logit_bias), line.device)
             line[ids] += to_device(list(params.logit_bias.values()), line.device)
         if banned:
-            line[to_device(banned, line.device)] = float("-inf")
+            line.index_fill_(0, to_device(banned, line.device), float("-inf"))
     return adjusted
 
 

@@ -53,18 +53,11 @@ def _tile_of(ends, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr)
     return expert, tl.sum(tl.where(this, first, 0), axis=0) + place * ROWS, tl.sum(tl.where(this, end, 0), axis=0)
 
 
-@Kernel
 @triton.jit
-def _gate_up_kernel(
-    hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+def _gate_up_tile(
+    hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """SwiGLU of gathered rows; results stand in sorted order."""
-    start_next(PDL)
-    wait_for_previous(PDL)
-    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
-    if expert >= num_experts:
-        return
     dtype = hidden.dtype.element_ty
     places = first + tl.arange(0, ROWS)
     there = places < end
@@ -96,16 +89,32 @@ def _gate_up_kernel(
 
 @Kernel
 @triton.jit
-def _down_kernel(
-    activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+def _gate_up_kernel(
+    hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    TAIL: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows in sorted order to results in the order of pairs."""
+    """SwiGLU of gathered rows; results stand in sorted order."""
     start_next(PDL)
     wait_for_previous(PDL)
     expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
     if expert >= num_experts:
         return
+    if TAIL < ROWS and end - first <= TAIL:
+        _gate_up_tile(
+            hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K, TAIL, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+    else:
+        _gate_up_tile(
+            hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K, ROWS, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    activated, order, down, results, expert, first, end, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     places = first + tl.arange(0, ROWS)
     there = places < end
     pair = tl.load(order + places, there, other=0).to(tl.int64)
@@ -125,6 +134,28 @@ def _down_kernel(
         acc = tl.dot(x, tile, acc, input_precision="ieee")
     target = results + pair[:, None] * width + columns[None, :]
     tl.store(target, acc.to(results.dtype.element_ty), there[:, None] & kept[None, :])
+
+
+@Kernel
+@triton.jit
+def _down_kernel(
+    activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows in sorted order to results in the order of pairs."""
+    start_next(PDL)
+    wait_for_previous(PDL)
+    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
+    if expert >= num_experts:
+        return
+    if TAIL < ROWS and end - first <= TAIL:
+        _down_tile(
+            activated, order, down, results, expert, first, end, width, intermediate, TAIL, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+    else:
+        _down_tile(
+            activated, order, down, results, expert, first, end, width, intermediate, ROWS, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
 
 
 @Kernel
@@ -150,9 +181,11 @@ def _combine_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile sizes of a product, rows x columns x depth, with the warps and pipeline stages of a program."""
+    """Tile sizes of a product, rows x columns x depth, with the warps and pipeline stages of a program. An expert's last
+    tile has `tail` rows if they are enough."""
 
     rows: int
+    tail: int
     columns: int
     depth: int
     num_warps: int
@@ -161,12 +194,12 @@ class Tiling:
 
 # By the mean number of tokens per expert, up to which they hold: tiles for gate_up and for down.
 TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
-    (8, Tiling(16, 64, 128, 4, 4), Tiling(16, 128, 128, 4, 4)),
-    (24, Tiling(32, 64, 128, 4, 3), Tiling(32, 128, 128, 4, 3)),
-    (96, Tiling(64, 64, 64, 4, 3), Tiling(64, 128, 64, 4, 3)),
-    (float("inf"), Tiling(128, 128, 64, 8, 4), Tiling(128, 256, 64, 8, 4)),
+    (8, Tiling(16, 16, 64, 128, 4, 4), Tiling(16, 16, 128, 128, 4, 4)),
+    (24, Tiling(32, 32, 64, 128, 4, 3), Tiling(32, 32, 128, 128, 4, 3)),
+    (96, Tiling(64, 64, 64, 64, 4, 3), Tiling(64, 64, 128, 64, 4, 3)),
+    (float("inf"), Tiling(128, 64, 128, 64, 8, 4), Tiling(128, 64, 256, 64, 8, 4)),
 )
-FLOAT32_TILING = Tiling(16, 32, 32, 4, 2)
+FLOAT32_TILING = Tiling(32, 16, 32, 32, 4, 2)
 
 
 def tilings_for(num_pairs: int, num_experts: int, dtype: torch.dtype) -> tuple[Tiling, Tiling]:
@@ -222,6 +255,7 @@ def _num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:
 def _launch(tiling: Tiling) -> dict[str, int]:
     return {
         "ROWS": tiling.rows,
+        "TAIL": tiling.tail,
         "COLUMNS": tiling.columns,
         "DEPTH": tiling.depth,
         "num_warps": tiling.num_warps,

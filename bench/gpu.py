@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_leader import Bench, Leader
-from gpu_limits import Limits, decode_bytes, measure_limits, prefill_bytes, prefill_flops
+from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_flops, touched_experts
 from gpu_plan import CONTEXT, FULL, GREEDY, MILLI, SAMPLED, TOY, Plan, Report
 from gpu_profile import profile_step
 from machine import describe, write_result
@@ -78,37 +78,47 @@ def check_correctness(name: str, path: str, plan: Plan, report: Report) -> None:
 
 def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) -> None:
     """Shares of the limit that binds: bytes over copy bandwidth, or operations over matrix rate."""
-    shape = bench.plan.shape
     report.add(
         "",
-        "| workload | tokens/s | ms a step | bytes allow, ms | operations allow, ms | share of the limit |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| workload | experts read | tokens/s | ms a step | bytes allow, ms | operations allow, ms | share of the limit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     )
     for name, params in {"": GREEDY, **SAMPLED}.items():
         for batch in bench.plan.batches:
             seconds = statistics.median(leader.decode_seconds(batch, params))
-            routes = leader.routes_of(CONTEXT, 9, batch, params)
-            bytes_s = decode_bytes(shape, routes, batch) / limits.bytes_per_s
+            routes = np.stack(leader.routes_of(CONTEXT, 9, batch, params))
+            experts = touched_experts(routes[:, CONTEXT:].swapaxes(0, 1))
+            bytes_s = decode_bytes(bench.plan.shape, experts, batch) / limits.bytes_per_s
             how = f" ({name})" if name else ""
-            row(report, f"decode, {batch} at once, {CONTEXT} tokens of context{how}", batch, seconds, bytes_s, None)
+            row(report, f"decode, {batch} at once, {CONTEXT} tokens of context{how}", batch, experts, seconds, bytes_s)
+    measure_prefills(bench, leader, limits, "", report)
+    bench.spread_routes()
+    measure_prefills(bench, leader, limits, ", routes spread", report)
+
+
+def measure_prefills(bench: Bench, leader: Leader, limits: Limits, how: str, report: Report) -> None:
+    """One prompt in one step."""
     for num_tokens in bench.plan.prefills:
         leader.prefill_seconds(num_tokens)
-        seconds = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(7))
-        bytes_s = prefill_bytes(shape) / limits.bytes_per_s
-        flops_s = prefill_flops(shape, num_tokens) / limits.flops_per_s
-        row(report, f"prefill, {num_tokens} tokens", num_tokens, seconds, bytes_s, flops_s)
+        seconds = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(9))
+        experts = touched_experts(np.stack(leader.routes_of(num_tokens, 1, 1)))
+        bytes_s = layer_bytes(bench.plan.shape, experts) / limits.bytes_per_s
+        flops_s = prefill_flops(bench.plan.shape, num_tokens) / limits.flops_per_s
+        row(report, f"prefill, {num_tokens} tokens{how}", num_tokens, experts, seconds, bytes_s, flops_s)
 
 
-def row(report: Report, name: str, num_tokens: int, seconds: float, bytes_s: float, flops_s: float | None) -> None:
-    share = max(bytes_s, flops_s or 0.0) / seconds
+def row(
+    report: Report, name: str, num_tokens: int, experts: float, seconds: float, bytes_s: float, flops_s: float = 0.0
+) -> None:
+    share = max(bytes_s, flops_s) / seconds
     operations, of_rate = "", ""
-    if flops_s is not None:
+    if flops_s:
         operations, of_rate = f"{flops_s * MILLI:.2f}", f" ({flops_s / seconds:.0%} of the matrix rate)"
     report.add(
-        f"| {name} | {num_tokens / seconds:,.0f} | {seconds * MILLI:.2f} | {bytes_s * MILLI:.2f} | {operations} "
-        f"| {share:.0%}{of_rate} |"
+        f"| {name} | {experts:.0f} | {num_tokens / seconds:,.0f} | {seconds * MILLI:.2f} | {bytes_s * MILLI:.2f} "
+        f"| {operations} | {share:.0%}{of_rate} |"
     )
-    report.numbers[name] = {"tokens_per_s": num_tokens / seconds, "share": share}
+    report.numbers[name] = {"tokens_per_s": num_tokens / seconds, "share": share, "flops_share": flops_s / seconds}
 
 
 def measure_capture(bench: Bench, on: Leader, report: Report) -> None:

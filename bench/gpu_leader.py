@@ -57,6 +57,13 @@ class Bench:
         specs = self.model.kv_specs()
         self.kv_store = KVStore(self.model_config.num_layers, self.num_pages, 1, specs, self.device)
 
+    def spread_routes(self) -> None:
+        """Make tokens choose their experts independently, as balanced training does: what attention adds to all tokens
+        of a prompt alike becomes small beside what each token is."""
+        self.model.embed_tokens.weight.data.mul_(self.model_config.hidden_size**0.5)
+        for layer in self.model.decoder_layers():
+            layer.self_attn.o_proj.weight.data.mul_(0.05)
+
     def make_runner(self, ring: RouteRing | None) -> ModelRunner:
         return ModelRunner(
             ParallelMesh.single(self.device),
@@ -64,6 +71,7 @@ class Bench:
             self.kv_store,
             page_size=1,
             max_running=self.limits.max_running,
+            max_tokens=self.limits.max_tokens,
             context_length=16384,
             attention_backend="auto",
             capturer=None if ring is None else RoutedExpertsCapturer(ring, self.device),

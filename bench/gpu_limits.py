@@ -49,35 +49,32 @@ def measure_limits(plan: Plan) -> Limits:
     return Limits(2 * num_bytes / copy_s, 2 * side**3 / product_s)
 
 
-def decode_bytes(shape: dict[str, Any], routes: list[np.ndarray], batch: int) -> float:
-    """Bytes that a decode step must read: dense weights, the experts its tokens chose, keys and values."""
-    width, head_dim, heads, kv_heads = (
-        shape[k] for k in ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads")
-    )
-    layers = shape["num_hidden_layers"]
-    attention = width * (heads + 2 * kv_heads) * head_dim + heads * head_dim * width + width * shape["num_experts"]
-    dense = layers * attention + shape["vocab_size"] * width
-    decoded = np.stack([rows[CONTEXT:] for rows in routes])
-    unique = [len(np.unique(decoded[:, s, m])) for s in range(decoded.shape[1]) for m in range(decoded.shape[2])]
-    experts = layers * statistics.mean(unique) * 3 * width * shape["moe_intermediate_size"]
-    kv = layers * 2 * kv_heads * head_dim * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
-    return 2 * (dense + experts + kv)
+def touched_experts(routes: np.ndarray) -> float:
+    """Experts that a layer of one step reads, on average: routes [steps, tokens, layers, K]."""
+    return statistics.mean(len(np.unique(step[:, layer])) for step in routes for layer in range(routes.shape[2]))
+
+
+def decode_bytes(shape: dict[str, Any], experts: float, batch: int) -> float:
+    """Bytes that a decode step must read: dense weights, `experts` a layer, keys and values."""
+    kv_width = 2 * shape["num_key_value_heads"] * shape["head_dim"]
+    kv = shape["num_hidden_layers"] * kv_width * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
+    return layer_bytes(shape, experts) + 2 * (shape["vocab_size"] * shape["hidden_size"] + kv)
+
+
+def layer_bytes(shape: dict[str, Any], experts: float) -> float:
+    """Bytes of all layers' weights, `experts` of them in each."""
+    expert = 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
+    return 2 * shape["num_hidden_layers"] * (dense_weights(shape) + experts * expert)
+
+
+def dense_weights(shape: dict[str, Any]) -> int:
+    """Weights of a layer that every token meets: attention and router."""
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    return shape["hidden_size"] * (2 * (heads + kv_heads) * shape["head_dim"] + shape["num_experts"])
 
 
 def prefill_flops(shape: dict[str, Any], num_tokens: int) -> float:
-    width, head_dim, heads, kv_heads = (
-        shape[k] for k in ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads")
-    )
-    attention = width * (heads + 2 * kv_heads) * head_dim + heads * head_dim * width + width * shape["num_experts"]
-    experts = shape["num_experts_per_tok"] * 3 * width * shape["moe_intermediate_size"]
+    experts = shape["num_experts_per_tok"] * 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
     # Causal: half of the score matrix, two products.
-    scores = 2 * 2 * heads * head_dim * num_tokens / 2
-    return num_tokens * shape["num_hidden_layers"] * (2 * (attention + experts) + scores)
-
-
-def prefill_bytes(shape: dict[str, Any]) -> float:
-    """Bytes that a long prefill must read: all weights, for its tokens choose every expert between them."""
-    width, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    heads = shape["num_attention_heads"] + shape["num_key_value_heads"]
-    experts = shape["num_experts"] * 3 * width * shape["moe_intermediate_size"]
-    return 2 * layers * (2 * width * heads * shape["head_dim"] + width * shape["num_experts"] + experts)
+    scores = 2 * 2 * shape["num_attention_heads"] * shape["head_dim"] * num_tokens / 2
+    return num_tokens * shape["num_hidden_layers"] * (2 * (dense_weights(shape) + experts) + scores)

@@ -32,6 +32,15 @@ class ForwardBatch(Generic[PlanT]):
 
 
 @dataclass(frozen=True)
+class Forwarded:
+    """Hidden states [T, D] of a step, valid until the next one, and which rows and requests sample."""
+
+    hidden: torch.Tensor
+    sample_rows: torch.Tensor
+    sampling_req_rows: torch.Tensor
+
+
+@dataclass(frozen=True)
 class HostBatch:
     """A step's tensors on the host, T tokens of B requests. An id of -1 stands for a token that only the device knows."""
 

@@ -17,7 +17,7 @@ import torch
 from ..parallel.collectives import broadcast
 from ..parallel.mesh import ParallelMesh
 from .attention import make_attention_backend
-from .forward_batch import HostBatch, lay_out, make_forward_batch
+from .forward_batch import Forwarded, HostBatch, lay_out, make_forward_batch
 from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.qwen3_moe import Qwen3MoeForCausalLM
@@ -29,6 +29,7 @@ from .step_committer import PromptScores, StepResult
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
+    from .prefill_graphs import PrefillGraphs
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
@@ -77,6 +78,7 @@ class ModelRunner:
         *,
         page_size: int,
         max_running: int,
+        max_tokens: int,
         context_length: int,
         attention_backend: str,
         use_graphs: bool = True,
@@ -91,7 +93,11 @@ class ModelRunner:
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
-        self._graphs = self._make_graphs() if use_graphs and attention_backend == "auto" else None
+        self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
+        # On CUDA, steps of one rank run as graphs.
+        if use_graphs and attention_backend == "auto" and mesh.device.type == "cuda" and mesh.tp.size == 1:
+            self._make_graphs(max_tokens)
         # The leader's view of who runs on which row.
         self._sampling_rows: dict[int, SamplingRow] = {}
         self._reqs: dict[int, Req] = {}
@@ -109,14 +115,12 @@ class ModelRunner:
         self._sampling_rows[row] = sampling_row
         self._reqs[row] = req
 
-    def _make_graphs(self) -> DecodeGraphs | None:
-        """On CUDA, decode steps of one rank run as graphs."""
-        if self._mesh.device.type != "cuda" or self._mesh.tp.size > 1:
-            return None
-        # Its kernels come with torch's CUDA builds alone.
+    def _make_graphs(self, max_tokens: int) -> None:
+        # Their kernels come with torch's CUDA builds alone.
         from .decode_graphs import DecodeGraphs  # noqa: PLC0415
+        from .prefill_graphs import PrefillGraphs  # noqa: PLC0415
 
-        return DecodeGraphs(
+        parts = (
             self._model,
             self._attention,
             self._kv_store,
@@ -125,6 +129,8 @@ class ModelRunner:
             self._last_token_ids,
             self._capturer,
         )
+        self._graphs = DecodeGraphs(*parts)
+        self._prefill_graphs = PrefillGraphs(*parts, max_tokens)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduleBatch) -> LaunchedStep:
@@ -136,17 +142,29 @@ class ModelRunner:
         size = None if self._graphs is None else self._graphs.size_for(host)
         if self._graphs is not None and size is not None:
             return self._replay(self._graphs, host, size, batch)
-        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention)
-        ring_seq = -1 if self._capturer is None else self._capturer.begin(batch.num_tokens)
-        hidden = self._model(forward, self._attention, self._kv_store, self._capturer)
-        if self._capturer is not None:
-            self._capturer.finish()
+        ring_seq, forwarded = self._forward(host)
         sampled = None
         sampling = [req for req in batch.reqs if req.sample]
         if sampling:
-            logits = self._model.compute_logits(hidden[forward.sample_rows])
-            sampled = self._sample(logits, forward.sampling_req_rows, sampling)
-        return LaunchedStep(sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
+            logits = self._model.compute_logits(forwarded.hidden[forwarded.sample_rows])
+            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling)
+        return LaunchedStep(sampled, self._score_prompts(forwarded.hidden, batch.reqs), ring_seq)
+
+    def _forward(self, host: HostBatch) -> tuple[int, Forwarded]:
+        """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
+        graphs = self._prefill_graphs
+        size = None if graphs is None else graphs.size_for(host)
+        if graphs is not None and size is not None:
+            ring_seq = -1 if self._capturer is None else self._capturer.begin_replay(size)
+            forwarded = graphs.run(host, size)
+        else:
+            forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention)
+            ring_seq = -1 if self._capturer is None else self._capturer.begin(len(host.input_ids))
+            hidden = self._model(forward, self._attention, self._kv_store, self._capturer)
+            forwarded = Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
+        if self._capturer is not None:
+            self._capturer.finish()
+        return ring_seq, forwarded
 
     def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
         ring_seq = -1 if self._capturer is None else self._capturer.begin_replay(size)

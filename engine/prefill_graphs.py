@@ -157,6 +157,8 @@ class PrefillGraphs:
         values[2] = self._pool.scratch_row
         values[:, :num_tokens] = host.input_ids, host.positions, np.repeat(host.req_rows, host.q_lens)
         graph.inputs.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+        # The device begins while the host plans.
+        graph.pieces[0].graph.replay()
         parts = [host.req_rows, np.cumsum(host.q_lens)[host.sampling] - 1, host.req_rows[host.sampling]]
         packed = to_device(np.concatenate(parts), graph.inputs.device)
         req_rows, sample_rows, sampling_req_rows = packed.split([len(part) for part in parts])
@@ -164,11 +166,11 @@ class PrefillGraphs:
             AttentionBatch(host.q_lens, host.kv_lens, self._pool.page_table, req_rows, self._page_size)
         )
         attended = graph.attended[:num_tokens]
-        for piece in graph.pieces:
-            piece.graph.replay()
+        following = [piece.graph for piece in graph.pieces[1:]] + [graph.last]
+        for piece, after in zip(graph.pieces, following, strict=True):
             query = piece.query[:num_tokens]
             attended.copy_(self._attention.forward(query, piece.k_cache, piece.v_cache, plan, piece.scale))
-        graph.last.replay()
+            after.replay()
         return Forwarded(graph.hidden[:num_tokens], sample_rows, sampling_req_rows)
 
 

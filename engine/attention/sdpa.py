@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from ..transfer import to_device
-from .backend import AttentionBatch, slots_of
+from .backend import AttentionBatch, first_slots, slots_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class SdpaAttention:
             if q_len == 1:
                 groups[kv_len.bit_length()].append(i)
             else:
-                positions = torch.arange(kv_len, device=tables.device)
-                slots = slots_of(tables[i : i + 1], positions, batch.page_size)[0]
-                prefills.append(Prefill(first, first + q_len, slots))
+                prefills.append(Prefill(first, first + q_len, first_slots(tables[i], kv_len, batch.page_size)))
             first += q_len
         decodes = [self._plan_group(batch, tables, members, firsts) for members in groups.values()]
         return SdpaPlan(decodes, prefills)

@@ -19,12 +19,20 @@ from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, s
 
 @Kernel
 @triton.jit
-def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
-    """One expert's pairs (token, choice), in their order, behind those of all experts before it."""
+def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr):
+    """One expert's pairs (token, choice), in their order, behind those of all experts before it; with ONCE all pairs are
+    held at the same time."""
     start_next(PDL)
     wait_for_previous(PDL)
     expert = tl.program_id(0)
     lanes = tl.arange(0, SCAN)
+    if ONCE:
+        found = tl.load(ids + lanes, lanes < num_pairs, other=-1).to(tl.int32)
+        hit = (found == expert).to(tl.int32)
+        place = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), axis=0)
+        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, lanes, hit > 0)
+        tl.store(ends + expert, place + tl.sum(hit, axis=0))
+        return
     before = tl.zeros((SCAN,), tl.int32)
     for start in range(0, num_pairs, SCAN):
         pair = start + lanes
@@ -199,6 +207,7 @@ TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
     (96, Tiling(64, 64, 64, 64, 4, 3), Tiling(64, 64, 128, 64, 4, 3)),
     (float("inf"), Tiling(128, 64, 128, 64, 8, 4), Tiling(128, 64, 256, 64, 8, 4)),
 )
+MAX_SORTED_AT_ONCE = 16384
 FLOAT32_TILING = Tiling(32, 16, 32, 32, 4, 2)
 
 
@@ -228,8 +237,12 @@ def experts_triton(
     up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_local, hidden.dtype)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
-    scan = min(4096, max(128, power_of_2_from(num_pairs)))
-    _sort_kernel[(num_local,)](ids, order, ends, num_pairs, SCAN=scan, num_warps=4 if scan < 1024 else 8, **options)
+    lanes = max(128, power_of_2_from(num_pairs))
+    once = lanes <= MAX_SORTED_AT_ONCE
+    _sort_kernel[(num_local,)](
+        ids, order, ends, num_pairs, SCAN=lanes if once else 4096, ONCE=once,
+        num_warps=4 if lanes < 1024 else 16 if once and lanes > 4096 else 8, **options,
+    )  # fmt: skip
     experts = power_of_2_from(num_local)
     _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
         hidden, order, ends, gate_up, activated, *sizes, TOP_K=top_k, EXPERTS=experts,

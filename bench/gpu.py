@@ -92,8 +92,8 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
             how = f" ({name})" if name else ""
             row(report, f"decode, {batch} at once, {CONTEXT} tokens of context{how}", batch, experts, seconds, bytes_s)
     measure_prefills(bench, leader, limits, "", report)
-    bench.spread_routes()
-    measure_prefills(bench, leader, limits, ", routes spread", report)
+    with bench.spread_routes():
+        measure_prefills(bench, leader, limits, ", routes spread", report)
 
 
 def measure_prefills(bench: Bench, leader: Leader, limits: Limits, how: str, report: Report) -> None:
@@ -167,6 +167,8 @@ def main() -> None:
                 for batch in bench.plan.batches:
                     profile_step(leader, f"decode of {batch}", batch, report)
                 profile_step(leader, f"prefill of {leader.prefill_tokens}", 0, report)
+                with bench.spread_routes():
+                    profile_step(leader, f"prefill of {leader.prefill_tokens}, routes spread", 0, report)
                 report.add(
                     "",
                     "Kernels overlap (programmatic dependent launch), and one that waits for another counts as running: "

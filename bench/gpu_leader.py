@@ -57,12 +57,17 @@ class Bench:
         specs = self.model.kv_specs()
         self.kv_store = KVStore(self.model_config.num_layers, self.num_pages, 1, specs, self.device)
 
-    def spread_routes(self) -> None:
-        """Make tokens choose their experts independently, as balanced training does: what attention adds to all tokens
-        of a prompt alike becomes small beside what each token is."""
-        self.model.embed_tokens.weight.data.mul_(self.model_config.hidden_size**0.5)
-        for layer in self.model.decoder_layers():
-            layer.self_attn.o_proj.weight.data.mul_(0.05)
+    @contextmanager
+    def spread_routes(self) -> Iterator[None]:
+        """Tokens choose their experts independently, as after balanced training: what attention adds to all tokens of a
+        prompt alike is small beside what each token is. The factors are powers of two, so that nothing is lost."""
+        outputs = [layer.self_attn.o_proj.weight.data for layer in self.model.decoder_layers()]
+        factors = [(self.model.embed_tokens.weight.data, 64.0), *((weight, 1 / 16) for weight in outputs)]
+        for weight, factor in factors:
+            weight.mul_(factor)
+        yield
+        for weight, factor in factors:
+            weight.div_(factor)
 
     def make_runner(self, ring: RouteRing | None) -> ModelRunner:
         return ModelRunner(

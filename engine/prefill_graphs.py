@@ -20,7 +20,7 @@ from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.qwen3_moe import Qwen3MoeForCausalLM
 from .routing.capturer import RoutedExpertsCapturer
-from .transfer import to_device
+from .transfer import copy_to, to_device
 
 NUM_WARM_UPS = 2
 SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
@@ -156,7 +156,7 @@ class PrefillGraphs:
         values = np.zeros((3, size), dtype=np.int64)
         values[2] = self._pool.scratch_row
         values[:, :num_tokens] = host.input_ids, host.positions, np.repeat(host.req_rows, host.q_lens)
-        graph.inputs.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+        copy_to(graph.inputs, values)
         # The device begins while the host plans.
         graph.pieces[0].graph.replay()
         parts = [host.req_rows, np.cumsum(host.q_lens)[host.sampling] - 1, host.req_rows[host.sampling]]

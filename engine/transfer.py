@@ -18,3 +18,9 @@ def to_device(
     keeps its dtype."""
     host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def copy_to(target: torch.Tensor, values: np.ndarray) -> None:
+    """The same into a tensor that is there, of the same dtype."""
+    host = torch.from_numpy(values)
+    target.copy_(host if target.device.type == "cpu" else host.pin_memory(), non_blocking=True)

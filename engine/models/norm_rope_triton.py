@@ -45,39 +45,30 @@ def _norm_rope_store_kernel(
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    HALF: tl.constexpr = WIDTH // 2
-    low = tl.arange(0, HALF)[None, :]
-    high = low + HALF
+    columns = tl.arange(0, WIDTH)[None, :]
+    others = (columns + WIDTH // 2) % WIDTH
     dtype = qkv.dtype.element_ty
     inside = heads < NUM_HEADS + 2 * NUM_KV_HEADS
     is_query = heads < NUM_HEADS
     is_key = (heads >= NUM_HEADS) & (heads < NUM_HEADS + NUM_KV_HEADS)
     is_value = (heads >= NUM_HEADS + NUM_KV_HEADS) & inside
     base = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * WIDTH + heads * WIDTH
-    raw_low, raw_high = tl.load(base + low, inside, other=0.0), tl.load(base + high, inside, other=0.0)
-    x, y = raw_low.to(tl.float32), raw_high.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / WIDTH + eps)[:, None]
-    weight = tl.where(is_query, tl.load(q_weight + low), tl.load(k_weight + low)).to(tl.float32)
-    x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-    weight = tl.where(is_query, tl.load(q_weight + high), tl.load(k_weight + high)).to(tl.float32)
-    y = ((y * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-    cos, sin = cos + token * WIDTH, sin + token * WIDTH
-    straight = (x * tl.load(cos + low).to(tl.float32)).to(dtype).to(tl.float32)
-    crossed = (-y * tl.load(sin + low).to(tl.float32)).to(dtype).to(tl.float32)
-    turned_low = (straight + crossed).to(dtype)
-    straight = (y * tl.load(cos + high).to(tl.float32)).to(dtype).to(tl.float32)
-    crossed = (x * tl.load(sin + high).to(tl.float32)).to(dtype).to(tl.float32)
-    turned_high = (straight + crossed).to(dtype)
-    target = out + (token * NUM_HEADS + heads) * WIDTH
-    tl.store(target + low, turned_low, is_query)
-    tl.store(target + high, turned_high, is_query)
+    raw = tl.load(base + columns, inside, other=0.0)
+    wide = raw.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + eps)[:, None]
+    weight = tl.where(is_query, tl.load(q_weight + columns), tl.load(k_weight + columns)).to(tl.float32)
+    value = ((wide * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    weight = tl.where(is_query, tl.load(q_weight + others), tl.load(k_weight + others)).to(tl.float32)
+    other = tl.load(base + others, inside, other=0.0).to(tl.float32)
+    other = ((other * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    other = tl.where(columns < WIDTH // 2, -other, other)
+    straight = (value * tl.load(cos + token * WIDTH + columns).to(tl.float32)).to(dtype).to(tl.float32)
+    crossed = (other * tl.load(sin + token * WIDTH + columns).to(tl.float32)).to(dtype).to(tl.float32)
+    rotated = (straight + crossed).to(dtype)
+    tl.store(out + (token * NUM_HEADS + heads) * WIDTH + columns, rotated, is_query)
     slot = tl.load(kv_slots + token) * NUM_KV_HEADS
-    target = k_cache + (slot + heads - NUM_HEADS) * WIDTH
-    tl.store(target + low, turned_low, is_key)
-    tl.store(target + high, turned_high, is_key)
-    target = v_cache + (slot + heads - NUM_HEADS - NUM_KV_HEADS) * WIDTH
-    tl.store(target + low, raw_low, is_value)
-    tl.store(target + high, raw_high, is_value)
+    tl.store(k_cache + (slot + heads - NUM_HEADS) * WIDTH + columns, rotated, is_key)
+    tl.store(v_cache + (slot + heads - NUM_HEADS - NUM_KV_HEADS) * WIDTH + columns, raw, is_value)
 
 
 class TritonLayerOps:

@@ -32,19 +32,19 @@ def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, ONCE: tl.const
         place = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), axis=0)
         tl.store(order + place + tl.cumsum(hit, axis=0) - 1, lanes, hit > 0)
         tl.store(ends + expert, place + tl.sum(hit, axis=0))
-        return
-    before = tl.zeros((SCAN,), tl.int32)
-    for start in range(0, num_pairs, SCAN):
-        pair = start + lanes
-        found = tl.load(ids + pair, pair < num_pairs, other=-1)
-        before += ((found >= 0) & (found < expert)).to(tl.int32)
-    place = tl.sum(before, axis=0)
-    for start in range(0, num_pairs, SCAN):
-        pair = start + lanes
-        hit = (tl.load(ids + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
-        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
-        place += tl.sum(hit, axis=0)
-    tl.store(ends + expert, place)
+    else:
+        before = tl.zeros((SCAN,), tl.int32)
+        for start in range(0, num_pairs, SCAN):
+            pair = start + lanes
+            found = tl.load(ids + pair, pair < num_pairs, other=-1)
+            before += ((found >= 0) & (found < expert)).to(tl.int32)
+        place = tl.sum(before, axis=0)
+        for start in range(0, num_pairs, SCAN):
+            pair = start + lanes
+            hit = (tl.load(ids + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
+            tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
+            place += tl.sum(hit, axis=0)
+        tl.store(ends + expert, place)
 
 
 @triton.jit
@@ -205,7 +205,7 @@ TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
     (8, Tiling(16, 16, 64, 128, 4, 4), Tiling(16, 16, 128, 128, 4, 4)),
     (24, Tiling(32, 32, 64, 128, 4, 3), Tiling(32, 32, 128, 128, 4, 3)),
     (96, Tiling(64, 64, 64, 64, 4, 3), Tiling(64, 64, 128, 64, 4, 3)),
-    (float("inf"), Tiling(128, 64, 128, 64, 8, 4), Tiling(128, 64, 256, 64, 8, 4)),
+    (float("inf"), Tiling(128, 32, 128, 64, 8, 4), Tiling(128, 32, 256, 64, 8, 4)),
 )
 MAX_SORTED_AT_ONCE = 16384
 FLOAT32_TILING = Tiling(32, 16, 32, 32, 4, 2)
@@ -241,7 +241,7 @@ def experts_triton(
     once = lanes <= MAX_SORTED_AT_ONCE
     _sort_kernel[(num_local,)](
         ids, order, ends, num_pairs, SCAN=lanes if once else 4096, ONCE=once,
-        num_warps=4 if lanes < 1024 else 16 if once and lanes > 4096 else 8, **options,
+        num_warps=4 if lanes < 1024 else 8, **options,
     )  # fmt: skip
     experts = power_of_2_from(num_local)
     _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](

@@ -96,7 +96,7 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
         measure_prefills(bench, leader, limits, ", routes spread", report)
     report.add(
         "",
-        "Within one prompt random weights route most tokens alike: attention adds the same to all, and few experts are read.",
+        "In one prompt random weights route most tokens alike: attention adds the same to all, and few experts are read.",
         "With routes spread (`spread_routes` in gpu_leader.py), tokens choose independently, as after balanced training.",
     )
 

@@ -120,6 +120,7 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         kv_store,
         page_size=config.page_size,
         max_running=limits.max_running,
+        max_tokens=limits.max_tokens,
         context_length=context_length,
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.

@@ -6,7 +6,6 @@ collective, whose time-out would end them.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from .schedule_policy import StepLimits
 from .scheduler import DpPlace, Endpoints, Scheduler
 from .sockets import Receiver, Sender
 from .stop_checker import StopChecker
+from .sync_stalls import freeze_garbage_collector
 
 logger = logging.getLogger(__name__)
 
@@ -179,20 +179,20 @@ def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> i
 def follow(runner: ModelRunner, context: zmq.Context[Any], address: str) -> None:
     """Execute the leader's plans, in order, until it says stop."""
     inbox: Receiver[PeerMessage] = Receiver(context, address, PeerMessage)
+    # As on the leader: at the first rest after the first steps.
+    is_settled, has_worked = False, False
     while True:
         if not inbox.wait(PEER_WAIT_S):
+            if has_worked and not is_settled:
+                is_settled = True
+                freeze_garbage_collector()
             continue
+        has_worked = True
         message = inbox.receive_nowait()
         if isinstance(message, StopPeers):
             return
         assert message is not None
         runner.result(runner.launch(message))
-
-
-def freeze_garbage_collector() -> None:
-    """What is alive after start-up stays alive: collections need not walk it during steps."""
-    gc.collect()
-    gc.freeze()
 
 
 def _routing_setup(rank: Rank) -> RoutingSetup:

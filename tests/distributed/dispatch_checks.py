@@ -62,17 +62,20 @@ class Tokens:
         return (self.hidden.float() * factor).to(self.hidden.dtype)
 
 
-def make_tokens(case: Case, num_tokens: int) -> Tokens:
-    hidden = torch.randint(-2, 3, (num_tokens, HIDDEN)).to(case.dtype)
+def make_tokens(case: Case, num_tokens: int, rng: torch.Generator) -> Tokens:
+    hidden = torch.randint(-2, 3, (num_tokens, HIDDEN), generator=rng).to(case.dtype)
     candidates = {
         "any": range(NUM_EXPERTS),
         "one expert": range(case.top_k),
         "one rank": range(case.top_k),
         "the last rank": range(NUM_EXPERTS - case.top_k, NUM_EXPERTS),
     }[case.routes]
-    rows = [torch.tensor(list(candidates))[torch.randperm(len(candidates))][: case.top_k] for _ in range(num_tokens)]
+    rows = [
+        torch.tensor(list(candidates))[torch.randperm(len(candidates), generator=rng)][: case.top_k]
+        for _ in range(num_tokens)
+    ]
     ids = torch.stack(rows) if rows else torch.zeros(0, case.top_k, dtype=torch.int64)
-    return Tokens(hidden, ids, torch.randint(1, 3, (num_tokens, case.top_k)).to(case.dtype))
+    return Tokens(hidden, ids, torch.randint(1, 3, (num_tokens, case.top_k), generator=rng).to(case.dtype))
 
 
 class WholeNumberExperts:
@@ -96,9 +99,9 @@ class WholeNumberExperts:
 def check_dispatchers(dp_size: int, tp_size: int) -> None:
     mesh = ParallelMesh.build(dp_size, tp_size, CPU)
     check_scattered_tokens(mesh)
-    torch.manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     for case in all_cases():
-        tokens = [make_tokens(case, count) for count in case.counts]
+        tokens = [make_tokens(case, count, rng) for count in case.counts]
         for dispatcher in make_dispatchers(mesh.world):
             check_case(case, tokens, dispatcher, mesh)
         check_replicated(case, tokens, mesh)
@@ -174,11 +177,11 @@ def check_replicated(case: Case, tokens: list[Tokens], mesh: ParallelMesh) -> No
 def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None:
     """Two real layers: their sum against the same layers on one rank, and the ids that reach the ring from every
     dispatcher, by `record` and by the late gather."""
-    torch.manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     top_k, hidden, width = 3, 16, 8
-    weights = [make_weights(hidden, width) for _ in range(2)]
+    weights = [make_weights(hidden, width, rng) for _ in range(2)]
     for counts in COUNTS:
-        tokens = [torch.randn(count, hidden).to(dtype) for count in counts]
+        tokens = [torch.randn(count, hidden, generator=rng).to(dtype) for count in counts]
         layout = ScatteredTokens(counts[mesh.dp.rank], rows_per_rank(list(counts), mesh.tp.size), mesh.tp)
         x = layout.scatter(tokens[mesh.dp.rank])
         whole = [
@@ -211,12 +214,12 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
             assert torch.equal(plain.weights[held], packed.weights[held])
 
 
-def make_weights(hidden: int, width: int) -> dict[str, torch.Tensor]:
+def make_weights(hidden: int, width: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
     return {
-        "router": torch.randn(NUM_EXPERTS, hidden),
-        "gate": torch.randn(NUM_EXPERTS, width, hidden) / 4,
-        "up": torch.randn(NUM_EXPERTS, width, hidden) / 4,
-        "down": torch.randn(NUM_EXPERTS, hidden, width) / 4,
+        "router": torch.randn(NUM_EXPERTS, hidden, generator=rng),
+        "gate": torch.randn(NUM_EXPERTS, width, hidden, generator=rng) / 4,
+        "up": torch.randn(NUM_EXPERTS, width, hidden, generator=rng) / 4,
+        "down": torch.randn(NUM_EXPERTS, hidden, width, generator=rng) / 4,
     }
 
 

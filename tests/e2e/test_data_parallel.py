@@ -1,4 +1,4 @@
-"""Two dp ranks: whatever the mix over them, every answer is what `transformers` says; and when nothing is asked, they sleep."""
+"""Two dp ranks: whatever the mix over them, every answer is what `transformers` says; and with nothing to do they sleep."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_turns_of_sessions_stay_on_their_ranks_and_deltas_stitch(engine: Engine,
 
 
 def test_aborts_in_every_state_leave_the_others_alone(engine: Engine, reference: Reference) -> None:
-    """Four run on each rank at most: of six, two wait; one has a prompt of many chunks; on the other rank somebody decodes."""
+    """Four run on a rank at most: of six, two wait; one has a prompt of many chunks; on the other rank somebody decodes."""
     victims = [
         {
             "input_ids": ids(f"victim {i} " * (60 if i == 0 else 2)),

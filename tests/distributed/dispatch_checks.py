@@ -92,8 +92,11 @@ class WholeNumberExperts:
         factor = (weights.float() * (ids + 1) * held).sum(dim=1, keepdim=True)
         return (hidden.float() * factor).to(hidden.dtype)
 
+    def num_rows_wanted(self, tokens: list[Tokens]) -> int:
+        return sum(any(id_ in self._local for id_ in row) for part in tokens for row in part.ids.tolist())
+
     def num_wanted(self, tokens: list[Tokens]) -> int:
-        return sum(int(id_) in self._local for part in tokens for id_ in part.ids.flatten())
+        return sum(int(id_) in self._local for part in tokens for id_ in part.ids.flatten().tolist())
 
 
 def check_dispatchers(dp_size: int, tp_size: int) -> None:
@@ -144,6 +147,8 @@ def check_case(case: Case, tokens: list[Tokens], dispatcher: Dispatcher, mesh: P
     assert not out[held:].any(), name
     for given, kept in zip((hidden, routed.ids, routed.weights), before, strict=True):
         assert torch.equal(given, kept), f"{name}: the caller's tensors were changed"
+    if isinstance(dispatcher, AllToAllDispatcher):
+        assert len(dispatched.hidden) == experts.num_rows_wanted(tokens), f"{name}: a row came that nobody needs here"
     if dispatcher.gathers_ids:
         assert torch.equal(dispatched.ids, world_ids(tokens, layout, mesh)), name
 

@@ -212,10 +212,10 @@ def test_turns_of_sessions_stay_on_their_ranks_and_deltas_stitch(engine: Engine,
 
 
 def test_aborts_in_every_state_leave_the_others_alone(engine: Engine, reference: Reference) -> None:
-    """Four run on a rank at most: of six, two wait; one has a prompt of many chunks; on the other rank somebody decodes."""
+    """Of six on one rank three decode, one is amid a long prompt, two wait; on the other rank somebody decodes."""
     victims = [
         {
-            "input_ids": ids(f"victim {i} " * (60 if i == 0 else 2)),
+            "input_ids": ids(f"victim {i} " * (60 if i == 3 else 2)),
             "sampling_params": greedy(2000),
             "rid": f"victim-{i}",
         }

@@ -74,7 +74,8 @@ def greedy(question: Question) -> dict[str, Any]:
 
 def answer_serially(catalogue: list[Question]) -> list[SerialAnswer]:
     answers = []
-    with Engine(str(CHECKPOINT), tp_size=1, dtype="float32", enable_return_routed_experts=True) as engine:
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 8192, "enable_return_routed_experts": True}
+    with Engine(str(CHECKPOINT), tp_size=1, **options) as engine:
         for question in catalogue:
             answer = engine.generate(
                 input_ids=question.prompt, sampling_params=greedy(question), return_routed_experts=True

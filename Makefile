@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http lint venv bench-stall bench-capture_overhead bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -32,6 +32,10 @@ test-gpu: venv
 # A server under 200 streaming clients for a minute; ARGS passes options.
 load-http: venv
 	PYTHONPATH=tests:bench $(PYTHON) tests/load/http_load.py $(ARGS)
+
+# Two dp ranks under random arrivals, aborts and flushes for ten minutes; ARGS passes options.
+soak: venv
+	PYTHONPATH=tests:bench $(PYTHON) tests/load/soak.py $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

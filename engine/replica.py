@@ -6,7 +6,6 @@ collective, whose time-out would end them.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from .schedule_policy import StepLimits
 from .scheduler import DpPlace, Endpoints, Scheduler
 from .sockets import Endpoint, Receiver, Sender
 from .stop_checker import StopChecker
+from .sync_stalls import freeze_garbage_collector
 from .weight_sync.report import Outcome
 
 logger = logging.getLogger(__name__)
@@ -218,9 +218,15 @@ def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> i
 def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context[Any], where: Endpoint) -> None:
     """Execute the leader's plans and operations, in order, until it says stop."""
     inbox: Receiver[PeerMessage] = Receiver(context, where, PeerMessage)
+    # As on the leader: at the first rest after the first steps.
+    is_settled, has_worked = False, False
     while True:
         if not inbox.wait(PEER_WAIT_S):
+            if has_worked and not is_settled:
+                is_settled = True
+                freeze_garbage_collector()
             continue
+        has_worked = True
         message = inbox.receive_nowait()
         if isinstance(message, StopPeers):
             return
@@ -228,12 +234,6 @@ def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context
             operations.run(message.operation)
         elif isinstance(message, ScheduleBatch):
             runner.result(runner.launch(message))
-
-
-def freeze_garbage_collector() -> None:
-    """What is alive after start-up stays alive: collections need not walk it during steps."""
-    gc.collect()
-    gc.freeze()
 
 
 def _routing_setup(rank: Rank) -> RoutingSetup:

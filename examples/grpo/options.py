@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="examples/grpo/run.sh",
-        description="GRPO on arithmetic dialogues: rollouts by the engine, routes replayed under DeepSpeed, new weights every step.",
+        description="GRPO on arithmetic dialogues: rollouts by the engine, routes replayed, new weights every step.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=str(ROOT / "models" / "early"), help="checkpoint to start from")

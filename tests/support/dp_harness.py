@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from waybill.engine.agreement import Agreement, Proposal
 from waybill.engine.config import EngineConfig
@@ -35,6 +36,7 @@ from waybill.engine.io_struct import (
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.page_manager import PageManager
+from waybill.engine.replica import slot_rows
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.ring import RouteGeometry, RouteRing
 from waybill.engine.routing.wire import decode
@@ -43,6 +45,7 @@ from waybill.engine.schedule_policy import StepLimits
 from waybill.engine.scheduler import DpPlace, Endpoints, Scheduler
 from waybill.engine.shipper import Shipper
 from waybill.engine.stop_checker import StopChecker
+from waybill.parallel.mesh import Axis, ParallelMesh
 
 from .replica_harness import EOS, FakeInbox, FakeRunner, FakeSender, FakeStep
 
@@ -258,6 +261,17 @@ class Leader:
         self.scheduler.proceed(agreement)
 
 
+def mesh_of(config: EngineConfig) -> ParallelMesh:
+    """Sizes without processes."""
+
+    def axis(name: str, size: int) -> Axis:
+        return Axis(name, 0, size, None, tuple(range(size)))
+
+    return ParallelMesh(
+        torch.device("cpu"), axis("world", config.world_size), axis("dp", config.dp_size), axis("tp", config.tp_size)
+    )
+
+
 class DpGroup:
     """All leaders, the frontend and the output processor."""
 
@@ -265,7 +279,7 @@ class DpGroup:
         self.config = config
         self.limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
         self.alive: frozenset[int] = frozenset()
-        rows = -(-self.limits.max_tokens // config.tp_size) * config.world_size
+        rows = slot_rows(self.limits, mesh_of(config))
         geometry = RouteGeometry(tuple(range(NUM_LAYERS)), NUM_LAYERS, rows, TOP_K, GEOMETRY_EXPERTS)
         self.ring = RouteRing.create(geometry, config.routing_ring_slots)
         self.leaders = [Leader(self, rank, config, num_pages, context_length) for rank in range(config.dp_size)]

@@ -98,3 +98,22 @@ def test_collections_are_timed_and_taken_once() -> None:
     assert clock.num_pauses == 1
     assert clock.take() == clock.seconds > 0.0
     assert clock.take() == 0.0
+
+
+def test_what_the_first_steps_left_is_frozen_once() -> None:
+    clock = GarbageClock()
+    before = gc.get_freeze_count()
+    clock.settle()
+    assert gc.get_freeze_count() == before, "nothing is frozen where the collector is not watched"
+    clock.install()
+    try:
+        kept = [[number] for number in range(1000)]
+        clock.settle()
+        frozen = gc.get_freeze_count()
+        assert frozen >= before + len(kept)
+        more = [[number] for number in range(1000)]
+        clock.settle()
+        assert gc.get_freeze_count() == frozen, len(more)
+    finally:
+        gc.unfreeze()
+        gc.callbacks.remove(clock._on_collection)

@@ -155,10 +155,10 @@ def remains_text(scores: dict[str, VariantScores]) -> str:
         processor, caller = of.processor_cpu_ms - off.processor_cpu_ms, of.caller_cpu_ms - off.caller_cpu_ms
         return f"{processor:.1f} + {caller:.1f} ms"
 
-    return f"""**What remains.** A finish leaves work beside the ranks: slicing, checksum and sending in the output processor, receiving
-and verifying in the caller. That is {beside(FULL)} of CPU a turn with the full history, {beside(DELTA)} with the
-delta. Two ranks have {os.cpu_count()} cores here, so both processes, at low priority, live on the gaps in which ranks wait for each
-other, and share caches and memory bandwidth with them. The ranks themselves wait for neither."""
+    return f"""**What remains.** A finish leaves work beside the ranks: slicing, checksum and sending in the output
+processor, receiving and verifying in the caller. That is {beside(FULL)} of CPU a turn with the full history and
+{beside(DELTA)} with the delta. Two ranks have {os.cpu_count()} cores here, so both processes, at low priority, live on the
+gaps in which ranks wait for each other, and share caches and memory bandwidth with them. The ranks wait for neither."""
 
 
 def report(scores: dict[str, VariantScores], state: dict[str, Any], setting: str, command: str) -> str:

@@ -30,7 +30,6 @@ from caller_priority import lower_priority, run_in_own_session
 from machine import write_result
 from make_models import ensure_checkpoint
 from rich.console import Console
-from rich.progress import Progress
 from stall_report import VariantScores, as_json, plot, report, score
 from stall_segment import (
     BUSY_RANK,
@@ -99,11 +98,16 @@ class StallBench:
         self.plain.close()
 
 
+def is_late(began: float, minutes: float | None) -> bool:
+    return minutes is not None and time.monotonic() - began > 60 * minutes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint of the shape routing30b; made in models/ if not given")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--turns", type=int, default=14, help="finishes of a variant in a round")
+    parser.add_argument("--minutes", type=float, help="begin no round later than this after the start")
     parser.add_argument("--history", type=int, default=32768 - 8, help="tokens before the first turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two rounds of four turns, for a look")
@@ -123,12 +127,14 @@ def main() -> int:
     for variant in VARIANTS:
         bench.run(variant, "warm-up", 1)
     ready = time.monotonic()
-    with Progress(transient=True) as progress:
-        for number in progress.track(range(options.rounds), description="rounds"):
-            bench.round(number, options.turns)
+    num_rounds = 0
+    while num_rounds < options.rounds and not is_late(began, options.minutes):
+        bench.round(num_rounds, options.turns)
+        num_rounds += 1
+        print(f"round {num_rounds} of {options.rounds}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     scores = bench.scores()
     setting = (
-        f"{options.rounds} rounds of {options.turns} turns a variant on {options.history} tokens of history; a turn has "
+        f"{num_rounds} rounds of {options.turns} turns a variant on {options.history} tokens of history; a turn has "
         f"{TURN_PROMPT} tokens of prompt and {TURN_OUTPUT} of output.\n{ready - began:.0f} s to start and to prefill, "
         f"{time.monotonic() - ready:.0f} s of rounds. Load average before the run: {load:.1f}."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stall_scores import (
     step_windows,
     worst_of,
 )
-from stall_segment import BUSY_RANK, OFF, STEADY_RANK, VARIANTS, Segment
+from stall_segment import BUSY_RANK, DELTA, FULL, OFF, STEADY_RANK, VARIANTS, Segment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,6 +49,9 @@ class VariantScores:
     # All latencies in windows, and what a finish took altogether: the sum of its window.
     pooled: np.ndarray
     sums: np.ndarray
+    # CPU beside the ranks, over a finish.
+    processor_cpu_ms: float
+    caller_cpu_ms: float
 
     @property
     def all_worst(self) -> np.ndarray:
@@ -64,7 +68,7 @@ def score(variant: str, segments: list[Segment]) -> VariantScores:
     for segment in segments:
         busy, steady = segment.steps[BUSY_RANK], segment.steps[STEADY_RANK]
         finishes = finish_steps(busy, variant + RID_SEPARATOR)
-        assert len(finishes) == len(segment.answers), "every answer has its finish"
+        assert len(finishes) == segment.num_finishes, "every answer has its finish"
         windows.append(step_windows(steady, finishes))
         moments = {entry.step: entry.committed_s for entry in steady}
         client.append(client_windows(segment.arrivals, [moments[step] for step in finishes]))
@@ -75,6 +79,8 @@ def score(variant: str, segments: list[Segment]) -> VariantScores:
         [worst_of(windows_of_round) for windows_of_round in client],
         flat.reshape(-1),
         flat.sum(axis=1),
+        MILLI * sum(segment.processor_cpu_s for segment in segments) / len(flat),
+        MILLI * sum(segment.caller_cpu_s for segment in segments) / len(flat),
     )
 
 
@@ -112,8 +118,9 @@ def score_table(scores: dict[str, VariantScores]) -> str:
 def client_table(scores: dict[str, VariantScores]) -> str:
     """The stream's reader's clock, and all latencies of the windows without picking the longest."""
     lines = [
-        "| variant | reader: median ms | reader: p99 ms | reader: median / off | all latencies: median ms | p99 ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| variant | reader: median ms | reader: p99 ms | reader: median / off | all latencies: median ms | p99 ms | "
+        "output processor: CPU ms a finish | caller: CPU ms a finish |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     off = scores[OFF]
     for variant, of in scores.items():
@@ -121,7 +128,8 @@ def client_table(scores: dict[str, VariantScores]) -> str:
         ratio = "1" if variant == OFF else str(paired_ratio(of.client_worst, off.client_worst, median))
         lines.append(
             f"| {variant} | {median(client):.1f} | {p99(client):.1f} | {ratio} | "
-            f"{median(of.pooled):.1f} | {p99(of.pooled):.1f} |"
+            f"{median(of.pooled):.1f} | {p99(of.pooled):.1f} | "
+            f"{of.processor_cpu_ms - off.processor_cpu_ms:+.1f} | {of.caller_cpu_ms - off.caller_cpu_ms:+.1f} |"
         )
     return "\n".join(lines)
 
@@ -136,6 +144,21 @@ def counters_text(state: dict[str, Any]) -> str:
         f"{busy['routing_ring_waits']} times. Python's collector: {busy['garbage_pauses']} pauses, "
         f"{busy['garbage_pause_s'] * 1e3:.1f} ms together."
     )
+
+
+def remains_text(scores: dict[str, VariantScores]) -> str:
+    """What is left of a finish, and why."""
+    off = scores[OFF]
+
+    def beside(variant: str) -> str:
+        of = scores[variant]
+        processor, caller = of.processor_cpu_ms - off.processor_cpu_ms, of.caller_cpu_ms - off.caller_cpu_ms
+        return f"{processor:.1f} + {caller:.1f} ms"
+
+    return f"""**What remains.** A finish leaves work beside the ranks: slicing, checksum and sending in the output
+processor, receiving and verifying in the caller. That is {beside(FULL)} of CPU a turn with the full history and
+{beside(DELTA)} with the delta. Two ranks have {os.cpu_count()} cores here, so both processes, at low priority, live on the
+gaps in which ranks wait for each other, and share caches and memory bandwidth with them. The ranks wait for neither."""
 
 
 def report(scores: dict[str, VariantScores], state: dict[str, Any], setting: str, command: str) -> str:
@@ -158,12 +181,14 @@ In brackets: {95} % intervals of the ratio, by bootstrap over rounds, the same r
 
 A finish adds at the median: {", ".join(f"{name} {value:+.1f} ms" for name, value in added.items() if name != OFF)}.
 
-As the reader of rank 1's stream sees it, in the benchmark's own process; and all latencies of the windows, without picking
-the longest:
+As the reader of rank 1's stream sees it, in the benchmark's own process; all latencies of the windows, without picking the
+longest; and the CPU time that a turn costs beside the ranks, more than with routing off:
 
 {client_table(scores)}
 
 {counters_text(state)}
+
+{remains_text(scores)}
 
 ![latency over time](stall.png)
 

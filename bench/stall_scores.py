@@ -37,8 +37,8 @@ def finish_steps(busy: Sequence[StepEntry], prefix: str) -> list[int]:
 def step_windows(steady: Sequence[StepEntry], finishes: Sequence[int]) -> list[list[float]]:
     """By finish, milliseconds between the commits of the steady rank: those of the `WINDOW` steps after the finish's own.
 
-    What a finish does on its leader's thread delays the agreement on the step after the next one, which the steady rank
-    commits the finish's next step behind: so the window's first interval holds it, and the others what goes on longer.
+    A leader that finishes a request comes late to the agreement that follows. The others commit the step after the finish
+    behind that agreement, so the window's first interval holds the delay, and the later ones what goes on beside the ranks.
     """
     committed = {entry.step: entry.committed_s for entry in steady}
     return [

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,10 @@ class Segment:
     steps: list[list[StepEntry]]
     # When the benchmark, as the stream's reader, got each of its tokens.
     arrivals: list[float]
-    # When it got the answers of rank 0.
-    answers: list[float]
+    num_finishes: int
+    # CPU time beside the ranks: the output processor's, and that of this process, the caller and frontend.
+    processor_cpu_s: float
+    caller_cpu_s: float
 
 
 class SteadyStream:
@@ -94,7 +96,7 @@ class Conversation:
     name: str
     ids: list[int]
     rng: np.random.Generator
-    answers: list[float] = field(default_factory=list)
+    num_turns: int = 0
 
     async def turn(self, engine: Engine, vocab_size: int) -> None:
         """Ask, and check that as many rows came as the variant promises."""
@@ -104,12 +106,12 @@ class Conversation:
         answer: Any = await engine.async_generate(
             input_ids=self.ids,
             sampling_params={"temperature": 0.0, "max_new_tokens": TURN_OUTPUT, "ignore_eos": True},
-            rid=RID_SEPARATOR.join([self.variant, self.name, str(len(self.answers))]),
+            rid=RID_SEPARATOR.join([self.variant, self.name, str(self.num_turns)]),
             routed_dp_rank=BUSY_RANK,
             return_routed_experts=self.variant in SHIPS_ROUTES,
             routed_experts_start_len=start,
         )
-        self.answers.append(time.monotonic())
+        self.num_turns += 1
         self.ids = self.ids + answer["output_ids"]
         meta = answer["meta_info"]
         assert meta["cached_tokens"] >= held - 1, f"{meta['cached_tokens']} of {held} tokens were cached"
@@ -125,12 +127,20 @@ async def run_segment(
     vocab_size = int(tapped.state["vocab_size"])
     prompt = rng.integers(FIRST_TOKEN, vocab_size, STREAM_PROMPT).tolist()
     conversation = Conversation(variant, name, history, rng)
+    processor, caller = tapped.processor_cpu_s(), time.process_time()
     async with steady_stream(engine, prompt, variant) as stream:
         for _ in range(num_turns):
             await conversation.turn(engine, vocab_size)
             await stream.wait_for(PAUSE_TOKENS)
     await asyncio.to_thread(wait_until_idle, tapped)
-    return Segment(variant, await asyncio.to_thread(tapped.take_steps), stream.arrivals, conversation.answers)
+    return Segment(
+        variant,
+        await asyncio.to_thread(tapped.take_steps),
+        stream.arrivals,
+        conversation.num_turns,
+        tapped.processor_cpu_s() - processor,
+        time.process_time() - caller,
+    )
 
 
 def wait_until_idle(tapped: TappedEngine) -> None:

@@ -56,6 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     # CPU threads of one rank. None: the machine's cores shared by its ranks.
     num_threads: int | None = None
     weight_version: str = "default"
+    # How long an update group may take to come together, a transfer to go on, and an update to bring its next tensor.
+    weight_sync_timeout_s: float = 300.0
     log_level: str = "warning"
 
     @property

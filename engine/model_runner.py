@@ -85,15 +85,17 @@ class ModelRunner:
         capturer: RoutedExpertsCapturer | LateRouteGather | None,
     ) -> None:
         self._mesh = mesh
-        self._model = model
-        self._kv_store = kv_store
+        self.model = model
+        self.kv_store = kv_store
         self._page_size = page_size
         self._capturer = capturer
         self._attention = make_attention_backend(attention_backend, mesh.device)
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
-        self._graphs = self._make_graphs() if use_graphs and attention_backend == "auto" else None
+        self._use_graphs = use_graphs and attention_backend == "auto"
+        self._graphs: DecodeGraphs | None = None
+        self.make_graphs()
         # The leader's view of who runs on which row.
         self._sampling_rows: dict[int, SamplingRow] = {}
         self._reqs: dict[int, Req] = {}
@@ -106,29 +108,33 @@ class ModelRunner:
         """Leader: the request on `row` changes; nothing of the one before survives."""
         sampling_row = SamplingRow(req.params, tuple(stop_ids), req.recv.top_logprobs_num, req.recv.return_logprob)
         known = np.frombuffer(bytes(req.tokens), dtype="<i4")
-        start_counts(sampling_row, known, req.num_prompt_tokens, self._model.config.vocab_size, self._mesh.device)
+        start_counts(sampling_row, known, req.num_prompt_tokens, self.model.config.vocab_size, self._mesh.device)
         sampling_row.position = len(req.output_ids)
         self._sampling_rows[row] = sampling_row
         self._reqs[row] = req
 
-    def _make_graphs(self) -> DecodeGraphs | None:
+    def make_graphs(self) -> None:
         """On CUDA, decode steps of one rank run as graphs."""
-        if self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
-            return None
+        if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
+            return
         assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
         # Its kernels come with torch's CUDA builds alone.
         from .decode_graphs import DecodeGraphs  # noqa: PLC0415
 
-        return DecodeGraphs(
-            self._model,
+        self._graphs = DecodeGraphs(
+            self.model,
             self._attention,
-            self._kv_store,
+            self.kv_store,
             self._pool,
             self._page_size,
             self._last_token_ids,
             self._mesh.tp,
             self._capturer,
         )
+
+    def drop_graphs(self) -> None:
+        """They hold the addresses of weights and KV pool, and memory of their own."""
+        self._graphs = None
 
     @torch.inference_mode()
     def launch(self, batch: ScheduleBatch) -> LaunchedStep:
@@ -143,13 +149,13 @@ class ModelRunner:
         layout = self._lay_out(batch)
         forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention, layout)
         ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
-        hidden = self._model(forward, self._attention, self._kv_store, self._capturer)
+        hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
         if self._capturer is not None:
             self._capturer.finish()
         sampled = None
         sampling = [req for req in batch.reqs if req.sample]
         if sampling:
-            logits = self._model.compute_logits(hidden[forward.sample_rows])
+            logits = self.model.compute_logits(hidden[forward.sample_rows])
             sampled = self._sample(logits, forward.sampling_req_rows, sampling)
         return LaunchedStep(sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
 
@@ -209,7 +215,7 @@ class ModelRunner:
         top: list[list[tuple[float, int]]] = []
         position = scheduled.start + scheduled.prompt_logprobs_from + 1
         for block in hidden.split(SCORE_BLOCK_ROWS):
-            logits = self._model.compute_logits(block)
+            logits = self.model.compute_logits(block)
             if logits is not None:
                 req = self._reqs[scheduled.row]
                 ids = np.frombuffer(req.token_bytes(position, position + len(block)), dtype="<i4").astype(np.int64)

@@ -30,14 +30,16 @@ from .model_runner import LaunchedStep, ModelRunner
 from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .page_manager import PageManager
+from .rank_operations import RankOperations
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteGeometry, RouteRing
-from .schedule_batch import PeerMessage, StopPeers
+from .schedule_batch import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
 from .scheduler import DpPlace, Endpoints, Scheduler
 from .sockets import Endpoint, Receiver, Sender
 from .stop_checker import StopChecker
+from .weight_sync.report import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,11 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
         peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
         records: Sender[OutputRecord] = Sender(context, endpoints.records)
         frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
-        make_scheduler(rank, Endpoints(inbox, peers, records, frontend)).run()
+        operations = make_operations(rank, context, endpoints.frontend)
+        make_scheduler(rank, Endpoints(inbox, peers, records, frontend), operations).run()
     else:
-        follow(rank.runner, context, own)
+        operations = make_operations(rank, context, endpoints.frontend)
+        follow(rank.runner, operations, context, own)
     guard.close()
     context.destroy(linger=int(FAREWELL_S * 1000))
 
@@ -157,7 +161,21 @@ def make_recorder(
     return LateRouteGather(mesh.world, geometry, geometry.max_tokens // num_ranks, capturer, mesh.device)
 
 
-def make_scheduler(rank: Rank, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
+def make_operations(rank: Rank, context: zmq.Context[Any], frontend: Endpoint) -> RankOperations:
+    """What this rank does when all are told to. What takes its time is answered over a socket of its own: the step
+    thread's belongs to that thread."""
+
+    def answer_later(op_id: str, outcome: Outcome) -> None:
+        sender: Sender[BackendMessage] = Sender(context, frontend)
+        sender.send(ControlReply(op_id, outcome.success, outcome.message))
+        sender.flush_and_close(FAREWELL_S)
+
+    return RankOperations(rank.runner, rank.mesh, rank.config.weight_sync_timeout_s, answer_later)
+
+
+def make_scheduler(
+    rank: Rank, endpoints: Endpoints, operations: RankOperations | None = None
+) -> Scheduler[LaunchedStep]:
     """Wire a leader, and tell the output processor and the frontend that it is there."""
     config, dp, tp_size = rank.config, rank.mesh.dp, rank.mesh.tp.size
     first_recorded_dp = recorded_ranks(config, rank.mesh)[0] // tp_size
@@ -172,6 +190,7 @@ def make_scheduler(rank: Rank, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
         place=DpPlace(dp.rank, dp.size, tp_size, first_recorded_dp),
         meeting=LonelyMeeting() if dp.size == 1 else DpMeeting(dp),
         clock=rank.clock,
+        operations=operations,
     )
     endpoints.records.send(_routing_setup(rank))
     if dp.rank == 0:
@@ -195,8 +214,8 @@ def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> i
     return config.context_length
 
 
-def follow(runner: ModelRunner, context: zmq.Context[Any], where: Endpoint) -> None:
-    """Execute the leader's plans, in order, until it says stop."""
+def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context[Any], where: Endpoint) -> None:
+    """Execute the leader's plans and operations, in order, until it says stop."""
     inbox: Receiver[PeerMessage] = Receiver(context, where, PeerMessage)
     while True:
         if not inbox.wait(PEER_WAIT_S):
@@ -204,8 +223,10 @@ def follow(runner: ModelRunner, context: zmq.Context[Any], where: Endpoint) -> N
         message = inbox.receive_nowait()
         if isinstance(message, StopPeers):
             return
-        assert message is not None
-        runner.result(runner.launch(message))
+        if isinstance(message, PeerOperation):
+            operations.run(message.operation)
+        elif isinstance(message, ScheduleBatch):
+            runner.result(runner.launch(message))
 
 
 def freeze_garbage_collector() -> None:

@@ -23,15 +23,16 @@ from .answer import Answer, RoutesForm
 from .config import EngineConfig
 from .curve import CurveGuard
 from .dp_router import DpRouter
+from .engine_controls import CONTROL_TIMEOUT_S, EngineControls
 from .engine_state import add_counters, merge_states
 from .generate_request import GenerateReqInput, SampleRequest, expand
+from .generation_gate import GenerationGate, UnavailableError
 from .io_struct import (
     AbortReq,
     BackendMessage,
     ControlReply,
     CountersReply,
     FetchClaimReq,
-    FlushCacheReq,
     FrontendMessage,
     GetCountersReq,
     GetInternalStateReq,
@@ -43,6 +44,7 @@ from .io_struct import (
     TokenizedGenerateReqInput,
 )
 from .leader_link import LeaderLink
+from .reply_box import ReplyBox
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .routing.claims import ClaimError, processor_of
@@ -52,7 +54,6 @@ from .text_codec import TextCodec
 
 logger = logging.getLogger(__name__)
 
-CONTROL_TIMEOUT_S = 30.0
 READY_OP = "ready"
 # A request whose caller leaves so many outputs unread is aborted.
 MAX_UNREAD_OUTPUTS = 8192
@@ -103,9 +104,11 @@ class TokenizerManager:
         self._events: dict[str, asyncio.Queue[Event]] = {}
         # By rid, the dp rank of what was sent and is not yet told to have finished, whoever still waits for it.
         self._at_engine: dict[str, int] = {}
-        self._replies: dict[str, asyncio.Future[Any]] = {}
+        self._replies = ReplyBox()
         self._observer: RequestObserver = observer or NoObserver()
         self._dp_router = DpRouter(config.dp_size)
+        self._gate = GenerationGate(config.weight_sync_timeout_s, lambda: len(self._at_engine))
+        self.controls = EngineControls(config, self._link, self._replies, self._gate, self._dp_router)
         self._death: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.facts: dict[str, int | float | str] = {}
@@ -121,7 +124,7 @@ class TokenizerManager:
             EngineDeadError: its processes ended.
             TimeoutError: it was not ready within `timeout_s`.
         """
-        ready = self._expect(READY_OP)
+        ready = self._replies.expect(READY_OP)
         self._tasks = [
             asyncio.create_task(self._receive_outputs(), name="receive outputs"),
             *(asyncio.create_task(self._receive_replies(socket), name="receive replies") for socket in self._queries),
@@ -144,9 +147,7 @@ class TokenizerManager:
         self._death = EngineDeadError(reason)
         for queue in self._events.values():
             queue.put_nowait(self._death)
-        for future in self._replies.values():
-            if not future.done():
-                future.set_exception(self._death)
+        self._replies.fail_all(self._death)
 
     async def stop_engine(self) -> None:
         """Ask the ranks to leave after the step in flight."""
@@ -180,6 +181,8 @@ class TokenizerManager:
         assert self.limits is not None, "start was not awaited"
         if self._death is not None:
             raise self._death
+        if self._gate.refusal is not None:
+            raise UnavailableError(self._gate.refusal)
         try:
             self._check_capacity(request.num_samples)
             samples = [sample for group in expand(request, self.limits, self.text.encode) for sample in group]
@@ -211,7 +214,8 @@ class TokenizerManager:
         """
         if samples is None:
             samples = self.prepare(request)
-        # Others may have come between `prepare` and the first step of this generator.
+        await self._gate.enter()
+        # Others may have come between `prepare` and here.
         self._check_rids(samples)
         num_layers = int(self.facts["num_layers"])
         answers = {
@@ -350,16 +354,6 @@ class TokenizerManager:
     def _abort_exactly(self, rid: str) -> None:
         self._link.send_to_all(lambda number: AbortReq(number, rid, exact=True))
 
-    async def flush_cache(self) -> tuple[bool, str]:
-        """Empty the prefix cache; whether it was done, and what the engine says."""
-        op_id = uuid.uuid4().hex
-        future = self._expect(op_id)
-        self._link.send_to_all(lambda number: FlushCacheReq(number, op_id))
-        reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
-        if reply.success:
-            self._dp_router.forget_prefixes()
-        return reply.success, reply.message
-
     async def get_state(self) -> dict[str, Any]:
         """Facts of the engine, its leaders' states and the output processors' counters."""
         states = await asyncio.gather(*map(self._get_leader_state, range(self.config.dp_size)))
@@ -368,7 +362,7 @@ class TokenizerManager:
 
     async def _get_leader_state(self, dp_rank: int) -> ControlReply:
         op_id = uuid.uuid4().hex
-        future = self._expect(op_id)
+        future = self._replies.expect(op_id)
         self._link.ask(dp_rank, GetInternalStateReq(op_id))
         reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
         return reply
@@ -389,18 +383,10 @@ class TokenizerManager:
 
     async def _query(self, processor: int, make: Callable[[str], OutputQuery]) -> tuple[OutputReply, list[bytes]]:
         op_id = uuid.uuid4().hex
-        future = self._expect(op_id)
+        future = self._replies.expect(op_id)
         await self._queries[processor].send(msgspec.msgpack.encode(make(op_id)))
         reply: tuple[OutputReply, list[bytes]] = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
         return reply
-
-    def _expect(self, op_id: str) -> asyncio.Future[Any]:
-        if self._death is not None:
-            raise self._death
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._replies[op_id] = future
-        future.add_done_callback(lambda _: self._replies.pop(op_id, None))
-        return future
 
     # --- what comes back --------------------------------------------------------------------------------------------
 
@@ -409,17 +395,15 @@ class TokenizerManager:
             message, frames = await self._inbox.receive()
             if isinstance(message, OutputBatch):
                 self._deliver(message, frames)
-            elif message.op_id in self._replies and not self._replies[message.op_id].done():
-                self._replies[message.op_id].set_result(message)
+            else:
+                self._replies.resolve(message.op_id, message)
 
     async def _receive_replies(self, socket: Any) -> None:
         decoder: msgspec.msgpack.Decoder[OutputReply] = msgspec.msgpack.Decoder(OutputReply)
         while True:
             head, *frames = await socket.recv_multipart()
             reply = decoder.decode(head)
-            future = self._replies.get(reply.op_id)
-            if future is not None and not future.done():
-                future.set_result((reply, frames))
+            self._replies.resolve(reply.op_id, (reply, frames))
 
     def _deliver(self, batch: OutputBatch, frames: list[memoryview]) -> None:
         """Pass each output on, with its rows verified; a request that was given up meanwhile is dropped."""

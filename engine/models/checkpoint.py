@@ -25,7 +25,7 @@ BYTES_PER_ELEMENT = 4
 
 
 class Checkpoint:
-    """The safetensors files of a folder: `model.safetensors`, or the shards that its index names.
+    """One safetensors file, or those of a folder: `model.safetensors`, or the shards that its index names.
 
     Raises:
         ValueError: the folder has neither, or the index names a file that is not there.
@@ -38,6 +38,8 @@ class Checkpoint:
     def _read_names(self) -> Iterator[tuple[str, Path]]:
         index = self._path / "model.safetensors.index.json"
         single = self._path / "model.safetensors"
+        if self._path.is_file():
+            single = self._path
         if index.is_file():
             for name, file_name in json.loads(index.read_text())["weight_map"].items():
                 file = self._path / file_name

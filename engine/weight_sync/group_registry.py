@@ -1,0 +1,76 @@
+"""The update groups of one rank. Joining one waits for a trainer, so it happens beside the step thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ...parallel.mesh import ParallelMesh
+from ..io_struct import InitWeightsGroupReq
+from .update_group import UpdateGroup
+
+
+class GroupRegistry:
+    """Groups by name: joined, or still to come together."""
+
+    def __init__(self, mesh: ParallelMesh, timeout_s: float) -> None:
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+        self._joined: dict[str, UpdateGroup] = {}
+        self._pending: set[str] = set()
+
+    def check(self, op: InitWeightsGroupReq) -> None:
+        """
+        Raises:
+            ValueError: the request does not fit this engine, or the name is taken.
+        """
+        if op.group_name in self._joined or op.group_name in self._pending:
+            raise ValueError(f"group_name: {op.group_name!r} is taken; destroy that group first")
+        last = op.world_size - self._mesh.world.size
+        if not 1 <= op.rank_offset <= last:
+            raise ValueError(
+                f"rank_offset={op.rank_offset}: must lie in 1 .. {last}, for {self._mesh.world.size} engine ranks in a "
+                f"group of {op.world_size} (world_size)"
+            )
+
+    def join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
+        """Join in the background; `done` hears there why it failed, or None."""
+        self._pending.add(op.group_name)
+        threading.Thread(target=self._join, args=(op, done), name=f"join {op.group_name}", daemon=True).start()
+
+    def _join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
+        error = None
+        try:
+            self._joined[op.group_name] = UpdateGroup(
+                op.master_address,
+                op.master_port,
+                op.rank_offset + self._mesh.world.rank,
+                op.world_size,
+                op.group_name,
+                op.backend,
+                self._mesh.device,
+                self._timeout_s,
+            )
+        except (ValueError, RuntimeError) as problem:
+            error = f"group {op.group_name!r} did not come together: {str(problem).splitlines()[0]}"
+        finally:
+            self._pending.discard(op.group_name)
+        done(error)
+
+    def get(self, name: str) -> UpdateGroup:
+        """
+        Raises:
+            ValueError: this rank has not joined a group of that name.
+        """
+        if name not in self._joined:
+            state = "has not come together yet" if name in self._pending else "was not joined"
+            raise ValueError(f"group_name: {name!r} {state}")
+        return self._joined[name]
+
+    def leave(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: as `get`.
+        """
+        self.get(name).close()
+        del self._joined[name]

@@ -19,8 +19,8 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from .exchange import open_listener
+from .node_options import RENDEZVOUS_BACKEND
 
-BACKEND = "waybill"
 # For the agents of all nodes to come.
 JOIN_TIMEOUT_S = 600
 
@@ -29,7 +29,7 @@ class OneAddressRendezvous(StaticTCPRendezvous):
     """`master_port` 0, for a run on one node, takes a free port."""
 
     def get_backend(self) -> str:
-        return BACKEND
+        return RENDEZVOUS_BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None and self.rank == 0:
@@ -56,4 +56,4 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 def register() -> None:
     """Make it known to torchrun as the backend `waybill`."""
-    rendezvous_handler_registry.register(BACKEND, make_handler)
+    rendezvous_handler_registry.register(RENDEZVOUS_BACKEND, make_handler)

@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http lint venv bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -37,6 +37,10 @@ lint: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	MYPYPATH=.venv/src .venv/bin/mypy -p waybill
+
+# Whole runs, which keep their reports in bench/results and make their models on first use; ARGS=--quick for a look.
+bench-stall bench-capture_overhead: bench-%: venv
+	$(PYTHON) bench/$*.py --json --write $(ARGS)
 
 # bench-finish_cost runs bench/finish_cost.py, and so on; ARGS passes options.
 bench-%: venv

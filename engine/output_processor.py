@@ -8,9 +8,7 @@ low priority, so that on a shared host it gives way to the ranks.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -41,6 +39,7 @@ from .io_struct import (
 )
 from .lifeline import watch_lifeline
 from .output_processor_config import OutputProcessorConfig
+from .priority import give_way
 from .routing.claims import ClaimError, ClaimStore
 from .routing.ledger import MissingRoutesError, RouteLedger
 from .routing.ring import RouteGeometry, RouteRing
@@ -121,16 +120,16 @@ class OutputProcessor:
         if ledger is not None:
             self._file(record, ledger)
         progress: dict[str, Progress] = {}
+        done = {finished.rid for finished in record.after}
         for output in record.outputs:
             state = self._reqs[output.rid]
             state.num_output += len(output.token_ids)
-            progress[output.rid] = Progress(output.rid, output, state.cached_tokens, state.num_retractions)
-        done = {finished.rid for finished in record.after}
-        for rid in progress.keys() - done:
-            state = self._reqs[rid]
-            if state.started.stream_routed_experts and state.num_output:
+            routes = None
+            if state.started.stream_routed_experts and state.num_output and output.rid not in done:
                 routes = self.maybe_collect_routed_experts(state, aborted=False)
-                progress[rid] = dataclasses.replace(progress[rid], routes=routes)
+            progress[output.rid] = Progress(
+                output.rid, output, state.cached_tokens, state.num_retractions, routes=routes
+            )
         for finished in record.after:
             progress[finished.rid] = self._finish(finished, progress.get(finished.rid))
         if started or progress:
@@ -157,20 +156,14 @@ class OutputProcessor:
             ledger.flush()
 
     def _file(self, record: StepRecord, ledger: RouteLedger) -> None:
-        for segment in record.segments:
-            ledger.allocate(segment)
-        if record.ring_seq < 0 or not record.segments:
+        if not record.segments:
             return
-        assert self._ring is not None
+        assert self._ring is not None and record.ring_seq >= 0, (
+            "segments come with a forward, whose rows are in the ring"
+        )
         num_rows = sum(segment.num_tokens for segment in record.segments)
         rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
-        offset = 0
-        for segment in record.segments:
-            if not segment.discarded:
-                part = rows[:, offset : offset + segment.num_tokens]
-                ledger.file(segment, part, record.weight_version)
-                self.num_rows_filed += segment.num_tokens
-            offset += segment.num_tokens
+        self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
@@ -252,7 +245,7 @@ def main() -> None:
     run_dir = Path(config.lifeline_path).parent
     watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")
-    os.nice(config.nice)
+    give_way(config.nice)
     context = zmq.Context()
     guard = CurveGuard(context, (config.records_address, config.queries_address))
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic, config.claim_prefix)

@@ -6,6 +6,8 @@ import msgspec
 
 from .sockets import Endpoint
 
+LOW_PRIORITY = 10
+
 
 class OutputProcessorConfig(msgspec.Struct, frozen=True):
     """Addresses, limits and priority; the sizes of the KV pool arrive later, as `RoutingSetup`."""
@@ -22,5 +24,5 @@ class OutputProcessorConfig(msgspec.Struct, frozen=True):
     num_dp_ranks: int = 1
     # Tells claims of this processor from those of others.
     claim_prefix: str = ""
-    nice: int = 10
+    nice: int = LOW_PRIORITY
     log_level: str = "warning"

@@ -75,10 +75,7 @@ class RoutedExpertsCapturer:
         Raises:
             RuntimeError: a MoE layer did not ask for its slot, or did so twice.
         """
-        expected = list(range(self._ring.geometry.num_moe_layers))
-        if sorted(self._asked) != expected:
-            missing = sorted(set(expected) - set(self._asked))
-            raise RuntimeError(f"routing of step {self._seq}: MoE layers {missing} recorded nothing, or some twice")
+        check_asked(self._asked, self._ring.geometry, f"step {self._seq}")
 
     def finish(self) -> None:
         """The forward is enqueued: check that it was recorded whole, and enqueue the copy to the host."""
@@ -90,6 +87,17 @@ class RoutedExpertsCapturer:
         """Wait until the rows of `seq` are in the ring; the step's record may be sent after that."""
         if self._device_copy is not None:
             self._device_copy.wait(seq)
+
+
+def check_asked(asked: list[int], geometry: RouteGeometry, step: str) -> None:
+    """
+    Raises:
+        RuntimeError: not every MoE layer asked for its slot once.
+    """
+    expected = list(range(geometry.num_moe_layers))
+    if sorted(asked) != expected:
+        missing = sorted(set(expected) - set(asked))
+        raise RuntimeError(f"routing of {step}: MoE layers {missing} recorded nothing, or some twice")
 
 
 class DeviceCopy:

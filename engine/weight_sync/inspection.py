@@ -34,7 +34,8 @@ def first_rows(weight: ShardedWeight, num_rows: int) -> bytes:
         first, last = bounds[0]
         if first < num_rows:
             bounds[0] = (first, min(last, num_rows))
-            values = piece.storage[: bounds[0][1] - first].to(torch.float32).cpu().contiguous().numpy()
+            # A copy: storage that numpy has seen can no longer be released.
+            values = piece.storage[: bounds[0][1] - first].to("cpu", torch.float32, copy=True).contiguous().numpy()
             parts.append(RowsPart(bounds, values.tobytes()))
     return msgspec.msgpack.encode(parts)
 

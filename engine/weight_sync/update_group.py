@@ -95,6 +95,10 @@ class UpdateGroup:
         """Leave it; the others find out at their next transfer."""
         self._group.shutdown()
 
+    def abort(self) -> None:
+        """Leave it in the middle of a transfer, which fails for everybody."""
+        self._group.abort()
+
 
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)

@@ -6,6 +6,8 @@ store. Here node 0 is the one that was named so, and what agents tell each other
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import socket
 
 from torch._C._distributed_c10d import TCPStore
@@ -21,6 +23,8 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from .exchange import open_listener
 from .node_options import RENDEZVOUS_BACKEND
 
+logger = logging.getLogger(__name__)
+
 # For the agents of all nodes to come.
 JOIN_TIMEOUT_S = 600
 
@@ -33,8 +37,12 @@ class OneAddressRendezvous(StaticTCPRendezvous):
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None and self.rank == 0:
-            address = socket.getaddrinfo(self.master_addr, None, type=socket.SOCK_STREAM)[0][4][0]
-            listener = open_listener(str(address), self.master_port)
+            address = str(socket.getaddrinfo(self.master_addr, None, type=socket.SOCK_STREAM)[0][4][0])
+            if self.world_size > 1 and ipaddress.ip_address(address).is_loopback:
+                logger.warning(
+                    "--rdzv-endpoint: %s is %s here, which no other host can reach", self.master_addr, address
+                )
+            listener = open_listener(address, self.master_port)
             self.master_port = listener.getsockname()[1]
             self._store = TCPStore(
                 self.master_addr,

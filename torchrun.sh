@@ -8,4 +8,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$root/scripts/venv.sh"
-exec "$root/.venv/bin/python" -m waybill.launch.agent "$@"
+exec "$root/.venv/bin/python" -m waybill.launch.command_line "$@"

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from ..parallel.dp_attention import rows_per_rank
-from ..parallel.mesh import ParallelMesh
+from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
 from .agreement import LonelyMeeting
 from .config import EngineConfig
@@ -109,10 +109,10 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     num_pages = kv_pool_pages(config, context_length, model.kv_specs(), model_config.num_layers, mesh)
     kv_store = KVStore(model_config.num_layers, num_pages, config.page_size, model.kv_specs(), mesh.device)
     geometry, ring = None, None
-    recorded = recorded_ranks(config, mesh)
+    recorded = recorded_axis(config, mesh)
     if config.enable_return_routed_experts:
-        geometry = model_config.route_geometry(slot_rows(limits, mesh, len(recorded)))
-        if mesh.world.rank == recorded[0]:
+        geometry = model_config.route_geometry(slot_rows(limits, mesh, recorded.size))
+        if recorded.rank == 0:
             ring = RouteRing.create(geometry, config.routing_ring_slots)
     runner = ModelRunner(
         mesh,
@@ -131,12 +131,12 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
 
 
-def recorded_ranks(config: EngineConfig, mesh: ParallelMesh) -> range:
+def recorded_axis(config: EngineConfig, mesh: ParallelMesh) -> Axis:
     """The ranks whose tokens' routes come to this rank's output processor; the first of them records."""
     if config.output_processors == "node":
-        assert mesh.ranks_per_node % mesh.tp.size == 0, "a dp group has one output processor"
-        return range(mesh.first_rank_here, mesh.first_rank_here + mesh.ranks_per_node)
-    return range(mesh.world.size)
+        assert mesh.node.size % mesh.tp.size == 0, "a dp group has one output processor"
+        return mesh.node
+    return mesh.world
 
 
 def slot_rows(limits: StepLimits, mesh: ParallelMesh, num_recorded: int) -> int:
@@ -150,16 +150,18 @@ def make_recorder(
     config: EngineConfig, mesh: ParallelMesh, geometry: RouteGeometry, ring: RouteRing | None
 ) -> RoutedExpertsCapturer | LateRouteGather | None:
     """What this rank records: with tokens replicated or gathered, one rank sees all ids; else every rank brings its own."""
-    recorded = recorded_ranks(config, mesh)
+    recorded = recorded_axis(config, mesh)
     if mesh.dp.size == 1:
         return None if ring is None else RoutedExpertsCapturer(ring, mesh.device)
-    num_ranks = len(recorded)
+    gathers_late = config.moe_dispatcher != "all_gather"
     capturer = None
     if ring is not None:
-        capturer = RoutedExpertsCapturer(ring, mesh.device, first_rank=recorded[0], num_ranks=num_ranks)
-    if config.moe_dispatcher == "all_gather":
+        # Where in what the recorder is given the recorded ranks begin: of the whole world, or of their own axis.
+        first_rank = 0 if gathers_late else recorded.ranks[0]
+        capturer = RoutedExpertsCapturer(ring, mesh.device, first_rank=first_rank, num_ranks=recorded.size)
+    if not gathers_late:
         return capturer
-    return LateRouteGather(mesh.world, geometry, geometry.max_tokens // num_ranks, capturer, mesh.device)
+    return LateRouteGather(recorded, geometry, geometry.max_tokens // recorded.size, capturer, mesh.device)
 
 
 def make_operations(rank: Rank, context: zmq.Context[Any], frontend: Endpoint) -> RankOperations:
@@ -179,7 +181,7 @@ def make_scheduler(
 ) -> Scheduler[LaunchedStep]:
     """Wire a leader, and tell the output processor and the frontend that it is there."""
     config, dp, tp_size = rank.config, rank.mesh.dp, rank.mesh.tp.size
-    first_recorded_dp = recorded_ranks(config, rank.mesh)[0] // tp_size
+    first_recorded_dp = recorded_axis(config, rank.mesh).ranks[0] // tp_size
     scheduler = Scheduler(
         config,
         rank.limits,

@@ -99,8 +99,8 @@ class TokenizerManager:
         self._inbox: AsyncReceiver[BackendMessage] = AsyncReceiver(self._context, frontend, BackendMessage)
         # One for each output processor.
         self._queries = [open_socket(self._context, zmq.DEALER, where, bind=False) for where in queries]
-        # Where claims are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
-        self.queries_endpoints = [where if isinstance(where, str) else where.address for where in queries]
+        # Where claims of this node are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
+        self.queries_endpoint = queries[0] if isinstance(queries[0], str) else queries[0].address
         self._events: dict[str, asyncio.Queue[Event]] = {}
         # By rid, the dp rank of what was sent and is not yet told to have finished, whoever still waits for it.
         self._at_engine: dict[str, int] = {}

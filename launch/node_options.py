@@ -9,6 +9,8 @@ import re
 import msgspec
 
 LOCAL_ENDPOINT = "127.0.0.1:0"
+# Under which torchrun knows `rendezvous.py`.
+RENDEZVOUS_BACKEND = "waybill"
 
 
 class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,8 @@ store. Here node 0 is the one that was named so, and what agents tell each other
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import socket
 
 from torch._C._distributed_c10d import TCPStore
@@ -19,8 +21,10 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from .exchange import open_listener
+from .node_options import RENDEZVOUS_BACKEND
 
-BACKEND = "waybill"
+logger = logging.getLogger(__name__)
+
 # For the agents of all nodes to come.
 JOIN_TIMEOUT_S = 600
 
@@ -29,12 +33,16 @@ class OneAddressRendezvous(StaticTCPRendezvous):
     """`master_port` 0, for a run on one node, takes a free port."""
 
     def get_backend(self) -> str:
-        return BACKEND
+        return RENDEZVOUS_BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
         if self._store is None and self.rank == 0:
-            address = socket.getaddrinfo(self.master_addr, None, type=socket.SOCK_STREAM)[0][4][0]
-            listener = open_listener(str(address), self.master_port)
+            address = str(socket.getaddrinfo(self.master_addr, None, type=socket.SOCK_STREAM)[0][4][0])
+            if self.world_size > 1 and ipaddress.ip_address(address).is_loopback:
+                logger.warning(
+                    "--rdzv-endpoint: %s is %s here, which no other host can reach", self.master_addr, address
+                )
+            listener = open_listener(address, self.master_port)
             self.master_port = listener.getsockname()[1]
             self._store = TCPStore(
                 self.master_addr,
@@ -56,4 +64,4 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 def register() -> None:
     """Make it known to torchrun as the backend `waybill`."""
-    rendezvous_handler_registry.register(BACKEND, make_handler)
+    rendezvous_handler_registry.register(RENDEZVOUS_BACKEND, make_handler)

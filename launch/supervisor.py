@@ -15,6 +15,7 @@ from ..engine.lifeline import Lifeline
 from ..engine.output_processor_config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
 from ..engine.sockets import Endpoint
+from .node_options import RENDEZVOUS_BACKEND, NodeOptions
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, make_run_dir, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
 
@@ -115,11 +116,14 @@ class EngineProcess:
         # Held open: who notices the end first removes the folder, and what the ranks said last must outlive it.
         self._log = (Path(self.run_dir) / "engine.log").open("w+b")
         write_struct(self.run_dir, ENGINE_CONFIG, config)
+        environment = dict(os.environ)
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, config.world_size)))
         self._agent = subprocess.Popen(
-            [sys.executable, "-m", "waybill.launch.agent", "engine", "--run-dir", self.run_dir],
+            agent_command(config.world_size, self.run_dir),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
+            env=environment,
             # An interrupt at the terminal is for the caller; the ranks follow when it ends.
             start_new_session=True,
         )
@@ -160,3 +164,26 @@ class EngineProcess:
 def threads_per_rank(config: EngineConfig, ranks_here: int) -> int:
     """Cores shared by the ranks of this node, unless configured."""
     return config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def agent_command(world_size: int, run_dir: str) -> list[str]:
+    """The agent of a calling program's engine, on one node; what it writes goes to the run's folder."""
+    worker_arguments = ["engine", "--run-dir", run_dir]
+    arguments = torchrun_arguments(NodeOptions(), world_size, worker_arguments, log_dir=f"{run_dir}/torchrun")
+    return [sys.executable, "-m", "waybill.launch.agent", *arguments]
+
+
+def torchrun_arguments(
+    nodes: NodeOptions, ranks_here: int, worker_arguments: list[str], log_dir: str | None = None
+) -> list[str]:
+    """What tells torchrun to start the ranks of this node."""
+    return [
+        *("--nnodes", str(nodes.nnodes)),
+        *("--rdzv-backend", RENDEZVOUS_BACKEND),
+        *("--rdzv-conf", f"rank={nodes.node_rank}"),
+        *("--rdzv-endpoint", nodes.endpoint),
+        *("--nproc-per-node", str(ranks_here)),
+        *(() if log_dir is None else ("--log-dir", log_dir)),
+        *("-m", "waybill.launch.worker"),
+        *worker_arguments,
+    ]

@@ -126,7 +126,8 @@ class Layout:
     def sockets(self) -> list[SocketPlace]:
         """Every socket of the run that something binds."""
         leader_nodes = [self.node_of(self.leader_of(dp_rank)) for dp_rank in range(self.dp_size)]
-        places = [SocketPlace(FRONTEND, 0, frozenset({0, *leader_nodes, *range(self.num_processors)}))]
+        # Every rank may have something to report to the frontend.
+        places = [SocketPlace(FRONTEND, 0, frozenset(range(self.num_nodes)))]
         for dp_rank, node in enumerate(leader_nodes):
             leader = self.leader_of(dp_rank)
             places.append(SocketPlace(leader_name(dp_rank), leader, frozenset({node, 0})))

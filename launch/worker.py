@@ -128,7 +128,8 @@ class Node:
 def meet(
     command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, store: Store, rank: int, departure: Departure
 ) -> Node:
-    """Find the other ranks of this node and, where there are some, of others."""
+    """Find the other ranks of this node and, where there are some, of others. The agents have met: all ranks start now."""
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     layout = Layout.of(config, world.num_nodes)
     own_run_dir = (command.run_dir or make_run_dir()) if world.local_rank == 0 else None
     run_dir = departure.run_dir = share_run_dir(store, world.node, own_run_dir)

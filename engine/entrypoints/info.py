@@ -108,5 +108,4 @@ def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: 
 def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str, Any]:
     config = manager.config
     options = {name: getattr(config, name) for name in config.__struct_fields__}
-    endpoints = manager.queries_endpoints
-    return {**options, **state, "routed_experts_endpoint": endpoints[0], "routed_experts_endpoints": endpoints}
+    return {**options, **state, "routed_experts_endpoint": manager.queries_endpoint}

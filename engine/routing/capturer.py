@@ -1,4 +1,5 @@
-"""Records which experts every token of a step was routed to. Lives on rank 0 alone.
+"""Records which experts every token of a step was routed to. Lives on the recording rank alone: rank 0, or the first one of
+each node where every node has an output processor.
 
 Each MoE layer writes its ids where `slot` says, as its router chooses, or hands over those of the whole world. On CPU that
 is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring on a

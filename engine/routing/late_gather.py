@@ -1,6 +1,7 @@
-"""Records routes where no layer sees those of the whole world: each rank keeps its own, and one gather a step joins them.
+"""Records routes where no layer sees those of the whole world: each rank keeps its own, and one gather a step joins those
+of the recorded ranks.
 
-Legend: M MoE layers, W ranks of the world, P rows of each rank in this step, K experts per token.
+Legend: M MoE layers, P rows of each rank in this step, K experts per token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .ring import RouteGeometry
 
 
 class LateRouteGather:
-    """One rank's part, called as `RoutedExpertsCapturer` is; `capturer` is there on the ranks that record."""
+    """One rank's part, called as `RoutedExpertsCapturer` is. `axis` are the recorded ranks; `capturer` is there on the
+    first of them."""
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class LateRouteGather:
         raise AssertionError("a dispatcher that gathers ids needs no late gather")
 
     def finish(self) -> None:
-        """Join the rows [M, P, K] of all ranks; as bytes, which every backend can carry.
+        """Join the rows [M, P, K] of the axis' ranks; as bytes, which every backend can carry.
 
         Raises:
             RuntimeError: a layer of this rank did not ask for its slot: what it left there last must not pass for routes.

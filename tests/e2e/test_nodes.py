@@ -7,6 +7,7 @@ output processor or one on each, and an end on both as soon as one is gone.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -87,7 +88,8 @@ def ended(processes: list[psutil.Process], within_s: float) -> bool:
 
 
 def run_dirs(processes: list[psutil.Process]) -> set[str]:
-    return {word.rpartition("/")[0] for process in processes for word in process.cmdline() if "/waybill-" in word}
+    words = [word for process in processes for word in process.cmdline()]
+    return {found.group() for word in words if (found := re.match(r"/.*/waybill-[^/]+", word))}
 
 
 def test_tensor_parallelism_across_nodes_and_the_death_of_one(
@@ -146,7 +148,7 @@ def check_claims_and_counters(
         assert httpx.get(f"{server.url}/routed_experts/7.{'0' * 32}", timeout=TIMEOUT_S).status_code == 410
         state = httpx.get(f"{server.url}/get_server_info", timeout=TIMEOUT_S).json()
     assert state["routed_experts_slices"] == len(PROMPTS) + 2
-    assert len(state["routed_experts_endpoints"]) == 2
+    assert state["routed_experts_rows_filed"] > 0 and state["routed_experts_refused"] == 0
 
 
 @pytest.mark.nodes
@@ -196,7 +198,7 @@ def test_whatever_ends_ends_both_nodes(nodes: TwoNodes, victim: str) -> None:
             first[-1].kill()
         else:
             word = "waybill.launch.worker" if "rank" in victim else "waybill.engine.output_processor"
-            next(p for p in second if word in p.cmdline() and "waybill.launch.agent" not in p.cmdline()).kill()
+            next(p for p in second if word in p.cmdline()).kill()
         workers = first[:-1] + second[:-1]
         assert ended(workers, SILENT_DEATH_S if victim == "cable" else DEATH_S)
         # An agent takes a moment more to notice that its ranks are gone.

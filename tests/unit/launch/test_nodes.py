@@ -103,8 +103,8 @@ def test_each_node_files_for_its_own_dp_ranks() -> None:
         (Layout(2, 2, 1), set()),
         (Layout(2, 1, 2), {"frontend", "leader1", "records0"}),
         (Layout(2, 1, 2, "node"), {"frontend", "leader1", "queries1"}),
-        # The leader is on node 0 with everybody it speaks to but its peer.
-        (Layout(1, 2, 2), {"peer0.1"}),
+        # The leader is on node 0 with everybody else but its peer.
+        (Layout(1, 2, 2), {"frontend", "peer0.1"}),
         (Layout(2, 4, 4), {"peer0.2", "peer0.3", "peer1.2", "peer1.3", "frontend", "leader1", "records0"}),
     ],
 )

@@ -117,7 +117,8 @@ def run_rank(config: EngineConfig, addresses: Addresses, store: Store, rank: int
         store=PrefixStore("waybill/ranks", store),
         rank=rank,
         world_size=config.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        # A rank whose transfer has broken off waits for those that still wait for the trainer.
+        timeout=COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s),
     )
     mesh = ParallelMesh.build(config.dp_size, config.tp_size, device)
     place = place_of(rank, config.tp_size)

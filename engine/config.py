@@ -99,5 +99,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"kv_cache_tokens={self.kv_cache_tokens}: must hold at least one page of {self.page_size}")
         if not 0.0 < self.kv_memory_fraction < 1.0:
             raise ValueError(f"kv_memory_fraction={self.kv_memory_fraction}: must lie between 0 and 1")
+        if not 0.0 < self.weight_sync_timeout_s < 1e6:
+            raise ValueError(f"weight_sync_timeout_s={self.weight_sync_timeout_s}: must lie between 0 and 1e6")
         if self.context_length is not None and self.context_length < 1:
             raise ValueError(f"context_length={self.context_length}: must be at least 1")

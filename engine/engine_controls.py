@@ -17,7 +17,7 @@ import msgspec
 
 from .config import EngineConfig
 from .dp_router import DpRouter
-from .generation_gate import GenerationGate
+from .generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from .io_struct import (
     AbortReq,
     ChecksumWeightsReq,
@@ -67,6 +67,23 @@ class EngineControls:
         self._link.send_to_all(lambda number: make(number, op_id))
         reply: ControlReply = await asyncio.wait_for(future, timeout_s)
         return reply
+
+    async def _send_and_hold(self, make: Callable[[int, str], NumberedMessage]) -> ControlReply:
+        """For what may leave the engine unable to generate. A reply that comes too late for the caller still counts."""
+        op_id = uuid.uuid4().hex
+        future = self._replies.expect(op_id)
+        future.add_done_callback(self._note_hold)
+        self._link.send_to_all(lambda number: make(number, op_id))
+        try:
+            reply: ControlReply = await asyncio.wait_for(asyncio.shield(future), self._transfer_timeout_s)
+        except TimeoutError:
+            self._gate.hold = f"weights: an operation has not ended within {self._transfer_timeout_s} s"
+            raise UnavailableError(self._gate.hold) from None
+        return reply
+
+    def _note_hold(self, future: asyncio.Future[ControlReply]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._gate.hold = future.result().hold
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -167,13 +184,18 @@ class EngineControls:
         load_format = load_format or "auto"
         if load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
-        return await self._update(
-            lambda number, op_id: ReceiveWeightsReq(
-                number, op_id, names, dtypes, shapes, group_name, load_format, options
-            ),
-            options,
-            abort_all_requests,
-        )
+        try:
+            return await self._update(
+                lambda number, op_id: ReceiveWeightsReq(
+                    number, op_id, names, dtypes, shapes, group_name, load_format, options
+                ),
+                options,
+                abort_all_requests,
+            )
+        except NotDrainedError:
+            # The trainer broadcasts already, to nobody: what it sends must not be taken for a later bucket.
+            await self.destroy_weights_update_group(group_name)
+            raise
 
     async def _update(
         self, make: Callable[[int, str], NumberedMessage], options: WeightOptions, abort_all_requests: bool
@@ -182,8 +204,7 @@ class EngineControls:
         if abort_all_requests:
             self._link.send_to_all(abort_everything)
         async with self._gate.closed(drain=True):
-            reply = await self._send(make, self._transfer_timeout_s)
-            self._gate.hold = reply.hold
+            reply = await self._send_and_hold(make)
         if reply.success and options.flush_cache:
             self._dp_router.forget_prefixes()
         return reply
@@ -209,22 +230,18 @@ class EngineControls:
     async def release_memory_occupation(self, tags: Sequence[str] | None = None) -> ControlReply:
         """Only when nothing runs or waits."""
         async with self._gate.closed(drain=False):
-            reply = await self._send(
-                lambda number, op_id: ReleaseMemoryReq(number, op_id, list(tags or MEMORY_TAGS)),
-                self._transfer_timeout_s,
+            reply = await self._send_and_hold(
+                lambda number, op_id: ReleaseMemoryReq(number, op_id, list(tags or MEMORY_TAGS))
             )
-            self._gate.hold = reply.hold
         if reply.success:
             self._dp_router.forget_prefixes()
         return reply
 
     async def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> ControlReply:
         async with self._gate.closed(drain=False):
-            reply = await self._send(
-                lambda number, op_id: ResumeMemoryReq(number, op_id, list(tags or MEMORY_TAGS)),
-                self._transfer_timeout_s,
+            reply = await self._send_and_hold(
+                lambda number, op_id: ResumeMemoryReq(number, op_id, list(tags or MEMORY_TAGS))
             )
-            self._gate.hold = reply.hold
         return reply
 
 

@@ -68,11 +68,26 @@ class RankOperations:
 
     def _update(self, op: LoadWeightsReq | ReceiveWeightsReq) -> Outcome:
         if "weights" in self._memory.released:
-            return Outcome(False, self._memory.hold or "")
+            return Outcome(False, f"{self._memory.hold}{self._receiver.leave_group(op)}")
         return self._receiver.update(op)
 
+    def _agreed(self, check: Callable[[], object]) -> None:
+        """What a rank knows of groups depends on threads: all refuse where one does.
+
+        Raises:
+            ValueError: `check` raised one, on some rank.
+        """
+        error = None
+        try:
+            check()
+        except ValueError as refusal:
+            error = str(refusal)
+        verdict = exchange_reports(RankReport(error), self._mesh.world)
+        if verdict.error is not None:
+            raise ValueError(verdict.error)
+
     def _init_group(self, op: InitWeightsGroupReq) -> Outcome | None:
-        self._groups.check(op)
+        self._agreed(lambda: self._groups.check(op))
 
         def done(error: str | None) -> None:
             if self._mesh.world.rank == 0:
@@ -82,10 +97,12 @@ class RankOperations:
         return None
 
     def _destroy_group(self, op: DestroyWeightsGroupReq) -> Outcome:
+        self._agreed(lambda: self._groups.get(op.group_name))
         self._groups.leave(op.group_name)
         return Outcome(True, f"group {op.group_name!r} is left")
 
     def _get_weights(self, op: GetWeightsReq) -> Outcome:
+        self._check_weights_are_there()
         weight = self._receiver.known.get(op.name)
         if weight is None:
             raise ValueError(f"name: the model has no {op.name!r}")
@@ -94,10 +111,15 @@ class RankOperations:
         return Outcome(True, payload=msgspec.json.encode(rows.tolist()))
 
     def _checksum(self, op: ChecksumWeightsReq) -> Outcome:
+        self._check_weights_are_there()
         weights = self._receiver.weights
         verdict = exchange_reports(RankReport(payload=piece_checksums(weights)), self._mesh.world)
         checksums = join_checksums([report.payload for report in verdict.reports], weights)
         return Outcome(True, payload=msgspec.json.encode(checksums))
+
+    def _check_weights_are_there(self) -> None:
+        if "weights" in self._memory.released:
+            raise ValueError(str(self._memory.hold))
 
     def _release(self, op: ReleaseMemoryReq) -> Outcome:
         check_tags(op.tags)

@@ -24,6 +24,7 @@ from .io_struct import (
     CacheFlushed,
     ContinueGenerationReq,
     ControlReply,
+    DestroyWeightsGroupReq,
     DispatchNotice,
     FinishReason,
     FlushCacheReq,
@@ -167,6 +168,7 @@ class Scheduler(Generic[LaunchedT]):
         self._is_paused = False
         self._operations = operations
         self._weight_version = config.weight_version
+        self._num_weight_updates = 0
         self.stalls = SyncStalls(self._place.dp_rank)
         self._clock = clock or SyncClock()
         self._garbage = GarbageClock()
@@ -412,22 +414,29 @@ class Scheduler(Generic[LaunchedT]):
 
     def _on_rank_operation(self, op: RankOperation) -> None:
         """Between two steps: what was launched before is committed under the weights that it ran with."""
-        assert self._operations is not None
         self._commit_down_to(0)
         refusal = self._refusal_of(op)
         if refusal is not None:
+            if isinstance(op, ReceiveWeightsReq):
+                # The trainer may have begun to send; see `GroupRegistry.discard`.
+                self._run_on_all_ranks(DestroyWeightsGroupReq(op.dispatch, op.op_id, op.group_name))
             self._reply(op.op_id, Outcome(False, refusal))
             return
-        for peer in self._endpoints.peers:
-            peer.send(PeerOperation(op))
-        outcome = self._operations.run(op)
+        outcome = self._run_on_all_ranks(op)
         if outcome is None:
             return
         if outcome.success and empties_cache(op):
             self._empty_cache()
         if outcome.weight_version is not None:
             self._weight_version = outcome.weight_version
+            self._num_weight_updates += 1
         self._reply(op.op_id, outcome)
+
+    def _run_on_all_ranks(self, op: RankOperation) -> Outcome | None:
+        assert self._operations is not None
+        for peer in self._endpoints.peers:
+            peer.send(PeerOperation(op))
+        return self._operations.run(op)
 
     def _refusal_of(self, op: RankOperation) -> str | None:
         """Why the operation cannot be done now, by what the agreement says of all leaders."""
@@ -466,6 +475,9 @@ class Scheduler(Generic[LaunchedT]):
             "finish_max_s": cost.max_s,
             "weight_version": self._weight_version,
             "is_paused": int(self._is_paused),
+            "is_held": int(self._hold is not None),
+            "hold": self._hold or "",
+            "num_weight_updates": self._num_weight_updates,
             "garbage_pauses": self._garbage.num_pauses,
             "garbage_pause_s": self._garbage.seconds,
             "routing_ring_occupied": 0 if self._ring is None else self._ring.num_occupied,

@@ -148,6 +148,7 @@ class TokenizerManager:
         for queue in self._events.values():
             queue.put_nowait(self._death)
         self._replies.fail_all(self._death)
+        self._gate.fail_all(self._death)
 
     async def stop_engine(self) -> None:
         """Ask the ranks to leave after the step in flight."""

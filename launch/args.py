@@ -28,6 +28,8 @@ SERVE_ENGINE_OPTIONS = {
     "max_waiting_requests": "max_waiting_requests",
     "claim_ttl_s": "claim_ttl",
     "claim_budget_bytes": "claim_budget_bytes",
+    "weight_version": "weight_version",
+    "weight_sync_timeout_s": "weight_sync_timeout",
 }
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 
@@ -177,6 +179,13 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-waiting-requests", type=int, default=4096, help="more than these are refused with 503")
     parser.add_argument("--claim-ttl", type=float, default=600.0, help="seconds that routes by reference are kept")
     parser.add_argument("--claim-budget-bytes", type=int, default=1 << 30, help="bytes of routes by reference kept")
+    parser.add_argument("--weight-version", default="default", help="what the weights are called until an update")
+    parser.add_argument(
+        "--weight-sync-timeout",
+        type=float,
+        default=300.0,
+        help="seconds for a group to come together, a transfer to go on, an update to bring its next tensor",
+    )
     parser.add_argument(
         "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"
     )

@@ -180,7 +180,8 @@ def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
         store=PrefixStore("waybill/ranks", store),
         rank=rank,
         world_size=config.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        # A rank whose transfer has broken off waits for those that still wait for the trainer.
+        timeout=COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s),
     )
     mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, node.layout.num_nodes)
     dp_rank = node.layout.place_of(rank).dp_rank

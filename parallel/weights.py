@@ -28,6 +28,8 @@ class SafetensorsSlice(Protocol):
 
     def get_shape(self) -> list[int]: ...
 
+    def get_dtype(self) -> str: ...
+
     def __getitem__(self, index: Any) -> torch.Tensor: ...
 
 
@@ -40,6 +42,11 @@ class SafetensorsSource:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self._tensor.get_shape())
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it, "BF16" for instance."""
+        return self._tensor.get_dtype()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._tensor[index]

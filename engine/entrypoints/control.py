@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from ..io_struct import ControlReply, WeightOptions
-from ..sampling_input import drop_dialect_fields
+from ..sampling_input import drop_dialect_fields, has_surrogate
 from ..tokenizer_manager import TokenizerManager
 from .errors import error_body, error_response, json_response
 
 DEFAULT_GROUP = "weight_update_group"
 # Fields of the dialect that would change what happens and are not implemented: legal at the value that means "off".
 NEUTRAL_FIELDS: dict[str, Any] = {
-    "load_format": None,
     "is_async": False,
     "keep_pause": False,
     "recapture_cuda_graph": False,
@@ -28,56 +27,72 @@ NEUTRAL_FIELDS: dict[str, Any] = {
 IGNORED_FIELDS = ("torch_empty_cache", "token_step")
 
 
+def refuse_surrogates(text: str) -> str:
+    if has_surrogate(text):
+        raise ValueError("must be text that UTF-8 can express")
+    return text
+
+
+# What fits the messages to the ranks.
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(refuse_surrogates)]
+
+
 class ControlInput(BaseModel):
     model_config = ConfigDict(extra="forbid")
+    neutral_fields: ClassVar[dict[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_dialect_fields(cls, data: Any) -> Any:
+        return drop_dialect_fields(data, cls.neutral_fields, IGNORED_FIELDS)
 
 
 class WeightUpdateInput(ControlInput):
     """What all updates have: see `io_struct.WeightOptions`."""
 
+    neutral_fields = NEUTRAL_FIELDS
+
     flush_cache: bool = True
     abort_all_requests: bool = False
-    weight_version: str | None = Field(None, min_length=1, max_length=512)
+    weight_version: Annotated[Name, Field(max_length=512)] | None = None
 
     def options(self, *, is_last: bool = False) -> WeightOptions:
         return WeightOptions(self.flush_cache, self.weight_version, is_last)
 
 
 class UpdateFromDiskInput(WeightUpdateInput):
-    model_path: str = Field(min_length=1)
+    neutral_fields = {**NEUTRAL_FIELDS, "load_format": "auto"}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_dialect_fields(cls, data: Any) -> Any:
-        return drop_dialect_fields(data, NEUTRAL_FIELDS, IGNORED_FIELDS)
+    model_path: Name
 
 
 class InitGroupInput(ControlInput):
-    master_address: str = Field(min_length=1)
+    master_address: Name
     master_port: int = Field(ge=1, lt=2**16)
-    rank_offset: int
-    world_size: int
-    group_name: str = Field(DEFAULT_GROUP, min_length=1)
+    rank_offset: Count
+    world_size: Count
+    group_name: Name = DEFAULT_GROUP
     backend: Literal["gloo", "nccl"] = "nccl"
 
 
 class DestroyGroupInput(ControlInput):
-    group_name: str = Field(DEFAULT_GROUP, min_length=1)
+    group_name: Name = DEFAULT_GROUP
 
 
 class UpdateFromDistributedInput(WeightUpdateInput):
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    group_name: str = Field(DEFAULT_GROUP, min_length=1)
-    load_format: str | None = None
+    names: list[Name]
+    dtypes: list[Name]
+    shapes: list[list[Count]]
+    group_name: Name = DEFAULT_GROUP
+    load_format: Name | None = None
     is_last: bool = False
 
 
 class UpdateFromTensorInput(WeightUpdateInput):
     """`path` of a safetensors file on the ranks' host (shared memory, say), or its bytes as base64."""
 
-    path: str | None = Field(None, min_length=1)
+    path: Name | None = None
     safetensors: str | None = None
     is_last: bool = False
     serialized_named_tensors: Any = None
@@ -101,8 +116,8 @@ class UpdateFromTensorInput(WeightUpdateInput):
 
 
 class GetWeightsInput(ControlInput):
-    name: str
-    truncate_size: int = 100
+    name: Name
+    truncate_size: Count = 100
 
 
 class CheckerInput(ControlInput):

@@ -7,21 +7,29 @@ again on a live model.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
+import msgspec
 from safetensors import safe_open
 
-from ...parallel.weights import SafetensorsSource, ShardedWeight, TensorSource
+from ...parallel.weights import SafetensorsSource, ShardedWeight
 
 NUM_NAMES_SHOWN = 5
 # What was read of a mapped file counts as resident memory until it is closed.
 MAX_MAPPED_BYTES = 256 << 20
 # An upper bound; only how often a file is opened again depends on it.
 BYTES_PER_ELEMENT = 4
+# As safetensors names them.
+DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+class CheckpointIndex(msgspec.Struct):
+    """`model.safetensors.index.json`, as far as it is read."""
+
+    weight_map: dict[str, str]
 
 
 class Checkpoint:
@@ -41,7 +49,7 @@ class Checkpoint:
         if self._path.is_file():
             single = self._path
         if index.is_file():
-            for name, file_name in json.loads(index.read_text())["weight_map"].items():
+            for name, file_name in read_index(index).items():
                 file = self._path / file_name
                 if not file.is_file():
                     raise ValueError(f"model_path={str(self._path)!r}: shard {file_name} of tensor {name} is missing")
@@ -56,7 +64,7 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def tensors(self) -> Iterator[tuple[str, TensorSource]]:
+    def tensors(self) -> Iterator[tuple[str, SafetensorsSource]]:
         """Every tensor with its name, file by file; a source is valid until the next one is asked for."""
         for file, names in groupby(sorted(self._file_of, key=self._file_of.__getitem__), key=self._file_of.__getitem__):
             remaining = list(names)
@@ -64,7 +72,7 @@ class Checkpoint:
                 yield from self._some_tensors(file, remaining)
 
     @staticmethod
-    def _some_tensors(file: Path, remaining: list[str]) -> Iterator[tuple[str, TensorSource]]:
+    def _some_tensors(file: Path, remaining: list[str]) -> Iterator[tuple[str, SafetensorsSource]]:
         """Take tensors off the list until a bounded part of the file is mapped."""
         num_bytes = 0
         with safe_open(file, framework="pt") as handle:
@@ -73,6 +81,28 @@ class Checkpoint:
                 source = SafetensorsSource(handle.get_slice(name))
                 num_bytes += math.prod(source.shape) * BYTES_PER_ELEMENT
                 yield name, source
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """File names by tensor.
+
+    Raises:
+        ValueError: it is no index.
+    """
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=CheckpointIndex).weight_map
+    except msgspec.DecodeError as error:
+        raise ValueError(f"model_path={str(file.parent)!r}: {file.name}: {error}") from None
+
+
+def check_dtypes(sources: Iterable[tuple[str, SafetensorsSource]]) -> None:
+    """
+    Raises:
+        ValueError: a tensor does not hold floating-point numbers as they are.
+    """
+    for name, source in sources:
+        if source.dtype not in DTYPES:
+            raise ValueError(f"tensor {name}: dtype {source.dtype}: must be one of {', '.join(DTYPES)}")
 
 
 def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
@@ -94,6 +124,7 @@ def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, 
             raise ValueError(
                 f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}"
             )
+    check_dtypes(checkpoint.tensors())
     for name, source in checkpoint.tensors():
         if name not in ignored:
             try:

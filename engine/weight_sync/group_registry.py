@@ -18,6 +18,7 @@ class GroupRegistry:
         self._timeout_s = timeout_s
         self._joined: dict[str, UpdateGroup] = {}
         self._pending: set[str] = set()
+        self._serials: dict[str, int] = {}
 
     def check(self, op: InitWeightsGroupReq) -> None:
         """
@@ -36,23 +37,30 @@ class GroupRegistry:
     def join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
         """Join in the background; `done` hears there why it failed, or None."""
         self._pending.add(op.group_name)
+        self._serials[op.group_name] = self.serial(op.group_name) + 1
         threading.Thread(target=self._join, args=(op, done), name=f"join {op.group_name}", daemon=True).start()
 
     def _join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
         error = None
+        first, world = op.rank_offset, self._mesh.world
         try:
-            self._joined[op.group_name] = UpdateGroup(
+            group = UpdateGroup(
                 op.master_address,
                 op.master_port,
-                op.rank_offset + self._mesh.world.rank,
+                first + world.rank,
                 op.world_size,
                 op.group_name,
                 op.backend,
                 self._mesh.device,
                 self._timeout_s,
             )
+            self._joined[op.group_name] = group
+            group.announce(first + world.rank)
+            if world.rank == 0:
+                group.wait_for_members(range(first, first + world.size), self._timeout_s)
         except (ValueError, RuntimeError) as problem:
             error = f"group {op.group_name!r} did not come together: {str(problem).splitlines()[0]}"
+            self.discard(op.group_name)
         finally:
             self._pending.discard(op.group_name)
         done(error)
@@ -67,6 +75,10 @@ class GroupRegistry:
             raise ValueError(f"group_name: {name!r} {state}")
         return self._joined[name]
 
+    def serial(self, name: str) -> int:
+        """How many groups of that name were joined so far."""
+        return self._serials.get(name, 0)
+
     def leave(self, name: str) -> None:
         """
         Raises:
@@ -74,3 +86,14 @@ class GroupRegistry:
         """
         self.get(name).close()
         del self._joined[name]
+
+    def discard(self, name: str) -> bool:
+        """Leave it at once, also in the middle of a transfer; whether there was one.
+
+        A trainer whose bucket was refused may have begun to send it. Nothing tells its bytes from those of the next bucket,
+        so nothing more is received in that group.
+        """
+        group = self._joined.pop(name, None)
+        if group is not None:
+            group.abort()
+        return group is not None

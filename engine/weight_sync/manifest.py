@@ -89,55 +89,100 @@ def check_specs(
                 raise ValueError(f"shapes: {name}: {error}") from error
 
 
+def check_distinct(tensors: Sequence[tuple[str, frozenset[str]]]) -> None:
+    """Each name with the model's tensors that it stands for: none may come twice, as one of its own and in a fused one.
+
+    Raises:
+        ValueError: one does.
+    """
+    came_in: dict[str, str] = {}
+    for name, covered in tensors:
+        for tensor in covered:
+            if came_in.setdefault(tensor, name) != name:
+                raise ValueError(f"names: {name!r} and {came_in[tensor]!r} both bring {tensor}")
+
+
 @dataclass
 class UpdateProgress:
     """Which tensors the update at hand still lacks, and why nobody may generate.
 
-    A tensor that comes a second time begins another update: the one before it was given up by its sender.
+    An update begins with a tensor that comes a second time, with another version or from another source: the one before it
+    was given up by its sender. What that left behind must be replaced, as must what a torn transfer or released memory
+    left: until then a tensor that does not come cannot keep its value.
     """
 
     all_names: frozenset[str]
     missing: set[str] = field(default_factory=set)
     torn: str | None = None
     version: str | None = None
+    source: str = ""
+    # Whether every tensor that is still missing has the value of one complete model.
+    is_base_whole: bool = True
 
     @property
     def is_complete(self) -> bool:
         return not self.missing
 
-    def receive(self, names: Collection[str], version: str | None, *, is_last: bool = False) -> None:
-        """Tensors have arrived. With `is_last` those that did not come keep their values; not after a torn transfer."""
+    def check(self, names: Collection[str], version: str | None, source: str = "", *, is_last: bool = False) -> None:
+        """
+        Raises:
+            ValueError: these tensors cannot be the last ones: others must be replaced, too.
+        """
+        begins = self._begins_update(names, version, source)
+        is_base_whole = self.is_complete if begins else self.is_base_whole
+        still_missing = (self.all_names if begins else self.missing) - frozenset(names)
+        if is_last and still_missing and not is_base_whole:
+            raise ValueError(
+                f"is_last: an earlier update did not end; this one must bring it all: {self._lacks(still_missing)}"
+            )
+
+    def receive(self, names: Collection[str], version: str | None, source: str = "", *, is_last: bool = False) -> None:
+        """Tensors have arrived. With `is_last` those that did not come keep their values; `check` says whether they may."""
         if not names and not is_last:
             # Tensors that the model does not use: they neither begin an update nor end one.
             return
-        if self.is_complete or not self.missing.issuperset(names):
+        if self._begins_update(names, version, source):
+            self.is_base_whole = self.is_complete
             self.missing = set(self.all_names)
             self.version = None
         self.missing.difference_update(names)
+        self.source = source
         self.version = version or self.version
-        if is_last and self.torn is None:
+        if is_last and self.is_base_whole:
             self.missing.clear()
         if self.is_complete:
             self.torn = None
+            self.is_base_whole = True
+
+    def _begins_update(self, names: Collection[str], version: str | None, source: str) -> bool:
+        if self.is_complete or self.missing == self.all_names:
+            return self.is_complete
+        other_version = None not in (version, self.version) and version != self.version
+        return other_version or source != self.source or not self.missing.issuperset(names)
 
     def void(self) -> None:
         """Nothing is left of the weights."""
-        self.missing = set(self.all_names)
+        self._lose_everything()
 
     def tear(self, reason: str) -> None:
         """A transfer broke off when some of its tensors were in place: only a whole update makes the model whole."""
         self.torn = reason
+        self._lose_everything()
+
+    def _lose_everything(self) -> None:
         self.missing = set(self.all_names)
+        self.version = None
+        self.is_base_whole = False
 
     @property
     def hold(self) -> str | None:
         """Why nobody may generate; None if the weights are whole."""
         if self.is_complete:
             return None
-        shown = sorted(self.missing)[:NUM_NAMES_SHOWN]
-        counts = (
-            f"{len(self.missing)} of {len(self.all_names)} tensors are still to come, {', '.join(shown)} among them"
-        )
         if self.torn is not None:
-            return f"weights: a transfer was torn ({self.torn}); send one complete update: {counts}"
-        return f"weights: an update is not complete: {counts}"
+            return f"weights: a transfer was torn ({self.torn}); send one complete update: {self._lacks(self.missing)}"
+        return f"weights: an update is not complete: {self._lacks(self.missing)}"
+
+    def _lacks(self, missing: Collection[str]) -> str:
+        shown = ", ".join(sorted(missing)[:NUM_NAMES_SHOWN])
+        return f"{len(missing)} of {len(self.all_names)} tensors are still to come, {shown} among them"

@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterable
 
 from ...parallel.mesh import ParallelMesh
-from ..io_struct import ReceiveWeightsReq, WeightOptions, WeightUpdate
-from ..models.checkpoint import Checkpoint, check_tensors
+from ..io_struct import ReceiveWeightsReq, WeightUpdate
+from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
 from ..models.qwen3_moe import Qwen3MoeForCausalLM
 from .group_registry import GroupRegistry
-from .manifest import UpdateProgress, check_specs, parse_specs
+from .manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
 from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Transfer
 
@@ -43,13 +43,19 @@ class WeightReceiver:
             error = str(refusal)
         verdict = exchange_reports(RankReport(error), self._mesh.world)
         if prepared is None or verdict.error is not None:
-            return Outcome(False, f"{verdict.error}; nothing was changed")
+            return Outcome(False, f"{verdict.error}; nothing was changed{self.leave_group(op)}")
         names, transfer = prepared
         num_changed, error = self._take(transfer)
         verdict = exchange_reports(RankReport(error, num_changed), self._mesh.world)
         if verdict.error is not None:
-            return self._broken_off(verdict.error, verdict.any_changed)
-        return self._conclude(names, op.options, time.perf_counter() - began)
+            return self._broken_off(verdict.error + self.leave_group(op), verdict.any_changed)
+        return self._conclude(names, op, time.perf_counter() - began)
+
+    def leave_group(self, op: WeightUpdate) -> str:
+        """After a bucket was refused or broke off: see `GroupRegistry.discard`. In words, if there was a group."""
+        if isinstance(op, ReceiveWeightsReq) and self._groups.discard(op.group_name):
+            return f"; group {op.group_name!r} is left, join it again"
+        return ""
 
     def _prepare(self, op: WeightUpdate) -> tuple[frozenset[str], Transfer]:
         """
@@ -68,21 +74,25 @@ class WeightReceiver:
                 check_tensors(self.weights, checkpoint, self._ignored)
             shapes = [(name, tuple(source.shape)) for name, source in checkpoint.tensors()]
             check_specs(shapes, self.known, self._ignored)
+            check_dtypes(checkpoint.tensors())
             transfer = FileTransfer(checkpoint)
             names = self._covered(name for name, _ in shapes)
-        if op.options.is_last and self.progress.torn is not None and names != self.progress.all_names:
-            raise ValueError("is_last: after a torn transfer an update must bring every tensor")
+        self.progress.check(names, op.options.weight_version, self._source_of(op), is_last=op.options.is_last)
         return names, transfer
 
     def _covered(self, names: Iterable[str]) -> frozenset[str]:
-        """Names of the checkpoint's tensors that these stand for."""
-        covered: set[str] = set()
-        for name in names:
-            if name in self._fused:
-                covered |= self._fused[name].names
-            elif name not in self._ignored:
-                covered.add(name)
-        return frozenset(covered)
+        """Names of the checkpoint's tensors that these stand for.
+
+        Raises:
+            ValueError: one comes twice.
+        """
+        covered = [
+            (name, self._fused[name].names if name in self._fused else frozenset({name}))
+            for name in names
+            if name not in self._ignored
+        ]
+        check_distinct(covered)
+        return frozenset().union(*(parts for _, parts in covered))
 
     def _take(self, transfer: Transfer) -> tuple[int, str | None]:
         """Put tensors in place; how many were changed, and why it ended early, if it did."""
@@ -106,8 +116,15 @@ class WeightReceiver:
         self.progress.tear(error)
         return Outcome(False, self.progress.hold or error)
 
-    def _conclude(self, names: frozenset[str], options: WeightOptions, seconds: float) -> Outcome:
-        self.progress.receive(names, options.weight_version, is_last=options.is_last)
+    def _source_of(self, op: WeightUpdate) -> str:
+        """A trainer that has started again joins another group, be it of the same name."""
+        return f"{op.group_name} {self._groups.serial(op.group_name)}" if isinstance(op, ReceiveWeightsReq) else "files"
+
+    def _conclude(self, names: frozenset[str], op: WeightUpdate, seconds: float) -> Outcome:
+        options = op.options
+        if not names and not options.is_last:
+            return Outcome(True, "the model uses none of these tensors")
+        self.progress.receive(names, options.weight_version, self._source_of(op), is_last=options.is_last)
         text = f"{len(names)} tensors in {seconds:.3f} s"
         if not self.progress.is_complete:
             return Outcome(True, f"{text}; {len(self.progress.missing)} are still to come")

@@ -55,6 +55,7 @@ class UpdateGroup:
         store = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, tcp)))
         store.set_timeout(timeout)
         self._tcp = tcp
+        self._members = PrefixStore("waybill", PrefixStore(name, tcp))
         self._group: dist.ProcessGroup | Any
         if backend == "gloo":
             self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
@@ -62,6 +63,19 @@ class UpdateGroup:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+    def announce(self, rank: int) -> None:
+        """Say to whom it matters that this rank may be told to receive."""
+        self._members.set(str(rank), "joined")
+
+    def wait_for_members(self, ranks: Sequence[int], timeout_s: float) -> None:
+        """Until all of them have announced themselves: a group's constructor returns when the others have been met, not
+        when they have returned.
+
+        Raises:
+            RuntimeError: they have not, in time.
+        """
+        self._members.wait([str(rank) for rank in ranks], timedelta(seconds=timeout_s))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """From the trainer into everybody's tensor; waits for it.

@@ -199,12 +199,17 @@ class RouteLedger:
             parts.append((rows[start:end].copy(), versions[start:end]))
         if end > num_snapshot or not parts:
             parts.append(self._gather(req, max(start, num_snapshot), end))
-        rows, versions = parts[0]
-        if len(parts) > 1:
-            rows, versions = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        rows, versions = _joined(parts)
         missing = np.flatnonzero(versions == NEVER_WRITTEN)
         if len(missing):
             raise MissingRoutesError(
                 f"{rid}: {len(missing)} rows are missing, the first at position {start + missing[0]}"
             )
         return RouteSlice(start, rows, version_runs(versions, self._version_names, start))
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and versions of consecutive parts. One part, the usual case, is a copy already: 12.6 MB at 32k rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([rows for rows, _ in parts]), np.concatenate([versions for _, versions in parts])

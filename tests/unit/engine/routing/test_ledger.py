@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,6 +66,22 @@ def test_a_slice_outlives_the_reuse_of_its_slots() -> None:
     run_request(ledger, "b", (0, 1), 20)
     assert taken.rows.tobytes() == rows_of(0, 2).transpose(1, 0, 2).tobytes()
     expect(ledger, "b", 0, 3, rows_of(20, 2))
+
+
+def test_a_slice_is_copied_once() -> None:
+    geometry, num_rows = RouteGeometry(tuple(range(32)), 32, 64, 8, 128), 4000
+    ledger = RouteLedger(num_rows, 1, geometry)
+    ledger.start("a", keep=True)
+    ledger.admit("a", b"")
+    segment = Segment("a", 0, num_rows, pages(*range(num_rows)))
+    ledger.allocate(segment)
+    ledger.file(segment, np.ones((32, num_rows, 8), dtype=np.uint8), "v")
+    tracemalloc.start()
+    rows = ledger.get_topk("a", 0, num_rows + 1).rows
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not np.shares_memory(rows, ledger._rows)
+    assert peak < 1.5 * rows.nbytes
 
 
 def test_rows_of_a_reused_slot_are_missing_until_written() -> None:

@@ -64,8 +64,11 @@ class TwoNodes:
             subprocess.run([*command, "up"], check=True)
 
     def prefix(self, node: int) -> list[str]:
-        """What runs a command on a node."""
-        return ["nsenter", f"--net=/proc/{self._holders[node].pid}/ns/net"] if self.has_namespaces else []
+        """What runs a command on a node: in its namespace, on its half of the cores."""
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[node::2] or cores
+        pinned = ["taskset", "--cpu-list", ",".join(map(str, own))]
+        return [*pinned, "nsenter", f"--net=/proc/{self._holders[node].pid}/ns/net"] if self.has_namespaces else pinned
 
     @contextmanager
     def inside(self, node: int) -> Iterator[None]:

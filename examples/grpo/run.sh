@@ -12,7 +12,7 @@ python=$root/.venv/bin/python
 start=$root/models/early
 if [[ " $* " != *" --help "* && " $* " != *" --model "* && ! -f $start/model.safetensors ]]; then
   echo "training the model to start from, in $start ..." >&2
-  "$python" "$root/examples/tiny_moe/train.py" --out "$start" --stop-early 0.3 --dialogues 50
+  "$python" "$root/examples/tiny_moe/train.py" --out "$start" --stop-early 0.2 --dialogues 50
 fi
 # What the libraries say of their own future helps nobody here.
 export PYTHONWARNINGS=ignore::FutureWarning TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1

@@ -3,6 +3,7 @@
 python bench/make_models.py M --out models/M            about 1.7 B parameters, for throughput
 python bench/make_models.py routing30b --out models/R   the routing shape of Qwen3-30B-A3B, tiny hidden size
 python bench/make_models.py wide --out models/W         two layers of Qwen3-30B-A3B, small vocabulary
+python bench/make_models.py deep --out models/D         small and deep, to be trained by replay_mismatch.py
 python bench/make_models.py T --out models/T            a toy, for tests
 
 Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
@@ -69,6 +70,19 @@ SHAPES: dict[str, dict[str, object]] = {
         "intermediate_size": 6144,
         "vocab_size": 8192,
         "max_position_embeddings": 8192,
+    },
+    "deep": {
+        "hidden_size": 64,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 192,
+        "vocab_size": 264,
+        "max_position_embeddings": 2048,
     },
     "T": {
         "hidden_size": 64,

@@ -31,6 +31,7 @@ from .answer import (
     make_generation,
     read_answer,
 )
+from .control import EngineControl
 from .conversation import AsyncConversation, Conversation, History
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "AsyncConversation",
     "Client",
     "Conversation",
+    "EngineControl",
     "Generation",
     "History",
     "RoutesError",

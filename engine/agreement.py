@@ -44,8 +44,10 @@ class Proposal(msgspec.Struct, frozen=True, array_like=True):
 
     num_tokens: int = 0
     mode: int = ForwardMode.IDLE
-    # Requests that run or wait; and whether steps are to be committed or records to be sent.
+    # Requests that run or wait, those that hold pages, and whether there is anything to do: requests that may run, steps to
+    # commit, records to send.
     num_reqs: int = 0
+    num_running: int = 0
     is_pending: int = 0
     # The highest number of a message that it has received, and of one that it has applied.
     seen: int = 0
@@ -85,8 +87,13 @@ class Agreement(msgspec.Struct, frozen=True):
         return sum(proposal.num_reqs for proposal in self.proposals)
 
     @property
+    def num_running(self) -> int:
+        """Requests that hold pages anywhere."""
+        return sum(proposal.num_running for proposal in self.proposals)
+
+    @property
     def may_sleep(self) -> bool:
-        at_rest = not any(proposal.num_reqs or proposal.is_pending for proposal in self.proposals)
+        at_rest = not any(proposal.is_pending for proposal in self.proposals)
         return at_rest and self.num_applied == max(proposal.seen for proposal in self.proposals)
 
     def rows_per_rank(self, tp_size: int) -> int:

@@ -8,6 +8,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
+OUTPUT_PROCESSORS = ("engine", "node")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 
 
@@ -47,12 +48,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_return_routed_experts: bool = False
     # Steps of routing that may wait to be filed before the engine waits for the output processor.
     routing_ring_slots: int = 8
+    # "engine": one output processor files and ships for all. "node": one on each node, for the dp ranks there.
+    output_processors: str = "engine"
     # Rows delivered by reference: how many bytes are kept, and for how long.
     claim_budget_bytes: int = 1 << 30
     claim_ttl_s: float = 600.0
     # CPU threads of one rank. None: the machine's cores shared by its ranks.
     num_threads: int | None = None
     weight_version: str = "default"
+    # How long an update group may take to come together, a transfer to go on, and an update to bring its next tensor.
+    weight_sync_timeout_s: float = 300.0
     log_level: str = "warning"
 
     @property
@@ -66,6 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("moe_dispatcher", MOE_DISPATCHERS),
             ("attention_backend", ATTENTION_BACKENDS),
             ("experts_backend", EXPERTS_BACKENDS),
+            ("output_processors", OUTPUT_PROCESSORS),
         ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(legal)}")
@@ -93,5 +99,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"kv_cache_tokens={self.kv_cache_tokens}: must hold at least one page of {self.page_size}")
         if not 0.0 < self.kv_memory_fraction < 1.0:
             raise ValueError(f"kv_memory_fraction={self.kv_memory_fraction}: must lie between 0 and 1")
+        if not 0.0 < self.weight_sync_timeout_s < 1e6:
+            raise ValueError(f"weight_sync_timeout_s={self.weight_sync_timeout_s}: must lie between 0 and 1e6")
         if self.context_length is not None and self.context_length < 1:
             raise ValueError(f"context_length={self.context_length}: must be at least 1")

@@ -8,9 +8,9 @@ object per token. Route rows never stand in these structs: they follow their env
 
 Directions:
 
-    frontend -> leader             TokenizedGenerateReqInput | DispatchNotice | AbortReq | FlushCacheReq | ShutdownReq
-                                   (numbered), GetInternalStateReq
-    leader -> tp peers             see `schedule_batch.py` (plans stay inside one replica)
+    frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
+                                   GetInternalStateReq, without a number
+    leader -> tp peers             RankOperation, and plans, see `schedule_batch.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step
     leader -> frontend             ControlReply
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
@@ -18,6 +18,8 @@ Directions:
 """
 
 from __future__ import annotations
+
+from typing import get_args
 
 import msgspec
 
@@ -102,6 +104,122 @@ class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state")
     op_id: str
 
 
+class PauseGenerationReq(msgspec.Struct, frozen=True, tag="pause_generation"):
+    """Launch no step until told to go on. `mode` says what becomes of requests: "abort" ends them, "retract" takes the
+    pages of those that run, "in_place" leaves everything where it is."""
+
+    dispatch: int
+    op_id: str
+    mode: str
+
+
+class ContinueGenerationReq(msgspec.Struct, frozen=True, tag="continue_generation"):
+    """The end of a pause; refused while the weights are not whole."""
+
+    dispatch: int
+    op_id: str
+
+
+# --- what every rank does, between two steps -------------------------------------------------------------------------
+
+
+class WeightOptions(msgspec.Struct, frozen=True):
+    """What an update of weights means for what is there: whether the prefix cache is emptied, what the new weights are
+    called, and whether the update is complete with this call though it does not bring every tensor."""
+
+    flush_cache: bool = True
+    weight_version: str | None = None
+    is_last: bool = False
+
+
+class LoadWeightsReq(msgspec.Struct, frozen=True, tag="load_weights"):
+    """Read weights from a file or a checkpoint folder that every rank can open. With `whole` the folder must have every
+    tensor."""
+
+    dispatch: int
+    op_id: str
+    path: str
+    whole: bool
+    options: WeightOptions
+
+
+class InitWeightsGroupReq(msgspec.Struct, frozen=True, tag="init_weights_group"):
+    """Join the trainer's process group: the trainer is its rank 0, engine ranks follow from `rank_offset`."""
+
+    dispatch: int
+    op_id: str
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str
+    backend: str
+
+
+class DestroyWeightsGroupReq(msgspec.Struct, frozen=True, tag="destroy_weights_group"):
+    dispatch: int
+    op_id: str
+    group_name: str
+
+
+class ReceiveWeightsReq(msgspec.Struct, frozen=True, tag="receive_weights"):
+    """Take tensors from the trainer, one broadcast each in this order, or all in one ("flattened_bucket")."""
+
+    dispatch: int
+    op_id: str
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str
+    load_format: str
+    options: WeightOptions
+
+
+class GetWeightsReq(msgspec.Struct, frozen=True, tag="get_weights"):
+    """The first rows of one tensor, as numbers."""
+
+    dispatch: int
+    op_id: str
+    name: str
+    truncate_size: int
+
+
+class ChecksumWeightsReq(msgspec.Struct, frozen=True, tag="checksum_weights"):
+    """A checksum of every tensor; see `engine.weight_sync.checksum`."""
+
+    dispatch: int
+    op_id: str
+
+
+class ReleaseMemoryReq(msgspec.Struct, frozen=True, tag="release_memory"):
+    """Give the memory of `tags` ("weights", "kv_cache") back to the device; only when no request runs or waits."""
+
+    dispatch: int
+    op_id: str
+    tags: list[str]
+
+
+class ResumeMemoryReq(msgspec.Struct, frozen=True, tag="resume_memory"):
+    """Take it again: the KV pool empty, the weights to be filled by one complete update."""
+
+    dispatch: int
+    op_id: str
+    tags: list[str]
+
+
+WeightUpdate = LoadWeightsReq | ReceiveWeightsReq
+RankOperation = (
+    LoadWeightsReq
+    | InitWeightsGroupReq
+    | DestroyWeightsGroupReq
+    | ReceiveWeightsReq
+    | GetWeightsReq
+    | ChecksumWeightsReq
+    | ReleaseMemoryReq
+    | ResumeMemoryReq
+)
+
+
 class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave the loop after the step in flight; every rank of the replica exits with status 0."""
 
@@ -109,10 +227,27 @@ class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 # What is sent to all leaders and takes effect at one step; what asks whether anybody has requests.
-CONTROL_OPERATIONS = (AbortReq, FlushCacheReq, ShutdownReq)
-ASKING_FOR_IDLE = (FlushCacheReq,)
+RANK_OPERATIONS = get_args(RankOperation)
+CONTROL_OPERATIONS = (
+    AbortReq,
+    FlushCacheReq,
+    PauseGenerationReq,
+    ContinueGenerationReq,
+    ShutdownReq,
+    *RANK_OPERATIONS,
+)
+ASKING_FOR_IDLE = (FlushCacheReq, LoadWeightsReq, ReceiveWeightsReq, ReleaseMemoryReq)
 
-NumberedMessage = TokenizedGenerateReqInput | DispatchNotice | AbortReq | FlushCacheReq | ShutdownReq
+NumberedMessage = (
+    TokenizedGenerateReqInput
+    | DispatchNotice
+    | AbortReq
+    | FlushCacheReq
+    | PauseGenerationReq
+    | ContinueGenerationReq
+    | ShutdownReq
+    | RankOperation
+)
 FrontendMessage = NumberedMessage | GetInternalStateReq
 
 
@@ -312,6 +447,10 @@ class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     success: bool
     message: str = ""
     state: dict[str, int | float | str] = {}
+    # Why nobody may generate after this operation; None if nothing stands against it.
+    hold: str | None = None
+    # What an operation asks for, encoded by whoever knows what it is.
+    payload: bytes = b""
     sync_waits: list[SyncWait] = []
 
 

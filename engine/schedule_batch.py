@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from .io_struct import FinishReason, SamplingParams, TokenizedGenerateReqInput
+from .io_struct import FinishReason, RankOperation, SamplingParams, TokenizedGenerateReqInput
 from .kv_cache.page_pool import Pages, no_pages
 from .kv_cache.radix_cache import Node
 
@@ -64,7 +64,13 @@ class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """Tells a tp peer to leave its loop."""
 
 
-PeerMessage = ScheduleBatch | StopPeers
+class PeerOperation(msgspec.Struct, frozen=True, array_like=True, tag="operation"):
+    """What every rank of the world does between two steps."""
+
+    operation: RankOperation
+
+
+PeerMessage = ScheduleBatch | PeerOperation | StopPeers
 
 
 @dataclass(eq=False)

@@ -74,6 +74,13 @@ class StepPlanner:
             self._plan_admissions(plan, budget)
         return plan
 
+    def retract_running(self) -> list[BeforeEvent]:
+        """Everybody gives up their pages and waits; no step may be in flight."""
+        plan = StepPlan()
+        while self._queues.running:
+            self._retract(self._queues.youngest_running(), plan)
+        return plan.before
+
     def _plan_decodes(self, plan: StepPlan, in_flight: bool) -> None:
         decoding = [req for req in self._queues.running if req.is_decoding and not req.is_exhausted]
         needed = sum(self._pages.pages_missing(req, 1) for req in decoding)

@@ -80,9 +80,9 @@ class Rollout:
         )
         seconds = time.perf_counter() - began
         check = progress.add_task("fresh prefill", total=self._options.conversations)
-        done, message = await self._manager.flush_cache()
-        if not done:
-            raise RuntimeError(message)
+        flushed = await self._manager.controls.flush_cache()
+        if not flushed.success:
+            raise RuntimeError(flushed.message)
         differing = 0
         for conversation in self.conversations:
             differing += await self._compare_with_fresh_prefill(conversation)

@@ -27,6 +27,17 @@ def all_gather(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
     return gathered.flatten(0, 1) if dim == 0 else torch.cat(list(gathered.unbind(0)), dim)
 
 
+def gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
+    """Every rank's bytes, of any length, in rank order; two collectives on the CPU."""
+    if axis.size == 1:
+        return [data]
+    sizes = all_gather(torch.tensor([len(data)]), axis).tolist()
+    padded = torch.zeros(1, max(1, *sizes), dtype=torch.uint8)
+    padded[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[0, :0]
+    rows = all_gather(padded, axis).numpy()
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
 def gather(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor | None:
     """As `all_gather`, but on the axis' rank 0 alone; None on the others."""
     if axis.size == 1:

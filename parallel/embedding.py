@@ -14,7 +14,7 @@ from torch import nn
 from .collectives import all_gather, all_reduce, gather
 from .linear import select_linear
 from .mesh import Axis
-from .weights import TensorSource, check_shape, empty_weight
+from .weights import ShardedWeight, TensorSource, empty_weight
 
 
 class VocabShard(nn.Module):
@@ -31,12 +31,13 @@ class VocabShard(nn.Module):
         self.weight = empty_weight(self._num_rows, hidden_size, dtype=dtype, device=device)
         self.weight.data[max(0, min(self._num_rows, vocab_size - self._first)) :] = 0
 
+    def sharded_weight(self) -> ShardedWeight:
+        """This rank's rows; what lies beyond the vocabulary stays zero."""
+        num_rows = max(0, min(self._full[0] - self._first, self._num_rows))
+        return ShardedWeight.of(self._full, self.weight.data[:num_rows], first=self._first)
+
     def load_weight(self, source: TensorSource) -> None:
-        """Load this rank's rows; what lies beyond the vocabulary stays zero."""
-        check_shape(source, self._full)
-        end = min(self._full[0], self._first + self._num_rows)
-        if end > self._first:
-            self.weight.data[: end - self._first].copy_(source[self._first : end])
+        self.sharded_weight().load(source)
 
 
 class VocabParallelEmbedding(VocabShard):

@@ -16,7 +16,7 @@ from torch import nn
 
 from .collectives import all_reduce
 from .mesh import Axis
-from .weights import TensorSource, check_shape, empty_weight
+from .weights import ShardedWeight, TensorSource, empty_weight
 
 # (x [T, D], weight [O, D], bias [O] or None) -> [T, O]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -66,14 +66,18 @@ class ReplicatedLinear(ShardedLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, dtype, device)
 
+    def sharded_weight(self) -> ShardedWeight:
+        return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
+
+    def sharded_bias(self) -> ShardedWeight:
+        assert self.bias is not None
+        return ShardedWeight.of(tuple(self.bias.shape), self.bias.data)
+
     def load_weight(self, source: TensorSource) -> None:
-        check_shape(source, tuple(self.weight.shape))
-        self.weight.data.copy_(source[:])
+        self.sharded_weight().load(source)
 
     def load_bias(self, source: TensorSource) -> None:
-        assert self.bias is not None
-        check_shape(source, tuple(self.bias.shape))
-        self.bias.data.copy_(source[:])
+        self.sharded_bias().load(source)
 
 
 class MergedColumnParallelLinear(ShardedLinear):
@@ -95,19 +99,21 @@ class MergedColumnParallelLinear(ShardedLinear):
         self._axis = axis
         super().__init__(in_features, sum(self._local), bias, dtype, device)
 
+    def sharded_weight(self, part: int = 0) -> ShardedWeight:
+        """This rank's rows of the `part`-th matrix."""
+        shape = (self._full[part], self._in_features)
+        return ShardedWeight.of(shape, self._target(self.weight, part), first=self._axis.rank * self._local[part])
+
+    def sharded_bias(self, part: int = 0) -> ShardedWeight:
+        assert self.bias is not None
+        shape = (self._full[part],)
+        return ShardedWeight.of(shape, self._target(self.bias, part), first=self._axis.rank * self._local[part])
+
     def load_weight(self, source: TensorSource, part: int = 0) -> None:
-        """Load this rank's rows of the `part`-th matrix."""
-        check_shape(source, (self._full[part], self._in_features))
-        self._target(self.weight, part).copy_(source[self._rows(part)])
+        self.sharded_weight(part).load(source)
 
     def load_bias(self, source: TensorSource, part: int = 0) -> None:
-        assert self.bias is not None
-        check_shape(source, (self._full[part],))
-        self._target(self.bias, part).copy_(source[self._rows(part)])
-
-    def _rows(self, part: int) -> slice:
-        first = self._axis.rank * self._local[part]
-        return slice(first, first + self._local[part])
+        self.sharded_bias(part).load(source)
 
     def _target(self, parameter: nn.Parameter, part: int) -> torch.Tensor:
         return parameter.data.narrow(0, sum(self._local[:part]), self._local[part])
@@ -165,19 +171,24 @@ class QKVParallelLinear(ShardedLinear):
         """[T, q + k + v] -> three tensors, heads of this rank side by side."""
         return qkv.split(list(self._local.values()), dim=-1)
 
+    def sharded_weight(self, part: str) -> ShardedWeight:
+        """This rank's rows of the query, key or value matrix: `part` is "q", "k" or "v"."""
+        shape = (self._full[part], self._hidden_size)
+        return ShardedWeight.of(shape, self._target(self.weight, part), first=self._first_row(part))
+
+    def sharded_bias(self, part: str) -> ShardedWeight:
+        assert self.bias is not None
+        return ShardedWeight.of((self._full[part],), self._target(self.bias, part), first=self._first_row(part))
+
     def load_weight(self, source: TensorSource, part: str) -> None:
-        """Load this rank's rows of the query, key or value matrix: `part` is "q", "k" or "v"."""
-        check_shape(source, (self._full[part], self._hidden_size))
-        self._target(self.weight, part).copy_(source[self._rows(part)])
+        self.sharded_weight(part).load(source)
 
     def load_bias(self, source: TensorSource, part: str) -> None:
-        assert self.bias is not None
-        check_shape(source, (self._full[part],))
-        self._target(self.bias, part).copy_(source[self._rows(part)])
+        self.sharded_bias(part).load(source)
 
-    def _rows(self, part: str) -> slice:
+    def _first_row(self, part: str) -> int:
         shard = self._axis.rank if part == "q" else self._axis.rank // self._num_kv_replicas
-        return slice(shard * self._local[part], (shard + 1) * self._local[part])
+        return shard * self._local[part]
 
     def _target(self, parameter: nn.Parameter, part: str) -> torch.Tensor:
         first = {"q": 0, "k": self._local["q"], "v": self._local["q"] + self._local["k"]}[part]
@@ -205,22 +216,25 @@ class RowParallelLinear(ShardedLinear):
         local = shard_size(in_features, axis, "in_features")
         super().__init__(local, out_features, bias, dtype, device)
         self._full = (out_features, in_features)
-        self._columns = slice(axis.rank * local, (axis.rank + 1) * local)
         self._axis = axis
         self._reduce = reduce
+        if self.bias is not None and axis.rank > 0:
+            self.bias.data.zero_()
+
+    def sharded_weight(self) -> ShardedWeight:
+        """This rank's columns."""
+        first = self._axis.rank * self.weight.shape[1]
+        return ShardedWeight.of(self._full, self.weight.data, dim=1, first=first)
+
+    def sharded_bias(self) -> ShardedWeight:
+        assert self.bias is not None
+        return ShardedWeight.of(self._full[:1], self.bias.data if self._axis.rank == 0 else self.bias.data[:0])
 
     def load_weight(self, source: TensorSource) -> None:
-        """Load this rank's columns."""
-        check_shape(source, self._full)
-        self.weight.data.copy_(source[:, self._columns])
+        self.sharded_weight().load(source)
 
     def load_bias(self, source: TensorSource) -> None:
-        assert self.bias is not None
-        check_shape(source, self._full[:1])
-        if self._axis.rank == 0:
-            self.bias.data.copy_(source[:])
-        else:
-            self.bias.data.zero_()
+        self.sharded_bias().load(source)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         partial = super().forward(x)

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..generate_request import describe
+from ..generation_gate import UnavailableError
 from ..tokenizer_manager import EngineDeadError, OverloadedError
 from .service_metrics import ServiceMetrics
 
@@ -76,6 +77,10 @@ def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:
 
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:
+        return error_response(str(error), 503)
+
+    @app.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> Response:
         return error_response(str(error), 503)
 
     @app.exception_handler(EngineDeadError)

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from ..chat_template import ChatTemplate
 from ..tokenizer_manager import TokenizerManager
+from .control import control_router
 from .errors import install_error_handlers
 from .gate import Gate
 from .info import info_router
@@ -31,6 +32,7 @@ def make_app(
     install_error_handlers(app, metrics)
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, not_ready=manager.not_ready)
     app.include_router(native_router(manager))
+    app.include_router(control_router(manager))
     app.include_router(info_router(manager, metrics, model_name))
     chat = ChatServing(manager, template, model_name)
     completions = CompletionServing(manager, model_name)

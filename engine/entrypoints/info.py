@@ -50,7 +50,7 @@ def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: 
                 "model_path": config.model_path,
                 "tokenizer_path": config.tokenizer_path or config.model_path,
                 "is_generation": True,
-                "weight_version": config.weight_version,
+                "weight_version": (await manager.get_state())["weight_version"],
                 "model_type": manager.facts["model_type"],
                 "context_length": manager.facts["context_length"],
             }

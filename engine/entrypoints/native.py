@@ -104,11 +104,6 @@ def native_router(manager: TokenizerManager) -> APIRouter:
         manager.abort_request(body.rid, abort_all=body.abort_all)
         return Response()
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
-    async def flush_cache() -> Response:
-        done, message = await manager.flush_cache()
-        return json_response({"success": True, "message": message}) if done else error_response(message, 400)
-
     @router.get("/routed_experts/{claim}")
     async def fetch_routed_experts(claim: str) -> Response:
         try:

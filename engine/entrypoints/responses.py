@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..generation_gate import UnavailableError
 from ..tokenizer_manager import EngineDeadError, OverloadedError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class EventStream(Response):
             try:
                 async for event in events:
                     await put(b"data: " + msgspec.json.encode(event) + b"\n\n")
-            except (ValueError, OverloadedError, EngineDeadError) as error:
+            except (ValueError, OverloadedError, UnavailableError, EngineDeadError) as error:
                 await put(b"data: " + msgspec.json.encode(self._refusal(str(error))) + b"\n\n")
         await put(b"data: [DONE]\n\n", more=False)
 

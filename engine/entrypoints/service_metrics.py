@@ -35,6 +35,9 @@ STATE_GAUGES = (
     ("waybill_routing_ring_slots", "Steps of routing that may wait to be filed.", "routing_ring_slots"),
     ("waybill_routing_ring_occupied", "Steps of routing that wait to be filed.", "routing_ring_occupied"),
     ("waybill_routing_ring_waits", "Steps that waited for a free slot, since the start.", "routing_ring_waits"),
+    ("waybill_weight_updates", "Complete updates of the weights, since the start.", "num_weight_updates"),
+    ("waybill_paused", "1 while generation is paused.", "is_paused"),
+    ("waybill_held", "1 while the weights are not whole or memory is released.", "is_held"),
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,11 @@ class KVStore:
 
     def layer(self, layer_id: int) -> dict[str, torch.Tensor]:
         return self._layers[layer_id]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All of them."""
+        for layer in self._layers:
+            yield from layer.values()
 
     @staticmethod
     def bytes_per_token(num_layers: int, specs: Sequence[KVTensorSpec]) -> int:

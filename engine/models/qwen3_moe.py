@@ -9,7 +9,6 @@ Legend: T tokens of a step, D hidden, H query heads of this rank, G kv heads of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +25,11 @@ from ...parallel.moe.dispatch import AllGatherDispatcher, Dispatcher, Replicated
 from ...parallel.moe.experts import Experts
 from ...parallel.moe.layer import MoeLayer, RouteRecorder
 from ...parallel.moe.router import TopKRouter
-from ...parallel.weights import TensorSource
+from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend
 from ..forward_batch import ForwardBatch
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
-from .checkpoint import WeightLoader
+from .fused_weights import FusedWeight
 from .model_config import ModelConfig, RopeConfig, eos_ids, resolve_dtype
 from .norm_rope import HeadNorms, select_layer_ops
 
@@ -129,8 +128,8 @@ class RMSNorm(nn.Module):
         self._eps = context.config.rms_norm_eps
         self._ops = select_layer_ops(context.device)
 
-    def load_weight(self, source: TensorSource) -> None:
-        self.weight.data.copy_(source[:])
+    def sharded_weight(self) -> ShardedWeight:
+        return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._ops.rms_norm(hidden, self.weight, self._eps)
@@ -201,19 +200,19 @@ class Attention(nn.Module):
         out = backend.forward(query, kv["k"], kv["v"], batch.attention_plan, self._scale)
         return self.o_proj(out.flatten(1))
 
-    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
-        loaders: dict[str, WeightLoader] = {
-            f"{prefix}.o_proj.weight": self.o_proj.load_weight,
-            f"{prefix}.q_norm.weight": self.q_norm.load_weight,
-            f"{prefix}.k_norm.weight": self.k_norm.load_weight,
+    def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
+        weights = {
+            f"{prefix}.o_proj.weight": self.o_proj.sharded_weight(),
+            f"{prefix}.q_norm.weight": self.q_norm.sharded_weight(),
+            f"{prefix}.k_norm.weight": self.k_norm.sharded_weight(),
         }
         for part in ("q", "k", "v"):
-            loaders[f"{prefix}.{part}_proj.weight"] = partial(self.qkv_proj.load_weight, part=part)
+            weights[f"{prefix}.{part}_proj.weight"] = self.qkv_proj.sharded_weight(part)
             if self.qkv_proj.bias is not None:
-                loaders[f"{prefix}.{part}_proj.bias"] = partial(self.qkv_proj.load_bias, part=part)
+                weights[f"{prefix}.{part}_proj.bias"] = self.qkv_proj.sharded_bias(part)
         if self.o_proj.bias is not None:
-            loaders[f"{prefix}.o_proj.bias"] = self.o_proj.load_bias
-        return loaders
+            weights[f"{prefix}.o_proj.bias"] = self.o_proj.sharded_bias()
+        return weights
 
 
 class DenseMLP(nn.Module):
@@ -239,11 +238,11 @@ class DenseMLP(nn.Module):
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
-    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+    def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
         return {
-            f"{prefix}.gate_proj.weight": partial(self.gate_up_proj.load_weight, part=0),
-            f"{prefix}.up_proj.weight": partial(self.gate_up_proj.load_weight, part=1),
-            f"{prefix}.down_proj.weight": self.down_proj.load_weight,
+            f"{prefix}.gate_proj.weight": self.gate_up_proj.sharded_weight(part=0),
+            f"{prefix}.up_proj.weight": self.gate_up_proj.sharded_weight(part=1),
+            f"{prefix}.down_proj.weight": self.down_proj.sharded_weight(),
         }
 
 
@@ -271,14 +270,28 @@ def make_moe_layer(moe_index: int, context: ModelContext) -> MoeLayer:
     return MoeLayer(moe_index, router, context.make_dispatcher(), experts)
 
 
-def moe_weight_loaders(layer: MoeLayer, num_experts: int, prefix: str) -> dict[str, WeightLoader]:
-    """Names of the hub's checkpoints: one tensor per expert and projection."""
-    loaders: dict[str, WeightLoader] = {f"{prefix}.gate.weight": layer.router.load_weight}
+def expert_name(prefix: str, expert: int, part: str) -> str:
+    """On the hub: one tensor per expert and projection."""
+    return f"{prefix}.experts.{expert}.{part}_proj.weight"
+
+
+def moe_weights(layer: MoeLayer, num_experts: int, prefix: str) -> dict[str, ShardedWeight]:
+    weights = {f"{prefix}.gate.weight": layer.router.sharded_weight()}
     for expert in range(num_experts):
         for part in ("gate", "up", "down"):
-            name = f"{prefix}.experts.{expert}.{part}_proj.weight"
-            loaders[name] = partial(layer.experts.load_weight, expert_id=expert, part=part)
-    return loaders
+            weights[expert_name(prefix, expert, part)] = layer.experts.sharded_weight(expert, part)
+    return weights
+
+
+def fused_moe_weights(layer: MoeLayer, num_experts: int, prefix: str) -> dict[str, FusedWeight]:
+    """As `transformers` holds them in memory, and a trainer may send them."""
+    names = {part: [expert_name(prefix, e, part) for e in range(num_experts)] for part in ("gate", "up", "down")}
+    return {
+        f"{prefix}.experts.gate_up_proj": FusedWeight(
+            layer.experts.fused_weight("gate_up"), frozenset(names["gate"] + names["up"])
+        ),
+        f"{prefix}.experts.down_proj": FusedWeight(layer.experts.fused_weight("down"), frozenset(names["down"])),
+    }
 
 
 class DecoderLayer(nn.Module):
@@ -313,17 +326,17 @@ class DecoderLayer(nn.Module):
             return self.mlp(normed, layout.num_held, recorder), residual
         return layout.run_sharded(self.mlp, normed), residual
 
-    def weight_loaders(self, prefix: str, config: ModelConfig) -> dict[str, WeightLoader]:
-        mlp_loaders = (
-            moe_weight_loaders(self.mlp, config.num_experts, f"{prefix}.mlp")
+    def sharded_weights(self, prefix: str, config: ModelConfig) -> dict[str, ShardedWeight]:
+        mlp_weights = (
+            moe_weights(self.mlp, config.num_experts, f"{prefix}.mlp")
             if isinstance(self.mlp, MoeLayer)
-            else self.mlp.weight_loaders(f"{prefix}.mlp")
+            else self.mlp.sharded_weights(f"{prefix}.mlp")
         )
         return {
-            f"{prefix}.input_layernorm.weight": self.input_layernorm.load_weight,
-            f"{prefix}.post_attention_layernorm.weight": self.post_attention_layernorm.load_weight,
-            **self.self_attn.weight_loaders(f"{prefix}.self_attn"),
-            **mlp_loaders,
+            f"{prefix}.input_layernorm.weight": self.input_layernorm.sharded_weight(),
+            f"{prefix}.post_attention_layernorm.weight": self.post_attention_layernorm.sharded_weight(),
+            **self.self_attn.sharded_weights(f"{prefix}.self_attn"),
+            **mlp_weights,
         }
 
 
@@ -372,22 +385,35 @@ class Qwen3MoeForCausalLM(nn.Module):
     def decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """Query heads of this rank and their width."""
+        return self.decoder_layers()[0].self_attn.qkv_proj.num_local_heads, self.config.head_dim
+
     def kv_specs(self) -> list[KVTensorSpec]:
         """Keys and values of this rank's heads."""
         width = (self.decoder_layers()[0].self_attn.qkv_proj.num_local_kv_heads, self.config.head_dim)
         return [KVTensorSpec(name, width, self.config.dtype) for name in ("k", "v")]
 
-    def weight_loaders(self) -> dict[str, WeightLoader]:
-        """One loader per tensor that a checkpoint must have, by its name there."""
-        loaders: dict[str, WeightLoader] = {
-            "model.embed_tokens.weight": self.embed_tokens.load_weight,
-            "model.norm.weight": self.norm.load_weight,
+    def sharded_weights(self) -> dict[str, ShardedWeight]:
+        """Every tensor that a checkpoint must have, by its name there, and this rank's part of it."""
+        weights = {
+            "model.embed_tokens.weight": self.embed_tokens.sharded_weight(),
+            "model.norm.weight": self.norm.sharded_weight(),
         }
         if not self.config.tie_word_embeddings:
-            loaders["lm_head.weight"] = self.lm_head.load_weight
+            weights["lm_head.weight"] = self.lm_head.sharded_weight()
         for layer_id, layer in enumerate(self.decoder_layers()):
-            loaders.update(layer.weight_loaders(f"model.layers.{layer_id}", self.config))
-        return loaders
+            weights.update(layer.sharded_weights(f"model.layers.{layer_id}", self.config))
+        return weights
+
+    def fused_weights(self) -> dict[str, FusedWeight]:
+        """Other names under which several of these tensors may come as one."""
+        fused: dict[str, FusedWeight] = {}
+        for layer_id, layer in enumerate(self.decoder_layers()):
+            if isinstance(layer.mlp, MoeLayer):
+                fused.update(fused_moe_weights(layer.mlp, self.config.num_experts, f"model.layers.{layer_id}.mlp"))
+        return fused
 
     @property
     def ignored_weights(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from . import qwen3_moe
-from .checkpoint import Checkpoint, load_weights
+from .checkpoint import Checkpoint, check_tensors, load_weights
 from .model_config import ModelConfig, read_hf_config
 from .qwen3_moe import ModelContext, Qwen3MoeForCausalLM
 
@@ -33,5 +33,7 @@ def load_model(
         raise ValueError(f"head_dim={model_config.head_dim}: must be a power of two on CUDA")
     context = ModelContext(model_config, mesh, config.moe_split, config.experts_backend, config.moe_dispatcher, clock)
     model = MODEL_FILES[model_config.model_type].Qwen3MoeForCausalLM(context, num_positions)
-    load_weights(model.weight_loaders(), Checkpoint(config.model_path), model.ignored_weights)
+    weights, checkpoint = model.sharded_weights(), Checkpoint(config.model_path)
+    check_tensors(weights, checkpoint, model.ignored_weights)
+    load_weights(weights, checkpoint, model.ignored_weights)
     return model.eval()

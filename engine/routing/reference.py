@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .replay.routers import router_weights
+
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
 
@@ -58,10 +60,7 @@ class RouterTap:
             positions = torch.tensor(list(self.forced), device=ids.device)
             ids = ids.clone()
             ids[positions] = torch.stack(list(self.forced.values())).to(ids.device)
-            weights = torch.softmax(logits.float(), dim=-1).gather(1, ids)
-            if module.norm_topk_prob:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
-            weights = weights.to(logits.dtype)
+            weights = router_weights(module, logits, ids)
         self.logits, self.ids = logits.cpu(), ids.cpu()
         return logits, weights, ids
 

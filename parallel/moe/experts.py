@@ -16,7 +16,7 @@ from torch import nn
 
 from ..linear import shard_size
 from ..mesh import Axis
-from ..weights import TensorSource, check_shape, empty_weight
+from ..weights import Piece, ShardedWeight, TensorSource, empty_weight
 from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
@@ -111,23 +111,42 @@ class Experts(nn.Module):
         self._width = intermediate_size if whole else shard_size(intermediate_size, axis, "moe_intermediate_size")
         self._first_expert = axis.rank * self._num_local if whole else 0
         self._first_column = 0 if whole else axis.rank * self._width
+        self._num_experts = num_experts
         self._full = (intermediate_size, hidden_size)
         self.gate_up = empty_weight(self._num_local, 2 * self._width, hidden_size, dtype=dtype, device=device)
         self.down = empty_weight(self._num_local, hidden_size, self._width, dtype=dtype, device=device)
         self._function = select_experts_function(backend, self.down)
 
-    def load_weight(self, source: TensorSource, expert_id: int, part: str) -> None:
-        """Load this rank's slice of one projection of one expert: `part` is "gate", "up" or "down"."""
-        check_shape(source, self._full if part != "down" else self._full[::-1])
+    def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:
+        """One projection of one expert: `part` is "gate" [I, D], "up" [I, D] or "down" [D, I]."""
+        shape = self._full if part != "down" else self._full[::-1]
         local = expert_id - self._first_expert
         if not 0 <= local < self._num_local:
-            return
+            return ShardedWeight(shape, ())
+        if part == "down":
+            return ShardedWeight.of(shape, self.down.data[local], dim=1, first=self._first_column)
+        half = 0 if part == "gate" else self._width
+        return ShardedWeight.of(shape, self.gate_up.data[local, half : half + self._width], first=self._first_column)
+
+    def fused_weight(self, part: str) -> ShardedWeight:
+        """One projection of all experts, as `transformers` holds them: "gate_up" [E, 2I, D] or "down" [E, D, I]."""
+        width, hidden = self._full
+        experts = slice(self._first_expert, self._first_expert + self._num_local)
         columns = slice(self._first_column, self._first_column + self._width)
         if part == "down":
-            self.down.data[local].copy_(source[:, columns])
-        else:
-            half = 0 if part == "gate" else self._width
-            self.gate_up.data[local, half : half + self._width].copy_(source[columns])
+            index = (experts, slice(0, hidden), columns)
+            return ShardedWeight((self._num_experts, hidden, width), (Piece(index, self.down.data),))
+        halves = [
+            Piece(
+                (experts, slice(half * width + columns.start, half * width + columns.stop), slice(0, hidden)),
+                self.gate_up.data[:, half * self._width : (half + 1) * self._width],
+            )
+            for half in (0, 1)
+        ]
+        return ShardedWeight((self._num_experts, 2 * width, hidden), tuple(halves))
+
+    def load_weight(self, source: TensorSource, expert_id: int, part: str) -> None:
+        self.sharded_weight(expert_id, part).load(source)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Partial results [T, D] of the local experts."""

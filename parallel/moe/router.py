@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..linear import select_linear
-from ..weights import TensorSource, check_shape, empty_weight
+from ..weights import ShardedWeight, TensorSource, empty_weight
 
 # Dense scores [T, E] float32 -> ids [T, K] int64.
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -51,9 +51,11 @@ class TopKRouter(nn.Module):
         self._linear = select_linear(device)
         self.weight = empty_weight(num_experts, hidden_size, dtype=dtype, device=device)
 
+    def sharded_weight(self) -> ShardedWeight:
+        return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
+
     def load_weight(self, source: TensorSource) -> None:
-        check_shape(source, tuple(self.weight.shape))
-        self.weight.data.copy_(source[:])
+        self.sharded_weight().load(source)
 
     def forward(
         self, hidden: torch.Tensor, select: Select | None = None, record: torch.Tensor | None = None

@@ -1,0 +1,136 @@
+"""What every rank of an engine does between two steps when it is told to: weights, update groups, device memory.
+
+All ranks run the same operation at the same step and come to the same outcome; leaders act on it, rank 0 of the world
+answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from ..parallel.mesh import ParallelMesh
+from .device_memory import DeviceMemory, check_tags
+from .io_struct import (
+    ChecksumWeightsReq,
+    DestroyWeightsGroupReq,
+    GetWeightsReq,
+    InitWeightsGroupReq,
+    LoadWeightsReq,
+    RankOperation,
+    ReceiveWeightsReq,
+    ReleaseMemoryReq,
+    ResumeMemoryReq,
+)
+from .model_runner import ModelRunner
+from .weight_sync.group_registry import GroupRegistry
+from .weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
+from .weight_sync.receiver import WeightReceiver
+from .weight_sync.report import Outcome, RankReport, exchange_reports
+
+
+class RankOperations:
+    """`answer_later(op_id, outcome)` is called from a thread, on rank 0 alone, for what takes its time."""
+
+    def __init__(
+        self, runner: ModelRunner, mesh: ParallelMesh, timeout_s: float, answer_later: Callable[[str, Outcome], None]
+    ) -> None:
+        self._runner = runner
+        self._mesh = mesh
+        self._answer_later = answer_later
+        self._groups = GroupRegistry(mesh, timeout_s)
+        self._receiver = WeightReceiver(runner.model, mesh, self._groups)
+        self._memory = DeviceMemory(runner.model, runner.kv_store)
+        self._actions: dict[type, Callable[..., Outcome | None]] = {
+            LoadWeightsReq: self._update,
+            ReceiveWeightsReq: self._update,
+            InitWeightsGroupReq: self._init_group,
+            DestroyWeightsGroupReq: self._destroy_group,
+            GetWeightsReq: self._get_weights,
+            ChecksumWeightsReq: self._checksum,
+            ReleaseMemoryReq: self._release,
+            ResumeMemoryReq: self._resume,
+        }
+
+    def run(self, op: RankOperation) -> Outcome | None:
+        """The outcome, the same on every rank; None: it will be told later. A `ValueError` of an action is a refusal, which
+        all ranks come to alike."""
+        try:
+            return self._actions[type(op)](op)
+        except ValueError as error:
+            return Outcome(False, str(error))
+
+    @property
+    def hold(self) -> str | None:
+        """Why nobody may generate; None if nothing stands against it."""
+        return self._memory.hold or self._receiver.progress.hold
+
+    def _update(self, op: LoadWeightsReq | ReceiveWeightsReq) -> Outcome:
+        if "weights" in self._memory.released:
+            return Outcome(False, f"{self._memory.hold}{self._receiver.leave_group(op)}")
+        return self._receiver.update(op)
+
+    def _agreed(self, check: Callable[[], object]) -> None:
+        """What a rank knows of groups depends on threads: all refuse where one does.
+
+        Raises:
+            ValueError: `check` raised one, on some rank.
+        """
+        error = None
+        try:
+            check()
+        except ValueError as refusal:
+            error = str(refusal)
+        verdict = exchange_reports(RankReport(error), self._mesh.world)
+        if verdict.error is not None:
+            raise ValueError(verdict.error)
+
+    def _init_group(self, op: InitWeightsGroupReq) -> Outcome | None:
+        self._agreed(lambda: self._groups.check(op))
+
+        def done(error: str | None) -> None:
+            if self._mesh.world.rank == 0:
+                self._answer_later(op.op_id, Outcome(error is None, error or f"group {op.group_name!r} is joined"))
+
+        self._groups.join(op, done)
+        return None
+
+    def _destroy_group(self, op: DestroyWeightsGroupReq) -> Outcome:
+        self._agreed(lambda: self._groups.get(op.group_name))
+        self._groups.leave(op.group_name)
+        return Outcome(True, f"group {op.group_name!r} is left")
+
+    def _get_weights(self, op: GetWeightsReq) -> Outcome:
+        self._check_weights_are_there()
+        weight = self._receiver.known.get(op.name)
+        if weight is None:
+            raise ValueError(f"name: the model has no {op.name!r}")
+        verdict = exchange_reports(RankReport(payload=first_rows(weight, op.truncate_size)), self._mesh.world)
+        rows = join_rows([report.payload for report in verdict.reports], weight.shape, op.truncate_size)
+        return Outcome(True, payload=msgspec.json.encode(rows.tolist()))
+
+    def _checksum(self, op: ChecksumWeightsReq) -> Outcome:
+        self._check_weights_are_there()
+        weights = self._receiver.weights
+        verdict = exchange_reports(RankReport(payload=piece_checksums(weights)), self._mesh.world)
+        checksums = join_checksums([report.payload for report in verdict.reports], weights)
+        return Outcome(True, payload=msgspec.json.encode(checksums))
+
+    def _check_weights_are_there(self) -> None:
+        if "weights" in self._memory.released:
+            raise ValueError(str(self._memory.hold))
+
+    def _release(self, op: ReleaseMemoryReq) -> Outcome:
+        check_tags(op.tags)
+        self._runner.drop_graphs()
+        self._memory.release(op.tags)
+        return Outcome(True, f"released {', '.join(op.tags)}")
+
+    def _resume(self, op: ResumeMemoryReq) -> Outcome:
+        check_tags(op.tags)
+        if "weights" in self._memory.resume(op.tags):
+            self._receiver.progress.void()
+        if not self._memory.released:
+            self._runner.make_graphs()
+        return Outcome(True, f"resumed {', '.join(op.tags)}")

@@ -1,0 +1,96 @@
+"""How each family of routers turns dense scores and chosen experts into weights: the one part of replay that differs.
+
+Every rule gathers from the scores of *all* experts and then does what the router's own forward does after its top-k, in the
+same order and types. So the weights of a router's own choice come out bit for bit, and the gradient reaches the scores of
+every replayed expert, also of one that is no longer among the top-k.
+
+Legend: T tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# (router, logits [T, E], ids [T, K]) -> weights [T, K]. A router's class does not declare its settings.
+WeightsRule = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """A router class. `returns_logits`: it returns (logits, weights, ids), else (weights, ids, tokens per expert)."""
+
+    weights: WeightsRule
+    returns_logits: bool = True
+
+
+def softmax_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Qwen3-MoE, Qwen2-MoE, OLMoE: softmax over all experts, renormalised where the configuration says so."""
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, ids)
+    if router.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights.to(logits.dtype)
+
+
+def mixtral_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mixtral: softmax, always renormalised, left in float32."""
+    weights = torch.softmax(logits.float(), dim=-1).gather(1, ids)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def deepseek_v3_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-V3: sigmoid. The correction bias and the groups decide who is chosen, never what a choice weighs."""
+    weights = logits.sigmoid().gather(1, ids)
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * router.routed_scaling_factor
+
+
+def autoep_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """DeepSpeed's AutoEP, which stands in for the router of the model it was given."""
+    if router.score_func == "sigmoid":
+        scores = torch.sigmoid(logits.to(torch.float32))
+    else:
+        assert router.score_func == "softmax", router.score_func
+        scores = torch.softmax(logits.to(torch.float32), dim=1)
+    weights = scores.gather(1, ids)
+    if router.route_norm:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * router.route_scale
+
+
+_TRANSFORMERS = "transformers.models"
+# By name, so that neither DeepSpeed nor the families that are not used are imported.
+ROUTER_KINDS: dict[str, RouterKind] = {
+    f"{_TRANSFORMERS}.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter": RouterKind(softmax_weights),
+    f"{_TRANSFORMERS}.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter": RouterKind(softmax_weights),
+    f"{_TRANSFORMERS}.olmoe.modeling_olmoe.OlmoeTopKRouter": RouterKind(softmax_weights),
+    f"{_TRANSFORMERS}.mixtral.modeling_mixtral.MixtralTopKRouter": RouterKind(mixtral_weights),
+    f"{_TRANSFORMERS}.deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter": RouterKind(deepseek_v3_weights),
+    "deepspeed.moe.ep_router.TokenChoiceTopKRouter": RouterKind(autoep_weights, returns_logits=False),
+}
+SUPPORTED = "Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V3, DeepSpeed's AutoEP of these"
+
+
+def qualified_names(module: nn.Module) -> list[str]:
+    """The module's class and its bases: wrappers such as FSDP put a subclass of their own in front."""
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+
+
+def router_kind(module: nn.Module) -> RouterKind | None:
+    """The kind of a router; None for any other module."""
+    for name in qualified_names(module):
+        if name in ROUTER_KINDS:
+            return ROUTER_KINDS[name]
+    return None
+
+
+def router_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The weights [T, K] that `router`, with scores `logits` [T, E], gives the experts `ids` [T, K]."""
+    kind = router_kind(router)
+    assert kind is not None, f"{type(router).__name__} is no router that is known"
+    return kind.weights(router, logits, ids)

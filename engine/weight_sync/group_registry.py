@@ -1,0 +1,99 @@
+"""The update groups of one rank. Joining one waits for a trainer, so it happens beside the step thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ...parallel.mesh import ParallelMesh
+from ..io_struct import InitWeightsGroupReq
+from .update_group import UpdateGroup
+
+
+class GroupRegistry:
+    """Groups by name: joined, or still to come together."""
+
+    def __init__(self, mesh: ParallelMesh, timeout_s: float) -> None:
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+        self._joined: dict[str, UpdateGroup] = {}
+        self._pending: set[str] = set()
+        self._serials: dict[str, int] = {}
+
+    def check(self, op: InitWeightsGroupReq) -> None:
+        """
+        Raises:
+            ValueError: the request does not fit this engine, or the name is taken.
+        """
+        if op.group_name in self._joined or op.group_name in self._pending:
+            raise ValueError(f"group_name: {op.group_name!r} is taken; destroy that group first")
+        last = op.world_size - self._mesh.world.size
+        if not 1 <= op.rank_offset <= last:
+            raise ValueError(
+                f"rank_offset={op.rank_offset}: must lie in 1 .. {last}, for {self._mesh.world.size} engine ranks in a "
+                f"group of {op.world_size} (world_size)"
+            )
+
+    def join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
+        """Join in the background; `done` hears there why it failed, or None."""
+        self._pending.add(op.group_name)
+        self._serials[op.group_name] = self.serial(op.group_name) + 1
+        threading.Thread(target=self._join, args=(op, done), name=f"join {op.group_name}", daemon=True).start()
+
+    def _join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
+        error = None
+        first, world = op.rank_offset, self._mesh.world
+        try:
+            group = UpdateGroup(
+                op.master_address,
+                op.master_port,
+                first + world.rank,
+                op.world_size,
+                op.group_name,
+                op.backend,
+                self._mesh.device,
+                self._timeout_s,
+            )
+            self._joined[op.group_name] = group
+            group.announce(first + world.rank)
+            if world.rank == 0:
+                group.wait_for_members(range(first, first + world.size), self._timeout_s)
+        except (ValueError, RuntimeError) as problem:
+            error = f"group {op.group_name!r} did not come together: {str(problem).splitlines()[0]}"
+            self.discard(op.group_name)
+        finally:
+            self._pending.discard(op.group_name)
+        done(error)
+
+    def get(self, name: str) -> UpdateGroup:
+        """
+        Raises:
+            ValueError: this rank has not joined a group of that name.
+        """
+        if name not in self._joined:
+            state = "has not come together yet" if name in self._pending else "was not joined"
+            raise ValueError(f"group_name: {name!r} {state}")
+        return self._joined[name]
+
+    def serial(self, name: str) -> int:
+        """How many groups of that name were joined so far."""
+        return self._serials.get(name, 0)
+
+    def leave(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: as `get`.
+        """
+        self.get(name).close()
+        del self._joined[name]
+
+    def discard(self, name: str) -> bool:
+        """Leave it at once, also in the middle of a transfer; whether there was one.
+
+        A trainer whose bucket was refused may have begun to send it. Nothing tells its bytes from those of the next bucket,
+        so nothing more is received in that group.
+        """
+        group = self._joined.pop(name, None)
+        if group is not None:
+            group.abort()
+        return group is not None

@@ -1,0 +1,132 @@
+"""The engine's half of a weight update, on every rank, between two steps.
+
+An update is refused as a whole or taken as a whole: it is checked on all ranks before its first byte, a bucket is put in
+place only when all ranks have it, and where that is not possible - it is larger than what may be staged, a file cannot be
+read to its end, later buckets fail - the weights count as torn until one complete update has come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from ...parallel.mesh import ParallelMesh
+from ..io_struct import ReceiveWeightsReq, WeightUpdate
+from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
+from ..models.qwen3_moe import Qwen3MoeForCausalLM
+from .group_registry import GroupRegistry
+from .manifest import UpdateProgress, check_distinct, check_specs, parse_specs
+from .report import Outcome, RankReport, exchange_reports
+from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Transfer
+
+
+class WeightReceiver:
+    """This rank's weights as an update sees them."""
+
+    def __init__(self, model: Qwen3MoeForCausalLM, mesh: ParallelMesh, groups: GroupRegistry) -> None:
+        self._mesh = mesh
+        self._groups = groups
+        self.weights = model.sharded_weights()
+        self._fused = model.fused_weights()
+        self._ignored = model.ignored_weights
+        self.known = self.weights | {name: fused.weight for name, fused in self._fused.items()}
+        self.progress = UpdateProgress(frozenset(self.weights))
+        self._num_updates = 0
+
+    def update(self, op: WeightUpdate) -> Outcome:
+        """Check, transfer, put in place. All ranks come to the same outcome."""
+        began = time.perf_counter()
+        prepared, error = None, None
+        try:
+            prepared = self._prepare(op)
+        except (ValueError, *TRANSFER_ERRORS) as refusal:
+            error = str(refusal)
+        verdict = exchange_reports(RankReport(error), self._mesh.world)
+        if prepared is None or verdict.error is not None:
+            return Outcome(False, f"{verdict.error}; nothing was changed{self.leave_group(op)}")
+        names, transfer = prepared
+        num_changed, error = self._take(transfer)
+        verdict = exchange_reports(RankReport(error, num_changed), self._mesh.world)
+        if verdict.error is not None:
+            return self._broken_off(verdict.error + self.leave_group(op), verdict.any_changed)
+        return self._conclude(names, op, time.perf_counter() - began)
+
+    def leave_group(self, op: WeightUpdate) -> str:
+        """After a bucket was refused or broke off: see `GroupRegistry.discard`. In words, if there was a group."""
+        if isinstance(op, ReceiveWeightsReq) and self._groups.discard(op.group_name):
+            return f"; group {op.group_name!r} is left, join it again"
+        return ""
+
+    def _prepare(self, op: WeightUpdate) -> tuple[frozenset[str], Transfer]:
+        """
+        Raises:
+            ValueError: the update does not fit the model; nothing was read.
+        """
+        if isinstance(op, ReceiveWeightsReq):
+            specs = parse_specs(op.names, op.dtypes, op.shapes)
+            check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
+            group = self._groups.get(op.group_name)
+            transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
+            names = self._covered(spec.name for spec in specs)
+        else:
+            checkpoint = Checkpoint(op.path)
+            if op.whole:
+                check_tensors(self.weights, checkpoint, self._ignored)
+            shapes = [(name, tuple(source.shape)) for name, source in checkpoint.tensors()]
+            check_specs(shapes, self.known, self._ignored)
+            check_dtypes(checkpoint.tensors())
+            transfer = FileTransfer(checkpoint)
+            names = self._covered(name for name, _ in shapes)
+        self.progress.check(names, op.options.weight_version, self._source_of(op), is_last=op.options.is_last)
+        return names, transfer
+
+    def _covered(self, names: Iterable[str]) -> frozenset[str]:
+        """Names of the checkpoint's tensors that these stand for.
+
+        Raises:
+            ValueError: one comes twice.
+        """
+        covered = [
+            (name, self._fused[name].names if name in self._fused else frozenset({name}))
+            for name in names
+            if name not in self._ignored
+        ]
+        check_distinct(covered)
+        return frozenset().union(*(parts for _, parts in covered))
+
+    def _take(self, transfer: Transfer) -> tuple[int, str | None]:
+        """Put tensors in place; how many were changed, and why it ended early, if it did."""
+        num_changed = 0
+        try:
+            for name, source in transfer.tensors(self._all_have_it):
+                if name not in self._ignored:
+                    self.known[name].load(source)
+                    num_changed += 1
+        except TRANSFER_ERRORS as error:
+            return num_changed, f"the transfer broke off: {error}"
+        return num_changed, None
+
+    def _all_have_it(self, error: str | None) -> str | None:
+        """Whether a staged bucket is whole on all ranks; else why not."""
+        return exchange_reports(RankReport(error), self._mesh.world).error
+
+    def _broken_off(self, error: str, any_changed: bool) -> Outcome:
+        if not any_changed and self.progress.is_complete:
+            return Outcome(False, f"{error}; nothing was changed")
+        self.progress.tear(error)
+        return Outcome(False, self.progress.hold or error)
+
+    def _source_of(self, op: WeightUpdate) -> str:
+        """A trainer that has started again joins another group, be it of the same name."""
+        return f"{op.group_name} {self._groups.serial(op.group_name)}" if isinstance(op, ReceiveWeightsReq) else "files"
+
+    def _conclude(self, names: frozenset[str], op: WeightUpdate, seconds: float) -> Outcome:
+        options = op.options
+        if not names and not options.is_last:
+            return Outcome(True, "the model uses none of these tensors")
+        self.progress.receive(names, options.weight_version, self._source_of(op), is_last=options.is_last)
+        text = f"{len(names)} tensors in {seconds:.3f} s"
+        if not self.progress.is_complete:
+            return Outcome(True, f"{text}; {len(self.progress.missing)} are still to come")
+        self._num_updates += 1
+        return Outcome(True, text, self.progress.version or f"update-{self._num_updates}")

@@ -1,0 +1,228 @@
+"""The trainer's half of a weight update: buckets of tensors, broadcast to all ranks of one engine or several.
+
+    with WeightSender([(engine, 2)]) as sender:    # trainer rank 0; an `Engine` or a `client.EngineControl` of two ranks
+        sender.send(named_tensors, weight_version="step-1")
+
+With a sharded trainer every rank iterates over the parameters, because gathering one is a collective; rank 0 alone sends:
+see `gathered_tensors`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .update_group import SOURCE, UpdateGroup
+
+NamedTensor = tuple[str, torch.Tensor]
+# Makes a parameter whole on this rank for as long as the block lasts, e.g. deepspeed.zero.GatheredParameters([p]).
+Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
+
+DEFAULT_BUCKET_BYTES = 512 << 20
+
+
+class ControlledEngine(Protocol):
+    """The part of an engine that a sender drives; every method raises where the engine refuses."""
+
+    def init_weights_update_group(
+        self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None: ...
+
+    def update_weights_from_distributed(
+        self,
+        names: list[str],
+        dtypes: list[str],
+        shapes: list[list[int]],
+        group_name: str,
+        *,
+        load_format: str | None,
+        flush_cache: bool,
+        weight_version: str | None,
+    ) -> None: ...
+
+    def destroy_weights_update_group(self, group_name: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class SendReport:
+    """What an update took."""
+
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+
+
+class WeightSender:
+    """Holds the group with the engines. Use as a context, or call `connect` and `close`.
+
+    Args:
+        engines: each with its number of ranks, in the order of their ranks in the group.
+        address: of this host, as the engines reach it.
+        dtype: what floating-point tensors are cast to before they travel; None: as they are.
+        bucket_bytes: how much travels in one broadcast, and is held twice meanwhile.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[tuple[ControlledEngine, int]],
+        *,
+        address: str = "127.0.0.1",
+        backend: str = "gloo",
+        device: torch.device | None = None,
+        group_name: str = "weight_update_group",
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        timeout_s: float = 300.0,
+    ) -> None:
+        self._engines = engines
+        self._address = address
+        self._backend = backend
+        self._device = device or torch.device("cpu")
+        self._group_name = group_name
+        self._dtype = dtype
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
+        self._group: UpdateGroup | None = None
+        self._threads = concurrent.futures.ThreadPoolExecutor(len(engines) + 1)
+
+    def connect(self) -> None:
+        """Form the group with all engines.
+
+        Raises:
+            RuntimeError: it did not come together in time, or an engine refused.
+        """
+        port = free_port(self._address)
+        world_size = 1 + sum(num_ranks for _, num_ranks in self._engines)
+        offset = 1
+        joining = []
+        for engine, num_ranks in self._engines:
+            joining.append(
+                self._threads.submit(
+                    engine.init_weights_update_group,
+                    self._address,
+                    port,
+                    offset,
+                    world_size,
+                    self._group_name,
+                    self._backend,
+                )
+            )
+            offset += num_ranks
+        own = self._threads.submit(
+            UpdateGroup,
+            self._address,
+            port,
+            SOURCE,
+            world_size,
+            self._group_name,
+            self._backend,
+            self._device,
+            self._timeout_s,
+        )
+        self._raise_first_failure([own, *joining])
+        self._group = own.result()
+
+    def send(
+        self, tensors: Iterable[NamedTensor], *, weight_version: str | None = None, flush_cache: bool = True
+    ) -> SendReport:
+        """One update. The engine generates again when every tensor of its model has come.
+
+        Raises:
+            RuntimeError: an engine refused a bucket, or the transfer broke off; the group is left then.
+        """
+        began = time.perf_counter()
+        num_tensors = num_bytes = 0
+        for bucket in self._buckets(tensors):
+            self._send_bucket(bucket, weight_version, flush_cache)
+            num_tensors += len(bucket)
+            num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+        return SendReport(num_tensors, num_bytes, time.perf_counter() - began)
+
+    def _buckets(self, tensors: Iterable[NamedTensor]) -> Iterator[list[NamedTensor]]:
+        bucket: list[NamedTensor] = []
+        size = 0
+        for name, tensor in tensors:
+            whole = tensor.detach().to(device=self._device, dtype=self._dtype)
+            if bucket and size + whole.nbytes > self._bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((name, whole))
+            size += whole.nbytes
+        if bucket:
+            yield bucket
+
+    def _send_bucket(self, bucket: list[NamedTensor], weight_version: str | None, flush_cache: bool) -> None:
+        assert self._group is not None, "connect was not called"
+        names = [name for name, _ in bucket]
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket]
+        shapes = [list(tensor.shape) for _, tensor in bucket]
+        calls = [
+            self._threads.submit(
+                engine.update_weights_from_distributed,
+                names,
+                dtypes,
+                shapes,
+                self._group_name,
+                load_format="flattened_bucket",
+                flush_cache=flush_cache,
+                weight_version=weight_version,
+            )
+            for engine, _ in self._engines
+        ]
+        own = self._threads.submit(self._group.send_bucket, [tensor for _, tensor in bucket])
+        self._raise_first_failure([own, *calls])
+
+    def _raise_first_failure(self, futures: Sequence[concurrent.futures.Future[Any]]) -> None:
+        """Wait for all, or for the first that fails: the others would wait for it in vain."""
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        failed = [future for future in futures if future in done and future.exception() is not None]
+        if not failed:
+            return
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+        # What an engine says tells more than that the transfer broke off here.
+        failed.sort(key=lambda future: future is futures[0])
+        error = failed[0].exception()
+        assert error is not None
+        raise RuntimeError(f"weights were not sent: {error}") from error
+
+    def __enter__(self) -> WeightSender:
+        self.connect()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the group, and let the engines leave it."""
+        if self._group is not None:
+            for engine, _ in self._engines:
+                engine.destroy_weights_update_group(self._group_name)
+            self._group.close()
+            self._group = None
+        self._threads.shutdown(wait=False)
+
+
+def gathered_tensors(model: nn.Module, gather: Gather | None = None) -> Iterator[NamedTensor]:
+    """Every parameter of a model by its name, whole for as long as it is the current one. Tied ones come once.
+
+    With a gather that is a collective, every rank of the trainer must iterate to the end; who does not send discards.
+    """
+    for name, parameter in model.named_parameters():
+        with nullcontext() if gather is None else gather(parameter):
+            yield name, parameter.detach()
+
+
+def free_port(address: str) -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.create_server((address, 0)) as server:
+        return int(server.getsockname()[1])

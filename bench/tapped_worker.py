@@ -13,7 +13,7 @@ from inline_finish import InlineFinish
 from step_log import StepTap, log_file
 
 from waybill.engine import replica
-from waybill.engine.scheduler import Endpoints, Scheduler
+from waybill.engine.scheduler import Scheduler
 from waybill.launch import worker
 
 LOG_FOLDER = "WAYBILL_BENCH_LOG_FOLDER"
@@ -22,8 +22,8 @@ WITH_INLINE = "WAYBILL_BENCH_WITH_INLINE"
 make_scheduler = replica.make_scheduler
 
 
-def make_tapped_scheduler(rank: replica.Rank, endpoints: Endpoints) -> Scheduler[Any]:
-    scheduler = make_scheduler(rank, endpoints)
+def make_tapped_scheduler(rank: replica.Rank, *wiring: Any) -> Scheduler[Any]:
+    scheduler = make_scheduler(rank, *wiring)
     dp_rank, page_size = rank.mesh.dp.rank, rank.config.page_size
     if os.environ[WITH_INLINE] == "1" and dp_rank == 0:
         assert rank.geometry is not None

@@ -3,9 +3,10 @@ and ledger, driven by a runner that computes tokens and routes by rule (48 layer
 
 Leaders take turns in this process and are timed one by one; the output processor's code is called and timed record by
 record. A virtual clock then says what an engine with a forward of so many milliseconds would see: how far filing is behind,
-and whether the ring holds the engine up. Everything that is shipped is checked against the rule, on large sizes a sample.
+and whether the ring holds the engine up; some runs are also played in real time to an output processor process. Everything
+that is shipped is checked against the rule, on large sizes a sample.
 
-    python bench/simulate.py [--write] [--live] [--json] [--quick] [--profile]
+    python bench/simulate.py [--write] [--no-live] [--json] [--quick] [--profile]
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from tokenizers import Tokenizer
 
 from waybill.engine.detokenizer import load_tokenizer
 
-KEPT = Path(__file__).parent / "results" / "simulate.json"
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny_moe" / "checkpoint"
 SIZES = (8, 32, 128)
 QUICK_SIZES = (2, 4)
@@ -108,17 +108,20 @@ def close(engine: SimulatedEngine) -> None:
     gc.collect()
 
 
+def keep(result: dict[str, Any]) -> None:
+    """Page, figures and picture."""
+    page = write_result("simulate.md", to_markdown(result))
+    plot(result, page.with_suffix(".png"))
+    page.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dp", type=int, nargs="+", help=f"sizes; {SIZES}, with --quick {QUICK_SIZES}")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, help="steps a variant")
     parser.add_argument("--quick", action="store_true", help="small sizes, short histories, few steps")
-    parser.add_argument(
-        "--live",
-        action="store_true",
-        help="play runs in real time to an output processor process instead, and put them beside the figures kept last",
-    )
+    parser.add_argument("--no-live", action="store_true", help="play nothing in real time; --quick never does")
     parser.add_argument(
         "--profile", action="store_true", help="profile the output processor at the largest size instead"
     )
@@ -135,16 +138,14 @@ def main() -> None:
         for variant in args.variants:
             print_profile(max(sizes), variant, tokenizer)
         return
-    if args.live:
-        result = json.loads(KEPT.read_text())
-        result["live"] = [play_live(*which, tokenizer) for which in LIVE]
-    else:
-        result = simulate_all(sizes, args.variants, args.steps, tokenizer, quick=args.quick)
-    page = to_markdown(result)
-    print(page)
+    result = simulate_all(sizes, args.variants, args.steps, tokenizer, quick=args.quick)
     if args.write:
-        plot(result, write_result("simulate.md", page).with_suffix(".png"))
-        KEPT.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result)
+    if not (args.quick or args.no_live):
+        result["live"] = [play_live(*which, tokenizer) for which in LIVE]
+        if args.write:
+            keep(result)
+    print(to_markdown(result))
     if args.json:
         print(json.dumps(result))
 

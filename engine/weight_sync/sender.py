@@ -83,6 +83,8 @@ class WeightSender:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         timeout_s: float = 300.0,
     ) -> None:
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes={bucket_bytes}: must be at least 1")
         self._engines = engines
         self._address = address
         self._backend = backend

@@ -50,7 +50,9 @@ class UpdateGroup:
         self.device = device if backend == "nccl" else torch.device("cpu")
         self.world_size = world_size
         timeout = timedelta(seconds=timeout_s)
-        tcp = TCPStore(address, port, world_size, rank == SOURCE, timeout, wait_for_workers=False)
+        # A trainer of the field waits at its store until everybody has been counted, which clients do on this word; they
+        # themselves do not wait.
+        tcp = TCPStore(address, port, world_size, rank == SOURCE, timeout, wait_for_workers=rank != SOURCE)
         # What torch's helper makes of PrefixStore(name, store): one prefix of its own, and one per device.
         store = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, tcp)))
         store.set_timeout(timeout)

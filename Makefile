@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: test test-matrix test-kernels test-gpu load-http lint venv bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -9,11 +9,15 @@ venv:
 # Ranks need cores: what starts them runs alone, everything else on two workers.
 test: venv
 	$(PYTEST) tests/unit -n 2 -q -m "not matrix and not gpu" --durations=5
-	$(PYTEST) tests/distributed tests/e2e -q -m "not matrix and not gpu" --durations=10
+	$(PYTEST) tests/distributed tests/e2e -q -m "not matrix and not gpu and not nodes" --durations=10
 
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv
 	$(PYTEST) tests/e2e -q -m matrix
+
+# Two torchrun agents as two nodes, in network namespaces where that is permitted: some minutes.
+test-nodes: venv
+	$(PYTEST) tests/e2e/test_nodes.py -q --durations=5
 
 # The Triton kernels against their torch twins, on the CPU in Triton's interpreter.
 test-kernels: venv
@@ -29,10 +33,18 @@ test-gpu: venv
 load-http: venv
 	PYTHONPATH=tests:bench $(PYTHON) tests/load/http_load.py $(ARGS)
 
+# Two dp ranks under random arrivals, aborts and flushes for ten minutes; ARGS passes options.
+soak: venv
+	PYTHONPATH=tests:bench $(PYTHON) tests/load/soak.py $(ARGS)
+
 lint: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	MYPYPATH=.venv/src .venv/bin/mypy -p waybill
+
+# Whole runs, which keep their reports in bench/results and make their models on first use; ARGS=--quick for a look.
+bench-stall bench-capture_overhead: bench-%: venv
+	$(PYTHON) bench/$*.py --json --write $(ARGS)
 
 # bench-finish_cost runs bench/finish_cost.py, and so on; ARGS passes options.
 bench-%: venv

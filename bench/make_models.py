@@ -28,6 +28,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 END_OF_TURN = 260
 SHARD_BYTES = 1 << 30
 BYTES_PER_WEIGHT = 2
+# Written last.
+INDEX = "model.safetensors.index.json"
 
 SHAPES: dict[str, dict[str, object]] = {
     "M": {
@@ -181,8 +183,16 @@ def write_checkpoint(shape: str, out: Path, seed: int) -> int:
         weight_map.update(dict.fromkeys(tensors, file_name))
     num_parameters = sum(math.prod(tensor_shape) for shard in shards for _, tensor_shape in shard)
     index = {"metadata": {"total_size": BYTES_PER_WEIGHT * num_parameters}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    (out / INDEX).write_text(json.dumps(index))
     return num_parameters
+
+
+def ensure_checkpoint(shape: str) -> Path:
+    """The folder of a named shape under `models`, written if it is not there."""
+    out = Path(__file__).resolve().parents[1] / "models" / shape
+    if not (out / INDEX).is_file():
+        write_checkpoint(shape, out, seed=0)
+    return out
 
 
 def main() -> None:

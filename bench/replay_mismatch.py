@@ -4,7 +4,7 @@ The engine samples in bfloat16 on two ranks; the trainer, `transformers` in floa
 sampled tokens, once with its own routing and once on the recorded routes. Then it takes a few policy-gradient mini-steps
 on the same rollouts, as an off-policy trainer does, and scores them again.
 
-    python bench/replay_mismatch.py [--models embedded deep routing30b] [--tokens 4000] [--mini-steps 4] [--write]
+    python bench/replay_mismatch.py [--models embedded deep routing30b] [--tokens 2500] [--mini-steps 4] [--write]
 
 `embedded` is the model of this repository, on its dialogues. `deep` has 24 layers of 64 experts, from make_models.py,
 trained for a few minutes on the same dialogues. `routing30b` has the routing of Qwen3-30B-A3B and random weights.
@@ -42,7 +42,7 @@ NUM_TURNS = 8
 FREE_TOKENS = 64
 BATCH = 16
 EXTREME = 2.0
-TRAINING = {"steps": 200, "batch": 8, "lr": 2e-3, "balance": 0.01}
+TRAINING = {"steps": 150, "batch": 8, "lr": 2e-3, "balance": 0.01}
 MODELS = ("embedded", "deep", "routing30b")
 
 
@@ -263,7 +263,7 @@ def prepare(name: str, folder: Path) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tokens", type=int, default=4000, help="to sample at least, of each model")
+    parser.add_argument("--tokens", type=int, default=2500, help="to sample at least, of each model")
     parser.add_argument("--mini-steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-5, help="of the mini-steps")
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results")

@@ -8,6 +8,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
+OUTPUT_PROCESSORS = ("engine", "node")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 
 
@@ -47,6 +48,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_return_routed_experts: bool = False
     # Steps of routing that may wait to be filed before the engine waits for the output processor.
     routing_ring_slots: int = 8
+    # "engine": one output processor files and ships for all. "node": one on each node, for the dp ranks there.
+    output_processors: str = "engine"
     # Rows delivered by reference: how many bytes are kept, and for how long.
     claim_budget_bytes: int = 1 << 30
     claim_ttl_s: float = 600.0
@@ -68,6 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("moe_dispatcher", MOE_DISPATCHERS),
             ("attention_backend", ATTENTION_BACKENDS),
             ("experts_backend", EXPERTS_BACKENDS),
+            ("output_processors", OUTPUT_PROCESSORS),
         ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(legal)}")

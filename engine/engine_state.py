@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from .io_struct import ControlReply
+from .io_struct import ControlReply, CountersReply, OutputReply
 
 # Of these the engine has the largest of its ranks'; texts are the same on all; the rest adds up.
 LARGEST = ("num_steps", "finish_max_s", "is_paused", "is_held", "num_weight_updates")
@@ -29,3 +30,12 @@ def merge_states(replies: Sequence[ControlReply]) -> dict[str, Any]:
         for wait in reply.sync_waits
     ]
     return merged
+
+
+def add_counters(replies: Sequence[OutputReply]) -> dict[str, int]:
+    """Sums of the output processors' counters."""
+    total: Counter[str] = Counter()
+    for reply in replies:
+        assert isinstance(reply, CountersReply)
+        total.update(reply.counters)
+    return dict(total)

@@ -15,6 +15,7 @@ from ..parallel.dp_attention import TokenLayout
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .schedule_batch import ScheduleBatch
+from .transfer import to_device
 
 PlanT = TypeVar("PlanT")
 
@@ -30,6 +31,15 @@ class ForwardBatch(Generic[PlanT]):
     layout: TokenLayout
     sample_rows: torch.Tensor  # [N] int64, rows of the requests that sample
     sampling_req_rows: torch.Tensor  # [N] int64, their rows in the request pool
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """Hidden states [T, D] of a step, valid until the next one, and which rows and requests sample."""
+
+    hidden: torch.Tensor
+    sample_rows: torch.Tensor
+    sampling_req_rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def make_forward_batch(
         sample_rows,
         host.req_rows[host.sampling],
     ]
-    packed = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
+    packed = to_device(np.concatenate(parts).astype(np.int64), device)
     ids, positions, token_rows, req_rows, sample_rows_t, sampling_req_rows = packed.split([len(part) for part in parts])
     plan = attention.plan(AttentionBatch(host.q_lens, host.kv_lens, pool.page_table, req_rows, page_size))
     return ForwardBatch(

@@ -43,7 +43,7 @@ def kv_pool_pages(
     if config.kv_cache_tokens is not None:
         return pages_for(config.kv_cache_tokens, config.page_size)
     # Ranks of one host without devices of their own share its memory.
-    sharers = mesh.world.size if mesh.device.type == "cpu" else 1
+    sharers = mesh.node.size if mesh.device.type == "cpu" else 1
     budget = int(available_bytes(mesh.device) * config.kv_memory_fraction) // sharers
     page_bytes = KVStore.bytes_per_token(num_layers, specs) * config.page_size
     # More than every running request at full length is never used.

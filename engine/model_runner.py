@@ -18,7 +18,7 @@ from ..parallel.collectives import broadcast
 from ..parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout
 from ..parallel.mesh import ParallelMesh
 from .attention import make_attention_backend
-from .forward_batch import HostBatch, lay_out, make_forward_batch
+from .forward_batch import Forwarded, HostBatch, lay_out, make_forward_batch
 from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.qwen3_moe import Qwen3MoeForCausalLM
@@ -31,6 +31,7 @@ from .step_committer import PromptScores, StepResult
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
+    from .prefill_graphs import PrefillGraphs
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
@@ -79,6 +80,7 @@ class ModelRunner:
         *,
         page_size: int,
         max_running: int,
+        max_tokens: int,
         context_length: int,
         attention_backend: str,
         use_graphs: bool = True,
@@ -94,7 +96,9 @@ class ModelRunner:
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
         self._use_graphs = use_graphs and attention_backend == "auto"
+        self._max_tokens = max_tokens
         self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         self.make_graphs()
         # The leader's view of who runs on which row.
         self._sampling_rows: dict[int, SamplingRow] = {}
@@ -114,14 +118,15 @@ class ModelRunner:
         self._reqs[row] = req
 
     def make_graphs(self) -> None:
-        """On CUDA, decode steps of one rank run as graphs."""
+        """On CUDA, steps of one rank run as graphs."""
         if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
             return
         assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
-        # Its kernels come with torch's CUDA builds alone.
+        # Their kernels come with torch's CUDA builds alone.
         from .decode_graphs import DecodeGraphs  # noqa: PLC0415
+        from .prefill_graphs import PrefillGraphs  # noqa: PLC0415
 
-        self._graphs = DecodeGraphs(
+        parts = (
             self.model,
             self._attention,
             self.kv_store,
@@ -131,10 +136,12 @@ class ModelRunner:
             self._mesh.tp,
             self._capturer,
         )
+        self._graphs = DecodeGraphs(*parts)
+        self._prefill_graphs = PrefillGraphs(*parts, self._max_tokens)
 
     def drop_graphs(self) -> None:
         """They hold the addresses of weights and KV pool, and memory of their own."""
-        self._graphs = None
+        self._graphs = self._prefill_graphs = None
 
     @torch.inference_mode()
     def launch(self, batch: ScheduleBatch) -> LaunchedStep:
@@ -146,18 +153,32 @@ class ModelRunner:
         size = None if self._graphs is None else self._graphs.size_for(host)
         if self._graphs is not None and size is not None:
             return self._replay(self._graphs, host, size, batch)
-        layout = self._lay_out(batch)
-        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention, layout)
-        ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
-        hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
-        if self._capturer is not None:
-            self._capturer.finish()
+        ring_seq, forwarded = self._forward(host, batch)
         sampled = None
         sampling = [req for req in batch.reqs if req.sample]
         if sampling:
-            logits = self.model.compute_logits(hidden[forward.sample_rows])
-            sampled = self._sample(logits, forward.sampling_req_rows, sampling)
-        return LaunchedStep(sampled, self._score_prompts(hidden, batch.reqs), ring_seq)
+            logits = self.model.compute_logits(forwarded.hidden[forwarded.sample_rows])
+            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling)
+        return LaunchedStep(sampled, self._score_prompts(forwarded.hidden, batch.reqs), ring_seq)
+
+    def _forward(self, host: HostBatch, batch: ScheduleBatch) -> tuple[int, Forwarded]:
+        """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
+        graphs = self._prefill_graphs
+        size = None if graphs is None else graphs.size_for(host)
+        if graphs is not None and size is not None:
+            ring_seq = self._begin_replay(size)
+            forwarded = graphs.run(host, size)
+        else:
+            layout = self._lay_out(batch)
+            forward = make_forward_batch(
+                host, self._pool, self._page_size, self._last_token_ids, self._attention, layout
+            )
+            ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
+            hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
+            forwarded = Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
+        if self._capturer is not None:
+            self._capturer.finish()
+        return ring_seq, forwarded
 
     def _lay_out(self, batch: ScheduleBatch) -> TokenLayout:
         if batch.num_rows == 0:
@@ -170,11 +191,14 @@ class ModelRunner:
         assert ring_seq in (-1, batch.step), "leaders tell the output processor that steps and ring slots are one count"
         return ring_seq
 
+    def _begin_replay(self, size: int) -> int:
+        if self._capturer is None:
+            return -1
+        assert not isinstance(self._capturer, LateRouteGather)
+        return self._capturer.begin_replay(size)
+
     def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
-        ring_seq = -1
-        if self._capturer is not None:
-            assert not isinstance(self._capturer, LateRouteGather)
-            ring_seq = self._capturer.begin_replay(size)
+        ring_seq = self._begin_replay(size)
         logits, req_rows = graphs.run(host, size)
         if self._capturer is not None:
             self._capturer.finish()

@@ -8,9 +8,7 @@ low priority, so that on a shared host it gives way to the ranks.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -22,6 +20,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from .curve import CurveGuard
 from .detokenizer import load_tokenizer
 from .io_struct import (
     BeforeEvent,
@@ -40,11 +39,12 @@ from .io_struct import (
 )
 from .lifeline import watch_lifeline
 from .output_processor_config import OutputProcessorConfig
+from .priority import give_way
 from .routing.claims import ClaimError, ClaimStore
 from .routing.ledger import MissingRoutesError, RouteLedger
 from .routing.ring import RouteGeometry, RouteRing
 from .shipper import Progress, Routes, ShipmentOrder, Shipper
-from .sockets import Receiver, Sender
+from .sockets import Endpoint, Receiver, Sender, open_socket
 from .step_joiner import StepJoiner
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,14 @@ class _ReqState:
 
 
 class OutputProcessor:
-    """Applies the step records of all dp ranks, each rank's in order. Holds no socket: orders go to the shipper."""
+    """Applies the step records of its dp ranks, each rank's in order. Holds no socket: orders go to the shipper.
 
-    def __init__(self, shipper: Shipper, dp_size: int = 1) -> None:
+    Its dp ranks are all of the engine's, or those of its node; the first of them records.
+    """
+
+    def __init__(self, shipper: Shipper, num_dp_ranks: int = 1, *, first_dp_rank: int = 0) -> None:
         self._shipper = shipper
-        self._joiner = StepJoiner(tuple(range(dp_size)), recorder=0)
+        self._joiner = StepJoiner(tuple(range(first_dp_rank, first_dp_rank + num_dp_ranks)), recorder=first_dp_rank)
         self._page_size = 1
         self._ring: RouteRing | None = None
         # One a dp rank, where routing is on: KV slots are a rank's own.
@@ -117,16 +120,16 @@ class OutputProcessor:
         if ledger is not None:
             self._file(record, ledger)
         progress: dict[str, Progress] = {}
+        done = {finished.rid for finished in record.after}
         for output in record.outputs:
             state = self._reqs[output.rid]
             state.num_output += len(output.token_ids)
-            progress[output.rid] = Progress(output.rid, output, state.cached_tokens, state.num_retractions)
-        done = {finished.rid for finished in record.after}
-        for rid in progress.keys() - done:
-            state = self._reqs[rid]
-            if state.started.stream_routed_experts and state.num_output:
+            routes = None
+            if state.started.stream_routed_experts and state.num_output and output.rid not in done:
                 routes = self.maybe_collect_routed_experts(state, aborted=False)
-                progress[rid] = dataclasses.replace(progress[rid], routes=routes)
+            progress[output.rid] = Progress(
+                output.rid, output, state.cached_tokens, state.num_retractions, routes=routes
+            )
         for finished in record.after:
             progress[finished.rid] = self._finish(finished, progress.get(finished.rid))
         if started or progress:
@@ -153,20 +156,14 @@ class OutputProcessor:
             ledger.flush()
 
     def _file(self, record: StepRecord, ledger: RouteLedger) -> None:
-        for segment in record.segments:
-            ledger.allocate(segment)
-        if record.ring_seq < 0 or not record.segments:
+        if not record.segments:
             return
-        assert self._ring is not None
+        assert self._ring is not None and record.ring_seq >= 0, (
+            "segments come with a forward, whose rows are in the ring"
+        )
         num_rows = sum(segment.num_tokens for segment in record.segments)
         rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
-        offset = 0
-        for segment in record.segments:
-            if not segment.discarded:
-                part = rows[:, offset : offset + segment.num_tokens]
-                ledger.file(segment, part, record.weight_version)
-                self.num_rows_filed += segment.num_tokens
-            offset += segment.num_tokens
+        self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
@@ -215,10 +212,11 @@ class OutputProcessor:
         }
 
 
-def serve_queries(context: zmq.Context[Any], address: str, processor: OutputProcessor, claims: ClaimStore) -> None:
+def serve_queries(
+    context: zmq.Context[Any], where: Endpoint | str, processor: OutputProcessor, claims: ClaimStore
+) -> None:
     """Answer claims and counter questions on a ROUTER socket, forever."""
-    socket = context.socket(zmq.ROUTER)
-    socket.bind(address)
+    socket = open_socket(context, zmq.ROUTER, where, bind=True)
     decoder: msgspec.msgpack.Decoder[OutputQuery] = msgspec.msgpack.Decoder(OutputQuery)
     encoder = msgspec.msgpack.Encoder()
     while True:
@@ -239,7 +237,7 @@ def serve_queries(context: zmq.Context[Any], address: str, processor: OutputProc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Waybill's output processor; started by rank 0")
+    parser = argparse.ArgumentParser(description="Waybill's output processor; started by a node's first rank")
     parser.add_argument("--config", type=Path, required=True, help="file with an OutputProcessorConfig as JSON")
     config = msgspec.json.decode(parser.parse_args().config.read_bytes(), type=OutputProcessorConfig)
     # An interrupt at the terminal is for the frontend; this process ends with its rank.
@@ -247,19 +245,23 @@ def main() -> None:
     run_dir = Path(config.lifeline_path).parent
     watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")
-    os.nice(config.nice)
+    give_way(config.nice)
     context = zmq.Context()
-    claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic)
+    guard = CurveGuard(context, (config.records_address, config.queries_address))
+    claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic, config.claim_prefix)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
     shipper = Shipper(sender, load_tokenizer(config.tokenizer_path), claims)
-    processor = OutputProcessor(shipper, config.dp_size)
+    processor = OutputProcessor(shipper, config.num_dp_ranks, first_dp_rank=config.first_dp_rank)
     records: Receiver[OutputRecord] = Receiver(context, config.records_address, OutputRecord)
     shipper.start()
     arguments = (context, config.queries_address, processor, claims)
     threading.Thread(target=serve_queries, args=arguments, name="queries", daemon=True).start()
-    while True:
-        record, _ = records.receive()
-        processor.handle(record)
+    try:
+        while True:
+            record, _ = records.receive()
+            processor.handle(record)
+    finally:
+        guard.close()
 
 
 if __name__ == "__main__":

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import msgspec
 
+from .sockets import Endpoint
+
+LOW_PRIORITY = 10
+
 
 class OutputProcessorConfig(msgspec.Struct, frozen=True):
     """Addresses, limits and priority; the sizes of the KV pool arrive later, as `RoutingSetup`."""
 
-    records_address: str
-    frontend_address: str
-    queries_address: str
+    records_address: Endpoint | str
+    frontend_address: Endpoint | str
+    queries_address: Endpoint | str
     tokenizer_path: str
     lifeline_path: str
-    dp_size: int
     claim_budget_bytes: int
     claim_ttl_s: float
-    nice: int = 10
+    # Whose records come here; the first of them is the rank that publishes ring slots.
+    first_dp_rank: int = 0
+    num_dp_ranks: int = 1
+    # Tells claims of this processor from those of others.
+    claim_prefix: str = ""
+    nice: int = LOW_PRIORITY
     log_level: str = "warning"

@@ -6,7 +6,6 @@ collective, whose time-out would end them.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import msgspec
 import zmq
 
 from ..parallel.dp_attention import rows_per_rank
-from ..parallel.mesh import ParallelMesh
+from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
 from .agreement import LonelyMeeting
 from .config import EngineConfig
+from .curve import CurveGuard
 from .detokenizer import load_tokenizer
 from .dp_meeting import DpMeeting
 from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
@@ -36,8 +36,9 @@ from .routing.ring import RouteGeometry, RouteRing
 from .schedule_batch import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
 from .scheduler import DpPlace, Endpoints, Scheduler
-from .sockets import Receiver, Sender
+from .sockets import Endpoint, Receiver, Sender
 from .stop_checker import StopChecker
+from .sync_stalls import freeze_garbage_collector
 from .weight_sync.report import Outcome
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,10 @@ FAREWELL_S = 2.0
 class ReplicaEndpoints(msgspec.Struct, frozen=True):
     """Addresses that a rank of a replica needs; `peers` are those of tp ranks 1 and up."""
 
-    frontend: str
-    leader: str
-    peers: list[str]
-    records: str
+    frontend: Endpoint
+    leader: Endpoint
+    peers: list[Endpoint]
+    records: Endpoint
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     """Load the model and serve until the frontend says stop."""
     rank = load_rank(config, mesh)
     context = zmq.Context()
+    own = endpoints.leader if rank.runner.is_leader else endpoints.peers[mesh.tp.rank - 1]
+    guard = CurveGuard(context, [own])
     freeze_garbage_collector()
     if rank.runner.is_leader:
-        inbox: Receiver[FrontendMessage] = Receiver(context, endpoints.leader, FrontendMessage)
+        inbox: Receiver[FrontendMessage] = Receiver(context, own, FrontendMessage)
         peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
         records: Sender[OutputRecord] = Sender(context, endpoints.records)
         frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
@@ -85,7 +88,8 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
         make_scheduler(rank, Endpoints(inbox, peers, records, frontend), operations).run()
     else:
         operations = make_operations(rank, context, endpoints.frontend)
-        follow(rank.runner, operations, context, endpoints.peers[mesh.tp.rank - 1])
+        follow(rank.runner, operations, context, own)
+    guard.close()
     context.destroy(linger=int(FAREWELL_S * 1000))
 
 
@@ -95,7 +99,7 @@ def build_leader(config: EngineConfig, mesh: ParallelMesh, endpoints: Endpoints)
 
 
 def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
-    """Model, KV pool and, on global rank 0 with routing on, the ring."""
+    """Model, KV pool and, on the rank that records with routing on, the ring."""
     began = time.perf_counter()
     model_config = load_model_config(config)
     context_length = resolve_context_length(config, model_config)
@@ -105,9 +109,10 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     num_pages = kv_pool_pages(config, context_length, model.kv_specs(), model_config.num_layers, mesh)
     kv_store = KVStore(model_config.num_layers, num_pages, config.page_size, model.kv_specs(), mesh.device)
     geometry, ring = None, None
+    recorded = recorded_axis(config, mesh)
     if config.enable_return_routed_experts:
-        geometry = model_config.route_geometry(slot_rows(limits, mesh))
-        if mesh.world.rank == 0:
+        geometry = model_config.route_geometry(slot_rows(limits, mesh, recorded.size))
+        if recorded.rank == 0:
             ring = RouteRing.create(geometry, config.routing_ring_slots)
     runner = ModelRunner(
         mesh,
@@ -115,6 +120,7 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         kv_store,
         page_size=config.page_size,
         max_running=limits.max_running,
+        max_tokens=limits.max_tokens,
         context_length=context_length,
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
@@ -125,25 +131,40 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
 
 
-def slot_rows(limits: StepLimits, mesh: ParallelMesh) -> int:
-    """Most rows that a step has over all ranks."""
+def recorded_axis(config: EngineConfig, mesh: ParallelMesh) -> Axis:
+    """The ranks whose tokens' routes come to this rank's output processor; the first of them records."""
+    if config.output_processors == "node":
+        assert mesh.node.size % mesh.tp.size == 0, "a dp group has one output processor"
+        return mesh.node
+    return mesh.world
+
+
+def slot_rows(limits: StepLimits, mesh: ParallelMesh, num_recorded: int) -> int:
+    """Most rows that a step has over all recorded ranks."""
     if mesh.dp.size == 1:
         return limits.max_tokens
-    return rows_per_rank([limits.max_tokens], mesh.tp.size) * mesh.world.size
+    return rows_per_rank([limits.max_tokens], mesh.tp.size) * num_recorded
 
 
 def make_recorder(
     config: EngineConfig, mesh: ParallelMesh, geometry: RouteGeometry, ring: RouteRing | None
 ) -> RoutedExpertsCapturer | LateRouteGather | None:
-    """What this rank records: with tokens replicated or gathered, rank 0 sees all ids; else every rank brings its own."""
-    num_ranks = 1 if mesh.dp.size == 1 else mesh.world.size
-    capturer = None if ring is None else RoutedExpertsCapturer(ring, mesh.device, num_ranks=num_ranks)
-    if mesh.dp.size == 1 or config.moe_dispatcher == "all_gather":
+    """What this rank records: with tokens replicated or gathered, one rank sees all ids; else every rank brings its own."""
+    recorded = recorded_axis(config, mesh)
+    if mesh.dp.size == 1:
+        return None if ring is None else RoutedExpertsCapturer(ring, mesh.device)
+    gathers_late = config.moe_dispatcher != "all_gather"
+    capturer = None
+    if ring is not None:
+        # Where in what the recorder is given the recorded ranks begin: of the whole world, or of their own axis.
+        first_rank = 0 if gathers_late else recorded.ranks[0]
+        capturer = RoutedExpertsCapturer(ring, mesh.device, first_rank=first_rank, num_ranks=recorded.size)
+    if not gathers_late:
         return capturer
-    return LateRouteGather(mesh.world, geometry, geometry.max_tokens // num_ranks, capturer, mesh.device)
+    return LateRouteGather(recorded, geometry, geometry.max_tokens // recorded.size, capturer, mesh.device)
 
 
-def make_operations(rank: Rank, context: zmq.Context[Any], frontend: str) -> RankOperations:
+def make_operations(rank: Rank, context: zmq.Context[Any], frontend: Endpoint) -> RankOperations:
     """What this rank does when all are told to. What takes its time is answered over a socket of its own: the step
     thread's belongs to that thread."""
 
@@ -159,7 +180,8 @@ def make_scheduler(
     rank: Rank, endpoints: Endpoints, operations: RankOperations | None = None
 ) -> Scheduler[LaunchedStep]:
     """Wire a leader, and tell the output processor and the frontend that it is there."""
-    config, dp = rank.config, rank.mesh.dp
+    config, dp, tp_size = rank.config, rank.mesh.dp, rank.mesh.tp.size
+    first_recorded_dp = recorded_axis(config, rank.mesh).ranks[0] // tp_size
     scheduler = Scheduler(
         config,
         rank.limits,
@@ -168,7 +190,7 @@ def make_scheduler(
         rank.runner,
         endpoints,
         rank.ring,
-        place=DpPlace(dp.rank, dp.size, rank.mesh.tp.size),
+        place=DpPlace(dp.rank, dp.size, tp_size, first_recorded_dp),
         meeting=LonelyMeeting() if dp.size == 1 else DpMeeting(dp),
         clock=rank.clock,
         operations=operations,
@@ -195,12 +217,18 @@ def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> i
     return config.context_length
 
 
-def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context[Any], address: str) -> None:
+def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context[Any], where: Endpoint) -> None:
     """Execute the leader's plans and operations, in order, until it says stop."""
-    inbox: Receiver[PeerMessage] = Receiver(context, address, PeerMessage)
+    inbox: Receiver[PeerMessage] = Receiver(context, where, PeerMessage)
+    # As on the leader: at the first rest after the first steps.
+    is_settled, has_worked = False, False
     while True:
         if not inbox.wait(PEER_WAIT_S):
+            if has_worked and not is_settled:
+                is_settled = True
+                freeze_garbage_collector()
             continue
+        has_worked = True
         message = inbox.receive_nowait()
         if isinstance(message, StopPeers):
             return
@@ -208,12 +236,6 @@ def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context
             operations.run(message.operation)
         elif isinstance(message, ScheduleBatch):
             runner.result(runner.launch(message))
-
-
-def freeze_garbage_collector() -> None:
-    """What is alive after start-up stays alive: collections need not walk it during steps."""
-    gc.collect()
-    gc.freeze()
 
 
 def _routing_setup(rank: Rank) -> RoutingSetup:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .io_struct import SamplingParams, TopLogprobs
+from .transfer import to_device
 
 GREEDY_TEMPERATURE = 1e-5
 
@@ -112,7 +113,7 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             ids = to_device(list(params.logit_bias), line.device)
             line[ids] += to_device(list(params.logit_bias.values()), line.device)
         if banned:
-            line[to_device(banned, line.device)] = float("-inf")
+            line.index_fill_(0, to_device(banned, line.device), float("-inf"))
     return adjusted
 
 
@@ -135,14 +136,6 @@ def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 def is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-
-
-def to_device(
-    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """A small tensor; on CUDA through pinned memory, because a copy from pageable memory waits for the device."""
-    host = torch.tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _filter(ordered: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

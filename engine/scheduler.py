@@ -200,6 +200,8 @@ class Scheduler(Generic[LaunchedT]):
     def receive(self) -> None:
         """Handle what is due; sleep for it when all leaders rest."""
         if self._is_asleep:
+            if self._num_steps:
+                self._garbage.settle()
             self._mailbox.wait(IDLE_WAIT_S)
         began = time.perf_counter()
         self._mailbox.collect()

@@ -36,9 +36,9 @@ class Routes:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One request's part of a step, as the filing thread passes it on."""
+class Progress(msgspec.Struct, frozen=True):
+    """One request's part of a step, as the filing thread passes it on. It makes one a token: a struct costs it a fifth of
+    a frozen dataclass."""
 
     rid: str
     output: TokenOutput | None = None
@@ -74,10 +74,11 @@ class _Parcel:
     def add(self, output: TokenOutput) -> None:
         self.num_output += len(output.token_ids)
         self.token_ids += output.token_ids
-        self.logprobs += output.logprobs
-        self.top_logprobs += output.top_logprobs
-        self.input_logprobs += output.input_logprobs
-        self.input_top_logprobs += output.input_top_logprobs
+        if output.logprobs or output.input_logprobs:
+            self.logprobs += output.logprobs
+            self.top_logprobs += output.top_logprobs
+            self.input_logprobs += output.input_logprobs
+            self.input_top_logprobs += output.input_top_logprobs
 
     def clear(self) -> None:
         self.token_ids, self.logprobs, self.top_logprobs = [], [], []

@@ -1,13 +1,14 @@
 """ZMQ endpoints typed by message.
 
 Every socket carries exactly one msgspec type (or tagged union), encoded as msgpack; bulk bytes follow as frames of
-their own and are not copied into the message. Addresses are IPC or loopback unless the operator says otherwise.
+their own and are not copied into the message. On one node endpoints are IPC; between nodes they are TCP with CURVE, never
+without (see `curve.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -15,25 +16,74 @@ import zmq.asyncio
 
 T = TypeVar("T")
 
+Z85_KEY = Annotated[bytes, msgspec.Meta(min_length=40, max_length=40)]
+# All endpoints of a run are one domain of libzmq's authentication protocol.
+ZAP_DOMAIN = "waybill"
 
-def _open(context: zmq.Context[Any], kind: int, address: str, *, bind: bool) -> zmq.Socket[Any]:
+
+class CurveKeys(msgspec.Struct, frozen=True):
+    """The keys of one run, a pair for those who bind and one for those who connect. Who has them belongs to the run."""
+
+    server_public: Z85_KEY
+    server_secret: Z85_KEY
+    client_public: Z85_KEY
+    client_secret: Z85_KEY
+
+    @staticmethod
+    def make() -> CurveKeys:
+        return CurveKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a socket is: an IPC address, or a TCP one and the keys of the run.
+
+    `fd` is a socket that listens there already, for the process that it was opened for or handed to; who connects has no
+    use for it.
+    """
+
+    address: str
+    keys: CurveKeys | None = None
+    fd: int = -1
+
+
+def open_socket(context: zmq.Context[Any], kind: int, where: Endpoint | str, *, bind: bool) -> Any:
+    """A socket without limits of its own that loses what it has not sent when it is closed."""
+    endpoint = where if isinstance(where, Endpoint) else Endpoint(where)
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     # Bounds stand where the sender decides (ring slots, admission); a high-water mark here would drop or block silently.
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
-    if bind:
-        socket.bind(address)
-    else:
-        socket.connect(address)
+    if endpoint.address.startswith("tcp://"):
+        assert endpoint.keys is not None, "what leaves this node is encrypted"
+        _encrypt(socket, endpoint.keys, bind=bind)
+        socket.setsockopt(zmq.IPV6, "[" in endpoint.address)
+    if not bind:
+        socket.connect(endpoint.address)
+        return socket
+    if endpoint.fd >= 0:
+        socket.setsockopt(zmq.USE_FD, endpoint.fd)
+    socket.bind(endpoint.address)
     return socket
+
+
+def _encrypt(socket: Any, keys: CurveKeys, *, bind: bool) -> None:
+    if bind:
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = keys.server_public, keys.server_secret
+        # Without a `CurveGuard` in its context the socket refuses everybody.
+        socket.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    else:
+        socket.curve_serverkey = keys.server_public
+        socket.curve_publickey, socket.curve_secretkey = keys.client_public, keys.client_secret
 
 
 class Sender(Generic[T]):
     """The sending end of a PUSH/PULL pipe of `T`."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, *, bind: bool = False) -> None:
-        self._socket = _open(context, zmq.PUSH, address, bind=bind)
+    def __init__(self, context: zmq.Context[Any], where: Endpoint | str, *, bind: bool = False) -> None:
+        self._socket = open_socket(context, zmq.PUSH, where, bind=bind)
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, message: T, frames: Sequence[bytes | memoryview] = ()) -> None:
@@ -48,8 +98,10 @@ class Sender(Generic[T]):
 class Receiver(Generic[T]):
     """The receiving end of a PUSH/PULL pipe of `T`."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, message_type: Any, *, bind: bool = True) -> None:
-        self._socket = _open(context, zmq.PULL, address, bind=bind)
+    def __init__(
+        self, context: zmq.Context[Any], where: Endpoint | str, message_type: Any, *, bind: bool = True
+    ) -> None:
+        self._socket = open_socket(context, zmq.PULL, where, bind=bind)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
 
     def wait(self, timeout_s: float) -> bool:
@@ -76,8 +128,10 @@ class Receiver(Generic[T]):
 class AsyncReceiver(Generic[T]):
     """`Receiver` for an asyncio event loop."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, message_type: Any, *, bind: bool = True) -> None:
-        self._socket: Any = _open(context, zmq.PULL, address, bind=bind)
+    def __init__(
+        self, context: zmq.asyncio.Context, where: Endpoint | str, message_type: Any, *, bind: bool = True
+    ) -> None:
+        self._socket = open_socket(context, zmq.PULL, where, bind=bind)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
 
     async def receive(self) -> tuple[T, list[memoryview]]:

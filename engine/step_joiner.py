@@ -19,10 +19,12 @@ class StepJoiner:
     def __init__(self, dp_ranks: tuple[int, ...], recorder: int) -> None:
         self._recorder = recorder
         self._waiting: dict[int, deque[StepRecord]] = {dp_rank: deque() for dp_rank in dp_ranks}
-        # The next ring slot of each rank that was not applied yet; slots below the lowest of them are done.
+        # The next ring slot of each rank that was not applied yet.
         self._next_seq = dict.fromkeys(dp_ranks, 0)
         self._num_published = 0
         self._num_done = 0
+        # Ranks that have not applied slot `num_done + i` yet: counted down, so that no record costs a pass over all ranks.
+        self._num_ranks_left: deque[int] = deque()
 
     @property
     def num_waiting(self) -> int:
@@ -47,8 +49,19 @@ class StepJoiner:
                 if due.ring_seq >= 0:
                     assert due.ring_seq == self._next_seq[dp_rank], "a rank has a record for every forward"
                     self._next_seq[dp_rank] += 1
+                    self._count(due.ring_seq)
+
+    def _count(self, seq: int) -> None:
+        """One more rank has applied this slot."""
+        index = seq - self._num_done
+        if index == len(self._num_ranks_left):
+            self._num_ranks_left.append(len(self._waiting))
+        self._num_ranks_left[index] -= 1
 
     def take_done(self) -> range:
         """Ring slots that have become done since the last call."""
-        first, self._num_done = self._num_done, min(self._next_seq.values())
+        first = self._num_done
+        while self._num_ranks_left and self._num_ranks_left[0] == 0:
+            self._num_ranks_left.popleft()
+            self._num_done += 1
         return range(first, self._num_done)

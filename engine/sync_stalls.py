@@ -20,6 +20,12 @@ NANO = 1e-9
 INNER_CAUSES = (Cause.RING_FULL, Cause.GARBAGE_COLLECTION)
 
 
+def freeze_garbage_collector() -> None:
+    """What is alive now stays alive: collections need not walk it during steps."""
+    gc.collect()
+    gc.freeze()
+
+
 class GarbageClock:
     """Time that Python's collector has taken since it was installed."""
 
@@ -28,9 +34,19 @@ class GarbageClock:
         self.seconds = 0.0
         self._began = 0.0
         self._taken = 0.0
+        self._is_installed = False
+        self._is_settled = False
 
     def install(self) -> None:
         gc.callbacks.append(self._on_collection)
+        self._is_installed = True
+
+    def settle(self) -> None:
+        """Once, at the first rest after the first steps: what they have left alive (code that was loaded or compiled on
+        first use, buffers, caches) stays alive, and later collections need not walk it."""
+        if self._is_installed and not self._is_settled:
+            self._is_settled = True
+            freeze_garbage_collector()
 
     def take(self) -> float:
         """What has been added since the last call."""

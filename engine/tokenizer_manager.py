@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 
 from .answer import Answer, RoutesForm
 from .config import EngineConfig
+from .curve import CurveGuard
 from .dp_router import DpRouter
 from .engine_controls import CONTROL_TIMEOUT_S, EngineControls
-from .engine_state import merge_states
+from .engine_state import add_counters, merge_states
 from .generate_request import GenerateReqInput, SampleRequest, expand
 from .generation_gate import GenerationGate, UnavailableError
 from .io_struct import (
@@ -46,9 +47,9 @@ from .leader_link import LeaderLink
 from .reply_box import ReplyBox
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
-from .routing.claims import ClaimError
+from .routing.claims import ClaimError, processor_of
 from .routing.wire import RoutedExperts, decode
-from .sockets import AsyncReceiver, Sender
+from .sockets import AsyncReceiver, Endpoint, Sender, open_socket
 from .text_codec import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,9 @@ class TokenizerManager:
         config: EngineConfig,
         tokenizer: Tokenizer | None,
         *,
-        leaders: Sequence[str],
-        frontend: str,
-        queries: str,
+        leaders: Sequence[Endpoint | str],
+        frontend: Endpoint | str,
+        queries: Sequence[Endpoint | str],
         observer: RequestObserver | None = None,
     ) -> None:
         self.config = config
@@ -94,12 +95,12 @@ class TokenizerManager:
         self._plain_context = zmq.Context()
         senders: list[Sender[FrontendMessage]] = [Sender(self._plain_context, leader) for leader in leaders]
         self._link = LeaderLink(senders)
+        self._guard = CurveGuard(self._context, [frontend])
         self._inbox: AsyncReceiver[BackendMessage] = AsyncReceiver(self._context, frontend, BackendMessage)
-        self._queries = self._context.socket(zmq.DEALER)
-        self._queries.setsockopt(zmq.LINGER, 0)
-        self._queries.connect(queries)
-        # Where claims are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
-        self.queries_endpoint = queries
+        # One for each output processor.
+        self._queries = [open_socket(self._context, zmq.DEALER, where, bind=False) for where in queries]
+        # Where claims of this node are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
+        self.queries_endpoint = queries[0] if isinstance(queries[0], str) else queries[0].address
         self._events: dict[str, asyncio.Queue[Event]] = {}
         # By rid, the dp rank of what was sent and is not yet told to have finished, whoever still waits for it.
         self._at_engine: dict[str, int] = {}
@@ -126,7 +127,7 @@ class TokenizerManager:
         ready = self._replies.expect(READY_OP)
         self._tasks = [
             asyncio.create_task(self._receive_outputs(), name="receive outputs"),
-            asyncio.create_task(self._receive_replies(), name="receive replies"),
+            *(asyncio.create_task(self._receive_replies(socket), name="receive replies") for socket in self._queries),
         ]
         reply = await asyncio.wait_for(ready, timeout_s)
         if not reply.success:
@@ -158,7 +159,9 @@ class TokenizerManager:
             task.cancel()
         self._link.close(1.0)
         self._inbox.close()
-        self._queries.close(linger=0)
+        for socket in self._queries:
+            socket.close(linger=0)
+        self._guard.close()
         self._context.destroy(linger=0)
         self._plain_context.term()
 
@@ -353,11 +356,10 @@ class TokenizerManager:
         self._link.send_to_all(lambda number: AbortReq(number, rid, exact=True))
 
     async def get_state(self) -> dict[str, Any]:
-        """Facts of the engine, its leaders' states and the output processor's counters."""
+        """Facts of the engine, its leaders' states and the output processors' counters."""
         states = await asyncio.gather(*map(self._get_leader_state, range(self.config.dp_size)))
-        counters = await self._query(lambda op_id: GetCountersReq(op_id))
-        assert isinstance(counters[0], CountersReply)
-        return {**self.facts, **merge_states(states), **counters[0].counters}
+        counters = await asyncio.gather(*(self._query(index, GetCountersReq) for index in range(len(self._queries))))
+        return {**self.facts, **merge_states(states), **add_counters([reply for reply, _ in counters])}
 
     async def _get_leader_state(self, dp_rank: int) -> ControlReply:
         op_id = uuid.uuid4().hex
@@ -373,17 +375,17 @@ class TokenizerManager:
             ClaimError: the claim is unknown or has expired.
             ValueError: what arrived is damaged.
         """
-        reply, frames = await self._query(lambda op_id: FetchClaimReq(op_id, claim))
+        processor = processor_of(claim, len(self._queries))
+        reply, frames = await self._query(processor, lambda op_id: FetchClaimReq(op_id, claim))
         assert not isinstance(reply, CountersReply)
         if reply.meta is None:
             raise ClaimError(reply.error)
         return decode(reply.meta, frames[0])
 
-    async def _query(self, make: Any) -> tuple[OutputReply, list[bytes]]:
+    async def _query(self, processor: int, make: Callable[[str], OutputQuery]) -> tuple[OutputReply, list[bytes]]:
         op_id = uuid.uuid4().hex
         future = self._replies.expect(op_id)
-        query: OutputQuery = make(op_id)
-        await self._queries.send(msgspec.msgpack.encode(query))
+        await self._queries[processor].send(msgspec.msgpack.encode(make(op_id)))
         reply: tuple[OutputReply, list[bytes]] = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
         return reply
 
@@ -397,10 +399,10 @@ class TokenizerManager:
             else:
                 self._replies.resolve(message.op_id, message)
 
-    async def _receive_replies(self) -> None:
+    async def _receive_replies(self, socket: Any) -> None:
         decoder: msgspec.msgpack.Decoder[OutputReply] = msgspec.msgpack.Decoder(OutputReply)
         while True:
-            head, *frames = await self._queries.recv_multipart()
+            head, *frames = await socket.recv_multipart()
             reply = decoder.decode(head)
             self._replies.resolve(reply.op_id, (reply, frames))
 

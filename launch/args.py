@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import msgspec
 
-from ..engine.config import ATTENTION_BACKENDS, DTYPES, EXPERTS_BACKENDS, MOE_DISPATCHERS, MOE_SPLITS, EngineConfig
+from ..engine.config import (
+    ATTENTION_BACKENDS,
+    DTYPES,
+    EXPERTS_BACKENDS,
+    MOE_DISPATCHERS,
+    MOE_SPLITS,
+    OUTPUT_PROCESSORS,
+    EngineConfig,
+)
+from .node_options import NodeOptions, node_options, node_parser
+from .topology import Layout
 
 API_KEY_VARIABLE = "WAYBILL_API_KEY"
 # torchrun gives the ranks 30 seconds.
@@ -67,8 +76,9 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerCommand(msgspec.Struct, frozen=True):
-    """What a rank was told to do. With `run_dir` a program called, and the configuration lies in there."""
+    """What a node was told to do. With `run_dir` a program called, and the configuration lies in there."""
 
+    nodes: NodeOptions = NodeOptions()
     run_dir: str | None = None
     config: EngineConfig | None = None
     rollout: RolloutCommand | None = None
@@ -84,13 +94,14 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     parser = argparse.ArgumentParser(
         prog="torchrun.sh",
         description="Waybill: MoE rollouts with their routes",
-        epilog="over several nodes, one call a node: --nnodes N --node-rank K --rdzv-endpoint HOST:PORT before the command",
+        epilog="torchrun.sh [rollout | serve] --help lists the options of a command",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     engine = commands.add_parser("engine")
     engine.add_argument("--run-dir", required=True)
     rollout = commands.add_parser(
         "rollout",
+        parents=[node_parser()],
         usage="torchrun.sh [rollout] [options]",
         help="multi-turn conversations with their routes",
         description="Hold conversations with a model and show the routes of every turn.",
@@ -100,6 +111,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     add_engine_options(rollout)
     serve = commands.add_parser(
         "serve",
+        parents=[node_parser()],
         usage="torchrun.sh serve [options]",
         help="the HTTP service",
         description="Serve a model over HTTP: the native /generate API and OpenAI's.",
@@ -116,12 +128,15 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         check_model(options.model, options.tp)
         if options.dp < 1:
             raise ValueError(f"--dp {options.dp}: must be at least 1")
+        nodes = node_options(options)
         if options.command == "serve":
-            return WorkerCommand(
-                config=engine_config(options, routing=options.enable_return_routed_experts),
-                serve=serve_command(options),
-            )
-        return WorkerCommand(config=engine_config(options, routing=True), rollout=rollout_command(options))
+            config = engine_config(options, routing=options.enable_return_routed_experts)
+            command = WorkerCommand(nodes=nodes, config=config, serve=serve_command(options))
+        else:
+            config = engine_config(options, routing=True)
+            command = WorkerCommand(nodes=nodes, config=config, rollout=rollout_command(options))
+        Layout.of(config, nodes.nnodes)
+        return command
     except ValueError as error:
         (serve if options.command == "serve" else rollout).error(str(error))
 
@@ -213,6 +228,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--routing-ring-slots", type=int, default=defaults.routing_ring_slots, help="steps of routes that may wait"
     )
     parser.add_argument(
+        "--output-processors",
+        default=defaults.output_processors,
+        choices=OUTPUT_PROCESSORS,
+        help="one for the engine, or one on each node",
+    )
+    parser.add_argument(
         "--log-level", default=defaults.log_level, choices=("debug", "info", "warning", "error"), help="what is logged"
     )
 
@@ -236,6 +257,7 @@ def engine_config(options: argparse.Namespace, *, routing: bool) -> EngineConfig
         enable_prefix_cache=not options.disable_prefix_cache,
         overlap_depth=options.overlap_depth,
         routing_ring_slots=options.routing_ring_slots,
+        output_processors=options.output_processors,
         log_level=options.log_level,
         enable_return_routed_experts=routing,
         **{name: getattr(options, flag) for name, flag in SERVE_ENGINE_OPTIONS.items() if hasattr(options, flag)},
@@ -263,12 +285,3 @@ def rollout_command(options: argparse.Namespace) -> RolloutCommand:
         json=options.json,
         out=options.out,
     )
-
-
-def main() -> None:
-    """Check a command line and say what is wrong with it, or nothing."""
-    parse_worker_args(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    main()

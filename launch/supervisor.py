@@ -1,4 +1,4 @@
-"""Starts processes, watches them, and ends them: rank 0's children, and the torchrun agent of a Python caller."""
+"""Starts processes, watches them, and ends them: a node's children, and the torchrun agent of a Python caller."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..engine.config import EngineConfig
 from ..engine.lifeline import Lifeline
 from ..engine.output_processor_config import OutputProcessorConfig
+from ..engine.routing.claims import claim_prefix
+from ..engine.sockets import Endpoint
+from .node_options import RENDEZVOUS_BACKEND, NodeOptions
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, make_run_dir, remove_run_dir, write_struct
-from .topology import Addresses, make_addresses
+from .topology import Addresses, Layout, one_node_addresses
 
 logger = logging.getLogger(__name__)
 
@@ -23,31 +26,47 @@ TERMINATE_GRACE_S = 5.0
 LOG_TAIL_BYTES = 4000
 
 
-class RankZeroChildren:
-    """What global rank 0 starts: the output processor, and in a run without a calling program a frontend."""
+class NodeChildren:
+    """What a node's first rank starts: the node's output processor, if it has one, and on node 0 of a run without a calling
+    program a frontend."""
 
-    def __init__(self, config: EngineConfig, addresses: Addresses) -> None:
+    def __init__(self, config: EngineConfig, layout: Layout, node: int, addresses: Addresses) -> None:
+        self._config = config
+        self._layout = layout
+        self._node = node
         self._addresses = addresses
         self._lifeline = Lifeline(addresses.lifeline)
         self._stopping = False
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start_output_processor(self) -> None:
+        """The one of this node."""
+        config, addresses, node = self._config, self._addresses, self._node
+        dp_ranks = self._layout.dp_ranks_of(node)
         processor = OutputProcessorConfig(
-            records_address=addresses.records,
+            records_address=addresses.records[node],
             frontend_address=addresses.frontend,
-            queries_address=addresses.queries,
+            queries_address=addresses.queries[node],
             tokenizer_path=config.tokenizer_path or config.model_path,
             lifeline_path=addresses.lifeline,
-            dp_size=config.dp_size,
+            first_dp_rank=dp_ranks[0],
+            num_dp_ranks=len(dp_ranks),
+            claim_prefix=claim_prefix(node, self._layout.num_processors),
             claim_budget_bytes=config.claim_budget_bytes,
             claim_ttl_s=config.claim_ttl_s,
             log_level=config.log_level,
         )
         file = write_struct(addresses.run_dir, OUTPUT_PROCESSOR_CONFIG, processor)
-        self.start("output processor", ["waybill.engine.output_processor", "--config", str(file)])
+        listeners = (addresses.records[node], addresses.queries[node])
+        self.start("output processor", ["waybill.engine.output_processor", "--config", str(file)], listeners)
 
-    def start(self, name: str, module_and_args: list[str]) -> None:
-        """Run a module as a child and watch it: if it dies while the run goes on, this rank dies, and with it the run."""
-        child = subprocess.Popen([sys.executable, "-m", *module_and_args], stdin=subprocess.DEVNULL)
+    def start(self, name: str, module_and_args: list[str], listeners: Sequence[Endpoint] = ()) -> None:
+        """Run a module as a child and watch it: if it dies while the run goes on, this rank dies, and with it the run.
+        `listeners` are the endpoints that it binds, whose listening sockets go over to it."""
+        fds = [endpoint.fd for endpoint in listeners if endpoint.fd >= 0]
+        child = subprocess.Popen([sys.executable, "-m", *module_and_args], stdin=subprocess.DEVNULL, pass_fds=fds)
+        for fd in fds:
+            os.close(fd)
         self._children[name] = child
         threading.Thread(target=self._watch, args=(name, child), name=f"watch {name}", daemon=True).start()
 
@@ -90,7 +109,7 @@ class EngineProcess:
 
     def __init__(self, config: EngineConfig, on_exit: Callable[[str], None]) -> None:
         self.run_dir = make_run_dir()
-        self.addresses = make_addresses(self.run_dir, config.dp_size, config.tp_size)
+        self.addresses = one_node_addresses(self.run_dir, Layout.of(config, num_nodes=1))
         self._on_exit = on_exit
         self._ending = False
         self._lifeline = Lifeline(self.addresses.caller_lifeline)
@@ -98,7 +117,7 @@ class EngineProcess:
         self._log = (Path(self.run_dir) / "engine.log").open("w+b")
         write_struct(self.run_dir, ENGINE_CONFIG, config)
         environment = dict(os.environ)
-        environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, config.world_size)))
         self._agent = subprocess.Popen(
             agent_command(config.world_size, self.run_dir),
             stdin=subprocess.DEVNULL,
@@ -142,25 +161,29 @@ class EngineProcess:
         remove_run_dir(self.run_dir)
 
 
-def threads_per_rank(config: EngineConfig) -> int:
-    """Cores shared by the ranks, unless configured."""
-    return config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
+def threads_per_rank(config: EngineConfig, ranks_here: int) -> int:
+    """Cores shared by the ranks of this node, unless configured."""
+    return config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def agent_command(world_size: int, run_dir: str) -> list[str]:
-    """torchrun for one node, on a free port of this host; what it writes goes to the run's folder."""
+    """The agent of a calling program's engine, on one node; what it writes goes to the run's folder."""
+    worker_arguments = ["engine", "--run-dir", run_dir]
+    arguments = torchrun_arguments(NodeOptions(), world_size, worker_arguments, log_dir=f"{run_dir}/torchrun")
+    return [sys.executable, "-m", "waybill.launch.agent", *arguments]
+
+
+def torchrun_arguments(
+    nodes: NodeOptions, ranks_here: int, worker_arguments: list[str], log_dir: str | None = None
+) -> list[str]:
+    """What tells torchrun to start the ranks of this node."""
     return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(world_size),
-        "--log-dir",
-        f"{run_dir}/torchrun",
-        "-m",
-        "waybill.launch.worker",
-        "engine",
-        "--run-dir",
-        run_dir,
+        *("--nnodes", str(nodes.nnodes)),
+        *("--rdzv-backend", RENDEZVOUS_BACKEND),
+        *("--rdzv-conf", f"rank={nodes.node_rank}"),
+        *("--rdzv-endpoint", nodes.endpoint),
+        *("--nproc-per-node", str(ranks_here)),
+        *(() if log_dir is None else ("--log-dir", log_dir)),
+        *("-m", "waybill.launch.worker"),
+        *worker_arguments,
     ]

@@ -1,7 +1,8 @@
 """One rank, as torchrun starts it: `python -m waybill.launch.worker <command>`.
 
-Rank 0 starts the output processor and, where no program calls, the frontend - before any accelerator is initialised -
-and publishes their addresses through the rendezvous store. Then every rank joins the mesh and runs its part.
+The ranks tell each other through the rendezvous store where their sockets are. Then the first rank of a node starts the
+processes that run beside the ranks there - an output processor and, where no program calls, on node 0 the frontend - before
+any accelerator is initialised; then every rank joins the mesh and runs its part.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 
-import msgspec
 import torch
 import torch.distributed as dist
 import zmq
@@ -26,6 +27,9 @@ from ..engine.replica import ReplicaEndpoints, run_replica
 from ..engine.sockets import Sender
 from ..parallel.mesh import ParallelMesh
 from .args import WorkerCommand, parse_worker_args
+from .exchange import exchange_addresses, node_address_towards, share_lifeline, share_run_dir, share_secrets
+from .network_interface import use_interface_of
+from .node_lifeline import NodeLifeline
 from .run_dir import (
     ADDRESSES,
     ENGINE_CONFIG,
@@ -36,42 +40,49 @@ from .run_dir import (
     remove_run_dir,
     write_struct,
 )
-from .supervisor import RankZeroChildren, threads_per_rank
-from .topology import Addresses, make_addresses, place_of
+from .supervisor import NodeChildren, threads_per_rank
+from .topology import FRONTEND, Addresses, Layout, one_node_addresses
 
 logger = logging.getLogger(__name__)
 
-ADDRESSES_KEY = "waybill/addresses"
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 FAREWELL_S = 2.0
 
 
+@dataclass
+class Departure:
+    """What is removed when this process ends before its time; set as it comes to be."""
+
+    run_dir: str | None = None
+
+    def clean_up(self) -> None:
+        if self.run_dir is not None:
+            remove_run_dir(self.run_dir)
+
+
 def main() -> int:
     command = parse_worker_args(sys.argv[1:])
-    if command.serve is not None:
+    world = TorchrunWorld.from_environment()
+    if command.serve is not None and world.node == 0:
         ignore_termination()
     else:
         # Ends at once and without a traceback, as at SIGTERM.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    watch_parent()
+    departure = Departure()
+    watch_parent(on_death=departure.clean_up)
     store, rank, world_size = next(rendezvous("env://"))
     config = read_struct(command.run_dir, ENGINE_CONFIG, EngineConfig) if command.run_dir else command.config
     assert config is not None
     logging.basicConfig(level=config.log_level.upper(), format=f"%(levelname)s rank {rank} %(message)s")
     if world_size != config.world_size:
         raise ValueError(f"torchrun started {world_size} ranks; tp_size * dp_size = {config.world_size}")
-    if world_size != int(os.environ["LOCAL_WORLD_SIZE"]):
-        raise ValueError("nnodes: must be 1; a run over several nodes is not available yet")
-    children = None
-    if rank == 0:
-        addresses = make_addresses(command.run_dir or make_run_dir(), config.dp_size, config.tp_size)
-        children = start_children(command, config, addresses)
-        store.set(ADDRESSES_KEY, msgspec.msgpack.encode(addresses))
-    addresses = msgspec.msgpack.decode(store.get(ADDRESSES_KEY), type=Addresses)
+    node = meet(command, config, world, store, rank, departure)
+    addresses = node.addresses
     if command.run_dir:
-        watch_lifeline(addresses.caller_lifeline, on_death=lambda: remove_run_dir(addresses.run_dir))
+        watch_lifeline(addresses.caller_lifeline, on_death=departure.clean_up)
+    children = start_children(command, config, node) if world.local_rank == 0 else None
     try:
-        run_rank(config, addresses, store, rank)
+        run_rank(config, node, store, rank)
     except ValueError as error:
         # A mistake of the user's: said in one line, to whoever waits for the engine.
         if rank == 0:
@@ -79,11 +90,59 @@ def main() -> int:
         raise
     finally:
         if children is not None:
-            code = children.wait("frontend") if command.has_frontend and sys.exc_info()[0] is None else 0
+            waits = rank == 0 and command.has_frontend and sys.exc_info()[0] is None
+            code = children.wait(FRONTEND) if waits else 0
             children.stop()
             if not command.run_dir:
-                remove_run_dir(addresses.run_dir)
+                departure.clean_up()
     return code if children is not None else 0
+
+
+@dataclass(frozen=True)
+class TorchrunWorld:
+    """What torchrun tells a rank of its node."""
+
+    node: int
+    num_nodes: int
+    local_rank: int
+
+    @staticmethod
+    def from_environment() -> TorchrunWorld:
+        return TorchrunWorld(
+            node=int(os.environ["GROUP_RANK"]),
+            num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+        )
+
+
+@dataclass(frozen=True)
+class Node:
+    """This rank's node in the run, and all endpoints. `lifeline` is there where there are several nodes."""
+
+    rank: int
+    layout: Layout
+    addresses: Addresses
+    lifeline: NodeLifeline | None
+
+
+def meet(
+    command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, store: Store, rank: int, departure: Departure
+) -> Node:
+    """Find the other ranks of this node and, where there are some, of others. The agents have met: all ranks start now."""
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    layout = Layout.of(config, world.num_nodes)
+    own_run_dir = (command.run_dir or make_run_dir()) if world.local_rank == 0 else None
+    run_dir = departure.run_dir = share_run_dir(store, world.node, own_run_dir)
+    if world.num_nodes == 1:
+        return Node(world.node, layout, one_node_addresses(run_dir, layout), None)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    node_address = command.nodes.node_address or node_address_towards(host, port)
+    use_interface_of(node_address)
+    secrets = share_secrets(store, rank)
+    lifeline = NodeLifeline(secrets.token, departure.clean_up)
+    share_lifeline(store, lifeline, rank, node_address)
+    addresses = exchange_addresses(store, layout, rank, run_dir, node_address, secrets.keys)
+    return Node(world.node, layout, addresses, lifeline)
 
 
 def ignore_termination() -> None:
@@ -93,24 +152,28 @@ def ignore_termination() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def start_children(command: WorkerCommand, config: EngineConfig, addresses: Addresses) -> RankZeroChildren:
+def start_children(command: WorkerCommand, config: EngineConfig, node: Node) -> NodeChildren:
     """The processes beside the ranks."""
+    addresses = node.addresses
+    children = NodeChildren(config, node.layout, node.rank, addresses)
+    if node.rank < node.layout.num_processors:
+        children.start_output_processor()
+    if node.rank > 0 or not command.has_frontend:
+        return children
     write_struct(addresses.run_dir, ADDRESSES, addresses)
-    children = RankZeroChildren(config, addresses)
-    if command.has_frontend:
-        write_struct(addresses.run_dir, ENGINE_CONFIG, config)
+    write_struct(addresses.run_dir, ENGINE_CONFIG, config)
+    module = "waybill.launch.rollout" if command.rollout is not None else "waybill.launch.frontend"
     if command.rollout is not None:
         write_struct(addresses.run_dir, ROLLOUT_OPTIONS, command.rollout)
-        children.start("frontend", ["waybill.launch.rollout", "--run-dir", addresses.run_dir])
     if command.serve is not None:
         write_struct(addresses.run_dir, SERVE_OPTIONS, command.serve)
-        children.start("frontend", ["waybill.launch.frontend", "--run-dir", addresses.run_dir])
+    children.start(FRONTEND, [module, "--run-dir", addresses.run_dir], [addresses.frontend])
     return children
 
 
-def run_rank(config: EngineConfig, addresses: Addresses, store: Store, rank: int) -> None:
+def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
-    torch.set_num_threads(threads_per_rank(config))
+    torch.set_num_threads(threads_per_rank(config, node.layout.ranks_per_node))
     device = resolve_device(config)
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -120,16 +183,19 @@ def run_rank(config: EngineConfig, addresses: Addresses, store: Store, rank: int
         # A rank whose transfer has broken off waits for those that still wait for the trainer.
         timeout=COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s),
     )
-    mesh = ParallelMesh.build(config.dp_size, config.tp_size, device)
-    place = place_of(rank, config.tp_size)
+    mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, node.layout.num_nodes)
+    dp_rank = node.layout.place_of(rank).dp_rank
+    addresses = node.addresses
     endpoints = ReplicaEndpoints(
         frontend=addresses.frontend,
-        leader=addresses.leaders[place.dp_rank],
-        peers=addresses.peers[place.dp_rank],
-        records=addresses.records,
+        leader=addresses.leaders[dp_rank],
+        peers=addresses.peers[dp_rank],
+        records=addresses.records[node.layout.processor_of(dp_rank)],
     )
     run_replica(config, mesh, endpoints)
     dist.destroy_process_group()
+    if node.lifeline is not None:
+        node.lifeline.farewell()
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

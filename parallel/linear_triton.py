@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from .triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 # Programs that keep the device busy.
 WANTED_PROGRAMS = 512
@@ -21,6 +21,7 @@ MAX_TILE = 32768
 PER_WARP = 2048
 
 
+@Kernel
 @triton.jit
 def _matvec_kernel(
     x, weight, out, num_outputs, width, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr

@@ -34,19 +34,21 @@ class Axis:
 @dataclass(frozen=True)
 class ParallelMesh:
     """A rank's place along every axis. Attention is sharded over `tp` and replicated over `dp`; experts are spread over
-    `world`."""
+    `world`, which is spread over hosts."""
 
     device: torch.device
     world: Axis
     dp: Axis
     tp: Axis
+    # The ranks of this rank's host: neighbours in the world, as many on each.
+    node: Axis
 
     @staticmethod
     def single(device: torch.device) -> ParallelMesh:
-        return ParallelMesh(device, Axis.single("world"), Axis.single("dp"), Axis.single("tp"))
+        return ParallelMesh(device, Axis.single("world"), Axis.single("dp"), Axis.single("tp"), Axis.single("node"))
 
     @staticmethod
-    def build(dp_size: int, tp_size: int, device: torch.device) -> ParallelMesh:
+    def build(dp_size: int, tp_size: int, device: torch.device, num_nodes: int = 1) -> ParallelMesh:
         """The mesh of the running process group.
 
         Raises:
@@ -56,11 +58,15 @@ class ParallelMesh:
         if dp_size * tp_size != world_size:
             raise ValueError(f"dp_size={dp_size} times tp_size={tp_size}: must be the world size, {world_size}")
         mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+        node_group = dist.group.WORLD
+        if num_nodes > 1:
+            node_group, _ = dist.new_subgroups(world_size // num_nodes)
         return ParallelMesh(
             device,
             _make_axis("world", dist.group.WORLD),
             _make_axis("dp", mesh.get_group("dp")),
             _make_axis("tp", mesh.get_group("tp")),
+            _make_axis("node", node_group),
         )
 
 

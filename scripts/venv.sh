@@ -6,7 +6,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.installed
 wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)
-[[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && exit 0
+is_current() { [[ -f $stamp && $(cat "$stamp") == "$wanted" ]]; }
+is_current && exit 0
+# One at a time: nodes may share this folder.
+exec 9< "${BASH_SOURCE[0]}"
+flock 9
+is_current && exit 0
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

@@ -52,3 +52,11 @@ def slots_of(page_table: torch.Tensor, positions: torch.Tensor, page_size: int) 
     """KV slots of `positions` [n] for every row of `page_table` [B, P]: [B, n] int64."""
     pages = page_table[:, positions // page_size].to(torch.int64)
     return pages * page_size + positions % page_size
+
+
+def first_slots(pages: torch.Tensor, num_slots: int, page_size: int) -> torch.Tensor:
+    """KV slots [num_slots] of a request's first positions; `pages` [P] int32 are its pages."""
+    if page_size == 1:
+        return pages[:num_slots]
+    inside = torch.arange(page_size, dtype=pages.dtype, device=pages.device)
+    return (pages[:, None] * page_size + inside).flatten()[:num_slots]

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from .backend import AttentionBatch, slots_of
+from ..transfer import to_device
+from .backend import AttentionBatch, first_slots, slots_of
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class SdpaAttention:
             if q_len == 1:
                 groups[kv_len.bit_length()].append(i)
             else:
-                positions = torch.arange(kv_len, device=tables.device)
-                slots = slots_of(tables[i : i + 1], positions, batch.page_size)[0]
-                prefills.append(Prefill(first, first + q_len, slots))
+                prefills.append(Prefill(first, first + q_len, first_slots(tables[i], kv_len, batch.page_size)))
             first += q_len
         decodes = [self._plan_group(batch, tables, members, firsts) for members in groups.values()]
         return SdpaPlan(decodes, prefills)
@@ -67,21 +66,23 @@ class SdpaAttention:
         lengths = [batch.kv_lens[i] for i in members]
         num_keys = max(lengths)
         positions = torch.arange(num_keys, device=device)
-        table = tables[torch.tensor(members, device=device)]
+        table = tables[to_device(members, device)]
         mask = None
         if min(lengths) < num_keys:
-            mask = (positions[None, :] < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
-        rows = torch.tensor([firsts[i] for i in members], device=device)
+            mask = (positions[None, :] < to_device(lengths, device)[:, None])[:, None, None, :]
+        rows = to_device([firsts[i] for i in members], device)
         return DecodeGroup(rows, slots_of(table, positions, batch.page_size).flatten(), num_keys, mask)
 
     def forward(
         self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: SdpaPlan, scale: float
     ) -> torch.Tensor:
+        if not plan.decodes and len(plan.prefills) == 1:
+            return self._prefill(query, k_cache, v_cache, plan.prefills[0], scale)
         out = torch.empty_like(query)
         for group in plan.decodes:
             self._decode(query, k_cache, v_cache, group, scale, out)
         for prefill in plan.prefills:
-            self._prefill(query, k_cache, v_cache, prefill, scale, out)
+            out[prefill.first : prefill.last] = self._prefill(query, k_cache, v_cache, prefill, scale)
         return out
 
     @staticmethod
@@ -109,8 +110,8 @@ class SdpaAttention:
         v_cache: torch.Tensor,
         prefill: Prefill,
         scale: float,
-        out: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
+        """Results of the prefill's own rows [n, H, d]."""
         rows = query[prefill.first : prefill.last].transpose(0, 1)[None]
         keys = k_cache.index_select(0, prefill.slots).transpose(0, 1)[None]
         values = v_cache.index_select(0, prefill.slots).transpose(0, 1)[None]
@@ -129,4 +130,4 @@ class SdpaAttention:
             result = F.scaled_dot_product_attention(
                 rows, keys, values, attn_mask=visible, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
             )
-        out[prefill.first : prefill.last] = result[0].transpose(0, 1)
+        return result[0].transpose(0, 1)

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...parallel.triton_launch import launch_options, power_of_2_from, start_next, wait_for_previous
+from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
+from ..transfer import to_device
 from .backend import AttentionBatch
 from .sdpa import SdpaAttention, SdpaPlan
 
@@ -25,6 +26,7 @@ WANTED_PROGRAMS = 512
 MAX_SPLITS = 32
 
 
+@Kernel
 @triton.jit
 def _decode_kernel(
     query, k_cache, v_cache, page_table, req_rows, kv_lens, partial, lse, scale, table_stride,
@@ -73,6 +75,7 @@ def _decode_kernel(
     tl.store(lse + place, tl.where(total > 0, best + tl.log(total), float("-inf")), rows < GROUP)
 
 
+@Kernel
 @triton.jit
 def _merge_kernel(partial, lse, out, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr):
     start_next(PDL)
@@ -105,7 +108,7 @@ class TritonPagedAttention:
     def plan(self, batch: AttentionBatch) -> DecodePlan | SdpaPlan:
         if max(batch.q_lens, default=0) > 1:
             return self._prefill.plan(batch)
-        kv_lens = torch.tensor(batch.kv_lens, dtype=torch.int32, device=batch.page_table.device)
+        kv_lens = to_device(batch.kv_lens, batch.page_table.device, torch.int32)
         return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)
 
     def forward(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..transfer import copy_to, to_device
+
 # (row, first entry, pages as int32 bytes)
 PageWrite = tuple[int, int, bytes]
 
@@ -27,11 +29,14 @@ class ReqToTokenPool:
     def write(self, writes: Sequence[PageWrite]) -> None:
         """Enter pages, all at once."""
         pages = [np.frombuffer(entries, dtype="<i4") for _, _, entries in writes]
+        if len(writes) == 1:
+            ((row, first, _),) = writes
+            copy_to(self.page_table[row, first : first + len(pages[0])], pages[0].copy())
+            return
         lengths = [len(entries) for entries in pages]
         rows = np.repeat([row for row, _, _ in writes], lengths)
         columns = np.concatenate(
             [np.arange(first, first + n) for (_, first, _), n in zip(writes, lengths, strict=True)]
         )
-        packed = torch.from_numpy(np.stack([rows, columns, np.concatenate(pages)]).astype(np.int64))
-        packed = packed.to(self.page_table.device, non_blocking=True)
+        packed = to_device(np.stack([rows, columns, np.concatenate(pages)]).astype(np.int64), self.page_table.device)
         self.page_table[packed[0], packed[1]] = packed[2].to(torch.int32)

@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ...parallel.triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from ...parallel.triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 from .norm_rope import HeadNorms
 
 # Heads that one program turns.
 HEADS = 8
 
 
+@Kernel
 @triton.jit
 def _rms_norm_kernel(
     x, residual, weight, out, num_columns, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -33,6 +34,7 @@ def _rms_norm_kernel(
     tl.store(out + row + columns, (wide.to(dtype).to(tl.float32) * scale).to(dtype), mask)
 
 
+@Kernel
 @triton.jit
 def _norm_rope_store_kernel(
     qkv, q_weight, k_weight, cos, sin, kv_slots, k_cache, v_cache, out, eps, NUM_HEADS: tl.constexpr,

@@ -385,6 +385,11 @@ class Qwen3MoeForCausalLM(nn.Module):
     def decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """Query heads of this rank and their width."""
+        return self.decoder_layers()[0].self_attn.qkv_proj.num_local_heads, self.config.head_dim
+
     def kv_specs(self) -> list[KVTensorSpec]:
         """Keys and values of this rank's heads."""
         width = (self.decoder_layers()[0].self_attn.qkv_proj.num_local_kv_heads, self.config.head_dim)

@@ -1,4 +1,5 @@
-"""Records which experts every token of a step was routed to. Lives on rank 0 alone.
+"""Records which experts every token of a step was routed to. Lives on the recording rank alone: rank 0, or the first one of
+each node where every node has an output processor.
 
 Each MoE layer writes its ids where `slot` says, as its router chooses, or hands over those of the whole world. On CPU that
 is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring on a
@@ -74,10 +75,7 @@ class RoutedExpertsCapturer:
         Raises:
             RuntimeError: a MoE layer did not ask for its slot, or did so twice.
         """
-        expected = list(range(self._ring.geometry.num_moe_layers))
-        if sorted(self._asked) != expected:
-            missing = sorted(set(expected) - set(self._asked))
-            raise RuntimeError(f"routing of step {self._seq}: MoE layers {missing} recorded nothing, or some twice")
+        check_asked(self._asked, self._ring.geometry, f"step {self._seq}")
 
     def finish(self) -> None:
         """The forward is enqueued: check that it was recorded whole, and enqueue the copy to the host."""
@@ -89,6 +87,17 @@ class RoutedExpertsCapturer:
         """Wait until the rows of `seq` are in the ring; the step's record may be sent after that."""
         if self._device_copy is not None:
             self._device_copy.wait(seq)
+
+
+def check_asked(asked: list[int], geometry: RouteGeometry, step: str) -> None:
+    """
+    Raises:
+        RuntimeError: not every MoE layer asked for its slot once.
+    """
+    expected = list(range(geometry.num_moe_layers))
+    if sorted(asked) != expected:
+        missing = sorted(set(expected) - set(asked))
+        raise RuntimeError(f"routing of {step}: MoE layers {missing} recorded nothing, or some twice")
 
 
 class DeviceCopy:

@@ -24,7 +24,8 @@ class _Entry:
 class ClaimStore:
     """Rows by claim, each kept for `ttl_s`, oldest dropped first when all together exceed `budget_bytes`."""
 
-    def __init__(self, budget_bytes: int, ttl_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, budget_bytes: int, ttl_s: float, clock: Callable[[], float], prefix: str = "") -> None:
+        self._prefix = prefix
         self._budget_bytes = budget_bytes
         self._ttl_s = ttl_s
         self._clock = clock
@@ -40,7 +41,7 @@ class ClaimStore:
         """
         if routed.rows.nbytes > self._budget_bytes:
             raise ClaimError(f"{routed.rows.nbytes} bytes of routes exceed claim_budget_bytes={self._budget_bytes}")
-        claim = secrets.token_hex(16)
+        claim = self._prefix + secrets.token_hex(16)
         with self._lock:
             self._expire()
             while self._num_bytes + routed.rows.nbytes > self._budget_bytes:
@@ -69,3 +70,22 @@ class ClaimStore:
     def _drop_oldest(self) -> None:
         _, entry = self._entries.popitem(last=False)
         self._num_bytes -= entry.routed.rows.nbytes
+
+
+def claim_prefix(processor: int, num_processors: int) -> str:
+    """What the claims of one of several output processors begin with: its number."""
+    return "" if num_processors == 1 else f"{processor}."
+
+
+def processor_of(claim: str, num_processors: int) -> int:
+    """The output processor that made a claim.
+
+    Raises:
+        ClaimError: none of them did.
+    """
+    if num_processors == 1:
+        return 0
+    number = claim.partition(".")[0]
+    if number not in map(str, range(num_processors)):
+        raise ClaimError(f"claim {claim!r} is unknown: it names none of {num_processors} output processors")
+    return int(number)

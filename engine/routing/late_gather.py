@@ -1,6 +1,7 @@
-"""Records routes where no layer sees those of the whole world: each rank keeps its own, and one gather a step joins them.
+"""Records routes where no layer sees those of the whole world: each rank keeps its own, and one gather a step joins those
+of the recorded ranks.
 
-Legend: M MoE layers, W ranks of the world, P rows of each rank in this step, K experts per token.
+Legend: M MoE layers, P rows of each rank in this step, K experts per token.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import torch
 
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import Axis
-from .capturer import RoutedExpertsCapturer
+from .capturer import RoutedExpertsCapturer, check_asked
 from .ring import RouteGeometry
 
 
 class LateRouteGather:
-    """One rank's part, called as `RoutedExpertsCapturer` is; `capturer` is there on the ranks that record."""
+    """One rank's part, called as `RoutedExpertsCapturer` is. `axis` are the recorded ranks; `capturer` is there on the
+    first of them."""
 
     def __init__(
         self,
@@ -27,26 +29,35 @@ class LateRouteGather:
         device: torch.device,
     ) -> None:
         self._axis = axis
+        self._geometry = geometry
         self._capturer = capturer
+        self._asked: list[int] = []
         self._shape = (geometry.num_moe_layers, max_rows, geometry.top_k)
         dtype = torch.uint8 if geometry.dtype.itemsize == 1 else torch.uint16
         self._buffer = torch.empty(math.prod(self._shape), dtype=dtype, device=device)
         self._own = torch.empty(0)
 
     def begin(self, num_rows: int) -> int:
+        self._asked = []
         num_layers, _, top_k = self._shape
         shape = (num_layers, num_rows, top_k)
         self._own = self._buffer[: math.prod(shape)].view(shape)
         return -1 if self._capturer is None else self._capturer.begin(num_rows)
 
     def slot(self, moe_layer_index: int) -> torch.Tensor:
+        self._asked.append(moe_layer_index)
         return self._own[moe_layer_index]
 
     def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
         raise AssertionError("a dispatcher that gathers ids needs no late gather")
 
     def finish(self) -> None:
-        """Join the rows [M, P, K] of all ranks; as bytes, which every backend can carry."""
+        """Join the rows [M, P, K] of the axis' ranks; as bytes, which every backend can carry.
+
+        Raises:
+            RuntimeError: a layer of this rank did not ask for its slot: what it left there last must not pass for routes.
+        """
+        check_asked(self._asked, self._geometry, "a late gather")
         parts = all_gather(self._own.view(torch.uint8)[None], self._axis).view(self._own.dtype)
         if self._capturer is None:
             return

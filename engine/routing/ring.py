@@ -1,4 +1,4 @@
-"""A shared-memory ring of steps' routing, from rank 0 to the output processor.
+"""A shared-memory ring of steps' routing, from the rank that records to its output processor.
 
 One writer, one reader, two counters. Slot `seq % num_slots` holds step `seq` from `publish` until `mark_filed`; that a
 step was published is told by its `StepRecord`, so the reader never polls. The memory is a memfd: it has no name, and is

@@ -1,8 +1,7 @@
 """The trainer's half of a weight update: buckets of tensors, broadcast to all ranks of one engine or several.
 
-    sender = WeightSender([engine])                    # on the trainer's rank 0; an `Engine`, or a `client.EngineControl`
-    sender.connect()
-    sender.send(named_tensors, weight_version="step-1")
+    with WeightSender([(engine, 2)]) as sender:    # trainer rank 0; an `Engine` or a `client.EngineControl` of two ranks
+        sender.send(named_tensors, weight_version="step-1")
 
 With a sharded trainer every rank iterates over the parameters, because gathering one is a collective; rank 0 alone sends:
 see `gathered_tensors`.
@@ -62,7 +61,7 @@ class SendReport:
 
 
 class WeightSender:
-    """Holds the group with the engines.
+    """Holds the group with the engines. Use as a context, or call `connect` and `close`.
 
     Args:
         engines: each with its number of ranks, in the order of their ranks in the group.
@@ -197,6 +196,13 @@ class WeightSender:
         error = failed[0].exception()
         assert error is not None
         raise RuntimeError(f"weights were not sent: {error}") from error
+
+    def __enter__(self) -> WeightSender:
+        self.connect()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Leave the group, and let the engines leave it."""

@@ -130,5 +130,6 @@ def unpack(packed: torch.Tensor, hidden: torch.Tensor, routed: RouterOutput) -> 
         routed.ids.shape[1] * torch.int32.itemsize,
         routed.weights.shape[1] * routed.weights.itemsize,
     ]
-    rows, ids, weights = (part.contiguous() for part in packed.split(widths, dim=1))
+    # Memory of their own: a slice of a single row counts as contiguous, at an offset that the dtype may not allow.
+    rows, ids, weights = (part.clone(memory_format=torch.contiguous_format) for part in packed.split(widths, dim=1))
     return rows.view(hidden.dtype), ids.view(torch.int32).to(routed.ids.dtype), weights.view(routed.weights.dtype)

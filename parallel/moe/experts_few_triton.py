@@ -12,12 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 # Rows of weights that a program holds.
 COLUMNS = 2
 
 
+@Kernel
 @triton.jit
 def _gate_up_kernel(
     hidden, ids, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, COLUMNS: tl.constexpr,
@@ -45,6 +46,7 @@ def _gate_up_kernel(
     tl.store(activated + pair.to(tl.int64) * intermediate + columns, (gate * up).to(dtype), kept)
 
 
+@Kernel
 @triton.jit
 def _down_kernel(
     activated, ids, weights, down, out, num_experts, width, intermediate, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,

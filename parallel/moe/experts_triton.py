@@ -14,28 +14,37 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 
+@Kernel
 @triton.jit
-def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
-    """One expert's pairs (token, choice), in their order, behind those of all experts before it."""
+def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr):
+    """One expert's pairs (token, choice), in their order, behind those of all experts before it; with ONCE all pairs are
+    held at the same time."""
     start_next(PDL)
     wait_for_previous(PDL)
     expert = tl.program_id(0)
     lanes = tl.arange(0, SCAN)
-    before = tl.zeros((SCAN,), tl.int32)
-    for start in range(0, num_pairs, SCAN):
-        pair = start + lanes
-        found = tl.load(ids + pair, pair < num_pairs, other=-1)
-        before += ((found >= 0) & (found < expert)).to(tl.int32)
-    place = tl.sum(before, axis=0)
-    for start in range(0, num_pairs, SCAN):
-        pair = start + lanes
-        hit = (tl.load(ids + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
-        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
-        place += tl.sum(hit, axis=0)
-    tl.store(ends + expert, place)
+    if ONCE:
+        found = tl.load(ids + lanes, lanes < num_pairs, other=-1).to(tl.int32)
+        hit = (found == expert).to(tl.int32)
+        place = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), axis=0)
+        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, lanes, hit > 0)
+        tl.store(ends + expert, place + tl.sum(hit, axis=0))
+    else:
+        before = tl.zeros((SCAN,), tl.int32)
+        for start in range(0, num_pairs, SCAN):
+            pair = start + lanes
+            found = tl.load(ids + pair, pair < num_pairs, other=-1)
+            before += ((found >= 0) & (found < expert)).to(tl.int32)
+        place = tl.sum(before, axis=0)
+        for start in range(0, num_pairs, SCAN):
+            pair = start + lanes
+            hit = (tl.load(ids + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
+            tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
+            place += tl.sum(hit, axis=0)
+        tl.store(ends + expert, place)
 
 
 @triton.jit
@@ -53,16 +62,10 @@ def _tile_of(ends, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr)
 
 
 @triton.jit
-def _gate_up_kernel(
-    hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+def _gate_up_tile(
+    hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """SwiGLU of gathered rows; results stand in sorted order."""
-    start_next(PDL)
-    wait_for_previous(PDL)
-    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
-    if expert >= num_experts:
-        return
     dtype = hidden.dtype.element_ty
     places = first + tl.arange(0, ROWS)
     there = places < end
@@ -92,17 +95,34 @@ def _gate_up_kernel(
     tl.store(target, value, there[:, None] & kept[None, :])
 
 
+@Kernel
 @triton.jit
-def _down_kernel(
-    activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+def _gate_up_kernel(
+    hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    TAIL: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows in sorted order to results in the order of pairs."""
+    """SwiGLU of gathered rows; results stand in sorted order."""
     start_next(PDL)
     wait_for_previous(PDL)
     expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
     if expert >= num_experts:
         return
+    if TAIL < ROWS and end - first <= TAIL:
+        _gate_up_tile(
+            hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K, TAIL, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+    else:
+        _gate_up_tile(
+            hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K, ROWS, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    activated, order, down, results, expert, first, end, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     places = first + tl.arange(0, ROWS)
     there = places < end
     pair = tl.load(order + places, there, other=0).to(tl.int64)
@@ -124,6 +144,29 @@ def _down_kernel(
     tl.store(target, acc.to(results.dtype.element_ty), there[:, None] & kept[None, :])
 
 
+@Kernel
+@triton.jit
+def _down_kernel(
+    activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows in sorted order to results in the order of pairs."""
+    start_next(PDL)
+    wait_for_previous(PDL)
+    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
+    if expert >= num_experts:
+        return
+    if TAIL < ROWS and end - first <= TAIL:
+        _down_tile(
+            activated, order, down, results, expert, first, end, width, intermediate, TAIL, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+    else:
+        _down_tile(
+            activated, order, down, results, expert, first, end, width, intermediate, ROWS, COLUMNS, DEPTH, EVEN
+        )  # fmt: skip
+
+
+@Kernel
 @triton.jit
 def _combine_kernel(
     results, ids, weights, out, num_experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
@@ -146,9 +189,11 @@ def _combine_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile sizes of a product, rows x columns x depth, with the warps and pipeline stages of a program."""
+    """Tile sizes of a product, rows x columns x depth, with the warps and pipeline stages of a program. An expert's last
+    tile has `tail` rows if they are enough."""
 
     rows: int
+    tail: int
     columns: int
     depth: int
     num_warps: int
@@ -157,12 +202,13 @@ class Tiling:
 
 # By the mean number of tokens per expert, up to which they hold: tiles for gate_up and for down.
 TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
-    (8, Tiling(16, 64, 128, 4, 4), Tiling(16, 128, 128, 4, 4)),
-    (24, Tiling(32, 64, 128, 4, 3), Tiling(32, 128, 128, 4, 3)),
-    (96, Tiling(64, 64, 64, 4, 3), Tiling(64, 128, 64, 4, 3)),
-    (float("inf"), Tiling(128, 128, 64, 8, 4), Tiling(128, 256, 64, 8, 4)),
+    (8, Tiling(16, 16, 64, 128, 4, 4), Tiling(16, 16, 128, 128, 4, 4)),
+    (24, Tiling(32, 32, 64, 128, 4, 3), Tiling(32, 32, 128, 128, 4, 3)),
+    (96, Tiling(64, 64, 64, 64, 4, 3), Tiling(64, 64, 128, 64, 4, 3)),
+    (float("inf"), Tiling(128, 32, 128, 64, 8, 4), Tiling(128, 32, 256, 64, 8, 4)),
 )
-FLOAT32_TILING = Tiling(16, 32, 32, 4, 2)
+MAX_SORTED_AT_ONCE = 16384
+FLOAT32_TILING = Tiling(32, 16, 32, 32, 4, 2)
 
 
 def tilings_for(num_pairs: int, num_experts: int, dtype: torch.dtype) -> tuple[Tiling, Tiling]:
@@ -191,8 +237,12 @@ def experts_triton(
     up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_local, hidden.dtype)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
-    scan = min(4096, max(128, power_of_2_from(num_pairs)))
-    _sort_kernel[(num_local,)](ids, order, ends, num_pairs, SCAN=scan, num_warps=4 if scan < 1024 else 8, **options)
+    lanes = max(128, power_of_2_from(num_pairs))
+    once = lanes <= MAX_SORTED_AT_ONCE
+    _sort_kernel[(num_local,)](
+        ids, order, ends, num_pairs, SCAN=lanes if once else 4096, ONCE=once,
+        num_warps=4 if lanes < 1024 else 8, **options,
+    )  # fmt: skip
     experts = power_of_2_from(num_local)
     _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
         hidden, order, ends, gate_up, activated, *sizes, TOP_K=top_k, EXPERTS=experts,
@@ -218,6 +268,7 @@ def _num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:
 def _launch(tiling: Tiling) -> dict[str, int]:
     return {
         "ROWS": tiling.rows,
+        "TAIL": tiling.tail,
         "COLUMNS": tiling.columns,
         "DEPTH": tiling.depth,
         "num_warps": tiling.num_warps,

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import launch_options, power_of_2_from, start_next, wait_for_previous
+from ..triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
 
 
+@Kernel
 @triton.jit
 def _choose_kernel(
     logits, ids, weights, record, num_experts, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,

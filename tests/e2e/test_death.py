@@ -67,17 +67,32 @@ def ranks_of(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
     }
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "output processor"])
-def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "dp_size"), [("rank 0", 1), ("rank 1", 1), ("output processor", 1), ("rank 0", 2), ("rank 1", 2)]
+)
+def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str, dp_size: int) -> None:
+    """Two ranks, tensor-parallel or data-parallel; also a rank that only waits for the others' requests."""
     before = shared_memory()
     # A server that other tests share, say.
     others = set(children_of(os.getpid()))
-    engine = Engine(checkpoint, tp_size=2, enable_return_routed_experts=True, kv_cache_tokens=8192)
+    engine = Engine(
+        checkpoint,
+        tp_size=2 // dp_size,
+        dp_size=dp_size,
+        enable_return_routed_experts=True,
+        kv_cache_tokens=8192,
+    )
     run_dir = engine.run_dir
     try:
         processes = [p for p in set(children_of(os.getpid())) - others if "waybill" in " ".join(p.cmdline())]
         streams = [
-            engine.generate(input_ids=[i + 1] * 20, sampling_params=ENDLESS, stream=True, return_routed_experts=True)
+            engine.generate(
+                input_ids=[i + 1] * 20,
+                sampling_params=ENDLESS,
+                stream=True,
+                return_routed_experts=True,
+                routed_dp_rank=0,
+            )
             for i in range(3)
         ]
         for stream in streams:

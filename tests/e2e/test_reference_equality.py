@@ -1,15 +1,17 @@
 """Greedy tokens, log-probabilities and routes of the engine against `transformers`, in float32.
 
 Equality under the near-tie rule (`engine/routing/reference.py`), for prompts of 1 to 1,500 tokens. `make test`
-runs a pairwise covering of the settings, `make test-matrix` all of them.
+runs a pairwise covering of the settings, `make test-matrix` all of them. With several dp ranks the prompts are fewer, and
+not spread evenly: one rank has most of them, and where the pool is tight it is tight for that rank alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,13 @@ class Setting:
     cache: bool
     retract: bool
     depth: int
+    dp: int = 1
+    dispatcher: str = "all_gather"
 
     def __str__(self) -> str:
         return "-".join(
             (
+                *([f"dp{self.dp}", self.dispatcher] if self.dp > 1 else []),
                 f"tp{self.tp}",
                 self.split,
                 f"chunk{self.chunk}" if self.chunk > 0 else "unchunked",
@@ -59,6 +64,13 @@ class Setting:
 
 AXES: tuple[tuple[Any, ...], ...] = ((1, 2), ("ep", "tp"), (1, 7, 64, -1), (True, False), (False, True), (0, 1))
 ALL_SETTINGS = [Setting(*values) for values in itertools.product(*AXES)]
+DP_SETTINGS = [
+    replace(setting, dp=2, dispatcher=dispatcher)
+    for setting in ALL_SETTINGS
+    for dispatcher in ("all_gather", "all_to_all")
+    # All-to-all sends tokens to whole experts.
+    if dispatcher == "all_gather" or setting.split == "ep"
+]
 
 
 def pairwise(settings: list[Setting]) -> list[Setting]:
@@ -78,6 +90,8 @@ def pairwise(settings: list[Setting]) -> list[Setting]:
 
 
 PAIRWISE = pairwise(ALL_SETTINGS)
+# One token a step takes long: left to the matrix.
+DP_PAIRWISE = pairwise([setting for setting in DP_SETTINGS if setting.chunk != 1])
 
 
 def make_prompts() -> list[list[int]]:
@@ -99,14 +113,17 @@ def reference() -> Reference:
 
 
 def settings_to_run() -> Iterator[Any]:
-    for setting in ALL_SETTINGS:
-        marks = [] if setting in PAIRWISE else [pytest.mark.matrix]
+    for setting in ALL_SETTINGS + DP_SETTINGS:
+        marks = [] if setting in PAIRWISE + DP_PAIRWISE else [pytest.mark.matrix]
         yield pytest.param(setting, id=str(setting), marks=marks)
 
 
 @pytest.mark.parametrize("setting", list(settings_to_run()))
 def test_equals_transformers(setting: Setting, reference: Reference) -> None:
-    check_equality(setting, reference, "cpu")
+    if setting.dp > 1:
+        check_dp_equality(setting, reference)
+    else:
+        check_equality(setting, reference, "cpu")
 
 
 ON_GPU = [
@@ -166,6 +183,74 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
         )
     if setting.cache:
         assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 0
+    print(f"{setting}: {agreement}")
+
+
+# With several dp ranks: how many of the prompts go to the last one, and what forces it, and it alone, to retract.
+NUM_ON_ONE_RANK = 14
+NUM_DP_LONG_ANSWERS = 6
+DP_LONG_ANSWER_TOKENS = 120
+DP_TIGHT_POOL_TOKENS = 520
+
+
+def check_dp_equality(setting: Setting, reference: Reference) -> None:
+    # The shortest come first and, where retraction is wanted, answer at length.
+    prompts = sorted(make_prompts()[1::4], key=len)
+    num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
+    if setting.retract:
+        num_new_tokens[:NUM_DP_LONG_ANSWERS] = [DP_LONG_ANSWER_TOKENS] * NUM_DP_LONG_ANSWERS
+    ranks = [int(index < NUM_ON_ONE_RANK) for index in range(len(prompts))]
+    with Engine(
+        str(CHECKPOINT),
+        tp_size=setting.tp,
+        dp_size=setting.dp,
+        moe_split=setting.split,
+        moe_dispatcher=setting.dispatcher,
+        device="cpu",
+        dtype="float32",
+        chunked_prefill_size=setting.chunk,
+        enable_prefix_cache=setting.cache,
+        page_size=4 if setting.retract else 1,
+        kv_cache_tokens=DP_TIGHT_POOL_TOKENS if setting.retract else 16 * 1600,
+        context_length=1600,
+        max_running_requests=16,
+        overlap_depth=setting.depth,
+        enable_return_routed_experts=True,
+    ) as engine:
+
+        async def ask_all() -> list[dict[str, Any]]:
+            return await asyncio.gather(
+                *(
+                    engine.async_generate(
+                        input_ids=prompt,
+                        sampling_params={"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True},
+                        routed_dp_rank=rank,
+                        return_logprob=True,
+                        return_routed_experts=True,
+                    )
+                    for prompt, num_tokens, rank in zip(prompts, num_new_tokens, ranks, strict=True)
+                )
+            )
+
+        answers = asyncio.run(ask_all())
+        again = engine.generate(
+            input_ids=prompts[0], sampling_params={"temperature": 0.0, "max_new_tokens": 2}, routed_dp_rank=0
+        )
+        state = engine.get_server_info()
+    assert [rank["num_retractions"] > 0 for rank in state["dp_ranks"]] == [False, setting.retract]
+    assert again["output_ids"] == answers[0]["output_ids"][: len(again["output_ids"])], (
+        "the other rank answers otherwise"
+    )
+    agreement = Agreement()
+    for prompt, num_tokens, rank, answer in zip(prompts, num_new_tokens, ranks, answers, strict=True):
+        meta = answer["meta_info"]
+        assert meta["dp_rank"] == rank
+        assert len(answer["output_ids"]) == num_tokens
+        logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
+        tolerance = LONG_ANSWER_TOLERANCE if num_tokens > MAX_NEW_TOKENS else LOGPROB_TOLERANCE
+        agreement += reference.check_generation(
+            prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance
+        )
     print(f"{setting}: {agreement}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -18,9 +19,9 @@ READY = "waybill is ready: "
 class ServerProcess:
     """`./torchrun.sh serve` on a free port; `url` once it is ready."""
 
-    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *options: str, environment: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [str(ROOT / "torchrun.sh"), "serve", "--port", "0", *options],
+            [*prefix, str(ROOT / "torchrun.sh"), "serve", "--port", "0", *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -49,8 +49,9 @@ class _Seat:
         self._waiting = [batch]
 
     def keep_logits(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        """Hook of the projection inside a router that does not return its logits."""
-        self._logits = output
+        """Hook of the projection inside a router that does not return its logits; AutoEP calls it once more afterwards."""
+        if self._waiting:
+            self._logits = output
 
     def route(self, router: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Hook of the router: its choice replaced where the batch has a row."""

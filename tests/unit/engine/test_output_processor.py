@@ -219,3 +219,34 @@ def test_without_routing_nothing_is_allocated_and_outputs_flow() -> None:
     finish_at_once(engine, "a", (0, 1), return_routed_experts=False)
     assert engine.mailbox.outputs[0].token_ids == [5]
     assert not engine.processor._ledgers
+
+
+def test_the_output_processor_of_a_node_serves_its_own_dp_ranks() -> None:
+    """Those are 2 and 3; the rows of 3 stand behind those of 2, and wait until 2 has said that they are there."""
+    mailbox = Mailbox()
+    shipper = Shipper(mailbox, None, ClaimStore(1000, 10.0, lambda: 0.0))
+    processor = OutputProcessor(shipper, 2, first_dp_rank=2)
+    ring = RouteRing.create(GEOMETRY, 4)
+    shape = RingGeometry(4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts)
+    for dp_rank, path in ((2, ring.path), (3, None)):
+        processor.handle(RoutingSetup(dp_rank, 16, 1, shape, path))
+    seq = ring.acquire(1.0)
+    ring.slot(seq, 4)[:] = np.arange(4)[None, :, None] * 2 + [0, 1]
+    for dp_rank in (3, 2):
+        rid = f"of {dp_rank}"
+        step = StepRecord(
+            dp_rank,
+            0,
+            seq,
+            (dp_rank - 2) * 2,
+            "v1",
+            before=[started(rid, 2), ReqAdmitted(rid, b"")],
+            segments=[Segment(rid, 0, 2, int32(0, 1))],
+            outputs=[TokenOutput(rid, [5])],
+            after=[ReqFinished(rid, LENGTH)],
+        )
+        processor.handle(step)
+        assert ring.num_filed == int(dp_rank == 2)
+    while not shipper._orders.empty():
+        shipper.ship(shipper._orders.get())
+    assert {rid: rows[:, 0, 0].tolist() for rid, rows in mailbox.rows.items()} == {"of 2": [0, 2], "of 3": [4, 6]}

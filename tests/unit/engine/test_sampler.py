@@ -116,3 +116,31 @@ def test_an_unfiltered_row_does_not_notice_a_filtered_neighbour(seed: int, place
     rows = [row(top_p=0.9, sampling_seed=1), row(top_k=5, sampling_seed=2), row(min_p=0.1, sampling_seed=3)]
     rows.insert(place, row(sampling_seed=seed))
     assert sample(logits.repeat(4, 1), rows).token_ids[place].item() == alone
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_samples_as_on_a_cpu_and_never_waits() -> None:
+    """Every way of the sampler at once; torch raises where an operation waits for the device."""
+    logits = torch.randn(5, 4096, generator=torch.Generator().manual_seed(0))
+    ways = [
+        {"temperature": 0.0},
+        {"sampling_seed": 1},
+        {"top_p": 0.9, "top_k": 50, "min_p": 0.01, "sampling_seed": 2},
+        {"temperature": 0.0, "logit_bias": {7: 50.0}, "frequency_penalty": 1.0, "repetition_penalty": 1.5},
+        {"temperature": 0.0, "min_new_tokens": 3},
+    ]
+    results = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        rows = [SamplingRow(SamplingParams(**way), (5, 6), 2, return_logprob=True) for way in ways]
+        for one in rows:
+            start_counts(one, np.array([1, 2, 2, 7], dtype="<i4"), 1, 4096, device)
+        on_device = logits.to(device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results.append(sample(on_device, rows))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected, found = results
+    assert torch.equal(found.token_ids.cpu(), expected.token_ids)
+    assert found.logprobs is not None and expected.logprobs is not None
+    torch.testing.assert_close(found.logprobs.cpu(), expected.logprobs)

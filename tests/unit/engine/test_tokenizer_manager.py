@@ -36,7 +36,7 @@ def test_all_samples_of_a_request_that_nobody_reads_are_aborted_and_no_other(tmp
             None,
             leaders=[f"ipc://{tmp_path}/leader"],
             frontend=f"ipc://{tmp_path}/frontend",
-            queries=f"ipc://{tmp_path}/queries",
+            queries=[f"ipc://{tmp_path}/queries"],
         )
         unread: asyncio.Queue[object] = asyncio.Queue()
         manager._events = {"a": unread, "ab": unread, "other": asyncio.Queue()}  # type: ignore[dict-item]

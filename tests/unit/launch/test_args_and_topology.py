@@ -6,7 +6,7 @@ import pytest
 
 from waybill.engine.config import EngineConfig
 from waybill.launch.args import parse_worker_args
-from waybill.launch.topology import make_addresses, place_of
+from waybill.launch.topology import Layout, one_node_addresses
 
 
 def test_the_main_job_has_defaults_for_everything() -> None:
@@ -57,24 +57,24 @@ def test_configurations_are_checked_once(fields: dict[str, object], words: str) 
 
 
 def test_tp_ranks_of_a_replica_are_neighbours() -> None:
-    places = [place_of(rank, 2) for rank in range(4)]
+    places = [Layout(2, 2).place_of(rank) for rank in range(4)]
     assert [(p.dp_rank, p.tp_rank) for p in places] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [p.is_leader for p in places] == [True, False, True, False]
 
 
 def test_every_socket_has_its_own_address_in_the_runs_folder() -> None:
-    addresses = make_addresses("/tmp/run", 2, 2)
+    addresses = one_node_addresses("/tmp/run", Layout(2, 2))
     everything = [
         addresses.frontend,
-        addresses.records,
-        addresses.queries,
+        *addresses.records,
+        *addresses.queries,
         *addresses.leaders,
         *[peer for peers in addresses.peers for peer in peers],
     ]
     assert len(set(everything)) == len(everything) == 7
-    assert all(address.startswith("ipc:///tmp/run/") for address in everything)
+    assert all(endpoint.address.startswith("ipc:///tmp/run/") for endpoint in everything)
 
 
 def test_a_folder_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(ValueError, match="set TMPDIR to a shorter path"):
-        make_addresses("/tmp/" + "x" * 100, 1, 1)
+        one_node_addresses("/tmp/" + "x" * 100, Layout(1, 1))

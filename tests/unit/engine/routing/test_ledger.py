@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -64,6 +66,22 @@ def test_a_slice_outlives_the_reuse_of_its_slots() -> None:
     run_request(ledger, "b", (0, 1), 20)
     assert taken.rows.tobytes() == rows_of(0, 2).transpose(1, 0, 2).tobytes()
     expect(ledger, "b", 0, 3, rows_of(20, 2))
+
+
+def test_a_slice_is_copied_once() -> None:
+    geometry, num_rows = RouteGeometry(tuple(range(32)), 32, 64, 8, 128), 4000
+    ledger = RouteLedger(num_rows, 1, geometry)
+    ledger.start("a", keep=True)
+    ledger.admit("a", b"")
+    segment = Segment("a", 0, num_rows, pages(*range(num_rows)))
+    ledger.allocate(segment)
+    ledger.file(segment, np.ones((32, num_rows, 8), dtype=np.uint8), "v")
+    tracemalloc.start()
+    rows = ledger.get_topk("a", 0, num_rows + 1).rows
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not np.shares_memory(rows, ledger._rows)
+    assert peak < 1.5 * rows.nbytes
 
 
 def test_rows_of_a_reused_slot_are_missing_until_written() -> None:
@@ -232,3 +250,61 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+@st.composite
+def step_of(draw: st.DrawFn) -> list[tuple[str, int, bool]]:
+    """Requests of a step: who, how many rows, whether it overran."""
+    rids = draw(st.lists(st.sampled_from("abcd"), min_size=1, unique=True))
+    return [(rid, draw(st.sampled_from((1, 1, 2, 5))), draw(st.booleans())) for rid in rids]
+
+
+@given(
+    st.lists(step_of(), max_size=6), st.integers(1, 4), st.sampled_from([(1, 1), (2, 2), (3, 8), (2, 5)]), st.booleans()
+)
+def test_filing_a_step_at_once_equals_filing_its_segments(
+    steps: list[list[tuple[str, int, bool]]], page_size: int, shape: tuple[int, int], wide: bool
+) -> None:
+    """`file_step` against `allocate` and `file` one by one: every page's rows and versions, whatever is discarded."""
+    num_layers, top_k = shape
+    geometry = RouteGeometry(tuple(range(num_layers)), num_layers, 64, top_k, 512 if wide else 128)
+    num_pages, rng = 200, np.random.default_rng(0)
+    fast, slow = (RouteLedger(num_pages, page_size, geometry) for _ in range(2))
+    free, filed = iter(rng.permutation(num_pages)), dict.fromkeys("abcd", 0)
+    for ledger in (fast, slow):
+        for rid in filed:
+            ledger.start(rid, keep=True)
+            ledger.admit(rid, b"")
+    for number, step in enumerate(steps):
+        segments = []
+        for rid, num_tokens, is_discarded in step:
+            start = filed[rid]
+            missing = -(-(start + num_tokens) // page_size) - -(-start // page_size)
+            new_pages = pages(*(next(free) for _ in range(missing)))
+            # Who overran is gone: its rid is nobody's by then.
+            rid, is_discarded = (f"gone {rid}", True) if is_discarded else (rid, False)
+            segments.append(Segment(rid, start, num_tokens, new_pages, is_discarded))
+            filed.update({} if is_discarded else {rid: start + num_tokens})
+        num_rows = sum(segment.num_tokens for segment in segments)
+        slot = rng.integers(0, geometry.num_experts, (num_layers, num_rows + 3, top_k)).astype(geometry.dtype)
+        rows, version, first = slot[:, 2 : 2 + num_rows], f"v{number // 2}", 0
+        num_filed = fast.file_step(segments, rows, version)
+        for segment in segments:
+            slow.allocate(segment)
+            if not segment.discarded:
+                slow.file(segment, rows[:, first : first + segment.num_tokens], version)
+                num_filed -= segment.num_tokens
+            first += segment.num_tokens
+        assert num_filed == 0
+    for rid, seqlen in filed.items():
+        ours, twins = (ledger.get_topk(rid, 0, seqlen + 1) for ledger in (fast, slow))
+        assert ours.rows.dtype == twins.rows.dtype and np.array_equal(ours.rows, twins.rows)
+        assert ours.weight_versions == twins.weight_versions and len(ours.rows) == seqlen
+
+
+def test_a_short_slice_of_a_snapshot_does_not_keep_it_alive() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "a", (0, 1, 2, 3), 0)
+    ledger.retract("a")
+    rows = ledger.get_topk("a", 2, 4).rows
+    assert rows.base is None and np.array_equal(rows, rows_of(2, 1).transpose(1, 0, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -203,6 +205,18 @@ def test_router_logits_and_auxiliary_loss_are_the_router_s_own(family: str) -> N
     assert torch.equal(native.router_logits[0], other.router_logits[0])
     for layer in moe_layers(model):
         assert layer.mlp.gate.weight.grad.abs().sum() > 0
+
+
+def test_a_trainer_needs_no_engine() -> None:
+    script = (
+        "import sys, waybill.engine.routing.replay;"
+        "names = [name for name in sys.modules if name.startswith('waybill.') or name in ('deepspeed', 'zmq', 'fastapi')];"
+        "print(*sorted(names))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    replay = {f"waybill.engine.routing.replay{part}" for part in ("", ".batch", ".context", ".layers", ".routers")}
+    others = {f"waybill.engine{part}" for part in ("", ".io_struct", ".routing", ".routing.ring", ".routing.wire")}
+    assert set(done.stdout.split()) == replay | others
 
 
 @pytest.mark.gpu

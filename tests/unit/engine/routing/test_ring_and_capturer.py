@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
+from waybill.engine.routing.late_gather import LateRouteGather
 from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.parallel.mesh import Axis
 
 GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=4, top_k=2, num_experts=16)
 
@@ -79,3 +81,36 @@ def test_a_layer_that_bypasses_the_recorder_fails_the_step(recorded: list[int]) 
         capturer.slot(layer).zero_()
     with pytest.raises(RuntimeError, match="recorded nothing, or some twice"):
         capturer.finish()
+
+
+def test_ids_gathered_late_reach_the_slot() -> None:
+    ring = RouteRing.create(GEOMETRY, 2)
+    cpu = torch.device("cpu")
+    recorder = LateRouteGather(Axis.single(), GEOMETRY, 4, RoutedExpertsCapturer(ring, cpu), cpu)
+    ids = torch.arange(12).view(2, 3, 2)
+    for _ in range(2):
+        seq = recorder.begin(3)
+        for layer in (1, 0):
+            recorder.slot(layer).copy_(ids[layer])
+        recorder.finish()
+        recorder.publish(seq)
+        assert ring.rows(seq, 0, 3).tolist() == ids.tolist()
+        ids = ids.flip(0)
+
+
+@pytest.mark.parametrize("recorded", [[0], [], [0, 0, 1]])
+@pytest.mark.parametrize("records", [True, False])
+def test_a_layer_that_bypasses_the_late_gather_fails_the_step(recorded: list[int], records: bool) -> None:
+    """On every rank: what a layer left there a step ago must not pass for this step's routes."""
+    cpu = torch.device("cpu")
+    capturer = RoutedExpertsCapturer(RouteRing.create(GEOMETRY, 2), cpu) if records else None
+    recorder = LateRouteGather(Axis.single(), GEOMETRY, 4, capturer, cpu)
+    recorder.begin(1)
+    for layer in (0, 1):
+        recorder.slot(layer).zero_()
+    recorder.finish()
+    recorder.begin(1)
+    for layer in recorded:
+        recorder.slot(layer).zero_()
+    with pytest.raises(RuntimeError, match="recorded nothing, or some twice"):
+        recorder.finish()

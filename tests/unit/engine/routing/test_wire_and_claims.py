@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from waybill.engine.routing.claims import ClaimError, ClaimStore
+from waybill.engine.routing.claims import ClaimError, ClaimStore, claim_prefix, processor_of
 from waybill.engine.routing.ring import RouteGeometry
 from waybill.engine.routing.wire import (
     RoutedExperts,
@@ -112,3 +112,14 @@ def test_the_byte_budget_drops_the_oldest_and_refuses_what_never_fits() -> None:
     with pytest.raises(ClaimError, match="exceed claim_budget_bytes=45"):
         store.put(make(np.zeros((12, 2, 2), dtype=np.uint8)))
     assert store.get(second) and store.get(third), "what never fits drops nobody"
+
+
+def test_a_claim_names_the_output_processor_that_made_it() -> None:
+    for processor in range(12):
+        store = ClaimStore(1000, 10.0, Clock(), claim_prefix(processor, 12))
+        claim = store.put(make())
+        assert processor_of(claim, 12) == processor and store.get(claim)
+    assert claim_prefix(0, 1) == "" and processor_of("anything", 1) == 0
+    for unknown in ("", "12.ab", "x.ab", "-1.ab", "01.ab", "0" * 32):
+        with pytest.raises(ClaimError, match="names none of 12 output processors"):
+            processor_of(unknown, 12)

@@ -1,0 +1,41 @@
+"""Keeps the benchmark's own process, which is the engine's caller and frontend, out of the ranks' way.
+
+A caller on another machine takes nothing from the ranks; on this one it would take its share of their cores, and on the
+few cores of a small machine that, not the engine, would be measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from waybill.engine.lifeline import watch_parent
+from waybill.engine.priority import AUTOGROUP, set_autogroup_nice
+
+MARK = "WAYBILL_BENCH_OWN_SESSION"
+
+
+def run_in_own_session() -> int | None:
+    """Run this script again, in a session of its own, and return its exit status; None in that run itself.
+
+    Linux may share cores among sessions (see `engine/priority.py`), and the caller's terminal is nobody's to slow down.
+    """
+    if MARK in os.environ:
+        watch_parent()
+        return None
+    child = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {MARK: "1"}, start_new_session=True)
+    try:
+        return child.wait()
+    finally:
+        child.terminate()
+
+
+def lower_priority(nice: int) -> None:
+    """Of this process: of all threads that it has, from which later ones inherit."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(task.name), nice)
+    set_autogroup_nice(AUTOGROUP, nice)

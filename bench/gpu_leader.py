@@ -1,0 +1,190 @@
+"""The real leader in this process, over a model of random weights on the device; the benchmark drives it step by step."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from gpu_plan import CONTEXT, GREEDY, NUM_STEPS, NUM_WARM_UPS, Plan
+from output_side import Surroundings
+from transformers import Qwen3MoeConfig
+
+from waybill.engine.config import EngineConfig
+from waybill.engine.io_struct import OutputBatch, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.kv_cache.kv_store import KVStore
+from waybill.engine.model_runner import ModelRunner
+from waybill.engine.models.qwen3_moe import ModelContext, Qwen3MoeForCausalLM, parse_config
+from waybill.engine.replica import Rank, make_scheduler
+from waybill.engine.routing.capturer import RoutedExpertsCapturer
+from waybill.engine.routing.ring import RouteRing
+from waybill.engine.schedule_policy import StepLimits
+from waybill.launch.args import EMBEDDED_MODEL
+from waybill.parallel.mesh import ParallelMesh
+from waybill.parallel.moe.dispatch import SyncClock
+
+
+class Bench:
+    """A model of random weights on the device, and leaders over it."""
+
+    def __init__(self, plan: Plan, folder: str) -> None:
+        self.plan = plan
+        self.device = torch.device(plan.device)
+        hf_config = Qwen3MoeConfig(
+            **plan.shape, norm_topk_prob=True, tie_word_embeddings=False, eos_token_id=None, dtype="bfloat16"
+        )
+        self.model_config = parse_config(hf_config, folder, "auto")
+        context = ModelContext(self.model_config, ParallelMesh.single(self.device))
+        self.model = Qwen3MoeForCausalLM(context, 16384).eval()
+        for parameter in self.model.parameters():
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.data.fill_(1)
+        self.config = EngineConfig(
+            model_path=str(EMBEDDED_MODEL),
+            device=plan.device,
+            kv_cache_tokens=max(max(plan.batches) * (CONTEXT + 128), 2 * max(plan.prefills)),
+            context_length=16384,
+            max_running_requests=max(plan.batches),
+            chunked_prefill_size=max(plan.prefills),
+            enable_prefix_cache=False,
+            enable_return_routed_experts=True,
+        )
+        self.limits = StepLimits.resolve(self.config.chunked_prefill_size, 16384, max(plan.batches))
+        self.num_pages = self.config.kv_cache_tokens or 0
+        specs = self.model.kv_specs()
+        self.kv_store = KVStore(self.model_config.num_layers, self.num_pages, 1, specs, self.device)
+
+    @contextmanager
+    def spread_routes(self) -> Iterator[None]:
+        """Tokens choose their experts independently, as after balanced training: what attention adds to all tokens of a
+        prompt alike is small beside what each token is. The factors are powers of two, so that nothing is lost."""
+        outputs = [layer.self_attn.o_proj.weight.data for layer in self.model.decoder_layers()]
+        factors = [(self.model.embed_tokens.weight.data, 64.0), *((weight, 1 / 16) for weight in outputs)]
+        for weight, factor in factors:
+            weight.mul_(factor)
+        yield
+        for weight, factor in factors:
+            weight.div_(factor)
+
+    def make_runner(self, ring: RouteRing | None) -> ModelRunner:
+        return ModelRunner(
+            ParallelMesh.single(self.device),
+            self.model,
+            self.kv_store,
+            page_size=1,
+            max_running=self.limits.max_running,
+            max_tokens=self.limits.max_tokens,
+            context_length=16384,
+            attention_backend="auto",
+            capturer=None if ring is None else RoutedExpertsCapturer(ring, self.device),
+        )
+
+    @contextmanager
+    def leader(self, *, capture: bool) -> Iterator[Leader]:
+        ring = RouteRing.create(self.model_config.route_geometry(self.limits.max_tokens), 8) if capture else None
+        runner = self.make_runner(ring)
+        config = self.config if capture else msgspec.structs.replace(self.config, enable_return_routed_experts=False)
+        rank = Rank(
+            config,
+            ParallelMesh.single(self.device),
+            self.model_config,
+            self.limits,
+            self.num_pages,
+            runner,
+            None if ring is None else ring.geometry,
+            ring,
+            SyncClock(),
+            {},
+        )
+        with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
+            surroundings = Surroundings(folder, str(EMBEDDED_MODEL))
+            yield Leader(make_scheduler(rank, surroundings.endpoints), surroundings, self)
+            surroundings.close()
+
+
+class Leader:
+    """Drives a scheduler step by step."""
+
+    def __init__(self, scheduler: Any, surroundings: Surroundings, bench: Bench) -> None:
+        self.scheduler = scheduler
+        self._surroundings = surroundings
+        self._bench = bench
+        self._rng = np.random.default_rng(0)
+        self._num_sent = 0
+        self.prefill_tokens = bench.plan.prefills[0]
+
+    def send(
+        self, prompt_tokens: int, max_new_tokens: int, params: SamplingParams = GREEDY, *, routed: bool = True
+    ) -> None:
+        self._num_sent += 1
+        vocab_size = self._bench.model_config.vocab_size
+        params = msgspec.structs.replace(params, max_new_tokens=max_new_tokens, sampling_seed=self._num_sent)
+        self._surroundings.outbox.send(
+            TokenizedGenerateReqInput(
+                dispatch=self._num_sent,
+                rid=f"r{self._num_sent}",
+                input_ids=self._rng.integers(0, vocab_size, prompt_tokens).astype("<i4").tobytes(),
+                sampling_params=params,
+                return_routed_experts=routed,
+            )
+        )
+
+    def wait_for_requests(self, count: int) -> None:
+        while len(self.scheduler.queues) < count:
+            self.scheduler.receive()
+
+    def start_decoding(self, batch: int, params: SamplingParams = GREEDY) -> None:
+        """`batch` requests, past their prefills and the warm-up steps."""
+        for _ in range(batch):
+            self.send(CONTEXT, NUM_WARM_UPS + NUM_STEPS + 4, params, routed=False)
+        self.wait_for_requests(batch)
+        queues = self.scheduler.queues
+        while not all(req.is_decoding for req in queues.running) or queues.num_waiting:
+            self.scheduler.step()
+        for _ in range(NUM_WARM_UPS):
+            self.scheduler.step()
+
+    def decode_seconds(self, batch: int, params: SamplingParams = GREEDY) -> list[float]:
+        """Seconds of consecutive steps in which `batch` requests decode, host and device together."""
+        self.start_decoding(batch, params)
+        seconds = []
+        for _ in range(NUM_STEPS - 8):
+            began = time.perf_counter()
+            self.scheduler.step()
+            seconds.append(time.perf_counter() - began)
+        self.drain()
+        return seconds
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        """One prompt, from the step's plan to its first token on the host."""
+        self.send(num_tokens, 1, routed=False)
+        self.wait_for_requests(1)
+        began = time.perf_counter()
+        self.drain()
+        return time.perf_counter() - began
+
+    def routes_of(
+        self, prompt_tokens: int, max_new_tokens: int, count: int, params: SamplingParams = GREEDY
+    ) -> list[np.ndarray]:
+        """Rows of requests that run together."""
+        for _ in range(count):
+            self.send(prompt_tokens, max_new_tokens, params)
+        self.wait_for_requests(count)
+        self.drain()
+        found: list[np.ndarray] = []
+        while len(found) < count:
+            message, frames = self._surroundings.answers.receive()
+            if isinstance(message, OutputBatch):
+                for output, frame in zip((o for o in message.outputs if o.routed_experts), frames, strict=True):
+                    meta = output.routed_experts
+                    assert meta is not None
+                    found.append(np.frombuffer(frame, np.uint8).reshape(meta.rows, meta.num_layers, meta.top_k))
+        return found
+
+    def drain(self) -> None:
+        while not self.scheduler.is_idle:
+            self.scheduler.step()

@@ -1,0 +1,80 @@
+"""What the device does at best, and what a workload must at least do: together the limit that a speed is a share of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_plan import CONTEXT, MILLI, NUM_STEPS, NUM_WARM_UPS, Plan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device does at best in this run."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def device_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Median seconds of `run` on the device."""
+    seconds = []
+    for _ in range(repeats):
+        if device == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            run()
+            ended.record()
+            ended.synchronize()
+            seconds.append(began.elapsed_time(ended) / MILLI)
+        else:
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure_limits(plan: Plan) -> Limits:
+    num_bytes, side = (4 << 30, 8192) if plan.device == "cuda" else (64 << 20, 512)
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=plan.device)
+    target = torch.empty_like(source)
+    copy_s = device_seconds(lambda: target.copy_(source), plan.device, 9)
+    left, right = (torch.randn(side, side, device=plan.device).bfloat16() for _ in range(2))
+    product_s = device_seconds(lambda: left @ right, plan.device, 15)
+    return Limits(2 * num_bytes / copy_s, 2 * side**3 / product_s)
+
+
+def touched_experts(routes: np.ndarray) -> float:
+    """Experts that a layer of one step reads, on average: routes [steps, tokens, layers, K]."""
+    return statistics.mean(len(np.unique(step[:, layer])) for step in routes for layer in range(routes.shape[2]))
+
+
+def decode_bytes(shape: dict[str, Any], experts: float, batch: int) -> float:
+    """Bytes that a decode step must read: dense weights, `experts` a layer, keys and values."""
+    kv_width = 2 * shape["num_key_value_heads"] * shape["head_dim"]
+    kv = shape["num_hidden_layers"] * kv_width * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
+    return layer_bytes(shape, experts) + 2 * (shape["vocab_size"] * shape["hidden_size"] + kv)
+
+
+def layer_bytes(shape: dict[str, Any], experts: float) -> float:
+    """Bytes of all layers' weights, `experts` of them in each."""
+    expert = 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
+    return 2 * shape["num_hidden_layers"] * (dense_weights(shape) + experts * expert)
+
+
+def dense_weights(shape: dict[str, Any]) -> int:
+    """Weights of a layer that every token meets: attention and router."""
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    return shape["hidden_size"] * (2 * (heads + kv_heads) * shape["head_dim"] + shape["num_experts"])
+
+
+def prefill_flops(shape: dict[str, Any], num_tokens: int) -> float:
+    experts = shape["num_experts_per_tok"] * 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
+    # Causal: half of the score matrix, two products.
+    scores = 2 * 2 * shape["num_attention_heads"] * shape["head_dim"] * num_tokens / 2
+    return num_tokens * shape["num_hidden_layers"] * (2 * (dense_weights(shape) + experts) + scores)

@@ -1,0 +1,46 @@
+"""Options of the loop."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="examples/grpo/run.sh",
+        description="GRPO on arithmetic dialogues: rollouts by the engine, routes replayed, new weights every step.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default=str(ROOT / "models" / "early"), help="checkpoint to start from")
+    parser.add_argument("--out", default=str(ROOT / "out" / "grpo"), help="folder for the log and the plot")
+    parser.add_argument("--steps", type=int, default=50, help="of the loop: rollouts, training, new weights")
+    parser.add_argument("--dialogues", type=int, default=8, help="different dialogues a step")
+    parser.add_argument("--samples", type=int, default=8, help="rollouts of each: one group")
+    parser.add_argument("--turns", type=int, default=3, help="of a dialogue")
+    parser.add_argument(
+        "--mini-steps", type=int, default=1, help="optimizer steps a batch; all but the first are off-policy"
+    )
+    parser.add_argument("--micro-batch", type=int, default=16, help="rollouts of a forward of one trainer rank")
+    parser.add_argument("--lr", type=float, default=2e-4, help="of AdamW, constant")
+    parser.add_argument("--clip", type=float, default=0.2, help="of the ratio of probabilities")
+    parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="stage of DeepSpeed's ZeRO")
+    parser.add_argument("--seed", type=int, default=0, help="of dialogues and sampling")
+    parser.add_argument("--engine-dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--no-replay", action="store_true", help="train on the trainer's own routes")
+    parser.add_argument(
+        "--in-flight",
+        action="store_true",
+        help="roll out the next batch while training, with weights that change under it (pause in_place)",
+    )
+    options = parser.parse_args()
+    for name in ("steps", "dialogues", "turns", "mini_steps", "micro_batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    if options.samples < 2:
+        parser.error(f"--samples {options.samples}: must be at least 2, a group is compared with itself")
+    if not (Path(options.model) / "config.json").is_file():
+        parser.error(f"--model {options.model}: must be a folder with a config.json")
+    return options

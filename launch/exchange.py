@@ -1,0 +1,128 @@
+"""How the processes of a run over several nodes find each other: every rank opens the sockets that are bound in its name
+and tells the others, through torch's rendezvous store, where they listen. Nobody chooses a port: the kernel does.
+
+Listening sockets are opened first and handed over afterwards, also to the processes that a rank starts; so whoever learns
+of an address can connect to it, and no two can want the same port.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from typing import Annotated, Any, Protocol
+
+import msgspec
+
+from ..engine.sockets import CurveKeys, Endpoint
+from .node_lifeline import NodeLifeline
+from .topology import Addresses, Layout, ipc_endpoint
+
+BACKLOG = 1024
+TOKEN_BYTES = 32
+SECRETS_KEY = "waybill/secrets"
+RUN_DIR_KEY = "waybill/run_dir/{node}"
+LISTENERS_KEY = "waybill/listeners/{rank}"
+LIFELINE_KEY = "waybill/lifeline"
+
+
+class Store(Protocol):
+    """torch's rendezvous store. `get` waits, within the store's time-out."""
+
+    # torch takes bytes, too, and does not say so.
+    def set(self, key: str, value: Any) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+
+class RunSecrets(msgspec.Struct, frozen=True):
+    """What the processes of one run know and nobody else: made by rank 0, gone with the run."""
+
+    keys: CurveKeys
+    # Said by who joins the lifeline between nodes.
+    token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+
+    @staticmethod
+    def make() -> RunSecrets:
+        return RunSecrets(CurveKeys.make(), secrets.token_bytes(TOKEN_BYTES))
+
+
+def share_secrets(store: Store, rank: int) -> RunSecrets:
+    """Those of the run, on every rank."""
+    if rank == 0:
+        store.set(SECRETS_KEY, msgspec.msgpack.encode(RunSecrets.make()))
+    return msgspec.msgpack.decode(store.get(SECRETS_KEY), type=RunSecrets)
+
+
+def share_run_dir(store: Store, node: int, run_dir: str | None) -> str:
+    """The folder of the run on this node: given by the node's first rank, None on the others."""
+    key = RUN_DIR_KEY.format(node=node)
+    if run_dir is not None:
+        store.set(key, run_dir.encode())
+    return store.get(key).decode()
+
+
+def share_lifeline(store: Store, lifeline: NodeLifeline, rank: int, node_address: str) -> None:
+    """Rank 0 listens for the others, and they hold on to it."""
+    if rank == 0:
+        listener = open_listener(node_address)
+        lifeline.serve(listener)
+        store.set(LIFELINE_KEY, msgspec.msgpack.encode((node_address, listener.getsockname()[1])))
+    else:
+        lifeline.join(*msgspec.msgpack.decode(store.get(LIFELINE_KEY), type=tuple[str, int]))
+
+
+def exchange_addresses(
+    store: Store, layout: Layout, rank: int, run_dir: str, node_address: str, keys: CurveKeys
+) -> Addresses:
+    """Open this rank's sockets and learn where the others' are. The returned endpoints of this rank hold its listeners."""
+    own = {
+        place.name: ipc_endpoint(run_dir, place.name) if place.is_local else listen(node_address, keys)
+        for place in layout.sockets()
+        if place.rank == rank
+    }
+    told = {name: endpoint.address for name, endpoint in own.items()}
+    store.set(LISTENERS_KEY.format(rank=rank), msgspec.msgpack.encode(told))
+    endpoints: dict[str, Endpoint] = {}
+    for other in range(layout.world_size):
+        heard = msgspec.msgpack.decode(store.get(LISTENERS_KEY.format(rank=other)), type=dict[str, str])
+        for name, address in heard.items():
+            endpoints[name] = Endpoint(address, keys if address.startswith("tcp://") else None)
+    return layout.addresses(run_dir, endpoints | own)
+
+
+def listen(node_address: str, keys: CurveKeys) -> Endpoint:
+    """A TCP endpoint of this node, on a free port, with a socket that listens."""
+    listener = open_listener(node_address)
+    port = listener.getsockname()[1]
+    host = f"[{node_address}]" if ":" in node_address else node_address
+    return Endpoint(f"tcp://{host}:{port}", keys, listener.detach())
+
+
+def open_listener(node_address: str, port: int = 0) -> socket.socket:
+    """A socket that listens on one address of this node, never on all.
+
+    Raises:
+        ValueError: the address is not one of this node's, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in node_address else socket.AF_INET
+    try:
+        return socket.create_server((node_address, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {node_address} port {port}: {error.strerror or error}") from error
+
+
+def node_address_towards(host: str, port: int) -> str:
+    """The address with which this node reaches another, or itself. Nothing is sent.
+
+    Raises:
+        ValueError: there is no way to it.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ValueError(
+            f"--rdzv-endpoint {host}:{port}: this node has no way to it: {error.strerror or error}"
+        ) from error

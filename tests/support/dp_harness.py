@@ -1,0 +1,389 @@
+"""Several leaders without a model: real schedulers, mailboxes, agreement and output processor, and every message between
+processes delayed as a test likes.
+
+Nothing runs by itself. `turn` lets one leader do its next thing, `deliver` lets messages of the frontend arrive at one
+leader, `file` lets records of one leader arrive at the output processor; in which order is the test's choice. A leader
+that has made its proposal waits until all have, as in a collective. Every forward "routes" row i of dp rank r in step k to
+the ids (r, k, i), so that a row that is shipped names the forward that it must come from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from waybill.engine.agreement import Agreement, Proposal
+from waybill.engine.config import EngineConfig
+from waybill.engine.io_struct import (
+    AbortReq,
+    ControlReply,
+    FinishReason,
+    FlushCacheReq,
+    FrontendMessage,
+    GetInternalStateReq,
+    OutputBatch,
+    RingGeometry,
+    RoutingSetup,
+    SamplingParams,
+    ShutdownReq,
+    StepRecord,
+    TokenizedGenerateReqInput,
+)
+from waybill.engine.leader_link import LeaderLink
+from waybill.engine.output_processor import OutputProcessor
+from waybill.engine.page_manager import PageManager
+from waybill.engine.replica import slot_rows
+from waybill.engine.routing.claims import ClaimStore
+from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.wire import decode
+from waybill.engine.schedule_batch import Req, ScheduleBatch
+from waybill.engine.schedule_policy import StepLimits
+from waybill.engine.scheduler import DpPlace, Endpoints, Scheduler
+from waybill.engine.shipper import Shipper
+from waybill.engine.stop_checker import StopChecker
+from waybill.parallel.mesh import Axis, ParallelMesh
+
+from .replica_harness import EOS, FakeInbox, FakeRunner, FakeSender, FakeStep
+
+NUM_LAYERS = 2
+# Ids of a row: dp rank, step, row of the rank.
+TOP_K = 3
+GEOMETRY_EXPERTS = 60_000
+MAX_TURNS = 20_000
+
+
+@dataclass
+class Wire:
+    """A frontend's line to one leader: what was sent and has not arrived."""
+
+    inbox: FakeInbox
+    on_the_way: deque[FrontendMessage] = field(default_factory=deque)
+
+    def send(self, message: FrontendMessage) -> None:
+        self.on_the_way.append(message)
+
+    def flush_and_close(self, timeout_s: float) -> None: ...
+
+    def arrive(self, count: int) -> None:
+        for _ in range(min(count, len(self.on_the_way))):
+            self.inbox.messages.append(self.on_the_way.popleft())
+
+
+class RoutingRunner(FakeRunner):
+    """Also remembers, by KV slot, which row of which forward routed its token; and by request, which did so first."""
+
+    def __init__(self, dp_rank: int, on_launch: Callable[[ScheduleBatch], None], *sizes: int) -> None:
+        super().__init__(*sizes)
+        self._dp_rank = dp_rank
+        self._on_launch = on_launch
+        self._reqs: dict[int, Req] = {}
+        self._routed: dict[int, tuple[int, int, int]] = {}
+        self._cached_until: dict[str, int] = {}
+        # By rid and position: the forward whose routing answers for it.
+        self.first_routed: dict[str, dict[int, tuple[int, int, int]]] = {}
+        self.forwards: list[tuple[int, int]] = []
+
+    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
+        super().start_req(row, req, stop_ids)
+        self._reqs[row] = req
+        self._cached_until[req.rid] = req.num_cached
+
+    def launch(self, batch: ScheduleBatch) -> FakeStep:
+        self.forwards.append((batch.step, batch.num_rows))
+        self._on_launch(batch)
+        step = super().launch(batch)
+        row = 0
+        for scheduled in batch.reqs:
+            rid = self._reqs[scheduled.row].rid
+            routed = self.first_routed.setdefault(rid, {})
+            for position in range(self._cached_until.pop(rid, 0)):
+                routed.setdefault(position, self._routed[self._slot(scheduled.row, position)])
+            for position in range(scheduled.start, scheduled.start + scheduled.num_tokens):
+                origin = (self._dp_rank, batch.step, row)
+                self._routed[self._slot(scheduled.row, position)] = origin
+                routed.setdefault(position, origin)
+                row += 1
+        return step
+
+
+@dataclass
+class Answer:
+    """What the frontend got for one request."""
+
+    dp_rank: int
+    prompt: list[int]
+    start: int
+    token_ids: list[int] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def routed(self) -> np.ndarray:
+        return np.concatenate(self.rows) if self.rows else np.zeros((0, NUM_LAYERS, TOP_K), np.uint16)
+
+
+class Frontend:
+    """Sends through a real `LeaderLink`, and takes what the output processor ships."""
+
+    def __init__(self, wires: list[Wire]) -> None:
+        self.link = LeaderLink(wires)
+        self.answers: dict[str, Answer] = {}
+
+    def submit(self, dp_rank: int, rid: str, prompt: list[int], start: int = 0, **params: object) -> None:
+        self.answers[rid] = Answer(dp_rank, prompt, start)
+        stream = bool(params.pop("stream_routes", False))
+        self.link.send(
+            dp_rank,
+            lambda number: TokenizedGenerateReqInput(
+                number,
+                rid,
+                np.array(prompt, dtype="<i4").tobytes(),
+                SamplingParams(**params),
+                return_routed_experts=True,
+                routed_experts_start_len=start,
+                stream=stream,
+                stream_routed_experts=stream,
+            ),
+        )
+
+    def abort(self, rid: str = "", *, abort_all: bool = False) -> None:
+        self.link.send_to_all(lambda number: AbortReq(number, rid, abort_all))
+
+    def flush(self, op_id: str) -> None:
+        self.link.send_to_all(lambda number: FlushCacheReq(number, op_id))
+
+    def ask(self, dp_rank: int, op_id: str) -> None:
+        self.link.ask(dp_rank, GetInternalStateReq(op_id))
+
+    def shut_down(self) -> None:
+        self.link.send_to_all(ShutdownReq)
+
+    def send(self, batch: OutputBatch, frames: list[memoryview]) -> None:
+        """The shipper's sender."""
+        remaining = iter(frames)
+        for output in batch.outputs:
+            answer = self.answers[output.rid]
+            assert answer.reason is None, "nothing comes after the end"
+            assert output.dp_rank == answer.dp_rank
+            answer.token_ids += output.token_ids
+            answer.reason = output.finish_reason
+            answer.error = output.routed_experts_error
+            if output.routed_experts is not None:
+                rows = decode(output.routed_experts, next(remaining)).rows
+                assert output.routed_experts.start == answer.start + len(answer.routed) or not len(rows)
+                answer.rows.append(rows.copy())
+        assert not list(remaining)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A control operation as one leader applied it."""
+
+    kind: str
+    number: int
+    num_agreements: int
+    # Numbers of the requests that ran or waited anywhere when the leaders last agreed.
+    alive: frozenset[int]
+
+
+class Leader:
+    """One leader's loop, one thing at a time; see `Scheduler.run`."""
+
+    def __init__(self, group: DpGroup, dp_rank: int, config: EngineConfig, num_pages: int, context_length: int) -> None:
+        self._group = group
+        self.dp_rank = dp_rank
+        self.inbox = FakeInbox()
+        self.wire = Wire(self.inbox)
+        self.records, self.frontend = FakeSender(), FakeSender()
+        self.num_filed = 0
+        self.num_agreements = 0
+        self.applied: list[Applied] = []
+        self.proposal: Proposal | None = None
+        self.pages = PageManager(num_pages, config.page_size, config.enable_prefix_cache)
+        limits = group.limits
+        sizes = (num_pages, config.page_size, limits.max_running, -(-context_length // config.page_size))
+        self.runner = RoutingRunner(dp_rank, self._on_launch, *sizes, limits.max_tokens)
+        self.scheduler: Scheduler[FakeStep] = Scheduler(
+            config,
+            limits,
+            self.pages,
+            StopChecker((EOS,), None),
+            self.runner,
+            Endpoints(self.inbox, [], self.records, self.frontend),
+            place=DpPlace(dp_rank, config.dp_size, config.tp_size),
+        )
+        handlers = self.scheduler._handlers
+        for kind in (AbortReq, FlushCacheReq, ShutdownReq):
+            handlers[kind] = self._watched(kind.__name__, handlers[kind])
+
+    def _watched(self, kind: str, handler: Callable[..., None]) -> Callable[..., None]:
+        def handle(message: AbortReq | FlushCacheReq | ShutdownReq) -> None:
+            self.applied.append(Applied(kind, message.dispatch, self.num_agreements, self._group.alive))
+            handler(message)
+            if kind == "FlushCacheReq" and not self._group.alive:
+                assert self.pages.pool.num_free == self.pages.pool.num_pages, "a flush leaves pages behind"
+
+        return handle
+
+    def _on_launch(self, batch: ScheduleBatch) -> None:
+        assert batch.num_tokens <= self._group.rows_of_a_dp_rank(batch), "rows do not hold the tokens"
+        if self.dp_rank == 0:
+            self._group.record_routing(batch)
+
+    @property
+    def has_left(self) -> bool:
+        return not self.scheduler._serving
+
+    @property
+    def rests(self) -> bool:
+        """Asleep, and nothing there to wake it."""
+        scheduler = self.scheduler
+        return scheduler._is_asleep and not scheduler.is_awake and not self.inbox.messages and self.proposal is None
+
+    def turn(self) -> bool:
+        """The next thing; whether there was one."""
+        if self.has_left or self.proposal is not None or self.rests:
+            return False
+        self.scheduler.receive()
+        if not self.has_left and self.scheduler.is_awake:
+            self.proposal = self.scheduler.propose()
+            self._group.try_to_agree()
+        return True
+
+    def proceed(self, agreement: Agreement) -> None:
+        self.proposal = None
+        self.num_agreements += 1
+        self.scheduler.proceed(agreement)
+
+
+def mesh_of(config: EngineConfig) -> ParallelMesh:
+    """Sizes without processes."""
+
+    def axis(name: str, size: int) -> Axis:
+        return Axis(name, 0, size, None, tuple(range(size)))
+
+    return ParallelMesh(
+        torch.device("cpu"), axis("world", config.world_size), axis("dp", config.dp_size), axis("tp", config.tp_size)
+    )
+
+
+class DpGroup:
+    """All leaders, the frontend and the output processor."""
+
+    def __init__(self, config: EngineConfig, num_pages: int, context_length: int = 256) -> None:
+        self.config = config
+        self.limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
+        self.alive: frozenset[int] = frozenset()
+        rows = slot_rows(self.limits, mesh_of(config))
+        geometry = RouteGeometry(tuple(range(NUM_LAYERS)), NUM_LAYERS, rows, TOP_K, GEOMETRY_EXPERTS)
+        self.ring = RouteRing.create(geometry, config.routing_ring_slots)
+        self.leaders = [Leader(self, rank, config, num_pages, context_length) for rank in range(config.dp_size)]
+        self.frontend = Frontend([leader.wire for leader in self.leaders])
+        self.shipper = Shipper(self.frontend, None, ClaimStore(1 << 20, 10.0, lambda: 0.0))
+        self.processor = OutputProcessor(self.shipper, config.dp_size)
+        shape = RingGeometry(
+            config.routing_ring_slots, geometry.layer_ids, NUM_LAYERS, rows, TOP_K, geometry.num_experts
+        )
+        for leader in self.leaders:
+            path = self.ring.path if leader.dp_rank == 0 else None
+            self.processor.handle(RoutingSetup(leader.dp_rank, num_pages, config.page_size, shape, path))
+
+    def try_to_agree(self) -> None:
+        """All leaders are at the meeting: they agree, and go on."""
+        if any(leader.proposal is None for leader in self.leaders):
+            return
+        agreement = Agreement(tuple(leader.proposal for leader in self.leaders))
+        # What the requests' own states say, apart from what the proposals claim.
+        self.alive = frozenset(
+            req.recv.dispatch for leader in self.leaders for req in leader.scheduler.queues.matching("")
+        )
+        # Not in dp order: rank 0 must find the ring free whoever goes first.
+        for leader in reversed(self.leaders):
+            leader.proceed(agreement)
+
+    def rows_of_a_dp_rank(self, batch: ScheduleBatch) -> int:
+        """With one dp rank the tokens are replicated, and there is no padding."""
+        return batch.num_tokens if self.config.dp_size == 1 else batch.num_rows * self.config.tp_size
+
+    def record_routing(self, batch: ScheduleBatch) -> None:
+        """What rank 0's recorder writes: the rows of all ranks, padding included."""
+        while self.ring.num_occupied >= self.ring.num_slots:
+            # Rank 0 waits for the output processor, which gets record by record what was sent.
+            filed = [leader.num_filed for leader in self.leaders]
+            for leader in self.leaders:
+                self.file(leader.dp_rank, 1)
+            assert filed != [leader.num_filed for leader in self.leaders], "the ring is full and nothing is to be filed"
+        seq = self.ring.acquire(0.0)
+        assert seq == batch.step
+        per_dp = self.rows_of_a_dp_rank(batch)
+        slot = self.ring.slot(seq, per_dp * self.config.dp_size)
+        for dp_rank in range(self.config.dp_size):
+            rows = slot[:, dp_rank * per_dp : (dp_rank + 1) * per_dp]
+            for layer in range(NUM_LAYERS):
+                rows[layer, :, 0] = dp_rank * NUM_LAYERS + layer
+                rows[layer, :, 1] = seq
+                rows[layer, :, 2] = np.arange(per_dp)
+
+    def file(self, dp_rank: int, count: int) -> None:
+        """So many of a leader's records reach the output processor."""
+        leader = self.leaders[dp_rank]
+        for record in leader.records.sent[leader.num_filed : leader.num_filed + count]:
+            leader.num_filed += 1
+            self.processor.handle(record)
+        while not self.shipper._orders.empty():
+            self.shipper.ship(self.shipper._orders.get())
+
+    def file_all(self) -> None:
+        for leader in self.leaders:
+            self.file(leader.dp_rank, len(leader.records.sent))
+
+    def run_until_rest(self) -> None:
+        """Everything arrives; every leader gets its turns. Fails if they neither go on nor come to rest."""
+        for leader in self.leaders:
+            leader.wire.arrive(len(leader.wire.on_the_way))
+        for _ in range(MAX_TURNS):
+            if all(leader.rests or leader.has_left for leader in self.leaders):
+                self.file_all()
+                return
+            moved = [leader.turn() for leader in self.leaders]
+            assert any(moved), f"a leader waits for one that sleeps: {self.describe()}"
+        raise AssertionError(f"the leaders do not come to rest: {self.describe()}")
+
+    def describe(self) -> list[str]:
+        return [f"{leader.dp_rank}: {leader.proposal} rests={leader.rests}" for leader in self.leaders]
+
+    def expected_rows(self, rid: str) -> np.ndarray:
+        """Rows [start, seqlen - 1) by the forwards that routed them first; of an aborted request those there are."""
+        answer = self.frontend.answers[rid]
+        routed = self.leaders[answer.dp_rank].runner.first_routed.get(rid, {})
+        end = len(answer.prompt) + len(answer.token_ids) - 1
+        if answer.reason is not None and answer.reason.type == "abort":
+            end = min(end, len(routed))
+        rows = np.zeros((max(0, end - answer.start), NUM_LAYERS, TOP_K), np.uint16)
+        for index, position in enumerate(range(answer.start, end)):
+            dp_rank, step, row = routed[position]
+            for layer in range(NUM_LAYERS):
+                rows[index, layer] = (dp_rank * NUM_LAYERS + layer, step, row)
+        return rows
+
+    def replies(self) -> dict[str, ControlReply]:
+        found = [reply for leader in self.leaders for reply in leader.frontend.sent]
+        by_op = {reply.op_id: reply for reply in found if isinstance(reply, ControlReply)}
+        assert len(by_op) == len(found), "an operation was answered twice"
+        return by_op
+
+    def check_records(self) -> None:
+        """Every leader has one record for every forward, and all forwards are the same ones everywhere."""
+        forwards = self.leaders[0].runner.forwards
+        for leader in self.leaders:
+            assert leader.runner.forwards == forwards
+            records: list[StepRecord] = leader.records.sent
+            assert [record.step for record in records] == list(range(len(records)))
+            assert [record.ring_seq for record in records if record.ring_seq >= 0] == [step for step, _ in forwards]
+        assert self.ring.num_occupied == 0
+        assert self.processor._joiner.num_waiting == 0

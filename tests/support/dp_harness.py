@@ -268,7 +268,11 @@ def mesh_of(config: EngineConfig) -> ParallelMesh:
         return Axis(name, 0, size, None, tuple(range(size)))
 
     return ParallelMesh(
-        torch.device("cpu"), axis("world", config.world_size), axis("dp", config.dp_size), axis("tp", config.tp_size)
+        torch.device("cpu"),
+        axis("world", config.world_size),
+        axis("dp", config.dp_size),
+        axis("tp", config.tp_size),
+        axis("node", config.world_size),
     )
 
 
@@ -279,7 +283,7 @@ class DpGroup:
         self.config = config
         self.limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
         self.alive: frozenset[int] = frozenset()
-        rows = slot_rows(self.limits, mesh_of(config))
+        rows = slot_rows(self.limits, mesh_of(config), config.world_size)
         geometry = RouteGeometry(tuple(range(NUM_LAYERS)), NUM_LAYERS, rows, TOP_K, GEOMETRY_EXPERTS)
         self.ring = RouteRing.create(geometry, config.routing_ring_slots)
         self.leaders = [Leader(self, rank, config, num_pages, context_length) for rank in range(config.dp_size)]

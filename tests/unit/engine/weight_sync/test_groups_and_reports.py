@@ -54,10 +54,14 @@ def test_a_trainer_that_uses_torchs_helper(pool: concurrent.futures.Executor) ->
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["float32", "bfloat16", "float64"]), st.lists(st.integers(0, 4), max_size=3))))
+@given(
+    st.lists(st.tuples(st.sampled_from(["float32", "bfloat16", "float64"]), st.lists(st.integers(0, 4), max_size=3)))
+)
 def test_a_bucket_arrives_whatever_its_parts_are(parts: list[tuple[str, list[int]]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        specs = parse_specs(["first", *map(str, range(len(parts)))], ["bfloat16", *(p[0] for p in parts)], [[3], *(p[1] for p in parts)])
+        specs = parse_specs(
+            ["first", *map(str, range(len(parts)))], ["bfloat16", *(p[0] for p in parts)], [[3], *(p[1] for p in parts)]
+        )
         tensors = [torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for spec in specs]
         trainer, *ranks = join(pool, "bucket")
         receiving = [pool.submit(rank.receive_bucket, specs) for rank in ranks]

@@ -46,6 +46,7 @@ def make_ranks(dp_size: int, tp_size: int, split: str, *, tied: bool = False) ->
             Axis("world", rank, len(world), None, world),
             Axis("dp", rank // tp_size, dp_size, None, world[rank % tp_size :: tp_size]),
             Axis("tp", rank % tp_size, tp_size, None, world[rank - rank % tp_size :][:tp_size]),
+            Axis("node", rank, len(world), None, world),
         )
         models.append(Qwen3MoeForCausalLM(ModelContext(config, mesh, split), 8))
     return models

@@ -189,7 +189,7 @@ class WeightSender:
         if not failed:
             return
         if self._group is not None:
-            self._group.abort()
+            self._group.close()
             self._group = None
         # What an engine says tells more than that the transfer broke off here.
         failed.sort(key=lambda future: future is futures[0])

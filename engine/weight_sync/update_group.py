@@ -58,7 +58,7 @@ class UpdateGroup:
         store.set_timeout(timeout)
         self._tcp = tcp
         self._members = PrefixStore("waybill", PrefixStore(name, tcp))
-        self._group: dist.ProcessGroup | Any
+        self._group: Any
         if backend == "gloo":
             self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
         else:
@@ -85,6 +85,8 @@ class UpdateGroup:
         Raises:
             RuntimeError: the trainer or another rank is gone, or too slow.
         """
+        if self._group is None:
+            raise RuntimeError("the group was left")
         options = dist.BroadcastOptions()
         options.rootRank = SOURCE
         self._group.broadcast([tensor], options).wait()
@@ -108,12 +110,12 @@ class UpdateGroup:
         self.broadcast(torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]))
 
     def close(self) -> None:
-        """Leave it; the others find out at their next transfer."""
-        self._group.shutdown()
-
-    def abort(self) -> None:
-        """Leave it in the middle of a transfer, which fails for everybody."""
-        self._group.abort()
+        """Leave it; the others find out at their next transfer, or at once in the middle of one."""
+        if self._group is not None:
+            if self.device.type == "cuda":
+                self._group.abort()
+            # gloo closes its connections when nobody holds the group, and not before.
+            self._group = None
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -162,7 +162,7 @@ def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Ten
         second = bucket(names[20:])
         for name in names[20:40]:
             group.broadcast(other[name].float())
-        group.abort()
+        group.close()
         with pytest.raises(RuntimeError, match="torn"):
             second.result()
     reply = generate(http)

@@ -129,7 +129,7 @@ class LocalTrainer:
             for name in names[:num_sent]:
                 self.group.broadcast(tensors[name].float())
             if num_sent is not None:
-                self.group.abort()
+                self.group.close()
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             sending = pool.submit(broadcast)
@@ -293,7 +293,7 @@ def test_a_refused_bucket_is_not_taken_for_the_next_one(replica: Engine, base: T
         replica.update_weights_from_distributed(["model.colour"], ["float32"], [[1]], "stale")
     with pytest.raises(RuntimeError, match="'stale' was not joined"):
         replica.update_weights_from_distributed(*request_of(["model.norm.weight"], other), "stale")
-    trainer.group.abort()
+    trainer.group.close()
     again = LocalTrainer(replica, "stale")
     again.send(list(other), other)
     again.close()

@@ -87,7 +87,7 @@ def test_a_trainer_that_is_gone_ends_a_transfer(pool: concurrent.futures.Executo
     trainer, *ranks = join(pool, "gone", timeout_s=1.0)
     (spec,) = parse_specs(["a"], ["float32"], [[2]])
     receiving = [pool.submit(rank.receive, spec) for rank in ranks]
-    trainer.abort()
+    trainer.close()
     for future in receiving:
         with pytest.raises(RuntimeError):
             future.result()

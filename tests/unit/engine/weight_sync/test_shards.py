@@ -15,6 +15,7 @@ from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.weights import ShardedWeight
 
 CPU = torch.device("cpu")
+EXPERTS = "model.layers.1.mlp.experts"
 LAYOUTS = [(1, 1, "ep"), (1, 2, "ep"), (1, 2, "tp"), (2, 1, "ep"), (2, 1, "tp"), (2, 2, "ep"), (1, 4, "tp")]
 
 
@@ -97,14 +98,13 @@ def test_what_was_loaded_is_read_back(dp_size: int, tp_size: int, split: str) ->
 def test_fused_names_bring_the_same_bytes(dp_size: int, tp_size: int, split: str) -> None:
     for alone, together in zip(*(make_ranks(dp_size, tp_size, split) for _ in range(2)), strict=True):
         tensors = random_tensors(alone.sharded_weights())
-        prefix = "model.layers.1.mlp.experts"
 
         def stack(part: str, tensors: dict[str, torch.Tensor] = tensors) -> torch.Tensor:
-            return torch.stack([tensors[f"{prefix}.{expert}.{part}_proj.weight"] for expert in range(8)])
+            return torch.stack([tensors[f"{EXPERTS}.{expert}.{part}_proj.weight"] for expert in range(8)])
 
         fused = {
-            f"{prefix}.gate_up_proj": torch.cat([stack("gate"), stack("up")], dim=1),
-            f"{prefix}.down_proj": stack("down"),
+            f"{EXPERTS}.gate_up_proj": torch.cat([stack("gate"), stack("up")], dim=1),
+            f"{EXPERTS}.down_proj": stack("down"),
         }
         weights, stands_for = together.sharded_weights(), together.fused_weights()
         assert stands_for.keys() == fused.keys()

@@ -101,9 +101,10 @@ class UpdateGroup:
         sizes = [spec.num_bytes for spec in specs]
         flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         self.broadcast(flat)
-        # A part may begin where its dtype does not allow: then it is copied.
-        parts = zip(specs, flat.split(sizes), strict=True)
-        return [part.clone().view(torch_dtype(spec.dtype)).view(spec.shape) for spec, part in parts]
+        return [
+            aligned(part, torch_dtype(spec.dtype)).view(spec.shape)
+            for spec, part in zip(specs, flat.split(sizes), strict=True)
+        ]
 
     def send_bucket(self, tensors: Sequence[torch.Tensor]) -> None:
         """The trainer's side of `receive_bucket`."""
@@ -116,6 +117,11 @@ class UpdateGroup:
                 self._group.abort()
             # gloo closes its connections when nobody holds the group, and not before.
             self._group = None
+
+
+def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as values; copied where they begin at a place that the dtype does not allow."""
+    return (data if data.storage_offset() % dtype.itemsize == 0 else data.clone()).view(dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:

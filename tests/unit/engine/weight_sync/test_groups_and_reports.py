@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.field_trainer import init_custom_process_group
 
 from waybill.engine.io_struct import InitWeightsGroupReq
-from waybill.engine.weight_sync.checksum import checksum, checksum_piece, render
+from waybill.engine.weight_sync.checksum import GOLDEN, ODD, checksum, checksum_piece, render
 from waybill.engine.weight_sync.group_registry import GroupRegistry
 from waybill.engine.weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
 from waybill.engine.weight_sync.manifest import parse_specs
@@ -197,6 +197,15 @@ def test_checksums_add_up_over_any_pieces(case: tuple[torch.Tensor, list[tuple[s
     tensor, pieces = case
     shape = tuple(tensor.shape)
     assert render(sum(checksum_piece(tensor[piece], piece, shape) for piece in pieces)) == checksum(tensor)
+
+
+@settings(deadline=None)
+@given(cut_tensors())
+def test_a_checksum_is_the_sum_that_it_claims_to_be(case: tuple[torch.Tensor, list[tuple[slice, ...]]]) -> None:
+    """The definition, value by value, in Python's integers."""
+    tensor, _ = case
+    bits = tensor.flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).tolist()
+    assert checksum(tensor) == render(sum((value + 1) * (i * GOLDEN + ODD) for i, value in enumerate(bits)))
 
 
 def test_a_checksum_sees_every_value_and_its_place() -> None:

@@ -78,15 +78,16 @@ def measure(folder: Path, rounds: int, *, checks: bool) -> dict[str, list[float]
 
 def report(shape: str, num_parameters: int, seconds: dict[str, list[float]]) -> str:
     num_bytes = 2 * num_parameters
+    num_rounds = len(seconds["copying the bytes once"])
     base = statistics.median(seconds["copying the bytes once"])
     lines = [
         "# Weight sync",
         "",
         f"{describe()}",
         "",
-        f"`make bench-weight_sync`: {num_parameters / 1e9:.2f} B parameters in bfloat16 ({num_bytes / 1e9:.2f} GB, shape {shape}) from",
-        f"one process to an engine of tp {TP} on the same machine. Medians of {len(next(iter(seconds.values())))} rounds that go through all",
-        "rows in turn, after one that does not count.",
+        f"`make bench-weight_sync`: {num_parameters / 1e9:.2f} B parameters in bfloat16 ({num_bytes / 1e9:.2f} GB, shape",
+        f"{shape}) from one process to an engine of tp {TP} on the same machine. Medians of {num_rounds} rounds that go",
+        "through all rows in turn, after one that does not count.",
         "",
         "| way | seconds | fastest - slowest | GB/s | times the copy |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -94,7 +95,8 @@ def report(shape: str, num_parameters: int, seconds: dict[str, list[float]]) -> 
     for name, values in seconds.items():
         median = statistics.median(values)
         lines.append(
-            f"| {name} | {median:.2f} | {min(values):.2f} - {max(values):.2f} | {num_bytes / median / 1e9:.2f} | {median / base:.1f} |"
+            f"| {name} | {median:.2f} | {min(values):.2f} - {max(values):.2f} "
+            f"| {num_bytes / median / 1e9:.2f} | {median / base:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

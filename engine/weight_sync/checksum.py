@@ -7,25 +7,37 @@ hash(b, i) = (b + 1) * (i * GOLDEN + ODD), all in wrapping 64-bit integers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd (Knuth, TAOCP 6.4), as a signed integer
 ODD = 1442695040888963407
-BLOCK_VALUES = 1 << 22
+BLOCK_VALUES = 1 << 20
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum_piece(piece: torch.Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
-    """The share of a piece, at `index` of an unsharded tensor of `shape`, as a signed 64-bit integer."""
-    positions = torch.zeros(1, dtype=torch.int64, device=piece.device)
-    for part, size in zip(index, shape, strict=True):
-        along = torch.arange(part.start, part.stop, device=piece.device)
-        positions = (positions[:, None] * size + along[None, :]).flatten()
-    bits = piece.contiguous().view(BITS[piece.itemsize]).flatten()
+    """The share of a piece, at `index` of an unsharded tensor of `shape`, as a signed 64-bit integer.
+
+    The flat index of row r and column c (dim 0, and the other dims flattened) is r * stride + c, so sums over rows and over
+    columns are all that is needed of the values.
+    """
+    if not shape:
+        piece, index, shape = piece.view(1), (slice(0, 1),), (1,)
+    columns = torch.zeros(1, dtype=torch.int64, device=piece.device)
+    for part, size in zip(index[1:], shape[1:], strict=True):
+        columns = (columns[:, None] * size + torch.arange(part.start, part.stop, device=piece.device)).flatten()
+    rows = torch.arange(index[0].start, index[0].stop, device=piece.device) * math.prod(shape[1:]) * GOLDEN + ODD
+    bits = piece.contiguous().view(BITS[piece.itemsize]).view(len(rows), len(columns))
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
-    for values, where in zip(bits.split(BLOCK_VALUES), positions.split(BLOCK_VALUES), strict=True):
-        total += ((values.to(torch.int64) + 1) * (where * GOLDEN + ODD)).sum()
-    return int(total)
+    by_column = torch.zeros_like(columns)
+    rows_per_block = max(1, BLOCK_VALUES // max(1, len(columns)))
+    for values, where in zip(bits.split(rows_per_block), rows.split(rows_per_block), strict=True):
+        values = values.to(torch.int64) + 1
+        total += (values.sum(1) * where).sum()
+        by_column += values.sum(0)
+    return int(total + (by_column * (columns * GOLDEN)).sum())
 
 
 def checksum(tensor: torch.Tensor) -> str:

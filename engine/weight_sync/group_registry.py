@@ -95,5 +95,5 @@ class GroupRegistry:
         """
         group = self._joined.pop(name, None)
         if group is not None:
-            group.abort()
+            group.close()
         return group is not None

@@ -82,6 +82,8 @@ class WeightSender:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         timeout_s: float = 300.0,
     ) -> None:
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes={bucket_bytes}: must be at least 1")
         self._engines = engines
         self._address = address
         self._backend = backend
@@ -187,7 +189,7 @@ class WeightSender:
         if not failed:
             return
         if self._group is not None:
-            self._group.abort()
+            self._group.close()
             self._group = None
         # What an engine says tells more than that the transfer broke off here.
         failed.sort(key=lambda future: future is futures[0])

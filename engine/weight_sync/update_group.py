@@ -50,13 +50,15 @@ class UpdateGroup:
         self.device = device if backend == "nccl" else torch.device("cpu")
         self.world_size = world_size
         timeout = timedelta(seconds=timeout_s)
-        tcp = TCPStore(address, port, world_size, rank == SOURCE, timeout, wait_for_workers=False)
+        # A trainer of the field waits at its store until everybody has been counted, which clients do on this word; they
+        # themselves do not wait.
+        tcp = TCPStore(address, port, world_size, rank == SOURCE, timeout, wait_for_workers=rank != SOURCE)
         # What torch's helper makes of PrefixStore(name, store): one prefix of its own, and one per device.
         store = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, tcp)))
         store.set_timeout(timeout)
         self._tcp = tcp
         self._members = PrefixStore("waybill", PrefixStore(name, tcp))
-        self._group: dist.ProcessGroup | Any
+        self._group: Any
         if backend == "gloo":
             self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
         else:
@@ -83,6 +85,8 @@ class UpdateGroup:
         Raises:
             RuntimeError: the trainer or another rank is gone, or too slow.
         """
+        if self._group is None:
+            raise RuntimeError("the group was left")
         options = dist.BroadcastOptions()
         options.rootRank = SOURCE
         self._group.broadcast([tensor], options).wait()
@@ -97,21 +101,27 @@ class UpdateGroup:
         sizes = [spec.num_bytes for spec in specs]
         flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         self.broadcast(flat)
-        # A part may begin where its dtype does not allow: then it is copied.
-        parts = zip(specs, flat.split(sizes), strict=True)
-        return [part.clone().view(torch_dtype(spec.dtype)).view(spec.shape) for spec, part in parts]
+        return [
+            aligned(part, torch_dtype(spec.dtype)).view(spec.shape)
+            for spec, part in zip(specs, flat.split(sizes), strict=True)
+        ]
 
     def send_bucket(self, tensors: Sequence[torch.Tensor]) -> None:
         """The trainer's side of `receive_bucket`."""
         self.broadcast(torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]))
 
     def close(self) -> None:
-        """Leave it; the others find out at their next transfer."""
-        self._group.shutdown()
+        """Leave it; the others find out at their next transfer, or at once in the middle of one."""
+        if self._group is not None:
+            if self.device.type == "cuda":
+                self._group.abort()
+            # gloo closes its connections when nobody holds the group, and not before.
+            self._group = None
 
-    def abort(self) -> None:
-        """Leave it in the middle of a transfer, which fails for everybody."""
-        self._group.abort()
+
+def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as values; copied where they begin at a place that the dtype does not allow."""
+    return (data if data.storage_offset() % dtype.itemsize == 0 else data.clone()).view(dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,227 @@
+"""Control operations over HTTP: the trainer's client, the dialect, refusals, and what a server says of its weights."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from support.server_process import ServerProcess
+
+from waybill.client import EngineControl
+from waybill.engine.weight_sync.checksum import checksum
+from waybill.engine.weight_sync.sender import WeightSender, free_port
+from waybill.engine.weight_sync.update_group import UpdateGroup
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+NAME = "model.norm.weight"
+JSON = {"content-type": "application/json"}
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint: str) -> Tensors:
+    return load_file(f"{checkpoint}/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def other(base: Tensors) -> Tensors:
+    torch.manual_seed(8)
+    return {name: (t + torch.randn(t.shape) * 0.3 * t.float().std()).to(t.dtype) for name, t in base.items()}
+
+
+@pytest.fixture
+def control(server: ServerProcess, checkpoint: str) -> Iterator[EngineControl]:
+    """Leaves the server, which other tests share, as it was started."""
+    with EngineControl(server.url, timeout_s=60.0) as control:
+        yield control
+        if control.get_server_info()["hold"].startswith("memory"):
+            control.resume_memory_occupation()
+        control.update_weights_from_disk(checkpoint, weight_version="default")
+        control.continue_generation()
+        control.flush_cache()
+
+
+@pytest.fixture
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60.0) as client:
+        yield client
+
+
+def sums(tensors: Tensors) -> dict[str, str]:
+    return {name: checksum(tensor.float()) for name, tensor in tensors.items()}
+
+
+def generate(http: httpx.Client, **fields: Any) -> httpx.Response:
+    return http.post("/generate", json={"text": "abc", "sampling_params": GREEDY, **fields})
+
+
+def refusal(reply: httpx.Response) -> str:
+    assert reply.status_code == 400, reply.text
+    message: str = reply.json()["error"]["message"]
+    return message
+
+
+def test_a_trainer_drives_a_server(control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors) -> None:
+    started = generate(http, return_routed_experts=True).json()
+    sender = WeightSender([(control, 2)], bucket_bytes=400_000)
+    sender.connect()
+    control.pause_generation("in_place")
+    sender.send(other.items(), weight_version="step-1", flush_cache=False)
+    control.continue_generation()
+    control.flush_cache()
+    assert control.checksum_weights() == sums(other)
+    answer = generate(http, return_routed_experts=True).json()
+    assert answer["output_ids"] != started["output_ids"]
+    assert answer["meta_info"]["weight_version"] == "step-1"
+    assert answer["meta_info"]["routed_experts_meta"]["weight_versions"] == [["step-1", 0, 3 + 6 - 1]]
+    for path in ("/get_model_info", "/model_info", "/get_weight_version"):
+        assert http.get(path).json()["weight_version"] == "step-1"
+    sender.send(base.items(), weight_version="step-2")
+    sender.close()
+    back = generate(http, return_routed_experts=True).json()
+    for key in ("output_ids", "text"):
+        assert back[key] == started[key]
+    assert back["meta_info"]["routed_experts"] == started["meta_info"]["routed_experts"]
+    assert control.get_weights_by_name(NAME, 3) == base[NAME][:3].float().tolist()
+
+
+def test_tensors_as_bytes_or_as_a_file(
+    control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors, tmp_path: Path
+) -> None:
+    data = base64.b64encode(save(other)).decode()
+    reply = http.post("/update_weights_from_tensor", json={"safetensors": data, "weight_version": "bytes"})
+    assert reply.status_code == 200 and reply.json()["success"], reply.text
+    assert control.checksum_weights() == sums(other)
+    save_file(base, tmp_path / "base.safetensors")
+    control.update_weights_from_file(str(tmp_path / "base.safetensors"), weight_version="file")
+    assert control.checksum_weights() == sums(base)
+    assert http.get("/get_weight_version").json() == {"weight_version": "file"}
+    control.update_weights_from_file(str(tmp_path / "base.safetensors"))
+    assert http.get("/get_weight_version").json()["weight_version"].startswith("update-")
+
+
+def test_fields_of_the_dialect(control: EngineControl, http: httpx.Client, checkpoint: str) -> None:
+    neutral = {"load_format": "auto", "is_async": False, "torch_empty_cache": True, "keep_pause": False}
+    unused = {"recapture_cuda_graph": False, "token_step": 0, "manifest": None}
+    body = {"model_path": checkpoint, "flush_cache": True, "abort_all_requests": False, **neutral, **unused}
+    reply = http.post("/update_weights_from_disk", json=body)
+    assert reply.status_code == 200 and reply.json()["success"], reply.text
+    for field, value in (("load_format", "dummy"), ("is_async", True), ("keep_pause", True)):
+        assert refusal(http.post("/update_weights_from_disk", json={**body, field: value})).startswith(
+            f"{field} is not"
+        )
+    tensors = {"serialized_named_tensors": ["gASV"], "load_format": None}
+    assert "pickled tensors are not taken" in refusal(http.post("/update_weights_from_tensor", json=tensors))
+    assert "give exactly one" in refusal(http.post("/update_weights_from_tensor", json={}))
+    assert "base64" in refusal(http.post("/update_weights_from_tensor", json={"safetensors": "?"}))
+    assert "mode" in refusal(http.post("/pause_generation", json={"mode": "colour"}))
+    assert http.post("/pause_generation").json()["status"] == "ok"
+    assert http.post("/continue_generation", json={"torch_empty_cache": True}).json()["status"] == "ok"
+    for body in (
+        {"names": [NAME], "dtypes": ["float32"], "shapes": [[2**70]], "group_name": "x"},
+        {"names": ["\ud800"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "x"},
+        {"names": [NAME], "dtypes": ["float32"], "shapes": [[128]], "group_name": "x", "load_format": "colour"},
+    ):
+        assert http.post("/update_weights_from_distributed", content=json.dumps(body), headers=JSON).status_code == 400
+    with pytest.raises(RuntimeError, match="'nobody' was not joined"):
+        control.destroy_weights_update_group("nobody")
+
+
+def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors) -> None:
+    """Between two buckets of one update: 503 with the reason, until a complete one has come."""
+    started = generate(http).json()["output_ids"]
+    port, names = free_port("127.0.0.1"), list(other)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        own = pool.submit(UpdateGroup, "127.0.0.1", port, 0, 3, "crash", "gloo", torch.device("cpu"), 30.0)
+        control.init_weights_update_group("127.0.0.1", port, 1, 3, "crash")
+        group = own.result()
+
+        def bucket(part: list[str]) -> Any:
+            shapes = [list(other[name].shape) for name in part]
+            return pool.submit(
+                control.update_weights_from_distributed,
+                part,
+                ["float32"] * len(part),
+                shapes,
+                "crash",
+                weight_version="x",
+            )
+
+        first = bucket(names[:20])
+        for name in names[:20]:
+            group.broadcast(other[name].float())
+        first.result()
+        second = bucket(names[20:])
+        for name in names[20:40]:
+            group.broadcast(other[name].float())
+        group.close()
+        with pytest.raises(RuntimeError, match="torn"):
+            second.result()
+    reply = generate(http)
+    assert reply.status_code == 503 and "a transfer was torn" in reply.json()["error"]["message"]
+    assert generate(http, stream=True).status_code == 503
+    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
+    assert chat.status_code == 503 and "torn" in chat.json()["error"]["message"]
+    assert "torn" in refusal(http.post("/continue_generation"))
+    assert "torn" in http.get("/get_server_info").json()["hold"]
+    assert "waybill_held 1.0" in http.get("/metrics").text
+    assert http.get("/health").status_code == 200
+    assert http.get("/health_generate").status_code == 503
+    path = f"/dev/shm/waybill-test-{port}.safetensors"
+    save_file(base, path)
+    try:
+        control.update_weights_from_file(path, weight_version="healed")
+    finally:
+        Path(path).unlink()
+    assert generate(http).json()["output_ids"] == started
+    assert "waybill_held 0.0" in http.get("/metrics").text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_that_one_rank_alone_can_read(
+    server: ServerProcess, control: EngineControl, base: Tensors, other: Tensors, tmp_path: Path, rank: int
+) -> None:
+    """Its path leads through a thread of that rank's own. All ranks come to the verdict of the other one."""
+    save_file(other, tmp_path / "other.safetensors")
+    (pid,) = [
+        process.pid
+        for process in server.descendants()
+        if "waybill.launch.worker" in process.cmdline() and process.environ().get("RANK") == str(rank)
+    ]
+    with pytest.raises(RuntimeError, match=rf"rank {1 - rank}: .*nothing was changed"):
+        control.update_weights_from_file(f"/proc/self/task/{pid}/root{tmp_path}/other.safetensors")
+    assert control.checksum_weights() == sums(base)
+
+
+def test_pauses(control: EngineControl, http: httpx.Client) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for mode in ("in_place", "retract", "abort"):
+            control.pause_generation(mode)
+            assert "waybill_paused 1.0" in http.get("/metrics").text
+            waiting = pool.submit(generate, http)
+            num_steps = control.get_server_info()["num_steps"]
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(0.2)
+            assert control.get_server_info()["num_steps"] == num_steps
+            control.continue_generation()
+            assert waiting.result().json()["meta_info"]["completion_tokens"] == 6
+    assert "waybill_paused 0.0" in http.get("/metrics").text
+
+
+def test_memory(control: EngineControl, http: httpx.Client, checkpoint: str) -> None:
+    control.release_memory_occupation()
+    reply = generate(http)
+    assert reply.status_code == 503 and "resume_memory_occupation" in reply.json()["error"]["message"]
+    assert "tags" in refusal(http.post("/release_memory_occupation", json={"tags": ["colour"]}))
+    control.resume_memory_occupation(["kv_cache"])
+    control.resume_memory_occupation(["weights"])
+    control.update_weights_from_disk(checkpoint)
+    assert generate(http).status_code == 200

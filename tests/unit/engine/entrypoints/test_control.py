@@ -1,0 +1,169 @@
+"""Control routes and the trainer's client over them, without an engine: what is refused before it is sent, and that what is
+accepted can be sent.
+
+The fuzz test of the whole server leaves these routes out: they pause, empty and replace what its neighbour asks. Here
+hostile values meet them one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from waybill.client import EngineControl
+from waybill.engine.entrypoints.control import control_router
+from waybill.engine.entrypoints.errors import install_error_handlers
+from waybill.engine.entrypoints.service_metrics import ServiceMetrics
+from waybill.engine.io_struct import ControlReply
+
+TENSORS: dict[str, Any] = {"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]], "group_name": "g"}
+VALID: dict[str, dict[str, Any]] = {
+    "/update_weights_from_disk": {
+        "model_path": "m",
+        "weight_version": "v",
+        "flush_cache": False,
+        "load_format": "auto",
+    },
+    "/init_weights_update_group": {
+        **{"master_address": "h", "master_port": 1, "rank_offset": 1, "world_size": 3},
+        **{"group_name": "g", "backend": "gloo"},
+    },
+    "/destroy_weights_update_group": {"group_name": "g"},
+    "/update_weights_from_distributed": {**TENSORS, "load_format": "flattened_bucket", "is_last": True},
+    "/update_weights_from_tensor": {"path": "p", "weight_version": "v", "is_last": True, "abort_all_requests": True},
+    "/get_weights_by_name": {"name": "a", "truncate_size": 3},
+    "/weights_checker": {"action": "checksum"},
+    "/pause_generation": {"mode": "retract"},
+    "/continue_generation": {},
+    "/release_memory_occupation": {"tags": ["weights"]},
+    "/resume_memory_occupation": {"tags": ["weights", "kv_cache"]},
+}
+HOSTILE: list[Any] = [
+    *(None, True, 0, -1, 1.5, 2**31, 2**64, -(2**70), float("nan"), "", "x", "\0", "\ud800", "é" * 3000, [], {}),
+    *([[]], [None], [""], ["\ud800"], [2**70], [[2**70]], [[-1]], [{}], {"a": 1}, ["weights", "x"]),
+]
+
+
+class FakeControls:
+    """Takes every call, and keeps what a message to the ranks would hold."""
+
+    def __init__(self, reply: ControlReply) -> None:
+        self.reply = reply
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*arguments: Any, **fields: Any) -> Any:
+            msgspec.msgpack.encode((arguments, fields))
+            self.calls.append((name, arguments, fields))
+            if name == "get_weights_by_name":
+                return self.reply, [[1.0]]
+            return (self.reply, {"a": "0"}) if name == "checksum_weights" else self.reply
+
+        return call
+
+
+def client_of(reply: ControlReply) -> tuple[TestClient, FakeControls]:
+    controls = FakeControls(reply)
+    app = FastAPI()
+    install_error_handlers(app, ServiceMetrics())
+    app.include_router(control_router(SimpleNamespace(controls=controls)))  # type: ignore[arg-type]
+    return TestClient(app, raise_server_exceptions=False), controls
+
+
+DONE = ControlReply("op", True, "done")
+REFUSED = ControlReply("op", False, "weights: a transfer was torn (x)")
+
+
+def test_every_route_of_the_router_is_among_these() -> None:
+    client, _ = client_of(DONE)
+    assert set(client.get("/openapi.json").json()["paths"]) == {*VALID, "/flush_cache"}
+
+
+@pytest.mark.parametrize("path", VALID)
+def test_replies(path: str) -> None:
+    client, controls = client_of(DONE)
+    reply = client.post(path, json=VALID[path])
+    assert reply.status_code == 200 and len(controls.calls) == 1, reply.text
+    client, _ = client_of(REFUSED)
+    reply = client.post(path, json=VALID[path])
+    assert reply.status_code == 400 and reply.json()["error"]["message"] == REFUSED.message
+
+
+@pytest.mark.parametrize("path", VALID)
+def test_hostile_bodies_are_refused_or_can_be_sent(path: str) -> None:
+    client, controls = client_of(DONE)
+    fields = [*VALID[path], "flush_cache", "weight_version", "is_async", "colour"]
+    bodies = [{**VALID[path], field: value} for field in fields for value in HOSTILE]
+    for body in [*bodies, *HOSTILE, {}]:
+        controls.calls.clear()
+        reply = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert reply.status_code in (200, 400), f"{reply.status_code}: {reply.text} of {body}"
+        assert (reply.status_code == 200) == bool(controls.calls)
+        if reply.status_code == 400:
+            error = reply.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        ("/update_weights_from_disk", {"is_async": True}, "is_async is not supported"),
+        ("/update_weights_from_disk", {"load_format": "dummy"}, "load_format is not supported"),
+        ("/update_weights_from_distributed", {"manifest": {"a": 1}}, "manifest is not supported"),
+        ("/update_weights_from_tensor", {"serialized_named_tensors": ["gASV"]}, "pickled tensors are not taken"),
+        ("/update_weights_from_tensor", {"safetensors": "AAAA"}, "give exactly one of them"),
+        ("/pause_generation", {"mode": "colour"}, "mode"),
+        ("/release_memory_occupation", {"tags": ["colour"]}, "tags"),
+        ("/weights_checker", {"action": "reset_tensors"}, "action"),
+        ("/continue_generation", {"colour": 1}, "colour"),
+    ],
+)
+def test_refusals_name_the_field(path: str, fields: dict[str, Any], words: str) -> None:
+    client, controls = client_of(DONE)
+    reply = client.post(path, json={**VALID[path], **fields})
+    assert reply.status_code == 400 and words in reply.json()["error"]["message"]
+    assert not controls.calls
+
+
+def through(client: TestClient) -> httpx.MockTransport:
+    def handle(request: httpx.Request) -> httpx.Response:
+        reply = client.request(request.method, request.url.path, content=request.content, headers=dict(request.headers))
+        return httpx.Response(reply.status_code, content=reply.content)
+
+    return httpx.MockTransport(handle)
+
+
+def test_the_trainers_client_says_what_it_is_told() -> None:
+    client, controls = client_of(DONE)
+    control = EngineControl("http://testserver", transport=through(client))
+    control.pause_generation("in_place")
+    control.update_weights_from_disk("m", weight_version="v", flush_cache=False)
+    control.update_weights_from_file("p", is_last=True)
+    control.init_weights_update_group("h", 1, 1, 3, "g", "gloo")
+    control.update_weights_from_distributed(
+        TENSORS["names"], TENSORS["dtypes"], TENSORS["shapes"], "g", load_format="flattened_bucket", weight_version="v"
+    )
+    control.destroy_weights_update_group("g")
+    control.release_memory_occupation(["weights"])
+    control.resume_memory_occupation()
+    control.flush_cache()
+    control.continue_generation()
+    assert control.get_weights_by_name("a") == [[1.0]] and control.checksum_weights() == {"a": "0"}
+    by_name = {name: (arguments, fields) for name, arguments, fields in controls.calls}
+    assert by_name["pause_generation"] == (("in_place",), {})
+    assert by_name["update_weights_from_disk"][1]["flush_cache"] is False
+    assert by_name["update_weights_from_file"][0][1].is_last
+    options = by_name["update_weights_from_distributed"][1]["options"]
+    assert (options.flush_cache, options.weight_version, options.is_last) == (True, "v", False)
+    assert by_name["release_memory_occupation"] == ((["weights"],), {})
+    assert by_name["resume_memory_occupation"] == ((None,), {})
+    client, _ = client_of(REFUSED)
+    with pytest.raises(RuntimeError, match="HTTP 400: weights: a transfer was torn"):
+        EngineControl("http://testserver", transport=through(client)).continue_generation()

@@ -1,0 +1,235 @@
+"""One rank's half of an update, over a real model and a real group: checked first, staged, taken whole, or torn."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig
+
+from waybill.engine.io_struct import InitWeightsGroupReq, LoadWeightsReq, ReceiveWeightsReq, WeightOptions
+from waybill.engine.models.qwen3_moe import ModelContext, Qwen3MoeForCausalLM, parse_config
+from waybill.engine.weight_sync import transfer
+from waybill.engine.weight_sync.checksum import checksum
+from waybill.engine.weight_sync.group_registry import GroupRegistry
+from waybill.engine.weight_sync.inspection import join_checksums, piece_checksums
+from waybill.engine.weight_sync.receiver import WeightReceiver
+from waybill.engine.weight_sync.report import Outcome
+from waybill.engine.weight_sync.sender import free_port
+from waybill.engine.weight_sync.update_group import UpdateGroup
+from waybill.parallel.mesh import ParallelMesh
+
+CPU = torch.device("cpu")
+HERE = "127.0.0.1"
+Tensors = dict[str, torch.Tensor]
+
+
+class Trainer:
+    """A receiver of one rank, and the other end of its group."""
+
+    def __init__(self) -> None:
+        hf_config = Qwen3MoeConfig(
+            vocab_size=20,
+            hidden_size=8,
+            num_hidden_layers=2,
+            mlp_only_layers=[0],
+            intermediate_size=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=4,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            dtype="float32",
+        )
+        self.mesh = ParallelMesh.single(CPU)
+        model = Qwen3MoeForCausalLM(ModelContext(parse_config(hf_config, "nowhere", "auto"), self.mesh), 8)
+        self.registry = GroupRegistry(self.mesh, 10.0)
+        self.receiver = WeightReceiver(model, self.mesh, self.registry)
+        self.pool = concurrent.futures.ThreadPoolExecutor(2)
+        self.group: UpdateGroup | None = None
+        for weight in self.receiver.weights.values():
+            weight.load(torch.zeros(weight.shape))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.receiver.weights)
+
+    def tensors(self, seed: int) -> Tensors:
+        torch.manual_seed(seed)
+        return {name: torch.randn(weight.shape) for name, weight in self.receiver.weights.items()}
+
+    def sums(self) -> dict[str, str]:
+        return join_checksums([piece_checksums(self.receiver.weights)], self.receiver.weights)
+
+    def join(self) -> None:
+        port, done = free_port(HERE), threading.Event()
+        self.registry.join(InitWeightsGroupReq(1, "op", HERE, port, 1, 2, "g", "gloo"), lambda error: done.set())
+        self.group = UpdateGroup(HERE, port, 0, 2, "g", "gloo", CPU, 10.0)
+        assert done.wait(10)
+
+    def send(
+        self, names: list[str], tensors: Tensors, *, num_sent: int | None = None, in_one: bool = False, **options: Any
+    ) -> Outcome:
+        """A bucket; the trainer is gone after `num_sent` of its tensors."""
+        group = self.group
+        assert group is not None
+
+        def broadcast() -> None:
+            if in_one:
+                group.send_bucket([tensors[name] for name in names])
+                return
+            for name in names[:num_sent]:
+                group.broadcast(tensors[name])
+            if num_sent is not None:
+                group.close()
+
+        sending = self.pool.submit(broadcast)
+        shapes = [list(tensors[name].shape) for name in names]
+        load_format = "flattened_bucket" if in_one else "auto"
+        op = ReceiveWeightsReq(
+            1, "op", names, ["float32"] * len(names), shapes, "g", load_format, WeightOptions(**options)
+        )
+        outcome = self.receiver.update(op)
+        if outcome.success:
+            sending.result()
+        else:
+            # The receiver has left the group, which ends a broadcast that nobody takes.
+            sending.exception()
+        return outcome
+
+
+@pytest.fixture
+def trainer() -> Iterator[Trainer]:
+    trainer = Trainer()
+    yield trainer
+    trainer.pool.shutdown()
+
+
+def sums_of(tensors: Tensors) -> dict[str, str]:
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("in_one", [False, True])
+def test_an_update_in_buckets(trainer: Trainer, in_one: bool) -> None:
+    trainer.join()
+    tensors, names = trainer.tensors(1), trainer.names
+    first = trainer.send(names[:7], tensors, in_one=in_one, weight_version="v1")
+    assert first.success and first.weight_version is None and "are still to come" in first.message
+    last = trainer.send(names[7:], tensors, in_one=in_one, weight_version="v1")
+    assert last.success and last.weight_version == "v1" and trainer.receiver.progress.hold is None
+    assert trainer.sums() == sums_of(tensors)
+    assert trainer.send(names, tensors).weight_version == "update-2"
+
+
+def test_a_bucket_that_breaks_off_changes_nothing_where_nothing_was_changed_before(trainer: Trainer) -> None:
+    trainer.join()
+    before = trainer.sums()
+    outcome = trainer.send(trainer.names, trainer.tensors(1), num_sent=4)
+    assert not outcome.success and outcome.message.endswith("group 'g' is left, join it again; nothing was changed")
+    assert trainer.sums() == before and trainer.receiver.progress.hold is None
+
+
+def test_a_later_bucket_that_breaks_off_tears_the_update(trainer: Trainer) -> None:
+    trainer.join()
+    tensors, names = trainer.tensors(1), trainer.names
+    assert trainer.send(names[:7], tensors).success
+    outcome = trainer.send(names[7:], tensors, num_sent=4)
+    assert not outcome.success and outcome.message.startswith("weights: a transfer was torn (the transfer broke off")
+    assert trainer.receiver.progress.hold == outcome.message
+    trainer.join()
+    assert "is_last" in trainer.send(names[7:], tensors, is_last=True).message
+    trainer.join()
+    assert trainer.send(names[7:], tensors).success and trainer.receiver.progress.hold is not None
+    assert trainer.send(names[:7], tensors).success and trainer.receiver.progress.hold is None
+    assert trainer.sums() == sums_of(tensors)
+
+
+def test_more_than_may_be_staged_is_torn_when_it_breaks_off(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "MAX_STAGED_BYTES", 100)
+    trainer.join()
+    tensors = trainer.tensors(1)
+    assert "torn" in trainer.send(trainer.names, tensors, num_sent=4).message
+    trainer.join()
+    assert trainer.send(trainer.names, tensors).success
+    assert trainer.sums() == sums_of(tensors)
+
+
+def load(trainer: Trainer, path: Path, *, whole: bool = False, **options: Any) -> Outcome:
+    return trainer.receiver.update(LoadWeightsReq(1, "op", str(path), whole, WeightOptions(**options)))
+
+
+def test_files(trainer: Trainer, tmp_path: Path) -> None:
+    tensors = trainer.tensors(1)
+    save_file({**tensors, "lm_head.weight": torch.zeros(20, 8)}, tmp_path / "model.safetensors")
+    assert load(trainer, tmp_path, whole=True, weight_version="disk").weight_version == "disk"
+    assert trainer.sums() == sums_of(tensors)
+    part = tmp_path / "part.safetensors"
+    others = trainer.tensors(2)
+    save_file({"model.norm.weight": others["model.norm.weight"]}, part)
+    assert load(trainer, part, is_last=True, weight_version="part").weight_version == "part"
+    assert trainer.sums() == sums_of({**tensors, "model.norm.weight": others["model.norm.weight"]})
+    save_file({"lm_head.weight": torch.zeros(20, 8)}, part)
+    outcome = load(trainer, part)
+    assert outcome.success and outcome.weight_version is None, "the head is tied"
+
+
+def test_a_file_that_breaks_off_in_the_middle_tears(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header is right, and then it cannot be read, on a network file system say."""
+    save_file(trainer.tensors(1), tmp_path / "model.safetensors")
+    source = transfer.Checkpoint(str(tmp_path)).tensors
+
+    def failing(self: transfer.FileTransfer, all_have_it: object) -> Iterator[Any]:
+        for number, item in enumerate(source()):
+            if number == 3:
+                raise OSError("input/output error")
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.FileTransfer, "tensors", failing)
+        assert "torn (the transfer broke off: input/output error)" in load(trainer, tmp_path, whole=True).message
+    assert trainer.receiver.progress.hold is not None
+    assert load(trainer, tmp_path, whole=True).success
+    assert trainer.receiver.progress.hold is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "(?i)header|invalid|empty"),
+        (b"\xff" * 64, "(?i)header"),
+        (b"\x08\0\0\0\0\0\0\0{}      ", "nothing|names"),
+    ],
+)
+def test_damaged_files_change_nothing(trainer: Trainer, tmp_path: Path, content: bytes, words: str) -> None:
+    before = trainer.sums()
+    (tmp_path / "x.safetensors").write_bytes(content)
+    outcome = load(trainer, tmp_path / "x.safetensors")
+    assert trainer.sums() == before and trainer.receiver.progress.hold is None
+    if content.endswith(b"{}      "):
+        assert outcome.weight_version is None, "a file without tensors names nothing"
+    else:
+        assert not outcome.success and outcome.message.endswith("; nothing was changed")
+
+
+@pytest.mark.parametrize(
+    "index", ["", "[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "x"}}', "\udcff"]
+)
+def test_damaged_indexes_change_nothing(trainer: Trainer, tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index, errors="surrogateescape")
+    outcome = load(trainer, tmp_path, whole=True)
+    assert (
+        not outcome.success
+        and outcome.message.startswith("model_path=")
+        and outcome.message.endswith("nothing was changed")
+    )

@@ -10,9 +10,9 @@ import msgspec
 import zmq
 
 from waybill.engine.io_struct import BackendMessage, FrontendMessage, OutputRecord
+from waybill.engine.leader_place import Endpoints
 from waybill.engine.lifeline import Lifeline
 from waybill.engine.output_processor_config import OutputProcessorConfig
-from waybill.engine.scheduler import Endpoints
 from waybill.engine.sockets import Receiver, Sender
 
 STOP_TIMEOUT_S = 10

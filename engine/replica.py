@@ -24,6 +24,7 @@ from .detokenizer import load_tokenizer
 from .dp_meeting import DpMeeting
 from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
 from .kv_cache.kv_store import KVStore
+from .leader_place import DpPlace, Endpoints
 from .memory import kv_pool_pages, peak_rss_bytes
 from .model_runner import LaunchedStep, ModelRunner
 from .models.model_config import ModelConfig
@@ -35,7 +36,7 @@ from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteGeometry, RouteRing
 from .schedule_batch import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
-from .scheduler import DpPlace, Endpoints, Scheduler
+from .scheduler import Scheduler
 from .sockets import Endpoint, Receiver, Sender
 from .stop_checker import StopChecker
 from .sync_stalls import freeze_garbage_collector

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -17,24 +17,10 @@ from ..parallel.moe.dispatch import SyncClock
 from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, LonelyMeeting, Meeting, Proposal
 from .config import EngineConfig
 from .io_struct import (
-    RANK_OPERATIONS,
-    AbortReq,
-    BackendMessage,
     BeforeEvent,
-    CacheFlushed,
-    ContinueGenerationReq,
     ControlReply,
-    DestroyWeightsGroupReq,
     DispatchNotice,
-    FinishReason,
-    FlushCacheReq,
     GetInternalStateReq,
-    LoadWeightsReq,
-    OutputRecord,
-    PauseGenerationReq,
-    RankOperation,
-    ReceiveWeightsReq,
-    ReleaseMemoryReq,
     ReqFinished,
     ReqRetracted,
     ReqStarted,
@@ -42,30 +28,23 @@ from .io_struct import (
     StepRecord,
     TokenizedGenerateReqInput,
 )
-from .mailbox import Inbox, Mailbox
+from .leader_controls import LeaderControls, Operations
+from .leader_place import DpPlace, Endpoints
+from .mailbox import Mailbox
 from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .routing.ring import RouteRing
-from .schedule_batch import PeerMessage, PeerOperation, Req, ScheduleBatch, StopPeers
+from .schedule_batch import Req, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
-from .sockets import Sender
 from .step_committer import Committed, StepCommitter, StepResult
 from .step_planner import StepPlan, StepPlanner
 from .stop_checker import StopChecker
 from .sync_stalls import GarbageClock, SyncStalls, TurnLog
-from .weight_sync.report import Outcome
 
 IDLE_WAIT_S = 5.0
 NANO = 1e9
 
 LaunchedT = TypeVar("LaunchedT")
-
-
-def empties_cache(op: RankOperation) -> bool:
-    """Whether the prefix cache is empty after the operation."""
-    if isinstance(op, ReleaseMemoryReq):
-        return "kv_cache" in op.tags
-    return isinstance(op, (LoadWeightsReq, ReceiveWeightsReq)) and op.options.flush_cache
 
 
 class Runner(Protocol[LaunchedT]):
@@ -76,44 +55,6 @@ class Runner(Protocol[LaunchedT]):
     def launch(self, batch: ScheduleBatch) -> LaunchedT: ...
 
     def result(self, launched: LaunchedT) -> StepResult: ...
-
-
-class Operations(Protocol):
-    """What this rank does when all ranks are told to."""
-
-    @property
-    def hold(self) -> str | None:
-        """Why nobody may generate; None if nothing stands against it."""
-        ...
-
-    def run(self, op: RankOperation) -> Outcome | None:
-        """The outcome; None: it will be told later."""
-        ...
-
-
-@dataclass(frozen=True)
-class Endpoints:
-    """The leader's sockets."""
-
-    inbox: Inbox
-    peers: Sequence[Sender[PeerMessage]]
-    records: Sender[OutputRecord]
-    frontend: Sender[BackendMessage]
-
-
-@dataclass(frozen=True)
-class DpPlace:
-    """Which leader this is, and where the rows of its tokens stand in a ring slot: `first_recorded_dp` is the dp rank
-    whose rows come first there."""
-
-    dp_rank: int = 0
-    dp_size: int = 1
-    tp_size: int = 1
-    first_recorded_dp: int = 0
-
-    def first_row(self, num_rows: int) -> int:
-        """In a step in which every rank has `num_rows` rows; 0 says that the tokens are replicated."""
-        return (self.dp_rank - self.first_recorded_dp) * self.tp_size * num_rows
 
 
 @dataclass(frozen=True)
@@ -165,10 +106,17 @@ class Scheduler(Generic[LaunchedT]):
         self._num_records = 0
         self._num_received = 0
         self._serving = True
-        self._is_paused = False
-        self._operations = operations
-        self._weight_version = config.weight_version
-        self._num_weight_updates = 0
+        self._controls = LeaderControls(
+            self,
+            self.queues,
+            self._planner,
+            self.committer,
+            pages,
+            endpoints,
+            self._place,
+            operations,
+            config.weight_version,
+        )
         self.stalls = SyncStalls(self._place.dp_rank)
         self._clock = clock or SyncClock()
         self._garbage = GarbageClock()
@@ -178,13 +126,9 @@ class Scheduler(Generic[LaunchedT]):
         self._handlers: dict[type, Callable[..., None]] = {
             TokenizedGenerateReqInput: self._on_generate,
             DispatchNotice: self._on_notice,
-            AbortReq: self._on_abort,
-            FlushCacheReq: self._on_flush_cache,
             GetInternalStateReq: self._on_get_internal_state,
-            PauseGenerationReq: self._on_pause,
-            ContinueGenerationReq: self._on_continue,
             ShutdownReq: self._on_shutdown,
-            **dict.fromkeys(RANK_OPERATIONS, self._on_rank_operation),
+            **self._controls.handlers,
         }
 
     def run(self) -> None:
@@ -234,7 +178,7 @@ class Scheduler(Generic[LaunchedT]):
     def propose(self) -> Proposal:
         """Plan this leader's part of the next step, and tell the others."""
         began = time.perf_counter()
-        may_run = not self._is_paused and self._hold is None
+        may_run = self._controls.may_run
         self._plan = self._planner.plan(in_flight=bool(self._in_flight)) if may_run else StepPlan()
         if self._plan.starved:
             # Committing may free pages.
@@ -271,7 +215,7 @@ class Scheduler(Generic[LaunchedT]):
             self._before.extend(self._plan.before)
             self._commit_down_to(0)
             if self._before:
-                self._record_idle([])
+                self.record_idle([])
         self._is_asleep = agreement.may_sleep
 
     def _launch(self, agreement: Agreement) -> None:
@@ -305,7 +249,24 @@ class Scheduler(Generic[LaunchedT]):
             ring_seq = step.batch.step if self._config.enable_return_routed_experts else -1
             self._record(step.before, committed, ring_seq, self._place.first_row(step.batch.num_rows))
 
-    def _record_idle(self, finished: list[ReqFinished]) -> None:
+    @property
+    def agreement(self) -> Agreement:
+        """The last one."""
+        return self._agreement
+
+    def commit_all(self) -> None:
+        """Commit whatever is in flight."""
+        self._commit_down_to(0)
+
+    def note(self, event: BeforeEvent) -> None:
+        """The next record begins with it."""
+        self._before.append(event)
+
+    @property
+    def has_notes(self) -> bool:
+        return bool(self._before)
+
+    def record_idle(self, finished: list[ReqFinished]) -> None:
         """A record without a forward; what is in flight must have been committed, or the order would be wrong."""
         assert not self._in_flight
         before, self._before = self._before, []
@@ -318,7 +279,7 @@ class Scheduler(Generic[LaunchedT]):
                 step=self._num_records,
                 ring_seq=ring_seq,
                 first_row=first_row,
-                weight_version=self._weight_version,
+                weight_version=self._controls.weight_version,
                 before=before,
                 segments=committed.segments,
                 outputs=committed.outputs,
@@ -353,102 +314,6 @@ class Scheduler(Generic[LaunchedT]):
     def _on_notice(self, message: DispatchNotice) -> None:
         """The number is all that it says."""
 
-    def _on_abort(self, message: AbortReq) -> None:
-        """Abort in any state: what is in flight is committed first, so that only requests between steps are left."""
-        if not message.rid and not message.abort_all:
-            return
-        prefix = "" if message.abort_all else message.rid
-        if not self.queues.matching(prefix, exact=message.exact):
-            return
-        self._commit_down_to(0)
-        finished: list[ReqFinished] = []
-        for req in self.queues.matching(prefix, exact=message.exact):
-            req.finish_reason = FinishReason("abort", message="aborted by request")
-            finished.append(self.committer.finish(req))
-        self._record_idle(finished)
-
-    def _on_flush_cache(self, message: FlushCacheReq) -> None:
-        """All leaders decide alike, from what the agreement says of all; the first one answers."""
-        num_reqs = self._agreement.num_reqs
-        if num_reqs == 0:
-            self._empty_cache()
-        text = f"not flushed: {num_reqs} requests run or wait" if num_reqs else "cache flushed"
-        self._reply(message.op_id, Outcome(num_reqs == 0, text))
-
-    def _empty_cache(self) -> None:
-        """Nobody runs, anywhere."""
-        self._commit_down_to(0)
-        self._pages.flush()
-        self._pages.check_integrity()
-        self._before.append(CacheFlushed())
-        self._record_idle([])
-
-    def _reply(self, op_id: str, outcome: Outcome) -> None:
-        """The first leader answers for all, who come to the same outcome."""
-        if self._place.dp_rank == 0:
-            reply = ControlReply(op_id, outcome.success, outcome.message, hold=self._hold, payload=outcome.payload)
-            self._endpoints.frontend.send(reply)
-
-    def _on_pause(self, message: PauseGenerationReq) -> None:
-        self._commit_down_to(0)
-        finished: list[ReqFinished] = []
-        if message.mode == "abort":
-            for req in self.queues.matching(""):
-                req.finish_reason = FinishReason("abort", message="aborted by a pause")
-                finished.append(self.committer.finish(req))
-        elif message.mode == "retract":
-            self._before.extend(self._planner.retract_running())
-        if finished or self._before:
-            self._record_idle(finished)
-        self._is_paused = True
-        self._reply(message.op_id, Outcome(True, f"paused: {len(self.queues)} requests are kept"))
-
-    def _on_continue(self, message: ContinueGenerationReq) -> None:
-        if self._hold is None:
-            self._is_paused = False
-        self._reply(message.op_id, Outcome(self._hold is None, self._hold or "generation goes on"))
-
-    @property
-    def _hold(self) -> str | None:
-        return None if self._operations is None else self._operations.hold
-
-    def _on_rank_operation(self, op: RankOperation) -> None:
-        """Between two steps: what was launched before is committed under the weights that it ran with."""
-        self._commit_down_to(0)
-        refusal = self._refusal_of(op)
-        if refusal is not None:
-            if isinstance(op, ReceiveWeightsReq):
-                # The trainer may have begun to send; see `GroupRegistry.discard`.
-                self._run_on_all_ranks(DestroyWeightsGroupReq(op.dispatch, op.op_id, op.group_name))
-            self._reply(op.op_id, Outcome(False, refusal))
-            return
-        outcome = self._run_on_all_ranks(op)
-        if outcome is None:
-            return
-        if outcome.success and empties_cache(op):
-            self._empty_cache()
-        if outcome.weight_version is not None:
-            self._weight_version = outcome.weight_version
-            self._num_weight_updates += 1
-        self._reply(op.op_id, outcome)
-
-    def _run_on_all_ranks(self, op: RankOperation) -> Outcome | None:
-        assert self._operations is not None
-        for peer in self._endpoints.peers:
-            peer.send(PeerOperation(op))
-        return self._operations.run(op)
-
-    def _refusal_of(self, op: RankOperation) -> str | None:
-        """Why the operation cannot be done now, by what the agreement says of all leaders."""
-        if isinstance(op, ReleaseMemoryReq) and self._agreement.num_reqs:
-            return f"memory is released only when nothing runs or waits: {self._agreement.num_reqs} requests do"
-        if empties_cache(op) and self._agreement.num_running:
-            return (
-                f"flush_cache: must be false while requests run, {self._agreement.num_running} do; or pause with mode "
-                "'retract' or 'abort' first"
-            )
-        return None
-
     def _on_get_internal_state(self, message: GetInternalStateReq) -> None:
         self._endpoints.frontend.send(
             ControlReply(message.op_id, True, state=self.state(), sync_waits=self.stalls.waits())
@@ -473,11 +338,7 @@ class Scheduler(Generic[LaunchedT]):
             "num_finished": cost.num_finished,
             "finish_total_s": cost.total_s,
             "finish_max_s": cost.max_s,
-            "weight_version": self._weight_version,
-            "is_paused": int(self._is_paused),
-            "is_held": int(self._hold is not None),
-            "hold": self._hold or "",
-            "num_weight_updates": self._num_weight_updates,
+            **self._controls.state(),
             "garbage_pauses": self._garbage.num_pauses,
             "garbage_pause_s": self._garbage.seconds,
             "routing_ring_occupied": 0 if self._ring is None else self._ring.num_occupied,

@@ -17,11 +17,12 @@ from waybill.engine.agreement import Agreement, from_rows, to_row
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import BackendMessage, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
 from waybill.engine.leader_link import LeaderLink
+from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.page_manager import PageManager
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import DpPlace, Endpoints, Scheduler
+from waybill.engine.scheduler import Scheduler
 from waybill.engine.sockets import Receiver, Sender
 from waybill.engine.step_committer import StepResult
 from waybill.engine.stop_checker import StopChecker

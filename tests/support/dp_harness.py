@@ -34,6 +34,7 @@ from waybill.engine.io_struct import (
     TokenizedGenerateReqInput,
 )
 from waybill.engine.leader_link import LeaderLink
+from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.page_manager import PageManager
 from waybill.engine.replica import slot_rows
@@ -42,7 +43,7 @@ from waybill.engine.routing.ring import RouteGeometry, RouteRing
 from waybill.engine.routing.wire import decode
 from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import DpPlace, Endpoints, Scheduler
+from waybill.engine.scheduler import Scheduler
 from waybill.engine.shipper import Shipper
 from waybill.engine.stop_checker import StopChecker
 from waybill.parallel.mesh import Axis, ParallelMesh

@@ -24,10 +24,11 @@ from waybill.engine.io_struct import (
     StepRecord,
     TokenizedGenerateReqInput,
 )
+from waybill.engine.leader_place import Endpoints
 from waybill.engine.page_manager import PageManager
 from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import Endpoints, Scheduler
+from waybill.engine.scheduler import Scheduler
 from waybill.engine.step_committer import StepResult
 from waybill.engine.stop_checker import StopChecker
 

@@ -64,7 +64,7 @@ class ControlledGroup(DpGroup):
         self.launched: dict[tuple[int, int], str] = {}
         self.versions: dict[str, list[tuple[str, int, int]]] = {}
         for leader, operations in zip(self.leaders, self.operations, strict=True):
-            leader.scheduler._operations = operations
+            leader.scheduler._controls._operations = operations
             self._watch(leader)
         self._watch_answers()
 
@@ -74,9 +74,9 @@ class ControlledGroup(DpGroup):
         def watched(batch: ScheduleBatch) -> Any:
             scheduler = leader.scheduler
             if batch.num_tokens:
-                assert not scheduler._is_paused, "a step while paused"
-                assert scheduler._hold is None, "a step with weights that are not whole"
-            self.launched[leader.dp_rank, batch.step] = scheduler._weight_version
+                assert not scheduler._controls._is_paused, "a step while paused"
+                assert scheduler._controls.hold is None, "a step with weights that are not whole"
+            self.launched[leader.dp_rank, batch.step] = scheduler._controls.weight_version
             return launch(batch)
 
         leader.runner.launch = watched  # type: ignore[method-assign]

@@ -29,10 +29,11 @@ from waybill.engine.io_struct import (
     TokenizedGenerateReqInput,
 )
 from waybill.engine.leader_link import LeaderLink
+from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.mailbox import Mailbox
 from waybill.engine.page_manager import PageManager
 from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import DpPlace, Endpoints, Scheduler
+from waybill.engine.scheduler import Scheduler
 from waybill.engine.stop_checker import StopChecker
 
 PAGE_SIZE = 4

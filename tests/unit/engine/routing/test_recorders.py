@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.leader_place import DpPlace
 from waybill.engine.replica import make_recorder, recorded_axis, slot_rows
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.late_gather import LateRouteGather
 from waybill.engine.routing.ring import RouteGeometry, RouteRing
 from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import DpPlace
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 CPU = torch.device("cpu")

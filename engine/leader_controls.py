@@ -1,0 +1,221 @@
+"""A leader's half of control operations: aborts, the prefix cache, pauses, weights and memory.
+
+All leaders apply an operation at the same step and come to the same outcome, from the operation and what the agreement
+says of all of them; the first one answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from .agreement import Agreement
+from .io_struct import (
+    RANK_OPERATIONS,
+    AbortReq,
+    BeforeEvent,
+    CacheFlushed,
+    ContinueGenerationReq,
+    ControlReply,
+    DestroyWeightsGroupReq,
+    FinishReason,
+    FlushCacheReq,
+    LoadWeightsReq,
+    PauseGenerationReq,
+    RankOperation,
+    ReceiveWeightsReq,
+    ReleaseMemoryReq,
+    ReqFinished,
+)
+from .leader_place import DpPlace, Endpoints
+from .page_manager import PageManager
+from .request_queues import RequestQueues
+from .schedule_batch import PeerOperation
+from .step_committer import StepCommitter
+from .step_planner import StepPlanner
+from .weight_sync.report import Outcome
+
+
+class Operations(Protocol):
+    """What this rank does when all ranks are told to."""
+
+    @property
+    def hold(self) -> str | None:
+        """Why nobody may generate; None if nothing stands against it."""
+        ...
+
+    def run(self, op: RankOperation) -> Outcome | None:
+        """The outcome; None: it will be told later."""
+        ...
+
+
+class Steps(Protocol):
+    """The loop between whose steps operations take effect."""
+
+    @property
+    def agreement(self) -> Agreement: ...
+
+    @property
+    def has_notes(self) -> bool: ...
+
+    def commit_all(self) -> None: ...
+
+    def note(self, event: BeforeEvent) -> None: ...
+
+    def record_idle(self, finished: list[ReqFinished]) -> None: ...
+
+
+def empties_cache(op: RankOperation) -> bool:
+    """Whether the prefix cache is empty after the operation."""
+    if isinstance(op, ReleaseMemoryReq):
+        return "kv_cache" in op.tags
+    return isinstance(op, (LoadWeightsReq, ReceiveWeightsReq)) and op.options.flush_cache
+
+
+class LeaderControls:
+    """`handlers` by type of message; `may_run` and `weight_version` are what the loop must know."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        queues: RequestQueues,
+        planner: StepPlanner,
+        committer: StepCommitter,
+        pages: PageManager,
+        endpoints: Endpoints,
+        place: DpPlace,
+        operations: Operations | None,
+        weight_version: str,
+    ) -> None:
+        self._steps = steps
+        self._queues = queues
+        self._planner = planner
+        self._committer = committer
+        self._pages = pages
+        self._endpoints = endpoints
+        self._place = place
+        self._operations = operations
+        self.weight_version = weight_version
+        self._num_weight_updates = 0
+        self._is_paused = False
+        self.handlers: dict[type, Callable[..., None]] = {
+            AbortReq: self._on_abort,
+            FlushCacheReq: self._on_flush_cache,
+            PauseGenerationReq: self._on_pause,
+            ContinueGenerationReq: self._on_continue,
+            **dict.fromkeys(RANK_OPERATIONS, self._on_rank_operation),
+        }
+
+    @property
+    def hold(self) -> str | None:
+        """Why nobody may generate; None if nothing stands against it."""
+        return None if self._operations is None else self._operations.hold
+
+    @property
+    def may_run(self) -> bool:
+        """Whether steps may be planned."""
+        return not self._is_paused and self.hold is None
+
+    def state(self) -> dict[str, int | float | str]:
+        """What a question for the leader's state is told of this."""
+        return {
+            "weight_version": self.weight_version,
+            "is_paused": int(self._is_paused),
+            "is_held": int(self.hold is not None),
+            "hold": self.hold or "",
+            "num_weight_updates": self._num_weight_updates,
+        }
+
+    def _on_abort(self, message: AbortReq) -> None:
+        """Abort in any state: what is in flight is committed first, so that only requests between steps are left."""
+        if not message.rid and not message.abort_all:
+            return
+        prefix = "" if message.abort_all else message.rid
+        if not self._queues.matching(prefix, exact=message.exact):
+            return
+        self._steps.commit_all()
+        finished: list[ReqFinished] = []
+        for req in self._queues.matching(prefix, exact=message.exact):
+            req.finish_reason = FinishReason("abort", message="aborted by request")
+            finished.append(self._committer.finish(req))
+        self._steps.record_idle(finished)
+
+    def _on_flush_cache(self, message: FlushCacheReq) -> None:
+        """All leaders decide alike, from what the agreement says of all; the first one answers."""
+        num_reqs = self._steps.agreement.num_reqs
+        if num_reqs == 0:
+            self._empty_cache()
+        text = f"not flushed: {num_reqs} requests run or wait" if num_reqs else "cache flushed"
+        self._reply(message.op_id, Outcome(num_reqs == 0, text))
+
+    def _empty_cache(self) -> None:
+        """Nobody runs, anywhere."""
+        self._steps.commit_all()
+        self._pages.flush()
+        self._pages.check_integrity()
+        self._steps.note(CacheFlushed())
+        self._steps.record_idle([])
+
+    def _reply(self, op_id: str, outcome: Outcome) -> None:
+        """The first leader answers for all, who come to the same outcome."""
+        if self._place.dp_rank == 0:
+            reply = ControlReply(op_id, outcome.success, outcome.message, hold=self.hold, payload=outcome.payload)
+            self._endpoints.frontend.send(reply)
+
+    def _on_pause(self, message: PauseGenerationReq) -> None:
+        self._steps.commit_all()
+        finished: list[ReqFinished] = []
+        if message.mode == "abort":
+            for req in self._queues.matching(""):
+                req.finish_reason = FinishReason("abort", message="aborted by a pause")
+                finished.append(self._committer.finish(req))
+        elif message.mode == "retract":
+            for event in self._planner.retract_running():
+                self._steps.note(event)
+        if finished or self._steps.has_notes:
+            self._steps.record_idle(finished)
+        self._is_paused = True
+        self._reply(message.op_id, Outcome(True, f"paused: {len(self._queues)} requests are kept"))
+
+    def _on_continue(self, message: ContinueGenerationReq) -> None:
+        if self.hold is None:
+            self._is_paused = False
+        self._reply(message.op_id, Outcome(self.hold is None, self.hold or "generation goes on"))
+
+    def _on_rank_operation(self, op: RankOperation) -> None:
+        """Between two steps: what was launched before is committed under the weights that it ran with."""
+        self._steps.commit_all()
+        refusal = self._refusal_of(op)
+        if refusal is not None:
+            if isinstance(op, ReceiveWeightsReq):
+                # The trainer may have begun to send; see `GroupRegistry.discard`.
+                self._run_on_all_ranks(DestroyWeightsGroupReq(op.dispatch, op.op_id, op.group_name))
+            self._reply(op.op_id, Outcome(False, refusal))
+            return
+        outcome = self._run_on_all_ranks(op)
+        if outcome is None:
+            return
+        if outcome.success and empties_cache(op):
+            self._empty_cache()
+        if outcome.weight_version is not None:
+            self.weight_version = outcome.weight_version
+            self._num_weight_updates += 1
+        self._reply(op.op_id, outcome)
+
+    def _run_on_all_ranks(self, op: RankOperation) -> Outcome | None:
+        assert self._operations is not None
+        for peer in self._endpoints.peers:
+            peer.send(PeerOperation(op))
+        return self._operations.run(op)
+
+    def _refusal_of(self, op: RankOperation) -> str | None:
+        """Why the operation cannot be done now, by what the agreement says of all leaders."""
+        if isinstance(op, ReleaseMemoryReq) and self._steps.agreement.num_reqs:
+            return f"memory is released only when nothing runs or waits: {self._steps.agreement.num_reqs} requests do"
+        num_running = self._steps.agreement.num_running
+        if empties_cache(op) and num_running:
+            return (
+                f"flush_cache: must be false while requests run, {num_running} do; or pause with mode 'retract' or 'abort' "
+                "first"
+            )
+        return None

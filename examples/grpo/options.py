@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+TRAINER_RANKS = 2
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,13 +19,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", default=str(ROOT / "out" / "grpo"), help="folder for the log and the plot")
     parser.add_argument("--steps", type=int, default=50, help="of the loop: rollouts, training, new weights")
     parser.add_argument("--dialogues", type=int, default=8, help="different dialogues a step")
-    parser.add_argument("--samples", type=int, default=8, help="rollouts of each: one group")
+    parser.add_argument("--samples", type=int, default=16, help="rollouts of each: one group")
     parser.add_argument("--turns", type=int, default=3, help="of a dialogue")
     parser.add_argument(
         "--mini-steps", type=int, default=1, help="optimizer steps a batch; all but the first are off-policy"
     )
-    parser.add_argument("--micro-batch", type=int, default=16, help="rollouts of a forward of one trainer rank")
-    parser.add_argument("--lr", type=float, default=2e-4, help="of AdamW, constant")
+    parser.add_argument("--micro-batch", type=int, default=32, help="rollouts of a forward of one trainer rank")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW, constant")
     parser.add_argument("--clip", type=float, default=0.2, help="of the ratio of probabilities")
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="stage of DeepSpeed's ZeRO")
     parser.add_argument("--seed", type=int, default=0, help="of dialogues and sampling")
@@ -39,6 +40,12 @@ def parse_options() -> argparse.Namespace:
     for name in ("steps", "dialogues", "turns", "mini_steps", "micro_batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    share = options.mini_steps * TRAINER_RANKS * options.micro_batch
+    if options.dialogues * options.samples % share:
+        parser.error(
+            f"--dialogues times --samples, {options.dialogues * options.samples}: must be a multiple of {share}, "
+            f"{TRAINER_RANKS} ranks times --mini-steps times --micro-batch"
+        )
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: must be at least 2, a group is compared with itself")
     if not (Path(options.model) / "config.json").is_file():

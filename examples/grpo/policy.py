@@ -1,7 +1,7 @@
 """The trainer's side of a step: batches of rollouts, GRPO's loss, and how far trainer and engine are apart.
 
-GRPO: Shao et al. 2024 (DeepSeekMath); the clipped ratio of Schulman et al. 2017 (PPO), averaged over tokens. The behaviour
-policy is the engine: its log-probabilities are the denominator.
+GRPO: Shao et al. 2024 (DeepSeekMath), an advantage for every turn; the clipped ratio of Schulman et al. 2017 (PPO), averaged
+over tokens. The behaviour policy is the engine: its log-probabilities are the denominator.
 """
 
 from __future__ import annotations
@@ -20,43 +20,45 @@ EXTREME_RATIO = 2.0
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """B rollouts, padded on the right to S tokens. `old` and `sampled` [B, S - 1] belong to the token that each position
-    predicts."""
+    """B rollouts, padded on the right to S tokens. `sampled`, `old` and `advantages` [B, S - 1] belong to the token that each
+    position predicts."""
 
     tokens: torch.Tensor  # [B, S]
     mask: torch.Tensor  # [B, S]
     sampled: torch.Tensor  # bool
     old: torch.Tensor  # the engine's log-probabilities
-    advantages: torch.Tensor  # [B]
+    advantages: torch.Tensor
     routes: RoutedExpertsBatch
 
 
-def group_advantages(rollouts: Sequence[Rollout]) -> list[float]:
-    """Each reward against its group's: (r - mean) / (std + 1e-4)."""
-    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+def group_advantages(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """[rollouts, turns]: each turn's reward against those of its group in the same turn, (r - mean) / (std + 1e-4)."""
+    rewards = torch.tensor([rollout.rewards for rollout in rollouts])
     groups = torch.tensor([rollout.group for rollout in rollouts])
     advantages = torch.zeros_like(rewards)
     for group in groups.unique():
         members = groups == group
         own = rewards[members]
-        advantages[members] = (own - own.mean()) / (own.std() + 1e-4)
-    return advantages.tolist()
+        advantages[members] = (own - own.mean(dim=0)) / (own.std(dim=0) + 1e-4)
+    return advantages
 
 
-def make_batch(rollouts: Sequence[Rollout], advantages: Sequence[float], pad: int) -> PolicyBatch:
+def make_batch(rollouts: Sequence[Rollout], advantages: torch.Tensor, pad: int) -> PolicyBatch:
+    """`advantages` are [B, turns]."""
     width = max(len(rollout.tokens) for rollout in rollouts)
 
     def padded(values: Sequence[float], filler: float) -> list[float]:
         return [*values, *[filler] * (width - len(values))]
 
     mask = torch.tensor([padded([1] * len(rollout.tokens), 0) for rollout in rollouts])
+    turns = torch.tensor([padded(rollout.turn_of, -1) for rollout in rollouts])[:, 1:]
     routes = [[delta.decode() for delta in rollout.deltas] for rollout in rollouts]
     return PolicyBatch(
         tokens=torch.tensor([padded(rollout.tokens, pad) for rollout in rollouts]),
         mask=mask,
-        sampled=torch.tensor([padded(rollout.sampled, False) for rollout in rollouts])[:, 1:].bool(),
+        sampled=turns >= 0,
         old=torch.tensor([padded(rollout.logprobs, 0.0) for rollout in rollouts], dtype=torch.float32)[:, 1:],
-        advantages=torch.tensor(advantages, dtype=torch.float32),
+        advantages=advantages.gather(1, turns.clamp(min=0)),
         routes=RoutedExpertsBatch.from_padded(routes, mask),
     )
 
@@ -72,8 +74,7 @@ def log_ratios(model: Any, batch: PolicyBatch, *, replay: bool) -> torch.Tensor:
 def grpo_loss(ratios_log: torch.Tensor, batch: PolicyBatch, clip: float, num_tokens: float) -> torch.Tensor:
     """Summed over this batch's sampled tokens, divided by `num_tokens` of the whole optimizer step."""
     ratios = ratios_log.exp()
-    advantages = batch.advantages[:, None]
-    gain = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+    gain = torch.minimum(ratios * batch.advantages, ratios.clamp(1 - clip, 1 + clip) * batch.advantages)
     return -(gain * batch.sampled).sum() / num_tokens
 
 

@@ -33,15 +33,25 @@ class Delta(msgspec.Struct):
 
 
 class Rollout(msgspec.Struct):
-    """One episode. `logprobs` are the engine's; `sampled` says which tokens they belong to."""
+    """One episode. `logprobs` are the engine's; `turn_of` says in which turn a token was sampled, -1 if it was not."""
 
     group: int
     tokens: list[int]
-    sampled: list[bool]
+    turn_of: list[int]
     logprobs: list[float]
     deltas: list[Delta]
-    reward: float
+    # 1 for a right answer, by turn.
+    rewards: list[float]
     weight_versions: list[str]
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(turn >= 0 for turn in self.turn_of)
+
+    @property
+    def reward(self) -> float:
+        """Share of right turns."""
+        return sum(self.rewards) / len(self.rewards)
 
 
 @dataclass
@@ -51,15 +61,15 @@ class Episode:
     group: int
     turns: list[Turn]
     tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
+    turn_of: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     deltas: list[Delta] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
-    num_right: int = 0
+    rewards: list[float] = field(default_factory=list)
 
     def ask(self, ids: Sequence[int]) -> None:
         self.tokens += ids
-        self.sampled += [False] * len(ids)
+        self.turn_of += [-1] * len(ids)
         self.logprobs += [0.0] * len(ids)
 
     @property
@@ -72,15 +82,15 @@ class Episode:
         assert "routed_experts_error" not in meta, meta["routed_experts_error"]
         ids = answer["output_ids"]
         self.tokens += ids
-        self.sampled += [True] * len(ids)
+        self.turn_of += [len(self.rewards)] * len(ids)
         self.logprobs += [logprob for logprob, _, _ in meta["output_token_logprobs"]]
         envelope = msgspec.convert(meta["routed_experts_meta"], RoutedExpertsMeta)
         self.deltas.append(Delta(bytes(raw_bytes(meta["routed_experts"])), envelope))
         self.versions.append(meta["weight_version"])
+        self.rewards.append(float(answer["text"] == self.turns[len(self.rewards)].answer))
 
     def finish(self) -> Rollout:
-        reward = self.num_right / len(self.turns)
-        return Rollout(self.group, self.tokens, self.sampled, self.logprobs, self.deltas, reward, self.versions)
+        return Rollout(self.group, self.tokens, self.turn_of, self.logprobs, self.deltas, self.rewards, self.versions)
 
 
 class RolloutMaker:
@@ -118,7 +128,6 @@ class RolloutMaker:
         )
         for episode, answer in zip(episodes, answers, strict=True):
             episode.take(answer)
-            episode.num_right += answer["text"] == episode.turns[turn].answer
 
     def _encode(self, episode: Episode, text: str) -> list[int]:
         """The next question; an answer that was cut off is ended first."""

@@ -31,8 +31,12 @@ class Trainer:
         if options.zero == 3:
             set_z3_leaf_modules(model, leaf_module_classes(model))
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self._num_micro_batches = (
+            options.dialogues * options.samples // (options.mini_steps * dist.get_world_size() * options.micro_batch)
+        )
         config = {
             "train_micro_batch_size_per_gpu": options.micro_batch,
+            "gradient_accumulation_steps": self._num_micro_batches,
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": options.zero},
         }
@@ -53,13 +57,13 @@ class Trainer:
         mismatch = Mismatch()
         for mini_step in range(options.mini_steps):
             part = order[mini_step :: options.mini_steps]
-            num_tokens = sum(sum(rollouts[i].sampled) for i in part)
+            num_tokens = sum(rollouts[i].num_sampled for i in part)
             own = part[dist.get_rank() :: dist.get_world_size()]
             self._optimizer_step(
                 [rollouts[i] for i in own],
-                [advantages[i] for i in own],
-                # DeepSpeed takes the mean over ranks.
-                num_tokens / dist.get_world_size(),
+                advantages[own],
+                # DeepSpeed takes the mean over ranks and micro-batches.
+                num_tokens / (dist.get_world_size() * self._num_micro_batches),
                 mismatch if mini_step == 0 else Mismatch(),
             )
         total = mismatch.as_tensor()
@@ -67,16 +71,14 @@ class Trainer:
         return total
 
     def _optimizer_step(
-        self, rollouts: list[Rollout], advantages: list[float], num_tokens: float, mismatch: Mismatch
+        self, rollouts: list[Rollout], advantages: torch.Tensor, num_tokens: float, mismatch: Mismatch
     ) -> None:
         size = self._options.micro_batch
-        firsts = range(0, len(rollouts), size)
-        for first in firsts:
+        for first in range(0, len(rollouts), size):
             batch = make_batch(rollouts[first : first + size], advantages[first : first + size], self._pad)
             ratios_log = log_ratios(self._engine, batch, replay=not self._options.no_replay)
             mismatch.add(ratios_log, batch.sampled)
             loss = grpo_loss(ratios_log, batch, self._options.clip, num_tokens)
-            self._engine.set_gradient_accumulation_boundary(first == firsts[-1])
             self._engine.backward(loss)
             self._engine.step()
 

@@ -1,0 +1,115 @@
+"""The loop for several seeds, with the engine's routes replayed and without: one figure and one table of all runs.
+
+    .venv/bin/python examples/grpo/compare.py --seeds 0 1 2 -- --steps 60        # what follows -- goes to run.sh
+
+Runs are kept under `--out` and not repeated when their log is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+from machine import describe, write_result  # noqa: E402
+
+MODES = {"replayed": ("routes replayed", [], "tab:blue"), "own": ("own routes", ["--no-replay"], "tab:orange")}
+# Steps at either end over which a run's reward is averaged.
+EDGE = 5
+Log = list[dict[str, Any]]
+
+
+def read_log(folder: Path) -> Log:
+    file = folder / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def run(folder: Path, seed: int, flags: list[str], options: list[str]) -> Log:
+    """One run, or its log if it is there."""
+    if not read_log(folder):
+        command = [str(ROOT / "examples/grpo/run.sh"), "--seed", str(seed), "--out", str(folder), *flags, *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return read_log(folder)
+
+
+def mean_of(log: Log, key: str, steps: slice = slice(None)) -> float:
+    return statistics.fmean(step[key] for step in log[steps])
+
+
+def table(runs: dict[tuple[str, int], Log]) -> str:
+    lines = [
+        "| routes | seed | steps | reward, first 5 | reward, last 5 | KL, median | extreme tokens | sync s, median |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (mode, seed), log in runs.items():
+        kl, sync = (statistics.median(step[key] for step in log) for key in ("mismatch_kl", "sync_s"))
+        lines.append(
+            f"| {MODES[mode][0]} | {seed} | {len(log)} | {mean_of(log, 'reward', slice(EDGE)):.3f} | "
+            f"{mean_of(log, 'reward', slice(-EDGE, None)):.3f} | {kl:.2e} | {mean_of(log, 'extreme_share'):.3%} | "
+            f"{sync:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[tuple[str, int], Log], file: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, key, title in zip(
+        axes, ("reward", "mismatch_kl"), ("reward: share of right turns", "KL(engine || trainer)"), strict=True
+    ):
+        for mode, (label, _, color) in MODES.items():
+            logs = [log for (own_mode, _), log in runs.items() if own_mode == mode]
+            for log in logs:
+                axis.plot(
+                    [step["step"] for step in log], [step[key] for step in log], color=color, alpha=0.25, linewidth=1
+                )
+            means = [statistics.fmean(step[key] for step in steps) for steps in zip(*logs, strict=False)]
+            axis.plot(range(1, len(means) + 1), means, color=color, linewidth=2, label=f"{label}, mean of {len(logs)}")
+        axis.set(xlabel="step", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[1].set_yscale("log")
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    arguments, options = sys.argv[1:], []
+    if "--" in arguments:
+        cut = arguments.index("--")
+        arguments, options = arguments[:cut], arguments[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "grpo-compare")
+    parser.add_argument("--write", action="store_true", help="keep table and figure in bench/results")
+    args = parser.parse_args(arguments)
+    runs = {
+        (mode, seed): run(args.out / f"{mode}-{seed}", seed, flags, options)
+        for seed in args.seeds
+        for mode, (_, flags, _) in MODES.items()
+    }
+    plot(runs, args.out / "grpo.png")
+    print(table(runs))
+    if args.write:
+        plot(runs, ROOT / "bench" / "results" / "grpo.png")
+        text = (
+            "# GRPO on the embedded model's dialogues\n\n"
+            f"`examples/grpo/compare.py`, options of every run: `{' '.join(options) or 'none'}`.\n{describe()}.\n\n"
+            "The engine is in bfloat16, the trainer in float32; KL and extreme tokens (a ratio of probabilities above 2) "
+            "are between them, before anything is learnt from a batch.\n\n"
+            f"{table(runs)}\n\n![reward and KL](grpo.png)\n"
+        )
+        print(write_result("grpo.md", text))
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ def main() -> int:
     else:
         # Ends at once and without a traceback, as at SIGTERM.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    departure = Departure()
+    departure = Departure(command.run_dir)
     watch_parent(on_death=departure.clean_up)
     store, rank, world_size = next(rendezvous("env://"))
     config = read_struct(command.run_dir, ENGINE_CONFIG, EngineConfig) if command.run_dir else command.config

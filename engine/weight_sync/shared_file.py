@@ -19,5 +19,15 @@ def shared_safetensors(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[st
     folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="waybill-", dir=folder) as place:
         path = f"{place}/update.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors.items()}, path)
+        save_file(dict(separate(named_tensors)), path)
         yield path
+
+
+def separate(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors on the CPU; those that share memory, as tied ones do, are copied, which the format asks for."""
+    seen: set[int] = set()
+    for name, tensor in named_tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        yield name, whole.clone() if storage in seen else whole
+        seen.add(storage)

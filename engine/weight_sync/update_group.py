@@ -6,6 +6,8 @@ which torch's own helper for further groups would prefix it again. Both halves u
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from .manifest import TensorSpec
 
 BACKENDS = ("gloo", "nccl")
 SOURCE = 0
+LISTENER_POLL_S = 0.1
 
 
 class UpdateGroup:
@@ -49,6 +52,8 @@ class UpdateGroup:
             raise ValueError("backend='nccl': needs ranks on CUDA devices; use 'gloo'")
         self.device = device if backend == "nccl" else torch.device("cpu")
         self.world_size = world_size
+        if rank != SOURCE:
+            wait_for_listener(address, port, timeout_s)
         timeout = timedelta(seconds=timeout_s)
         # A trainer of the field waits at its store until everybody has been counted, which clients do on this word; they
         # themselves do not wait.
@@ -117,6 +122,23 @@ class UpdateGroup:
                 self._group.abort()
             # gloo closes its connections when nobody holds the group, and not before.
             self._group = None
+
+
+def wait_for_listener(address: str, port: int, timeout_s: float) -> None:
+    """A store's own attempts to connect take up to twice the time that it is given.
+
+    Raises:
+        RuntimeError: nobody listens there in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())):
+                return
+        except OSError as error:
+            if time.monotonic() + LISTENER_POLL_S > deadline:
+                raise RuntimeError(f"nobody listens on {address}:{port} after {timeout_s} s ({error})") from None
+        time.sleep(LISTENER_POLL_S)
 
 
 def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

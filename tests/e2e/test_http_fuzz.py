@@ -75,6 +75,22 @@ VALID: dict[str, list[dict[str, Any]]] = {
     "/detokenize": [{"tokens": [1, 2]}, {"tokens": [[1], [2]], "skip_special_tokens": False}],
     "/abort_request": [{"rid": "nobody"}, {"rid": "fuzz", "abort_all": False}],
 }
+# They pause, empty and replace what the neighbour asks. tests/unit/engine/entrypoints/test_control.py sends
+# hostile values to each of them, over an engine that does nothing.
+LEFT_OUT = {
+    "/flush_cache",
+    "/pause_generation",
+    "/continue_generation",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/update_weights_from_disk",
+    "/update_weights_from_tensor",
+    "/update_weights_from_distributed",
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/get_weights_by_name",
+    "/weights_checker",
+}
 WEIGHTS = {"/generate": 5, "/v1/completions": 3, "/v1/chat/completions": 3}
 
 DEEP = "@deep list@"
@@ -396,6 +412,11 @@ def assert_idle_and_whole(http: httpx.Client) -> None:
     assert info["num_free_pages"] + info["num_cached_pages"] == info["num_pages"]
     assert http.post("/flush_cache").status_code == 200
     assert server_info(http)["num_free_pages"] == info["num_pages"]
+
+
+def test_every_route_is_fuzzed_or_left_out_by_name(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {path for path, methods in paths.items() if "post" in methods} == {*VALID, *LEFT_OUT}
 
 
 def test_thousands_of_hostile_bodies(server: ServerProcess, http: httpx.Client) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +39,7 @@ def init_custom_process_group(init_method: str, world_size: int, rank: int, grou
 def serve(orders: Connection) -> None:
     """Do what is told, and say when it is done."""
     group: Any = None
+    orders.send("done")
     while True:
         order, *arguments = orders.recv()
         if order == "join":
@@ -61,6 +61,7 @@ class FieldTrainer:
         self._orders, theirs = spawn.Pipe()
         self._process = spawn.Process(target=serve, args=(theirs,), daemon=True)
         self._process.start()
+        self.wait()
 
     def tell(self, order: str, *arguments: Any) -> None:
         self._orders.send((order, *arguments))
@@ -79,14 +80,3 @@ class FieldTrainer:
         if self._process.is_alive():
             self._process.terminate()
         self._process.join()
-
-
-def wait_for_port(port: int) -> None:
-    """Until somebody listens there."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        with open("/proc/net/tcp") as lines:
-            if any(f":{port:04X}" in line.split()[1] and line.split()[3] == "0A" for line in list(lines)[1:]):
-                return
-        assert time.monotonic() < deadline, f"nobody listens on port {port}"
-        time.sleep(0.02)

@@ -49,6 +49,7 @@ def test_a_mistake_ends_with_status_2_and_names_the_option(
         ({"kv_memory_fraction": 1.0}, "kv_memory_fraction=1.0"),
         ({"kv_cache_tokens": 3, "page_size": 4}, "kv_cache_tokens=3: must hold at least one page of 4"),
         ({"context_length": 0}, "context_length=0"),
+        ({"weight_sync_timeout_s": 0.0}, "weight_sync_timeout_s=0.0: must lie between 0 and 1e6"),
     ],
 )
 def test_configurations_are_checked_once(fields: dict[str, object], words: str) -> None:
@@ -78,3 +79,9 @@ def test_every_socket_has_its_own_address_in_the_runs_folder() -> None:
 def test_a_folder_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(ValueError, match="set TMPDIR to a shorter path"):
         one_node_addresses("/tmp/" + "x" * 100, Layout(1, 1))
+
+
+def test_a_server_has_options_of_weight_updates() -> None:
+    command = parse_worker_args(["serve", "--weight-sync-timeout", "7.5", "--weight-version", "step-0"])
+    assert command.config is not None
+    assert (command.config.weight_sync_timeout_s, command.config.weight_version) == (7.5, "step-0")

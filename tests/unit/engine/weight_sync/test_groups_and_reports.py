@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.field_trainer import init_custom_process_group
 
 from waybill.engine.io_struct import InitWeightsGroupReq
@@ -21,6 +23,7 @@ from waybill.engine.weight_sync.inspection import first_rows, join_checksums, jo
 from waybill.engine.weight_sync.manifest import parse_specs
 from waybill.engine.weight_sync.report import RankReport, Verdict
 from waybill.engine.weight_sync.sender import WeightSender, free_port
+from waybill.engine.weight_sync.shared_file import shared_safetensors
 from waybill.engine.weight_sync.update_group import UpdateGroup
 from waybill.parallel.mesh import ParallelMesh
 from waybill.parallel.weights import ShardedWeight
@@ -145,8 +148,19 @@ def test_a_group_that_does_not_come_together_leaves_its_name_free() -> None:
     op = init_request(free_port(HERE))
     done, said = join_registry(registry, op)
     assert done.wait(30)
-    assert said[0] is not None and said[0].startswith("group 'g' did not come together")
+    assert said[0] is not None and said[0].startswith(f"group 'g' did not come together: nobody listens on {HERE}:")
     registry.check(op)
+
+
+def test_tied_tensors_travel_in_a_file_each(tmp_path: Path) -> None:
+    """safetensors refuses tensors that share memory; a trainer's state dict has them where the head is tied."""
+    tied, view = torch.arange(6.0), torch.arange(4.0)
+    with shared_safetensors({"a": tied, "b": tied, "c": view[2:], "d": view[:2], "e": tied.view(2, 3).T}) as path:
+        loaded = load_file(path)
+    assert torch.equal(loaded["a"], tied) and torch.equal(loaded["b"], tied)
+    assert loaded["c"].tolist() == [2, 3] and loaded["d"].tolist() == [0, 1]
+    assert torch.equal(loaded["e"], tied.view(2, 3).T)
+    assert not Path(path).exists()
 
 
 class Deaf:

@@ -1,7 +1,7 @@
 """The trainer's side of a step: batches of rollouts, GRPO's loss, and how far trainer and engine are apart.
 
-GRPO: Shao et al. 2024 (DeepSeekMath), an advantage for every turn; the clipped ratio of Schulman et al. 2017 (PPO), averaged
-over tokens. The behaviour policy is the engine: its log-probabilities are the denominator.
+GRPO: Shao et al. 2024 (DeepSeekMath), one advantage a turn; the clipped ratio of Schulman et al. 2017 (PPO), averaged
+over tokens. The behaviour policy is the engine, whose log-probabilities are the denominator.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ EXTREME_RATIO = 2.0
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """B rollouts, padded on the right to S tokens. `sampled`, `old` and `advantages` [B, S - 1] belong to the token that each
-    position predicts."""
+    """B rollouts, padded on the right to S tokens. `sampled`, `old` and `advantages` [B, S - 1] belong to the token that
+    each position predicts."""
 
     tokens: torch.Tensor  # [B, S]
     mask: torch.Tensor  # [B, S]

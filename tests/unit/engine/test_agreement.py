@@ -43,8 +43,9 @@ def test_every_rank_holds_as_many_rows_as_the_largest_share(proposals: list[Prop
     ("changes", "sleeps"),
     [
         ({}, True),
-        ({"num_reqs": 1}, False),
         ({"is_pending": 1}, False),
+        # A paused engine keeps its requests, and sleeps.
+        ({"num_reqs": 1, "num_running": 1}, True),
         ({"seen": 4}, False),
         ({"seen": 4, "applied": 4}, False),
         ({"applied": 2}, False),

@@ -60,30 +60,40 @@ class EngineControls:
         self._transfer_timeout_s = config.weight_sync_timeout_s + ANSWER_MARGIN_S
 
     async def _send(
-        self, make: Callable[[int, str], NumberedMessage], timeout_s: float = CONTROL_TIMEOUT_S
+        self,
+        make: Callable[[int, str], NumberedMessage],
+        timeout_s: float = CONTROL_TIMEOUT_S,
+        note: Callable[[ControlReply], None] | None = None,
     ) -> ControlReply:
+        """`note` hears the reply also when it comes too late for the caller: the engine has done it then."""
         op_id = uuid.uuid4().hex
         future = self._replies.expect(op_id)
+
+        def on_done(done: asyncio.Future[ControlReply]) -> None:
+            if note is not None and not done.cancelled() and done.exception() is None:
+                note(done.result())
+
+        future.add_done_callback(on_done)
         self._link.send_to_all(lambda number: make(number, op_id))
-        reply: ControlReply = await asyncio.wait_for(future, timeout_s)
+        reply: ControlReply = await asyncio.wait_for(asyncio.shield(future), timeout_s)
         return reply
 
     async def _send_and_hold(self, make: Callable[[int, str], NumberedMessage]) -> ControlReply:
         """For what may leave the engine unable to generate. A reply that comes too late for the caller still counts."""
-        op_id = uuid.uuid4().hex
-        future = self._replies.expect(op_id)
-        future.add_done_callback(self._note_hold)
-        self._link.send_to_all(lambda number: make(number, op_id))
         try:
-            reply: ControlReply = await asyncio.wait_for(asyncio.shield(future), self._transfer_timeout_s)
+            return await self._send(make, self._transfer_timeout_s, self._note_hold)
         except TimeoutError:
             self._gate.hold = f"weights: an operation has not ended within {self._transfer_timeout_s} s"
             raise UnavailableError(self._gate.hold) from None
-        return reply
 
-    def _note_hold(self, future: asyncio.Future[ControlReply]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self._gate.hold = future.result().hold
+    def _note_hold(self, reply: ControlReply) -> None:
+        self._gate.hold = reply.hold
+
+    def _note_pause(self, reply: ControlReply) -> None:
+        self._gate.is_paused = self._gate.is_paused or reply.success
+
+    def _note_continue(self, reply: ControlReply) -> None:
+        self._gate.is_paused = self._gate.is_paused and not reply.success
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -101,15 +111,10 @@ class EngineControls:
         """
         if mode not in PAUSE_MODES:
             raise ValueError(f"mode={mode!r}: must be one of {', '.join(PAUSE_MODES)}")
-        reply = await self._send(lambda number, op_id: PauseGenerationReq(number, op_id, mode))
-        self._gate.is_paused = True
-        return reply
+        return await self._send(lambda number, op_id: PauseGenerationReq(number, op_id, mode), note=self._note_pause)
 
     async def continue_generation(self) -> ControlReply:
-        reply = await self._send(ContinueGenerationReq)
-        if reply.success:
-            self._gate.is_paused = False
-        return reply
+        return await self._send(ContinueGenerationReq, note=self._note_continue)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

@@ -189,7 +189,9 @@ class LeaderControls:
         if refusal is not None:
             if isinstance(op, ReceiveWeightsReq):
                 # The trainer may have begun to send; see `GroupRegistry.discard`.
-                self._run_on_all_ranks(DestroyWeightsGroupReq(op.dispatch, op.op_id, op.group_name))
+                left = self._run_on_all_ranks(DestroyWeightsGroupReq(op.dispatch, op.op_id, op.group_name))
+                if left is not None and left.success:
+                    refusal += f"; group {op.group_name!r} is left, join it again"
             self._reply(op.op_id, Outcome(False, refusal))
             return
         outcome = self._run_on_all_ranks(op)

@@ -6,6 +6,7 @@ answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -28,6 +29,9 @@ from .weight_sync.group_registry import GroupRegistry
 from .weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
 from .weight_sync.receiver import WeightReceiver
 from .weight_sync.report import Outcome, RankReport, exchange_reports
+
+# What is read back becomes JSON on the step thread.
+MAX_VALUES_READ = 1 << 20
 
 
 class RankOperations:
@@ -97,8 +101,11 @@ class RankOperations:
         return None
 
     def _destroy_group(self, op: DestroyWeightsGroupReq) -> Outcome:
-        self._agreed(lambda: self._groups.get(op.group_name))
-        self._groups.leave(op.group_name)
+        """Left where it was joined: after a join that failed on some ranks the others must not keep it."""
+        was_joined = self._groups.discard(op.group_name)
+        verdict = exchange_reports(RankReport(num_changed=int(was_joined)), self._mesh.world)
+        if not verdict.any_changed:
+            raise ValueError(f"group_name: {op.group_name!r} was not joined")
         return Outcome(True, f"group {op.group_name!r} is left")
 
     def _get_weights(self, op: GetWeightsReq) -> Outcome:
@@ -106,6 +113,11 @@ class RankOperations:
         weight = self._receiver.known.get(op.name)
         if weight is None:
             raise ValueError(f"name: the model has no {op.name!r}")
+        num_values = min(op.truncate_size, weight.shape[0]) * math.prod(weight.shape[1:])
+        if num_values > MAX_VALUES_READ:
+            raise ValueError(
+                f"truncate_size={op.truncate_size}: {num_values} values, must be at most {MAX_VALUES_READ}"
+            )
         verdict = exchange_reports(RankReport(payload=first_rows(weight, op.truncate_size)), self._mesh.world)
         rows = join_rows([report.payload for report in verdict.reports], weight.shape, op.truncate_size)
         return Outcome(True, payload=msgspec.json.encode(rows.tolist()))
@@ -129,8 +141,9 @@ class RankOperations:
 
     def _resume(self, op: ResumeMemoryReq) -> Outcome:
         check_tags(op.tags)
-        if "weights" in self._memory.resume(op.tags):
+        resumed = self._memory.resume(op.tags)
+        if "weights" in resumed:
             self._receiver.progress.void()
-        if not self._memory.released:
+        if resumed and not self._memory.released:
             self._runner.make_graphs()
         return Outcome(True, f"resumed {', '.join(op.tags)}")

@@ -85,8 +85,7 @@ def main() -> int:
         run_rank(config, node, store, rank)
     except ValueError as error:
         # A mistake of the user's: said in one line, to whoever waits for the engine.
-        if rank == 0:
-            report_failure(addresses, str(error))
+        report_failure(addresses, str(error))
         raise
     finally:
         if children is not None:
@@ -175,15 +174,16 @@ def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
     torch.set_num_threads(threads_per_rank(config, node.layout.ranks_per_node))
     device = resolve_device(config)
+    # A rank whose transfer has broken off waits for those that still wait for the trainer.
+    timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s)
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=PrefixStore("waybill/ranks", store),
         rank=rank,
         world_size=config.world_size,
-        # A rank whose transfer has broken off waits for those that still wait for the trainer.
-        timeout=COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s),
+        timeout=timeout,
     )
-    mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, node.layout.num_nodes)
+    mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, node.layout.num_nodes, timeout)
     dp_rank = node.layout.place_of(rank).dp_rank
     addresses = node.addresses
     endpoints = ReplicaEndpoints(

@@ -6,10 +6,10 @@ World = dp x tp; tp varies fastest, so the ranks of a replica are neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,11 @@ class ParallelMesh:
         return ParallelMesh(device, Axis.single("world"), Axis.single("dp"), Axis.single("tp"), Axis.single("node"))
 
     @staticmethod
-    def build(dp_size: int, tp_size: int, device: torch.device, num_nodes: int = 1) -> ParallelMesh:
-        """The mesh of the running process group.
+    def build(
+        dp_size: int, tp_size: int, device: torch.device, num_nodes: int = 1, timeout: timedelta | None = None
+    ) -> ParallelMesh:
+        """The mesh of the running process group. `timeout` bounds the collectives of every group but the world's, which has
+        its own; None: torch's default.
 
         Raises:
             ValueError: the group does not have dp_size * tp_size ranks.
@@ -57,17 +60,28 @@ class ParallelMesh:
         world_size = dist.get_world_size()
         if dp_size * tp_size != world_size:
             raise ValueError(f"dp_size={dp_size} times tp_size={tp_size}: must be the world size, {world_size}")
-        mesh = init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
-        node_group = dist.group.WORLD
-        if num_nodes > 1:
-            node_group, _ = dist.new_subgroups(world_size // num_nodes)
+        # tp varies fastest.
+        ranks = torch.arange(world_size).view(dp_size, tp_size)
         return ParallelMesh(
             device,
             _make_axis("world", dist.group.WORLD),
-            _make_axis("dp", mesh.get_group("dp")),
-            _make_axis("tp", mesh.get_group("tp")),
-            _make_axis("node", node_group),
+            _make_axis("dp", _own_group(ranks.t().tolist(), timeout)),
+            _make_axis("tp", _own_group(ranks.tolist(), timeout)),
+            _make_axis("node", _own_group(ranks.view(num_nodes, -1).tolist(), timeout)),
         )
+
+
+def _own_group(groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """Of groups that share out the world the one that this rank is in; one that is the world needs no connections of its
+    own. Every rank makes all of them, in the same order."""
+    if len(groups) == 1:
+        return dist.group.WORLD
+    own = None
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            own = group
+    return own
 
 
 def _make_axis(name: str, group: dist.ProcessGroup | None) -> Axis:

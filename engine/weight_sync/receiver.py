@@ -7,6 +7,7 @@ read to its end, later buckets fail - the weights count as torn until one comple
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable
 
@@ -41,7 +42,11 @@ class WeightReceiver:
             prepared = self._prepare(op)
         except (ValueError, *TRANSFER_ERRORS) as refusal:
             error = str(refusal)
-        verdict = exchange_reports(RankReport(error), self._mesh.world)
+        # Each rank reads files by itself: what it has found there is told, too.
+        found = b"" if prepared is None else hashlib.blake2b("\n".join(sorted(prepared[0])).encode()).digest()
+        verdict = exchange_reports(RankReport(error, payload=found), self._mesh.world)
+        if verdict.error is None and len({report.payload for report in verdict.reports}) > 1:
+            return Outcome(False, "path: the ranks find different tensors there; nothing was changed")
         if prepared is None or verdict.error is not None:
             return Outcome(False, f"{verdict.error}; nothing was changed{self.leave_group(op)}")
         names, transfer = prepared
@@ -102,7 +107,8 @@ class WeightReceiver:
                 if name not in self._ignored:
                     self.known[name].load(source)
                     num_changed += 1
-        except TRANSFER_ERRORS as error:
+        except (ValueError, *TRANSFER_ERRORS) as error:
+            # A value error here: a file is not any more what it was when it was checked.
             return num_changed, f"the transfer broke off: {error}"
         return num_changed, None
 

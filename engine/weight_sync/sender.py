@@ -206,12 +206,15 @@ class WeightSender:
 
     def close(self) -> None:
         """Leave the group, and let the engines leave it."""
-        if self._group is not None:
-            for engine, _ in self._engines:
-                engine.destroy_weights_update_group(self._group_name)
-            self._group.close()
-            self._group = None
-        self._threads.shutdown(wait=False)
+        try:
+            if self._group is not None:
+                for engine, _ in self._engines:
+                    engine.destroy_weights_update_group(self._group_name)
+        finally:
+            if self._group is not None:
+                self._group.close()
+                self._group = None
+            self._threads.shutdown(wait=False)
 
 
 def gathered_tensors(model: nn.Module, gather: Gather | None = None) -> Iterator[NamedTensor]:

@@ -54,10 +54,17 @@ class UpdateGroup:
         self.world_size = world_size
         if rank != SOURCE:
             wait_for_listener(address, port, timeout_s)
-        timeout = timedelta(seconds=timeout_s)
+        self._timeout = timeout = timedelta(seconds=timeout_s)
         # A trainer of the field waits at its store until everybody has been counted, which clients do on this word; they
         # themselves do not wait.
-        tcp = TCPStore(address, port, world_size, rank == SOURCE, timeout, wait_for_workers=rank != SOURCE)
+        if rank == SOURCE:
+            # By itself a store listens on every interface.
+            listener = socket.create_server((address, port))
+            tcp = TCPStore(
+                address, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        else:
+            tcp = TCPStore(address, port, world_size, False, timeout)
         # What torch's helper makes of PrefixStore(name, store): one prefix of its own, and one per device.
         store = PrefixStore(f"{self.device.type}/", PrefixStore(f"{name}/", PrefixStore(name, tcp)))
         store.set_timeout(timeout)
@@ -94,7 +101,8 @@ class UpdateGroup:
             raise RuntimeError("the group was left")
         options = dist.BroadcastOptions()
         options.rootRank = SOURCE
-        self._group.broadcast([tensor], options).wait()
+        # With a bound the host waits on a GPU, too, and hears of a failure.
+        self._group.broadcast([tensor], options).wait(self._timeout)
 
     def receive(self, spec: TensorSpec) -> torch.Tensor:
         tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=self.device)

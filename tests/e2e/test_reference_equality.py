@@ -23,6 +23,7 @@ from waybill.engine.routing.reference import LOGPROB_TOLERANCE, Agreement, Refer
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 NUM_PROMPTS = 64
 MAX_PROMPT = 1500
+SMALL_CHUNKS = (1, 7)
 MAX_NEW_TOKENS = 12
 # Retraction is forced: the first few prompts decode for so long that what runs beside them outgrows a pool that holds
 # the longest request and little more.
@@ -142,9 +143,10 @@ def test_equals_transformers_on_gpu(setting: Setting) -> None:
 
 
 def check_equality(setting: Setting, reference: Reference, device: str) -> None:
-    # One prompt token a step is thousands of steps: a quarter of the prompts, and a pool that is tight for them.
-    prompts = make_prompts()[1::4] if setting.chunk == 1 else make_prompts()
-    tight_pool_tokens = TIGHT_POOL_TOKENS_FOR_FEW if setting.chunk == 1 else TIGHT_POOL_TOKENS
+    # Small chunks are thousands of steps: a quarter of the prompts, and a pool that is tight for them.
+    few = setting.chunk in SMALL_CHUNKS
+    prompts = make_prompts()[1::4] if few else make_prompts()
+    tight_pool_tokens = TIGHT_POOL_TOKENS_FOR_FEW if few else TIGHT_POOL_TOKENS
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
     if setting.retract:
         num_new_tokens[:NUM_LONG_ANSWERS] = [LONG_ANSWER_TOKENS] * NUM_LONG_ANSWERS

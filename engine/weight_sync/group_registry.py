@@ -79,14 +79,6 @@ class GroupRegistry:
         """How many groups of that name were joined so far."""
         return self._serials.get(name, 0)
 
-    def leave(self, name: str) -> None:
-        """
-        Raises:
-            ValueError: as `get`.
-        """
-        self.get(name).close()
-        del self._joined[name]
-
     def discard(self, name: str) -> bool:
         """Leave it at once, also in the middle of a transfer; whether there was one.
 

@@ -3,7 +3,7 @@
 python bench/make_models.py M --out models/M            about 1.7 B parameters, for throughput
 python bench/make_models.py routing30b --out models/R   the routing shape of Qwen3-30B-A3B, tiny hidden size
 python bench/make_models.py wide --out models/W         two layers of Qwen3-30B-A3B, small vocabulary
-python bench/make_models.py deep --out models/D         small and deep, to be trained by replay_mismatch.py
+python bench/make_models.py deep --out models/D         small and deep; replay_mismatch.py trains one
 python bench/make_models.py T --out models/T            a toy, for tests
 
 Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
@@ -28,6 +28,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 END_OF_TURN = 260
 SHARD_BYTES = 1 << 30
 BYTES_PER_WEIGHT = 2
+MODELS_FOLDER = Path(__file__).resolve().parents[1] / "models"
 # Written last.
 INDEX = "model.safetensors.index.json"
 
@@ -189,7 +190,7 @@ def write_checkpoint(shape: str, out: Path, seed: int) -> int:
 
 def ensure_checkpoint(shape: str) -> Path:
     """The folder of a named shape under `models`, written if it is not there."""
-    out = Path(__file__).resolve().parents[1] / "models" / shape
+    out = MODELS_FOLDER / shape
     if not (out / INDEX).is_file():
         write_checkpoint(shape, out, seed=0)
     return out

@@ -31,7 +31,6 @@ class Surroundings:
             queries_address=address["queries"],
             tokenizer_path=tokenizer_path,
             lifeline_path=self._lifeline.path,
-            dp_size=1,
             claim_budget_bytes=1 << 20,
             claim_ttl_s=60.0,
         )

@@ -7,7 +7,8 @@ on the same rollouts, as an off-policy trainer does, and scores them again.
     python bench/replay_mismatch.py [--models embedded deep routing30b] [--tokens 2500] [--mini-steps 4] [--write]
 
 `embedded` is the model of this repository, on its dialogues. `deep` has 24 layers of 64 experts, from make_models.py,
-trained for a few minutes on the same dialogues. `routing30b` has the routing of Qwen3-30B-A3B and random weights.
+trained on the same dialogues on first use and kept in models/: minutes on a GPU, an hour on two cores. `routing30b` has the
+routing of Qwen3-30B-A3B and random weights.
 
 With r = trainer's / engine's probability of a sampled token: KL is the mean of r - 1 - log r, a token is extreme if r or
 1 / r is above 2.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from machine import describe, write_result
-from make_models import write_checkpoint
+from make_models import MODELS_FOLDER, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from waybill import Engine
@@ -42,8 +44,10 @@ NUM_TURNS = 8
 FREE_TOKENS = 64
 BATCH = 16
 EXTREME = 2.0
-TRAINING = {"steps": 150, "batch": 8, "lr": 2e-3, "balance": 0.01}
+TRAINING = {"steps": 400, "batch": 16, "lr": 2e-3, "balance": 0.01}
 MODELS = ("embedded", "deep", "routing30b")
+# A file in a checkpoint: how it was trained.
+TRAINED = "trained.txt"
 
 
 @dataclass
@@ -173,10 +177,11 @@ def drift(model: Any, rollouts: list[Rollout], steps: int, lr: float, *, replay:
     return model
 
 
-def train_briefly(path: Path) -> str:
+def train_briefly(path: Path) -> None:
     """Train a random checkpoint on the dialogues, in place; only the answers carry loss."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING["lr"], betas=(0.9, 0.98), weight_decay=0.05)
     rng, began = random.Random(0), time.perf_counter()
@@ -189,8 +194,8 @@ def train_briefly(path: Path) -> str:
         labels = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row) for _, row in rows], batch_first=True, padding_value=-100
         )
-        output = model(ids, use_cache=False, output_router_logits=True)
-        loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        output = model(ids.to(device), use_cache=False, output_router_logits=True)
+        loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(device))
         (loss + TRAINING["balance"] * output.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -200,7 +205,7 @@ def train_briefly(path: Path) -> str:
     for stale in path.glob("model*.safetensors*"):
         stale.unlink()
     model.to(torch.bfloat16).save_pretrained(path)
-    return f"{TRAINING['steps']} steps of {TRAINING['batch']} dialogues, loss {loss.item():.3f}"
+    (path / TRAINED).write_text(f"{TRAINING['steps']} steps of {TRAINING['batch']} dialogues, loss {loss.item():.3f}")
 
 
 def encode(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[int]]:
@@ -251,13 +256,23 @@ def prepare(name: str, folder: Path) -> tuple[str, str]:
     """A checkpoint's folder and what it is."""
     if name == "embedded":
         return str(CHECKPOINT), "the embedded model: 7 layers, 16 experts, top-4; dialogues"
-    write_checkpoint(name, folder / name, seed=0)
     if name == "routing30b":
-        return str(
-            folder / name
-        ), "the routing of Qwen3-30B-A3B: 48 layers, 128 experts, top-8; random weights, free text"
-    how = train_briefly(folder / name)
-    return str(folder / name), f"24 layers, 64 experts, top-4, trained briefly ({how}); dialogues"
+        write_checkpoint(name, folder / name, seed=0)
+        what = "the routing of Qwen3-30B-A3B: 48 layers, 128 experts, top-8; random weights, free text"
+        return str(folder / name), what
+    path = trained_model(name)
+    how = (path / TRAINED).read_text()
+    return str(path), f"24 layers, 64 experts, top-4, trained briefly ({how}); dialogues"
+
+
+def trained_model(name: str) -> Path:
+    """The checkpoint of this name in models/, trained if it is not there."""
+    path = MODELS_FOLDER / f"{name}-trained"
+    if not (path / TRAINED).is_file():
+        shutil.rmtree(path, ignore_errors=True)
+        write_checkpoint(name, path, seed=0)
+        train_briefly(path)
+    return path
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from stall_scores import (
     p99,
     paired_ratio,
     step_windows,
+    undisturbed,
     worst_of,
 )
 from stall_segment import BUSY_RANK, DELTA, FULL, OFF, STEADY_RANK, VARIANTS, Segment
@@ -52,6 +53,8 @@ class VariantScores:
     # CPU beside the ranks, over a finish.
     processor_cpu_ms: float
     caller_cpu_ms: float
+    # Finishes whose window held the busy rank's next prompt.
+    num_left_out: int
 
     @property
     def all_worst(self) -> np.ndarray:
@@ -64,11 +67,13 @@ class VariantScores:
 
 def score(variant: str, segments: list[Segment]) -> VariantScores:
     """Scores of one variant's segments, one a round."""
-    windows, client = [], []
+    windows, client, num_finishes = [], [], 0
     for segment in segments:
         busy, steady = segment.steps[BUSY_RANK], segment.steps[STEADY_RANK]
         finishes = finish_steps(busy, variant + RID_SEPARATOR)
         assert len(finishes) == segment.num_finishes, "every answer has its finish"
+        num_finishes += len(finishes)
+        finishes = undisturbed(busy, finishes)
         windows.append(step_windows(steady, finishes))
         moments = {entry.step: entry.committed_s for entry in steady}
         client.append(client_windows(segment.arrivals, [moments[step] for step in finishes]))
@@ -79,8 +84,9 @@ def score(variant: str, segments: list[Segment]) -> VariantScores:
         [worst_of(windows_of_round) for windows_of_round in client],
         flat.reshape(-1),
         flat.sum(axis=1),
-        MILLI * sum(segment.processor_cpu_s for segment in segments) / len(flat),
-        MILLI * sum(segment.caller_cpu_s for segment in segments) / len(flat),
+        MILLI * sum(segment.processor_cpu_s for segment in segments) / num_finishes,
+        MILLI * sum(segment.caller_cpu_s for segment in segments) / num_finishes,
+        num_finishes - len(flat),
     )
 
 
@@ -175,7 +181,8 @@ a round, in an order drawn anew each round; `off2` is `off` again, so its distan
 **Window**: the {WINDOW} intervals between rank 1's commits that follow the step in which the request finished, as the
 tap on rank 1's leader timed them. What the finishing rank does on its step thread lies in the first one; what the output
 processor and the frontend do beside the ranks, in all of them. **Scored** is the longest interval of each window.
-In brackets: {95} % intervals of the ratio, by bootstrap over rounds, the same rounds of both variants.
+In brackets: {95} % intervals of the ratio, by bootstrap over rounds, the same rounds of both variants. Windows that held
+rank 0's next prompt are left out: {", ".join(f"{of.num_left_out} of {name}" for name, of in scores.items())}.
 
 {score_table(scores)}
 

@@ -34,6 +34,13 @@ def finish_steps(busy: Sequence[StepEntry], prefix: str) -> list[int]:
     return [entry.step for entry in busy if any(rid.startswith(prefix) for rid in entry.finished)]
 
 
+def undisturbed(busy: Sequence[StepEntry], finishes: Sequence[int]) -> list[int]:
+    """Those of the finishes whose window holds no work of the busy rank itself. Its next prompt comes when the stream's
+    reader has seen a few tokens more, and may come early if they arrived in one burst."""
+    working = {entry.step for entry in busy if entry.num_tokens}
+    return [finish for finish in finishes if working.isdisjoint(range(finish + 1, finish + 1 + WINDOW))]
+
+
 def step_windows(steady: Sequence[StepEntry], finishes: Sequence[int]) -> list[list[float]]:
     """By finish, milliseconds between the commits of the steady rank: those of the `WINDOW` steps after the finish's own.
 

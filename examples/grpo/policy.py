@@ -32,14 +32,19 @@ class PolicyBatch:
 
 
 def group_advantages(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """[rollouts, turns]: each turn's reward against those of its group in the same turn, (r - mean) / (std + 1e-4)."""
+    """[rollouts, turns]: each turn's reward against those of its group in the same turn, (r - mean) / (std + 1e-4), among
+    the rollouts that were right so far. What builds on a wrong answer is wrong whatever it says: 0."""
     rewards = torch.tensor([rollout.rewards for rollout in rollouts])
     groups = torch.tensor([rollout.group for rollout in rollouts])
+    right_so_far = torch.ones_like(rewards, dtype=torch.bool)
+    right_so_far[:, 1:] = rewards[:, :-1].cumprod(dim=1) == 1
     advantages = torch.zeros_like(rewards)
     for group in groups.unique():
-        members = groups == group
-        own = rewards[members]
-        advantages[members] = (own - own.mean(dim=0)) / (own.std(dim=0) + 1e-4)
+        for turn in range(rewards.shape[1]):
+            members = (groups == group) & right_so_far[:, turn]
+            if members.any():
+                own = rewards[members, turn]
+                advantages[members, turn] = (own - own.mean()) / (own.std(correction=0) + 1e-4)
     return advantages
 
 

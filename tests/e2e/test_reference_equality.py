@@ -90,8 +90,8 @@ def pairwise(settings: list[Setting]) -> list[Setting]:
     return chosen
 
 
-PAIRWISE = pairwise(ALL_SETTINGS)
-# One token a step takes long: left to the matrix.
+# One token a step takes long where ranks meet in every step: left to the matrix.
+PAIRWISE = pairwise([setting for setting in ALL_SETTINGS if setting.chunk != 1 or setting.tp == 1])
 DP_PAIRWISE = pairwise([setting for setting in DP_SETTINGS if setting.chunk != 1])
 
 

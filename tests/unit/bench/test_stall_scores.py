@@ -16,6 +16,7 @@ from stall_scores import (
     median,
     paired_ratio,
     step_windows,
+    undisturbed,
     worst_of,
 )
 from step_log import StepEntry, StepLogReader, StepTap
@@ -59,6 +60,12 @@ def test_finishes_are_told_apart_by_variant() -> None:
     entries = [StepEntry(0, 0.0, 1, 1, ["full/0/0"]), StepEntry(1, 0.1, 1, 1, []), StepEntry(2, 0.2, 1, 1, ["off/0/0"])]
     assert finish_steps(entries, "full/") == [0]
     assert finish_steps(entries, "off/") == [2]
+
+
+def test_a_window_with_the_next_prompt_in_it_is_left_out() -> None:
+    prompts = {0, 13, 24}
+    busy = [StepEntry(step, 0.1 * step, 8 * (step in prompts), 0, []) for step in range(30)]
+    assert undisturbed(busy, [10, 20]) == [20]
 
 
 def test_ratio_and_its_interval() -> None:

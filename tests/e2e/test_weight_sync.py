@@ -563,3 +563,25 @@ def test_weights_are_read_back(engine: Engine, base: Tensors) -> None:
     assert fused == torch.stack(expected).float().tolist()
     with pytest.raises(RuntimeError, match=r"the model has no 'model\.colour'"):
         engine.get_weights_by_name("model.colour")
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_new_weights_and_gives_its_memory_back(checkpoint: str, base: Tensors, other: Tensors) -> None:
+    """Its CUDA graphs hold the addresses of weights and KV pool."""
+    with Engine(checkpoint, device="cuda", **OPTIONS) as engine:
+        started = answers(engine)
+        engine.update_weights_from_tensor(other, weight_version="other")
+        assert_serves(engine, other)
+        changed = answers(engine)
+        assert changed != started
+        engine.update_weights_from_disk(checkpoint)
+        assert_serves(engine, base, started)
+        engine.release_memory_occupation()
+        with pytest.raises(RuntimeError, match="memory: kv_cache, weights is released"):
+            engine.generate(input_ids=[1])
+        engine.resume_memory_occupation()
+        engine.update_weights_from_tensor(other, weight_version="other")
+        assert_serves(engine, other, changed)

@@ -34,7 +34,7 @@ class PolicyBatch:
 def group_advantages(rollouts: Sequence[Rollout]) -> torch.Tensor:
     """[rollouts, turns]: each turn's reward against those of its group in the same turn, (r - mean) / (std + 1e-4), among
     the rollouts that were right so far. What builds on a wrong answer is wrong whatever it says: 0."""
-    rewards = torch.tensor([rollout.rewards for rollout in rollouts])
+    rewards = torch.tensor([rollout.rewards for rollout in rollouts], dtype=torch.float32)
     groups = torch.tensor([rollout.group for rollout in rollouts])
     right_so_far = torch.ones_like(rewards, dtype=torch.bool)
     right_so_far[:, 1:] = rewards[:, :-1].cumprod(dim=1) == 1

@@ -1,0 +1,19 @@
+"""The GPU benchmark's dry run: the leader in a benchmark's process, with a real output processor beside it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
+
+
+def test_every_workload_is_measured_at_a_toy_size() -> None:
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--toy", "--skip", "correctness", "capture", "profile"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    assert {name.split(",")[0] for name in numbers} == {"decode", "prefill"}
+    assert all(of["tokens_per_s"] > 0 and of["share"] > 0 for of in numbers.values())

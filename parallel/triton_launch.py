@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = (9, 0)
 MAX_INT32 = 2**31 - 1
@@ -52,8 +51,6 @@ def _specialised_for(arg: Any) -> Any:
         return arg.dtype, arg.data_ptr() & 15 == 0
     if isinstance(arg, int):
         return arg == 1, arg & 15 == 0, arg > MAX_INT32
-    if isinstance(arg, TensorDescriptor):
-        return arg.base.dtype, *arg.block_shape
     return None
 
 
@@ -74,18 +71,9 @@ def wait_for_previous(PDL: tl.constexpr):
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel's launch; the kernel has a constant `PDL`."""
-    return {"PDL": True, "launch_pdl": True} if _is_hopper(device) else {"PDL": False}
-
-
-@cache
-def has_copy_engine(device: torch.device) -> bool:
-    """Whether kernels may load tiles through descriptors; Triton's interpreter on a CPU does."""
-    return device.type == "cpu" or _is_hopper(device)
-
-
-def _is_hopper(device: torch.device) -> bool:
-    """Or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 def ceil_div(value: int, by: int) -> int:

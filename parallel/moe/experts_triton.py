@@ -2,7 +2,6 @@
 
 Every program finds its tile in the sorted order by itself, so the grid's size depends on shapes alone and the kernels serve
 in CUDA graphs. Rows of tokens are gathered inside the product, and SwiGLU is applied to it while it is in registers.
-Hopper's copy engine brings tiles to the down product of prefills, whose rows lie one behind the other.
 
 Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank, P = T * K.
 """
@@ -10,22 +9,12 @@ Legend: T tokens, D hidden, F experts on this rank, K experts per token, I inter
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_launch import (
-    Kernel,
-    ceil_div,
-    has_copy_engine,
-    launch_options,
-    power_of_2_from,
-    start_next,
-    wait_for_previous,
-)
+from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 
 @Kernel
@@ -177,47 +166,6 @@ def _down_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _copied_down_tile(
-    activated, order, down, results, expert, first, end, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """`activated` and `down` are descriptors. Rows past the expert's end are other experts', and are not stored."""
-    row = expert * width + tl.program_id(0) * COLUMNS
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, intermediate, DEPTH):
-        acc = tl.dot(activated.load([first, start]), down.load([row, start]).T, acc, input_precision="ieee")
-    places = first + tl.arange(0, ROWS)
-    there = places < end
-    pair = tl.load(order + places, there, other=0).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    target = results + pair[:, None] * width + columns[None, :]
-    tl.store(target, acc.to(results.dtype.element_ty), there[:, None] & (columns < width)[None, :])
-
-
-@Kernel
-@triton.jit
-def _copied_down_kernel(
-    order, ends, activated, activated_tail, down, results, num_experts, width, intermediate, ROWS: tl.constexpr,
-    TAIL: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """`_down_kernel` with tiles from the copy engine: descriptors of `activated` for whole tiles and for tails, and of
-    `down`, all its experts' rows one below the other."""
-    start_next(PDL)
-    wait_for_previous(PDL)
-    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
-    if expert >= num_experts:
-        return
-    if end - first <= TAIL:
-        _copied_down_tile(
-            activated_tail, order, down, results, expert, first, end, width, intermediate, TAIL, COLUMNS, DEPTH
-        )  # fmt: skip
-    else:
-        _copied_down_tile(
-            activated, order, down, results, expert, first, end, width, intermediate, ROWS, COLUMNS, DEPTH
-        )  # fmt: skip
-
-
 @Kernel
 @triton.jit
 def _combine_kernel(
@@ -242,7 +190,7 @@ def _combine_kernel(
 @dataclass(frozen=True)
 class Tiling:
     """Tile sizes of a product, rows x columns x depth, with the warps and pipeline stages of a program. An expert's last
-    tile has `tail` rows if they are enough. `copied`: by Hopper's copy engine, where there is one (down alone)."""
+    tile has `tail` rows if they are enough."""
 
     rows: int
     tail: int
@@ -250,7 +198,6 @@ class Tiling:
     depth: int
     num_warps: int
     num_stages: int
-    copied: bool = False
 
 
 # By the mean number of tokens per expert, up to which they hold: tiles for gate_up and for down.
@@ -258,7 +205,7 @@ TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
     (8, Tiling(16, 16, 64, 128, 4, 4), Tiling(16, 16, 128, 128, 4, 4)),
     (24, Tiling(32, 32, 64, 128, 4, 3), Tiling(32, 32, 128, 128, 4, 3)),
     (96, Tiling(64, 64, 64, 64, 4, 3), Tiling(64, 64, 128, 64, 4, 3)),
-    (float("inf"), Tiling(128, 32, 128, 64, 8, 4), Tiling(128, 64, 256, 64, 8, 4, copied=True)),
+    (float("inf"), Tiling(128, 32, 128, 64, 8, 4), Tiling(128, 32, 256, 64, 8, 4)),
 )
 MAX_SORTED_AT_ONCE = 16384
 FLOAT32_TILING = Tiling(32, 16, 32, 32, 4, 2)
@@ -301,38 +248,16 @@ def experts_triton(
         hidden, order, ends, gate_up, activated, *sizes, TOP_K=top_k, EXPERTS=experts,
         EVEN=width % up_tiling.depth == 0 and intermediate % up_tiling.columns == 0, **_launch(up_tiling), **options,
     )  # fmt: skip
-    _launch_down(activated, order, ends, down, results, down_tiling, options)
+    _down_kernel[(ceil_div(width, down_tiling.columns), _num_tiles(num_pairs, num_local, down_tiling))](
+        activated, order, ends, down, results, *sizes, EXPERTS=experts,
+        EVEN=intermediate % down_tiling.depth == 0 and width % down_tiling.columns == 0, **_launch(down_tiling),
+        **options,
+    )  # fmt: skip
     block = min(512, power_of_2_from(width))
     _combine_kernel[(num_tokens, ceil_div(width, block))](
         results, ids, weights, out, num_local, width, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
     )
     return out
-
-
-def _launch_down(
-    activated: torch.Tensor,
-    order: torch.Tensor,
-    ends: torch.Tensor,
-    down: torch.Tensor,
-    results: torch.Tensor,
-    tiling: Tiling,
-    options: dict[str, Any],
-) -> None:
-    num_pairs, (num_local, width, intermediate) = len(order), down.shape
-    sizes, experts = (num_local, width, intermediate), power_of_2_from(num_local)
-    grid = (ceil_div(width, tiling.columns), _num_tiles(num_pairs, num_local, tiling))
-    # The copy engine wants rows that begin at multiples of 16 bytes.
-    if tiling.copied and has_copy_engine(down.device) and intermediate * down.element_size() % 16 == 0:
-        tiles = [TensorDescriptor.from_tensor(activated, [rows, tiling.depth]) for rows in (tiling.rows, tiling.tail)]
-        weights = TensorDescriptor.from_tensor(down.view(-1, intermediate), [tiling.columns, tiling.depth])
-        _copied_down_kernel[grid](
-            order, ends, *tiles, weights, results, *sizes, EXPERTS=experts, **_launch(tiling), **options
-        )
-        return
-    even = intermediate % tiling.depth == 0 and width % tiling.columns == 0
-    _down_kernel[grid](
-        activated, order, ends, down, results, *sizes, EXPERTS=experts, EVEN=even, **_launch(tiling), **options
-    )
 
 
 def _num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:

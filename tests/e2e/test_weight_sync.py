@@ -571,7 +571,7 @@ def test_weights_are_read_back(engine: Engine, base: Tensors) -> None:
 @pytest.mark.gpu
 def test_a_gpu_takes_new_weights_and_gives_its_memory_back(checkpoint: str, base: Tensors, other: Tensors) -> None:
     """Its CUDA graphs hold the addresses of weights and KV pool."""
-    with Engine(checkpoint, device="cuda", **OPTIONS) as engine:
+    with Engine(checkpoint, tp_size=1, device="cuda", **OPTIONS) as engine:
         started = answers(engine)
         engine.update_weights_from_tensor(other, weight_version="other")
         assert_serves(engine, other)

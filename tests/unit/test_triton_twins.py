@@ -26,7 +26,7 @@ from waybill.engine.models.norm_rope_triton import TritonLayerOps
 from waybill.parallel.linear_triton import linear_triton
 from waybill.parallel.moe.experts import experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
-from waybill.parallel.moe.experts_triton import Tiling, experts_triton
+from waybill.parallel.moe.experts_triton import experts_triton
 from waybill.parallel.moe.router import choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
 
@@ -119,24 +119,6 @@ def test_experts(dtype: torch.dtype, num_tokens: int) -> None:
         if function is experts_few_triton and num_tokens > 100:
             continue
         found = function(hidden, ids.to(DEVICE), weights, gate_up, down)
-        torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [5, 200])
-def test_experts_whose_tiles_the_copy_engine_brings(dtype: torch.dtype, num_tokens: int) -> None:
-    """With tiles that leave a rest in every direction, and experts that end in the middle of one."""
-    experts, width, intermediate, top_k = 6, 112, 48, 3
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(num_tokens)]).to(DEVICE)
-    weights = torch.softmax(normal(num_tokens, top_k, dtype=torch.float32), dim=-1).to(dtype)
-    gate_up = normal(experts, 2 * intermediate, width, dtype=dtype, seed=1) * width**-0.5
-    down = normal(experts, width, intermediate, dtype=dtype, seed=2) * intermediate**-0.5
-    hidden = normal(num_tokens, width, dtype=dtype, seed=4)
-    for rows, tail in ((32, 16), (64, 64)):
-        tilings = Tiling(32, 16, 32, 32, 4, 2), Tiling(rows, tail, 64, 32, 4, 2, copied=True)
-        found = experts_triton(hidden, ids, weights, gate_up, down, tilings)
-        expected = experts_torch_reference(hidden, ids, weights, gate_up, down)
         torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from gpu_leader import Bench, Leader
 from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_flops, touched_experts
-from gpu_plan import CONTEXT, FULL, GREEDY, MILLI, SAMPLED, TOY, Plan, Report
+from gpu_plan import CONTEXT, FULL, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY, Plan, Report
 from gpu_profile import profile_step
 from machine import describe, write_result
 from make_models import write_checkpoint
@@ -102,14 +102,16 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
 
 
 def measure_prefills(bench: Bench, leader: Leader, limits: Limits, how: str, report: Report) -> None:
-    """One prompt in one step."""
+    """One prompt in one step: alone, from its plan to its token on the host, and one behind another."""
     for num_tokens in bench.plan.prefills:
         leader.prefill_seconds(num_tokens)
-        seconds = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(9))
+        alone = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(9))
+        sustained = statistics.median(leader.sustained_prefill_seconds(num_tokens, NUM_PROMPTS) for _ in range(5))
         experts = touched_experts(np.stack(leader.routes_of(num_tokens, 1, 1)))
         bytes_s = layer_bytes(bench.plan.shape, experts) / limits.bytes_per_s
         flops_s = prefill_flops(bench.plan.shape, num_tokens) / limits.flops_per_s
-        row(report, f"prefill, {num_tokens} tokens{how}", num_tokens, experts, seconds, bytes_s, flops_s)
+        for mode, seconds in ((", alone", alone), (", one behind another", sustained)):
+            row(report, f"prefill, {num_tokens} tokens{mode}{how}", num_tokens, experts, seconds, bytes_s, flops_s)
 
 
 def row(

@@ -167,6 +167,16 @@ class Leader:
         self.drain()
         return time.perf_counter() - began
 
+    def sustained_prefill_seconds(self, num_tokens: int, count: int) -> float:
+        """Seconds of each of `count` prompts, a step each, launched while the one before it is computed."""
+        began = time.perf_counter()
+        for number in range(count):
+            self.send(num_tokens, 1, routed=False)
+            self.wait_for_requests(min(number + 1, 2))
+            self.scheduler.step()
+        self.drain()
+        return (time.perf_counter() - began) / count
+
     def routes_of(
         self, prompt_tokens: int, max_new_tokens: int, count: int, params: SamplingParams = GREEDY
     ) -> list[np.ndarray]:

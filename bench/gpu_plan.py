@@ -22,6 +22,8 @@ SHAPE_30B: dict[str, Any] = {
 }
 CONTEXT = 512
 NUM_WARM_UPS, NUM_STEPS = 8, 48
+# Of prefills that follow each other.
+NUM_PROMPTS = 16
 MILLI = 1e3
 # What the rows of the decode table ask for.
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)

@@ -19,7 +19,14 @@ def rollout(group: int, *rewards: float) -> Rollout:
 
 
 def test_a_turn_is_compared_with_those_of_its_group_that_were_right_so_far() -> None:
-    rollouts = [rollout(0, 1, 1), rollout(0, 1, 0), rollout(0, 0, 0), rollout(0, 0, 0), rollout(1, 0, 0), rollout(1, 0, 0)]
+    rollouts = [
+        rollout(0, 1, 1),
+        rollout(0, 1, 0),
+        rollout(0, 0, 0),
+        rollout(0, 0, 0),
+        rollout(1, 0, 0),
+        rollout(1, 0, 0),
+    ]
     advantages = group_advantages(rollouts)
     assert advantages[:4, 0].tolist() == pytest.approx([1, 1, -1, -1], abs=1e-3)
     assert advantages[:, 1].tolist() == pytest.approx([1, -1, 0, 0, 0, 0], abs=1e-3)

@@ -17,15 +17,15 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default=str(ROOT / "models" / "early"), help="checkpoint to start from")
     parser.add_argument("--out", default=str(ROOT / "out" / "grpo"), help="folder for the log and the plot")
-    parser.add_argument("--steps", type=int, default=50, help="of the loop: rollouts, training, new weights")
-    parser.add_argument("--dialogues", type=int, default=8, help="different dialogues a step")
+    parser.add_argument("--steps", type=int, default=60, help="of the loop: rollouts, training, new weights")
+    parser.add_argument("--dialogues", type=int, default=16, help="different dialogues a step")
     parser.add_argument("--samples", type=int, default=16, help="rollouts of each: one group")
     parser.add_argument("--turns", type=int, default=3, help="of a dialogue")
     parser.add_argument(
-        "--mini-steps", type=int, default=1, help="optimizer steps a batch; all but the first are off-policy"
+        "--mini-steps", type=int, default=2, help="optimizer steps a batch; all but the first are off-policy"
     )
     parser.add_argument("--micro-batch", type=int, default=32, help="rollouts of a forward of one trainer rank")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW, constant")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of AdamW, constant")
     parser.add_argument("--clip", type=float, default=0.2, help="of the ratio of probabilities")
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="stage of DeepSpeed's ZeRO")
     parser.add_argument("--seed", type=int, default=0, help="of dialogues and sampling")

@@ -2,7 +2,7 @@
 # A whole reinforcement-learning loop on this machine: rollouts by the engine on two ranks, a DeepSpeed trainer on two
 # ranks that replays their routes, and new weights back into the engine after every step. Sets itself up on first use and trains
 # the model it starts from (an early stop of the embedded one, some minutes).
-#   ./examples/grpo/run.sh                       50 steps
+#   ./examples/grpo/run.sh                       60 steps
 #   ./examples/grpo/run.sh --steps 100 --seed 1 --no-replay
 #   ./examples/grpo/run.sh --help
 set -euo pipefail

@@ -10,7 +10,6 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,13 +37,13 @@ from .io_struct import (
 from .leader_link import LeaderLink
 from .reply_box import ReplyBox
 from .weight_sync.manifest import LOAD_FORMATS
+from .weight_sync.shared_file import shared_folder
 
 CONTROL_TIMEOUT_S = 30.0
 # Joining and transfers are bounded by the ranks; the answer takes a little longer.
 ANSWER_MARGIN_S = 10.0
 PAUSE_MODES = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("weights", "kv_cache")
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class EngineControls:
@@ -144,8 +143,7 @@ class EngineControls:
         self, data: bytes, options: WeightOptions, *, abort_all_requests: bool = False
     ) -> ControlReply:
         """As `update_weights_from_file`, with the file's bytes; the ranks must run on this host."""
-        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        with tempfile.NamedTemporaryFile(prefix="waybill-", suffix=".safetensors", dir=folder) as file:
+        with tempfile.NamedTemporaryFile(prefix="waybill-", suffix=".safetensors", dir=shared_folder()) as file:
             await asyncio.to_thread(write_all, file.fileno(), data)
             return await self.update_weights_from_file(file.name, options, abort_all_requests=abort_all_requests)
 

@@ -14,7 +14,7 @@ from torch import nn
 from .collectives import all_gather, all_reduce, gather
 from .linear import select_linear
 from .mesh import Axis
-from .weights import ShardedWeight, TensorSource, empty_weight
+from .weights import ShardedWeight, empty_weight
 
 
 class VocabShard(nn.Module):
@@ -35,9 +35,6 @@ class VocabShard(nn.Module):
         """This rank's rows; what lies beyond the vocabulary stays zero."""
         num_rows = max(0, min(self._full[0] - self._first, self._num_rows))
         return ShardedWeight.of(self._full, self.weight.data[:num_rows], first=self._first)
-
-    def load_weight(self, source: TensorSource) -> None:
-        self.sharded_weight().load(source)
 
 
 class VocabParallelEmbedding(VocabShard):

@@ -16,7 +16,7 @@ from torch import nn
 
 from .collectives import all_reduce
 from .mesh import Axis
-from .weights import ShardedWeight, TensorSource, empty_weight
+from .weights import ShardedWeight, empty_weight
 
 # (x [T, D], weight [O, D], bias [O] or None) -> [T, O]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -73,12 +73,6 @@ class ReplicatedLinear(ShardedLinear):
         assert self.bias is not None
         return ShardedWeight.of(tuple(self.bias.shape), self.bias.data)
 
-    def load_weight(self, source: TensorSource) -> None:
-        self.sharded_weight().load(source)
-
-    def load_bias(self, source: TensorSource) -> None:
-        self.sharded_bias().load(source)
-
 
 class MergedColumnParallelLinear(ShardedLinear):
     """Several column-parallel matrices with the same input as one product; the outputs stand side by side."""
@@ -108,12 +102,6 @@ class MergedColumnParallelLinear(ShardedLinear):
         assert self.bias is not None
         shape = (self._full[part],)
         return ShardedWeight.of(shape, self._target(self.bias, part), first=self._axis.rank * self._local[part])
-
-    def load_weight(self, source: TensorSource, part: int = 0) -> None:
-        self.sharded_weight(part).load(source)
-
-    def load_bias(self, source: TensorSource, part: int = 0) -> None:
-        self.sharded_bias(part).load(source)
 
     def _target(self, parameter: nn.Parameter, part: int) -> torch.Tensor:
         return parameter.data.narrow(0, sum(self._local[:part]), self._local[part])
@@ -180,12 +168,6 @@ class QKVParallelLinear(ShardedLinear):
         assert self.bias is not None
         return ShardedWeight.of((self._full[part],), self._target(self.bias, part), first=self._first_row(part))
 
-    def load_weight(self, source: TensorSource, part: str) -> None:
-        self.sharded_weight(part).load(source)
-
-    def load_bias(self, source: TensorSource, part: str) -> None:
-        self.sharded_bias(part).load(source)
-
     def _first_row(self, part: str) -> int:
         shard = self._axis.rank if part == "q" else self._axis.rank // self._num_kv_replicas
         return shard * self._local[part]
@@ -229,12 +211,6 @@ class RowParallelLinear(ShardedLinear):
     def sharded_bias(self) -> ShardedWeight:
         assert self.bias is not None
         return ShardedWeight.of(self._full[:1], self.bias.data if self._axis.rank == 0 else self.bias.data[:0])
-
-    def load_weight(self, source: TensorSource) -> None:
-        self.sharded_weight().load(source)
-
-    def load_bias(self, source: TensorSource) -> None:
-        self.sharded_bias().load(source)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         partial = super().forward(x)

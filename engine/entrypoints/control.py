@@ -163,7 +163,8 @@ def add_generation_routes(router: APIRouter, manager: TokenizerManager) -> None:
     """Pauses, the prefix cache, device memory."""
     controls = manager.controls
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    @router.get("/flush_cache")
+    @router.post("/flush_cache")
     async def flush_cache() -> Response:
         reply = await controls.flush_cache()
         return weight_response(reply) if reply.success else error_response(reply.message, 400)

@@ -13,11 +13,15 @@ from safetensors.torch import save_file
 SHARED_MEMORY = Path("/dev/shm")
 
 
+def shared_folder() -> Path | None:
+    """Where files live in memory; None, the temporary folder, where the host has no such place."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+
+
 @contextmanager
 def shared_safetensors(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """The file's path; it is gone after the block. Where the host has no shared memory folder, the temporary one serves."""
-    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="waybill-", dir=folder) as place:
+    """The file's path; it is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="waybill-", dir=shared_folder()) as place:
         path = f"{place}/update.safetensors"
         save_file(dict(separate(named_tensors)), path)
         yield path

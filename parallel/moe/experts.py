@@ -16,7 +16,7 @@ from torch import nn
 
 from ..linear import shard_size
 from ..mesh import Axis
-from ..weights import Piece, ShardedWeight, TensorSource, empty_weight
+from ..weights import Piece, ShardedWeight, empty_weight
 from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
@@ -144,9 +144,6 @@ class Experts(nn.Module):
             for half in (0, 1)
         ]
         return ShardedWeight((self._num_experts, 2 * width, hidden), tuple(halves))
-
-    def load_weight(self, source: TensorSource, expert_id: int, part: str) -> None:
-        self.sharded_weight(expert_id, part).load(source)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Partial results [T, D] of the local experts."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..linear import select_linear
-from ..weights import ShardedWeight, TensorSource, empty_weight
+from ..weights import ShardedWeight, empty_weight
 
 # Dense scores [T, E] float32 -> ids [T, K] int64.
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -53,9 +53,6 @@ class TopKRouter(nn.Module):
 
     def sharded_weight(self) -> ShardedWeight:
         return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
-
-    def load_weight(self, source: TensorSource) -> None:
-        self.sharded_weight().load(source)
 
     def forward(
         self, hidden: torch.Tensor, select: Select | None = None, record: torch.Tensor | None = None

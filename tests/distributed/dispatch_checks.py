@@ -239,10 +239,10 @@ def make_layer(
 ) -> MoeLayer:
     hidden, width = weights["down"].shape[1:]
     router = TopKRouter(hidden, NUM_EXPERTS, top_k, norm_topk_prob=True, dtype=dtype, device=CPU)
-    router.load_weight(weights["router"])
+    router.sharded_weight().load(weights["router"])
     experts = Experts(NUM_EXPERTS, hidden, width, axis, split=split, backend="auto", dtype=dtype, device=CPU)
     for expert_id, part in itertools.product(range(NUM_EXPERTS), ("gate", "up", "down")):
-        experts.load_weight(weights[part][expert_id], expert_id, part)
+        experts.sharded_weight(expert_id, part).load(weights[part][expert_id])
     return MoeLayer(index, router, dispatcher, experts)
 
 

@@ -103,10 +103,10 @@ def check_column_then_row(axis: Axis) -> None:
     """Column-parallel, then row-parallel: the way an MLP is sharded. The bias must stand in the sum once."""
     wide, narrow, bias, x = torch.randn(24, 16), torch.randn(16, 24), torch.randn(16), torch.randn(5, 16)
     column = ColumnParallelLinear(16, 24, axis, **OPTIONS)
-    column.load_weight(wide)
+    column.sharded_weight().load(wide)
     row = RowParallelLinear(24, 16, axis, bias=True, **OPTIONS)
-    row.load_weight(narrow)
-    row.load_bias(bias)
+    row.sharded_weight().load(narrow)
+    row.sharded_bias().load(bias)
     middle = F.linear(x, wide)
     assert_close(all_gather(column(x), axis, dim=-1), middle)
     assert_close(row(column(x)), F.linear(middle, narrow, bias))
@@ -118,7 +118,7 @@ def check_attention_heads(axis: Axis, num_kv_heads: int) -> None:
     q, k, v = (torch.randn(heads * width, hidden) for heads in (num_heads, num_kv_heads, num_kv_heads))
     layer = QKVParallelLinear(hidden, width, num_heads, num_kv_heads, axis, **OPTIONS)
     for part, weight in (("q", q), ("k", k), ("v", v)):
-        layer.load_weight(weight, part)
+        layer.sharded_weight(part).load(weight)
     x = torch.randn(3, hidden)
     local = [out.view(3, -1, width) for out in layer.split(layer(x))]
     queries_per_kv = layer.num_local_heads // layer.num_local_kv_heads
@@ -137,7 +137,7 @@ def check_vocabulary(axis: Axis) -> None:
     vocab_size, hidden = 11, 6
     weight, ids = torch.randn(vocab_size, hidden), torch.arange(vocab_size)
     embedding = VocabParallelEmbedding(vocab_size, hidden, axis, **OPTIONS)
-    embedding.load_weight(weight)
+    embedding.sharded_weight().load(weight)
     assert torch.equal(embedding(ids), weight)
     head = ParallelLMHead(vocab_size, hidden, axis, **OPTIONS)
     head.tie(embedding)
@@ -147,7 +147,7 @@ def check_vocabulary(axis: Axis) -> None:
     if logits is not None:
         assert_close(logits, F.linear(x, weight))
     everyones = ParallelLMHead(vocab_size, hidden, axis, gather_to_all=True, **OPTIONS)
-    everyones.load_weight(weight)
+    everyones.sharded_weight().load(weight)
     assert_close(everyones(x), F.linear(x, weight))
 
 
@@ -155,14 +155,14 @@ def check_moe_layer(axis: Axis, split: str) -> None:
     """The layer's sum over the axis, against the same layer on one rank; every rank must hold the same bits."""
     num_experts, top_k, hidden, width = 8, 3, 16, 8
     router = TopKRouter(hidden, num_experts, top_k, norm_topk_prob=True, **OPTIONS)
-    router.load_weight(torch.randn(num_experts, hidden))
+    router.sharded_weight().load(torch.randn(num_experts, hidden))
     sharded = Experts(num_experts, hidden, width, axis, split=split, backend="auto", **OPTIONS)
     whole = Experts(num_experts, hidden, width, Axis.single(), split=split, backend="torch_reference", **OPTIONS)
     for expert_id in range(num_experts):
         for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
             weight = torch.randn(shape) / 4
-            sharded.load_weight(weight, expert_id, part)
-            whole.load_weight(weight, expert_id, part)
+            sharded.sharded_weight(expert_id, part).load(weight)
+            whole.sharded_weight(expert_id, part).load(weight)
     x = torch.randn(9, hidden)
     out = MoeLayer(0, router, ReplicatedDispatcher(axis), sharded)(x, len(x))
     assert_close(out, MoeLayer(0, router, ReplicatedDispatcher(Axis.single()), whole)(x, len(x)))

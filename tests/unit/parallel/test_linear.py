@@ -44,8 +44,8 @@ def test_on_one_rank_layers_are_plain_linear() -> None:
         RowParallelLinear(4, 6, Axis.single(), bias=True, **OPTIONS),
     ]
     for layer in layers:
-        layer.load_weight(weight)
-        layer.load_bias(bias)
+        layer.sharded_weight().load(weight)
+        layer.sharded_bias().load(bias)
         assert torch.equal(layer(x), F.linear(x, weight, bias)), type(layer).__name__
 
 
@@ -53,8 +53,8 @@ def test_merged_columns_keep_each_matrix_together() -> None:
     gate, up = torch.randn(8, 4), torch.randn(4, 4)
     for rank in range(2):
         layer = MergedColumnParallelLinear(4, [8, 4], place(rank, 2), **OPTIONS)
-        layer.load_weight(up, part=1)
-        layer.load_weight(gate, part=0)
+        layer.sharded_weight(part=1).load(up)
+        layer.sharded_weight(part=0).load(gate)
         assert torch.equal(layer.weight, torch.cat((gate.chunk(2)[rank], up.chunk(2)[rank])))
 
 
@@ -63,8 +63,8 @@ def test_row_parallel_without_reduction_returns_partial_results() -> None:
     partial = []
     for rank in range(2):
         layer = RowParallelLinear(6, 5, place(rank, 2), bias=True, reduce=False, **OPTIONS)
-        layer.load_weight(weight)
-        layer.load_bias(bias)
+        layer.sharded_weight().load(weight)
+        layer.sharded_bias().load(bias)
         partial.append(layer(x.chunk(2, dim=1)[rank]))
     torch.testing.assert_close(partial[0] + partial[1], F.linear(x, weight, bias))
 
@@ -75,8 +75,8 @@ def test_kv_heads_are_cut_or_shared(num_kv_heads: int, size: int, expected: tupl
     k, bias = torch.randn(num_kv_heads * width, hidden), torch.randn(num_kv_heads * width)
     for rank in range(size):
         layer = QKVParallelLinear(hidden, width, 4, num_kv_heads, place(rank, size), bias=True, **OPTIONS)
-        layer.load_weight(k, "k")
-        layer.load_bias(bias, "k")
+        layer.sharded_weight("k").load(k)
+        layer.sharded_bias("k").load(bias)
         rows = layer.num_local_kv_heads * width
         cut = slice(expected[rank] * rows, (expected[rank] + 1) * rows)
         start = layer.num_local_heads * width
@@ -92,9 +92,9 @@ def test_only_a_shard_is_read_from_a_file(tmp_path: Path) -> None:
     with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
         source = SafetensorsSource(handle.get_slice("w"))
         column = ColumnParallelLinear(8, 6, place(1, 2), **OPTIONS)
-        column.load_weight(source)
+        column.sharded_weight().load(source)
         row = RowParallelLinear(8, 6, place(1, 2), **OPTIONS)
-        row.load_weight(source)
+        row.sharded_weight().load(source)
     assert torch.equal(column.weight, weight[3:])
     assert torch.equal(row.weight, weight[:, 4:])
 
@@ -116,4 +116,4 @@ def test_sizes_that_the_axis_does_not_divide_are_refused(make: Callable[[], obje
 
 def test_a_wrong_shape_names_what_was_found_and_expected() -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 6\): must be \(6, 4\)"):
-        ColumnParallelLinear(4, 6, place(0, 2), **OPTIONS).load_weight(torch.zeros(4, 6))
+        ColumnParallelLinear(4, 6, place(0, 2), **OPTIONS).sharded_weight().load(torch.zeros(4, 6))

@@ -178,7 +178,7 @@ def test_partial_results_of_both_splits_add_up(split: str, size: int) -> None:
         for expert_id in range(NUM_EXPERTS):
             gate, up = gate_up[expert_id].chunk(2)
             for part, weight in (("gate", gate), ("up", up), ("down", down[expert_id])):
-                experts.load_weight(weight, expert_id, part)
+                experts.sharded_weight(expert_id, part).load(weight)
         assert experts.down.numel() == down.numel() // size
         total += experts(hidden, ids, weights)
     assert_close(total, experts_torch_reference(hidden, ids, weights, gate_up, down))
@@ -195,4 +195,4 @@ def test_a_wrong_shape_is_refused_also_for_an_expert_of_another_rank() -> None:
     axis = Axis("tp", 1, 2, None, (0, 1))
     experts = Experts(4, 32, 64, axis, split="ep", backend="auto", dtype=torch.float32, device=CPU)
     with pytest.raises(ValueError, match=r"shape \(64, 32\): must be \(32, 64\)"):
-        experts.load_weight(torch.zeros(64, 32), 0, "down")
+        experts.sharded_weight(0, "down").load(torch.zeros(64, 32))

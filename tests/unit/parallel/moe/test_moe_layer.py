@@ -32,13 +32,13 @@ def our_layer(block: Any, backend: str) -> MoeLayer:
     gate, theirs = block.gate, block.experts
     options: dict[str, Any] = {"dtype": gate.weight.dtype, "device": torch.device("cpu")}
     router = TopKRouter(gate.hidden_dim, gate.num_experts, gate.top_k, norm_topk_prob=gate.norm_topk_prob, **options)
-    router.load_weight(gate.weight)
+    router.sharded_weight().load(gate.weight)
     sizes = (gate.num_experts, gate.hidden_dim, theirs.intermediate_dim)
     experts = Experts(*sizes, Axis.single(), split="ep", backend=backend, **options)
     for expert_id in range(gate.num_experts):
         gate_weight, up_weight = theirs.gate_up_proj[expert_id].chunk(2)
         for part, weight in (("gate", gate_weight), ("up", up_weight), ("down", theirs.down_proj[expert_id])):
-            experts.load_weight(weight, expert_id, part)
+            experts.sharded_weight(expert_id, part).load(weight)
     return MoeLayer(7, router, ReplicatedDispatcher(Axis.single()), experts)
 
 

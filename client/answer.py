@@ -125,8 +125,8 @@ def check_status(response: httpx.Response) -> None:
     if response.is_success:
         return
     try:
-        message = str(msgspec.json.decode(response.content, type=dict[str, dict[str, Any]])["error"]["message"])
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        message = str(msgspec.json.decode(response.content, type=dict[str, Any])["error"]["message"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         # Not by the server itself, but by something before it.
         message = response.text[:MESSAGE_CHARS] or response.reason_phrase
     retry_after = response.headers.get("Retry-After", "")

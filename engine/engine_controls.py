@@ -37,7 +37,7 @@ from .io_struct import (
 from .leader_link import LeaderLink
 from .reply_box import ReplyBox
 from .weight_sync.manifest import LOAD_FORMATS
-from .weight_sync.shared_file import shared_folder
+from .weight_sync.shared_folder import shared_folder
 
 CONTROL_TIMEOUT_S = 30.0
 # Joining and transfers are bounded by the ranks; the answer takes a little longer.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .io_struct import SamplingParams
 from .request_limits import (
@@ -35,6 +35,14 @@ def check_utf8(name: str) -> str:
     return name
 
 
+def refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be an integer, not {str(value).lower()}")
+    return value
+
+
+# JSON's true is no 1.
+Number = Annotated[int, BeforeValidator(refuse_bool)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)]
 
 # Fields of the dialect that change the result and are not implemented: legal at the value that means "off".
@@ -69,16 +77,16 @@ class GenerateReqInput(BaseModel):
     input_ids: list[int] | list[list[int]] | None = None
     sampling_params: SamplingParamsInput | list[SamplingParamsInput] = SamplingParamsInput()
     return_logprob: bool | list[bool] = False
-    logprob_start_len: int | list[int] = -1
-    top_logprobs_num: int | list[int] = 0
+    logprob_start_len: Number | list[Number] = -1
+    top_logprobs_num: Number | list[Number] = 0
     stream: bool = False
     rid: Name | list[Name] | None = None
     session_id: Name | None = None
-    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    priority: Number = Field(0, ge=-(2**31), lt=2**31)
     extra_key: Name | None = None
-    routed_dp_rank: int | None = None
+    routed_dp_rank: Number | None = None
     return_routed_experts: bool | list[bool] = False
-    routed_experts_start_len: int | list[int] = 0
+    routed_experts_start_len: Number | list[Number] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
@@ -159,6 +167,10 @@ BRANCHES = ("body", "SamplingParamsInput", "int", "str", "bool", "float")
 def describe(errors: Sequence[Any]) -> str:
     """The first of pydantic's errors, in the form of our own messages: the field, then what is wrong."""
     first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"body: must be JSON: {first['ctx']['error']}"
+    if tuple(first["loc"]) == ("body",) and first["type"] in ("model_attributes_type", "dict_type"):
+        return "body: must be a JSON object, sent with Content-Type: application/json"
     parts = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in BRANCHES)]
     if first["type"] == "extra_forbidden" and first["loc"][-1] not in parts:
         parts.append(repr(first["loc"][-1]))

@@ -269,6 +269,8 @@ def _facts(
         "num_moe_layers": len(model_config.moe_layer_ids),
         "num_experts": model_config.num_experts,
         "top_k": model_config.top_k,
+        "dp_size": config.dp_size,
+        "tp_size": config.tp_size,
         "page_size": config.page_size,
         "kv_cache_tokens": num_pages * config.page_size,
         "routing_ring_slots": config.routing_ring_slots if config.enable_return_routed_experts else 0,

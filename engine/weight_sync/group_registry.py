@@ -27,11 +27,16 @@ class GroupRegistry:
         """
         if op.group_name in self._joined or op.group_name in self._pending:
             raise ValueError(f"group_name: {op.group_name!r} is taken; destroy that group first")
-        last = op.world_size - self._mesh.world.size
+        own = self._mesh.world.size
+        last = op.world_size - own
+        if last < 1:
+            raise ValueError(
+                f"world_size={op.world_size}: must be at least {own + 1}, for {own} engine ranks and the trainer"
+            )
         if not 1 <= op.rank_offset <= last:
             raise ValueError(
-                f"rank_offset={op.rank_offset}: must lie in 1 .. {last}, for {self._mesh.world.size} engine ranks in a "
-                f"group of {op.world_size} (world_size)"
+                f"rank_offset={op.rank_offset}: must lie in 1 .. {last}, for {own} engine ranks in a group of "
+                f"{op.world_size} (world_size)"
             )
 
     def join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:

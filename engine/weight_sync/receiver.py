@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from ...parallel.mesh import ParallelMesh
 from ..io_struct import ReceiveWeightsReq, WeightUpdate
@@ -74,6 +75,8 @@ class WeightReceiver:
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
             names = self._covered(spec.name for spec in specs)
         else:
+            if not op.whole and not Path(op.path).is_file():
+                raise ValueError(f"path={op.path!r}: must be a safetensors file on the ranks' host")
             checkpoint = Checkpoint(op.path)
             if op.whole:
                 check_tensors(self.weights, checkpoint, self._ignored)

@@ -27,6 +27,8 @@ NamedTensor = tuple[str, torch.Tensor]
 Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
 
 DEFAULT_BUCKET_BYTES = 512 << 20
+# When a transfer breaks off here, the engine that broke it off is about to say why.
+ANSWER_TIMEOUT_S = 10.0
 
 
 class ControlledEngine(Protocol):
@@ -49,6 +51,8 @@ class ControlledEngine(Protocol):
     ) -> None: ...
 
     def destroy_weights_update_group(self, group_name: str) -> None: ...
+
+    def get_server_info(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,15 @@ class WeightSender:
         """Form the group with all engines.
 
         Raises:
+            ValueError: an engine has another number of ranks.
             RuntimeError: it did not come together in time, or an engine refused.
         """
+        for number, (engine, num_ranks) in enumerate(self._engines):
+            info = engine.get_server_info()
+            if info["tp_size"] * info["dp_size"] != num_ranks:
+                raise ValueError(
+                    f"engines[{number}]: it has {info['dp_size']} x {info['tp_size']} ranks (dp x tp), not {num_ranks}"
+                )
         port = free_port(self._address)
         world_size = 1 + sum(num_ranks for _, num_ranks in self._engines)
         offset = 1
@@ -138,7 +149,8 @@ class WeightSender:
         """One update. The engine generates again when every tensor of its model has come.
 
         Raises:
-            RuntimeError: an engine refused a bucket, or the transfer broke off; the group is left then.
+            RuntimeError: an engine refused a bucket, or the transfer broke off; the group is left then, and `connect`
+                forms it again.
         """
         began = time.perf_counter()
         num_tensors = num_bytes = 0
@@ -162,7 +174,8 @@ class WeightSender:
             yield bucket
 
     def _send_bucket(self, bucket: list[NamedTensor], weight_version: str | None, flush_cache: bool) -> None:
-        assert self._group is not None, "connect was not called"
+        if self._group is None:
+            raise RuntimeError("the sender is in no group: call connect first, also after a failure")
         names = [name for name, _ in bucket]
         dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket]
         shapes = [list(tensor.shape) for _, tensor in bucket]
@@ -183,16 +196,19 @@ class WeightSender:
         self._raise_first_failure([own, *calls])
 
     def _raise_first_failure(self, futures: Sequence[concurrent.futures.Future[Any]]) -> None:
-        """Wait for all, or for the first that fails: the others would wait for it in vain."""
-        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        failed = [future for future in futures if future in done and future.exception() is not None]
+        """Wait for all, or for the first that fails: the others would wait for it in vain. The first is our own."""
+        own, *answers = futures
+        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        if own.done() and own.exception() is not None:
+            concurrent.futures.wait(answers, ANSWER_TIMEOUT_S, return_when=concurrent.futures.FIRST_EXCEPTION)
+        failed = [future for future in futures if future.done() and future.exception() is not None]
         if not failed:
             return
         if self._group is not None:
             self._group.close()
             self._group = None
         # What an engine says tells more than that the transfer broke off here.
-        failed.sort(key=lambda future: future is futures[0])
+        failed.sort(key=lambda future: future is own)
         error = failed[0].exception()
         assert error is not None
         raise RuntimeError(f"weights were not sent: {error}") from error

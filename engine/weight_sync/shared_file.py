@@ -5,17 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-SHARED_MEMORY = Path("/dev/shm")
-
-
-def shared_folder() -> Path | None:
-    """Where files live in memory; None, the temporary folder, where the host has no such place."""
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+from .shared_folder import shared_folder
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Options of the loop."""
+"""Options of the loop. As a program it checks them and prints the folder of the model to start from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ TRAINER_RANKS = 2
 ROOT = Path(__file__).resolve().parents[2]
 
 
+EARLY = ROOT / "models" / "early"
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="examples/grpo/run.sh",
         description="GRPO on arithmetic dialogues: rollouts by the engine, routes replayed, new weights every step.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default=str(ROOT / "models" / "early"), help="checkpoint to start from")
+    parser.add_argument("--model", default=str(EARLY), help="checkpoint to start from")
     parser.add_argument("--out", default=str(ROOT / "out" / "grpo"), help="folder for the log and the plot")
     parser.add_argument("--steps", type=int, default=60, help="of the loop: rollouts, training, new weights")
     parser.add_argument("--dialogues", type=int, default=16, help="different dialogues a step")
@@ -48,6 +51,11 @@ def parse_options() -> argparse.Namespace:
         )
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: must be at least 2, a group is compared with itself")
-    if not (Path(options.model) / "config.json").is_file():
+    # The default is trained on first use.
+    if options.model != str(EARLY) and not (Path(options.model) / "config.json").is_file():
         parser.error(f"--model {options.model}: must be a folder with a config.json")
     return options
+
+
+if __name__ == "__main__":
+    print(parse_options().model)

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +20,7 @@ from rich.table import Table
 COLUMNS = {
     "step": ("step", "{:d}"),
     "reward": ("reward", "{:.3f}"),
+    "signal": ("signal", "{:.0%}"),
     "mismatch_kl": ("KL", "{:.1e}"),
     "extreme_share": ("extreme", "{:.2%}"),
     "rollout_s": ("rollout s", "{:.2f}"),
@@ -51,6 +53,9 @@ class ProgressReport:
 
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
+        if not self._console.is_terminal:
+            # Ends the bar's line.
+            self._console.print()
         self._log.close()
         if self._steps:
             self._plot()
@@ -87,9 +92,11 @@ class ProgressReport:
             strict=True,
         ):
             values = [step[name] for step in self._steps]
-            axis.plot(numbers, values, color="tab:blue", alpha=0.35, linewidth=1)
-            axis.plot(numbers, smoothed(values), color="tab:blue", linewidth=2)
+            axis.plot(numbers, values, color="tab:blue", alpha=0.35, linewidth=1, label="step")
+            axis.plot(numbers, smoothed(values), color="tab:blue", linewidth=2, label=f"mean of the last {SMOOTHING}")
             axis.set(xlabel="step", title=label)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.legend()
             axis.grid(alpha=0.3)
         axes[1].set_yscale("log")
         figure.suptitle(self._title)

@@ -10,7 +10,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 "$root/scripts/venv.sh"
 python=$root/.venv/bin/python
 start=$root/models/early
-if [[ " $* " != *" --help "* && " $* " != *" --model "* && ! -f $start/model.safetensors ]]; then
+case " $* " in *" -h "* | *" --help "*) exec "$python" "$root/examples/grpo/options.py" "$@" ;; esac
+# Refuses what is illegal before anything starts.
+model=$("$python" "$root/examples/grpo/options.py" "$@")
+if [[ $model == "$start" && ! -f $start/model.safetensors ]]; then
   echo "training the model to start from, in $start ..." >&2
   "$python" "$root/examples/tiny_moe/train.py" --out "$start" --stop-early 0.2 --dialogues 50
 fi
@@ -18,5 +21,4 @@ fi
 export PYTHONWARNINGS=ignore::FutureWarning TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 # Two trainer ranks and two engine ranks share the cores; each is alone for most of the time.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[[ " $* " == *" --help "* ]] && exec "$python" "$root/examples/grpo/train.py" --help
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node 2 "$root/examples/grpo/train.py" "$@"

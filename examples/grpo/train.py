@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from options import parse_options
+from policy import group_advantages
 from progress import ProgressReport
 from rollouts import Rollout, RolloutMaker
 from tokenizers import Tokenizer
@@ -99,6 +100,8 @@ def run_step(
         {
             "step": step,
             "reward": sum(rollout.reward for rollout in rollouts) / len(rollouts),
+            # Rollouts that have something to teach: without an advantage a step learns nothing from them.
+            "signal": float(group_advantages(rollouts).any(dim=1).double().mean()),
             "mismatch_kl": kl / num_tokens,
             "extreme_share": extreme / num_tokens,
             "rollout_s": rolled_out - began,
@@ -118,7 +121,11 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(options.seed)
     trainer = Trainer(options)
-    title = f"GRPO, {'own routes' if options.no_replay else 'routes replayed'}, seed {options.seed}"
+    how = [
+        "own routes" if options.no_replay else "routes replayed",
+        *(["updates in flight"] if options.in_flight else []),
+    ]
+    title = f"GRPO, {', '.join(how)}, seed {options.seed}"
     with ExitStack() as stack:
         generator = report = None
         if dist.get_rank() == 0:

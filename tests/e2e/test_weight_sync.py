@@ -226,6 +226,22 @@ def test_a_trainer_of_the_field(
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_sender_passes_on_what_the_engine_refuses(replica: Engine, base: Tensors, tmp_path: Path) -> None:
+    """The transfer breaks off at both ends; the reason is the engine's."""
+    sender = WeightSender([(replica, 2)], group_name="refused")
+    for named, words in (
+        ([("model.nrom.weight", base["model.norm.weight"])], "names: the model has no model.nrom.weight"),
+        ([("model.norm.weight", torch.zeros(127))], r"shape \(127,\): must be \(128,\)"),
+    ):
+        sender.connect()
+        with pytest.raises(RuntimeError, match=f"weights were not sent: .*{words}.*nothing was changed"):
+            sender.send(named)
+        with pytest.raises(RuntimeError, match="call connect first"):
+            sender.send(named)
+    sender.close()
+    assert_serves(replica, base)
+
+
 def test_what_is_refused_changes_nothing(replica: Engine, base: Tensors, other: Tensors, tmp_path: Path) -> None:
     started = answers(replica)
     name = "model.norm.weight"

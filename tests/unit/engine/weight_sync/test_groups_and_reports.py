@@ -122,8 +122,12 @@ def test_the_registry_says_what_a_name_stands_for(pool: concurrent.futures.Execu
     registry = GroupRegistry(ParallelMesh.single(CPU), 20.0)
     with pytest.raises(ValueError, match="group_name: 'g' was not joined"):
         registry.get("g")
-    for fields in ({"rank_offset": 0}, {"rank_offset": 2}, {"world_size": 1}):
-        with pytest.raises(ValueError, match="rank_offset="):
+    for fields, words in (
+        ({"rank_offset": 0}, r"rank_offset=0: must lie in 1 \.\. 1"),
+        ({"rank_offset": 2}, r"rank_offset=2: must lie in 1 \.\. 1"),
+        ({"world_size": 1}, "world_size=1: must be at least 2, for 1 engine ranks and the trainer"),
+    ):
+        with pytest.raises(ValueError, match=words):
             registry.check(init_request(1, **fields))
     port = free_port(HERE)
     op = init_request(port)
@@ -164,7 +168,10 @@ def test_tied_tensors_travel_in_a_file_each(tmp_path: Path) -> None:
 
 
 class Deaf:
-    """An engine that refuses everything."""
+    """An engine of one rank that refuses everything."""
+
+    def get_server_info(self) -> dict[str, int]:
+        return {"tp_size": 1, "dp_size": 1}
 
     def init_weights_update_group(self, *_: object) -> None:
         raise RuntimeError("not today")
@@ -176,6 +183,10 @@ def test_a_sender_tells_what_an_engine_said() -> None:
         sender.connect()
     with pytest.raises(ValueError, match="bucket_bytes=0"):
         WeightSender([], bucket_bytes=0)
+    with pytest.raises(ValueError, match=r"engines\[0\]: it has 1 x 1 ranks \(dp x tp\), not 3"):
+        WeightSender([(Deaf(), 3)]).connect()  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match="call connect first"):
+        sender.send([("a", torch.zeros(1))])
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------------

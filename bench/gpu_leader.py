@@ -169,6 +169,7 @@ class Leader:
 
     def sustained_prefill_seconds(self, num_tokens: int, count: int) -> float:
         """Seconds of each of `count` prompts, a step each, launched while the one before it is computed."""
+        assert self._bench.config.overlap_depth == 1, "one is computed while the next is planned"
         began = time.perf_counter()
         for number in range(count):
             self.send(num_tokens, 1, routed=False)

@@ -205,7 +205,7 @@ def train_briefly(path: Path) -> None:
     for stale in path.glob("model*.safetensors*"):
         stale.unlink()
     model.to(torch.bfloat16).save_pretrained(path)
-    (path / TRAINED).write_text(f"{TRAINING['steps']} steps of {TRAINING['batch']} dialogues, loss {loss.item():.3f}")
+    (path / TRAINED).write_text(f"{training_text()}, loss {loss.item():.3f}")
 
 
 def encode(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[int]]:
@@ -265,10 +265,15 @@ def prepare(name: str, folder: Path) -> tuple[str, str]:
     return str(path), f"24 layers, 64 experts, top-4, trained briefly ({how}); dialogues"
 
 
+def training_text() -> str:
+    return f"{TRAINING['steps']} steps of {TRAINING['batch']} dialogues"
+
+
 def trained_model(name: str) -> Path:
     """The checkpoint of this name in models/, trained if it is not there."""
     path = MODELS_FOLDER / f"{name}-trained"
-    if not (path / TRAINED).is_file():
+    how = path / TRAINED
+    if not how.is_file() or not how.read_text().startswith(training_text()):
         shutil.rmtree(path, ignore_errors=True)
         write_checkpoint(name, path, seed=0)
         train_briefly(path)

@@ -159,7 +159,7 @@ def remains_text(scores: dict[str, VariantScores]) -> str:
     def beside(variant: str) -> str:
         of = scores[variant]
         processor, caller = of.processor_cpu_ms - off.processor_cpu_ms, of.caller_cpu_ms - off.caller_cpu_ms
-        return f"{max(processor, 0.0):.1f} + {max(caller, 0.0):.1f} ms"
+        return f"{processor:+.1f} and {caller:+.1f} ms"
 
     return f"""**What remains.** A finish leaves work beside the ranks: slicing, checksum and sending in the output
 processor, receiving and verifying in the caller. That is {beside(FULL)} of CPU a turn with the full history and

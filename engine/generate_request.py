@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .io_struct import SamplingParams
 from .request_limits import (
@@ -24,7 +24,7 @@ from .request_limits import (
     check_sampling,
     resolve_max_new_tokens,
 )
-from .sampling_input import SamplingParamsInput, drop_dialect_fields, has_surrogate, make_sampling_params
+from .sampling_input import Number, SamplingParamsInput, drop_dialect_fields, has_surrogate, make_sampling_params
 
 MAX_NAME_CHARS = 512
 
@@ -35,14 +35,8 @@ def check_utf8(name: str) -> str:
     return name
 
 
-def refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"must be an integer, not {str(value).lower()}")
-    return value
-
-
-# JSON's true is no 1.
-Number = Annotated[int, BeforeValidator(refuse_bool)]
+# Prompts are long: checked by pydantic's core, an item at a time.
+TokenId = Annotated[int, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)]
 
 # Fields of the dialect that change the result and are not implemented: legal at the value that means "off".
@@ -74,7 +68,7 @@ class GenerateReqInput(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    input_ids: list[TokenId] | list[list[TokenId]] | None = None
     sampling_params: SamplingParamsInput | list[SamplingParamsInput] = SamplingParamsInput()
     return_logprob: bool | list[bool] = False
     logprob_start_len: Number | list[Number] = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .io_struct import SamplingParams
 
@@ -57,28 +57,38 @@ def has_surrogate(text: str) -> bool:
     return False
 
 
+def refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be an integer, not {str(value).lower()}")
+    return value
+
+
+# JSON's true is no 1.
+Number = Annotated[int, BeforeValidator(refuse_bool)]
+
+
 class SamplingParamsInput(BaseModel):
     """`sampling_params` of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
-    max_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    min_new_tokens: int = Field(0, ge=0)
+    max_new_tokens: Annotated[Number, Field(ge=0)] | None = None
+    min_new_tokens: Number = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(-1, ge=-1, le=MAX_TOP_K)
+    top_k: Number = Field(-1, ge=-1, le=MAX_TOP_K)
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, ge=MIN_REPETITION_PENALTY, le=2.0)
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Number] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     logit_bias: dict[int, float] | None = None
-    sampling_seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    sampling_seed: Number | None = Field(None, ge=0, le=MAX_SEED)
+    n: Number = Field(1, ge=1, le=MAX_SAMPLES)
 
     @model_validator(mode="before")
     @classmethod

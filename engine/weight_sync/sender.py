@@ -13,7 +13,7 @@ import concurrent.futures
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch import nn
 from .update_group import SOURCE, UpdateGroup
 
 NamedTensor = tuple[str, torch.Tensor]
+Future = concurrent.futures.Future[Any]
 # Makes a parameter whole on this rank for as long as the block lasts, e.g. deepspeed.zero.GatheredParameters([p]).
 Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
 
@@ -97,7 +98,10 @@ class WeightSender:
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._group: UpdateGroup | None = None
-        self._threads = concurrent.futures.ThreadPoolExecutor(len(engines) + 1)
+        self._threads = self._make_threads()
+
+    def _make_threads(self) -> concurrent.futures.ThreadPoolExecutor:
+        return concurrent.futures.ThreadPoolExecutor(len(self._engines) + 1)
 
     def connect(self) -> None:
         """Form the group with all engines.
@@ -140,7 +144,7 @@ class WeightSender:
             self._device,
             self._timeout_s,
         )
-        self._raise_first_failure([own, *joining])
+        self._settle(own, joining)
         self._group = own.result()
 
     def send(
@@ -193,25 +197,42 @@ class WeightSender:
             for engine, _ in self._engines
         ]
         own = self._threads.submit(self._group.send_bucket, [tensor for _, tensor in bucket])
-        self._raise_first_failure([own, *calls])
+        self._settle(own, calls)
 
-    def _raise_first_failure(self, futures: Sequence[concurrent.futures.Future[Any]]) -> None:
-        """Wait for all, or for the first that fails: the others would wait for it in vain. The first is our own."""
-        own, *answers = futures
-        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        if own.done() and own.exception() is not None:
-            concurrent.futures.wait(answers, ANSWER_TIMEOUT_S, return_when=concurrent.futures.FIRST_EXCEPTION)
-        failed = [future for future in futures if future.done() and future.exception() is not None]
-        if not failed:
+    def _settle(self, own: Future, answers: Sequence[Future]) -> None:
+        """Wait for our own end and all engines'. When one fails the others would wait in vain: everybody leaves.
+
+        Raises:
+            RuntimeError: what the engines said, or, where none said anything, what broke off here.
+        """
+        concurrent.futures.wait([own, *answers], return_when=concurrent.futures.FIRST_EXCEPTION)
+        if not any(future.done() and future.exception() for future in (own, *answers)):
             return
+        # First what the engine that broke it off has to say, then the others, which our leaving sets free.
+        concurrent.futures.wait(answers, ANSWER_TIMEOUT_S, return_when=concurrent.futures.FIRST_EXCEPTION)
+        self._close_group()
+        concurrent.futures.wait(answers, ANSWER_TIMEOUT_S)
+        said = [
+            f"engines[{number}]: {future.exception()}" if len(answers) > 1 else str(future.exception())
+            for number, future in enumerate(answers)
+            if future.done() and future.exception()
+        ]
+        self._leave_engines()
+        # What still waits keeps its thread; the next attempt must not queue behind it.
+        self._threads.shutdown(wait=False)
+        self._threads = self._make_threads()
+        raise RuntimeError(f"weights were not sent: {'; '.join(said) or own.exception()}")
+
+    def _leave_engines(self) -> None:
+        """One that is not in the group refuses, and one that is gone cannot be reached: either is what is wanted."""
+        for engine, _ in self._engines:
+            with suppress(Exception):
+                engine.destroy_weights_update_group(self._group_name)
+
+    def _close_group(self) -> None:
         if self._group is not None:
             self._group.close()
             self._group = None
-        # What an engine says tells more than that the transfer broke off here.
-        failed.sort(key=lambda future: future is own)
-        error = failed[0].exception()
-        assert error is not None
-        raise RuntimeError(f"weights were not sent: {error}") from error
 
     def __enter__(self) -> WeightSender:
         self.connect()
@@ -227,9 +248,7 @@ class WeightSender:
                 for engine, _ in self._engines:
                     engine.destroy_weights_update_group(self._group_name)
         finally:
-            if self._group is not None:
-                self._group.close()
-                self._group = None
+            self._close_group()
             self._threads.shutdown(wait=False)
 
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python examples/grpo/compare.py --seeds 0 1 2 -- --steps 60        # what follows -- goes to run.sh
 
-Runs are kept under `--out` and not repeated when their log is there.
+Runs are kept under `--out` and not repeated while their options are the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 from machine import describe, write_result  # noqa: E402
+from options import EARLY, parse_options  # noqa: E402
 
 MODES = {"replayed": ("routes replayed", [], "tab:blue"), "own": ("own routes", ["--no-replay"], "tab:orange")}
 # Steps at either end over which a run's reward is averaged.
@@ -36,10 +37,14 @@ def read_log(folder: Path) -> Log:
 
 
 def run(folder: Path, seed: int, flags: list[str], options: list[str]) -> Log:
-    """One run, or its log if it is there."""
-    if not read_log(folder):
-        command = [str(ROOT / "examples/grpo/run.sh"), "--seed", str(seed), "--out", str(folder), *flags, *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    """One run, or its log if it is there, whole and of the same options."""
+    arguments = ["--seed", str(seed), "--out", str(folder), *flags, *options]
+    wanted = vars(parse_options(arguments, may_be_missing=(EARLY,)))
+    done = folder / "options.json"
+    if not done.is_file() or json.loads(done.read_text()) != wanted:
+        done.unlink(missing_ok=True)
+        subprocess.run([str(ROOT / "examples/grpo/run.sh"), *arguments], check=True, stdout=subprocess.DEVNULL)
+        done.write_text(json.dumps(wanted))
     return read_log(folder)
 
 

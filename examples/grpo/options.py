@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EARLY = ROOT / "models" / "early"
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None, *, may_be_missing: tuple[Path, ...] = ()) -> argparse.Namespace:
+    """Options of the command line, or of `arguments`. The model's folder must be there, unless it is a named one."""
     parser = argparse.ArgumentParser(
         prog="examples/grpo/run.sh",
         description="GRPO on arithmetic dialogues: rollouts by the engine, routes replayed, new weights every step.",
@@ -39,7 +40,7 @@ def parse_options() -> argparse.Namespace:
         action="store_true",
         help="roll out the next batch while training, with weights that change under it (pause in_place)",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("steps", "dialogues", "turns", "mini_steps", "micro_batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
@@ -51,11 +52,11 @@ def parse_options() -> argparse.Namespace:
         )
     if options.samples < 2:
         parser.error(f"--samples {options.samples}: must be at least 2, a group is compared with itself")
-    # The default is trained on first use.
-    if options.model != str(EARLY) and not (Path(options.model) / "config.json").is_file():
+    if Path(options.model) not in may_be_missing and not (Path(options.model) / "config.json").is_file():
         parser.error(f"--model {options.model}: must be a folder with a config.json")
     return options
 
 
 if __name__ == "__main__":
-    print(parse_options().model)
+    # The default is trained on first use.
+    print(parse_options(may_be_missing=(EARLY,)).model)

@@ -6,7 +6,7 @@
 #   ./examples/grpo/run.sh --steps 100 --seed 1 --no-replay
 #   ./examples/grpo/run.sh --help
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 "$root/scripts/venv.sh"
 python=$root/.venv/bin/python
 start=$root/models/early

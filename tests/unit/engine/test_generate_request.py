@@ -42,6 +42,9 @@ def take_one(**fields: Any) -> SampleRequest:
         ({"input_ids": [1] * 21}, "the prompt has 21 tokens: must have at most 20"),
         ({"input_ids": [1] * 18}, "at most 16 .kv_cache_tokens"),
         ({"input_ids": "no"}, "input_ids"),
+        ({"input_ids": [True]}, "input_ids.*valid integer"),
+        ({"text": "a", "routed_dp_rank": True}, "routed_dp_rank: must be an integer, not true"),
+        ({"text": "a", "routed_experts_start_len": False}, "routed_experts_start_len: must be an integer, not false"),
         ({"input_ids": [1], "colour": "red"}, "colour: is no field of this request"),
         ({"input_ids": [1], "rid": ""}, "rid: "),
         ({"input_ids": [1], "image_data": ["x"]}, "image_data is not supported"),
@@ -64,6 +67,7 @@ def test_bad_requests_are_refused_by_name(fields: dict[str, Any], words: str) ->
     ("params", "words"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens: must be an integer, not true"),
         ({"max_new_tokens": 19}, "max_new_tokens=19 with 2 prompt tokens: together they must be at most 20"),
         ({"max_new_tokens": 16}, "together they must be at most 17 .kv_cache_tokens"),
         ({"min_new_tokens": 3, "max_new_tokens": 2}, "min_new_tokens=3: must be at most max_new_tokens=2"),

@@ -189,6 +189,54 @@ def test_a_sender_tells_what_an_engine_said() -> None:
         sender.send([("a", torch.zeros(1))])
 
 
+class Member:
+    """An engine of one rank that joins in this process, and takes or refuses what is sent."""
+
+    def __init__(self, refusal: str | None) -> None:
+        self._refusal = refusal
+        self._group: UpdateGroup | None = None
+        self.num_taken = 0
+
+    def get_server_info(self) -> dict[str, int]:
+        return {"tp_size": 1, "dp_size": 1}
+
+    def init_weights_update_group(self, host: str, port: int, rank: int, world: int, name: str, backend: str) -> None:
+        if self._group is not None:
+            raise RuntimeError("group_name: is taken")
+        self._group = UpdateGroup(host, port, rank, world, name, backend, CPU, 20.0)
+
+    def update_weights_from_distributed(
+        self, names: list[str], dtypes: list[str], shapes: list[list[int]], group_name: str, **_: object
+    ) -> None:
+        assert self._group is not None
+        if self._refusal is not None:
+            self._group.close()
+            self._group = None
+            raise RuntimeError(self._refusal)
+        self._group.receive_bucket(parse_specs(names, dtypes, shapes))
+        self.num_taken += 1
+
+    def destroy_weights_update_group(self, group_name: str) -> None:
+        if self._group is None:
+            raise RuntimeError("was not joined")
+        self._group.close()
+        self._group = None
+
+
+def test_after_a_refusal_of_one_engine_the_group_of_several_is_formed_anew() -> None:
+    taker, refuser = Member(None), Member("names: no")
+    sender = WeightSender([(taker, 1), (refuser, 1)], timeout_s=20.0)
+    for _ in range(2):
+        sender.connect()
+        with pytest.raises(RuntimeError, match=r"weights were not sent: .*engines\[1\]: names: no"):
+            sender.send([("a", torch.ones(3))])
+    refuser._refusal = None
+    sender.connect()
+    assert sender.send([("a", torch.ones(3))]).num_tensors == 1
+    assert refuser.num_taken == 1
+    sender.close()
+
+
 # --- verdicts -----------------------------------------------------------------------------------------------------------
 
 

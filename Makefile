@@ -33,7 +33,7 @@ test-gpu: venv
 load-http: venv
 	PYTHONPATH=tests:bench $(PYTHON) tests/load/http_load.py $(ARGS)
 
-# Two dp ranks under random arrivals, aborts and flushes for ten minutes; ARGS passes options.
+# Two dp ranks under random arrivals, aborts, flushes and pauses for ten minutes; ARGS passes options.
 soak: venv
 	PYTHONPATH=tests:bench $(PYTHON) tests/load/soak.py $(ARGS)
 

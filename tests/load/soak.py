@@ -1,5 +1,5 @@
-"""Two dp ranks under random arrivals, aborts and flushes for ten minutes: no deadlock, no leak, and every answer that of a
-serial run.
+"""Two dp ranks under random arrivals, aborts, flushes and pauses for ten minutes: no deadlock, no leak, and every answer
+that of a serial run.
 
     make soak [ARGS="--seconds 120 --tp 2 --dispatcher all_to_all"]
 
@@ -30,6 +30,7 @@ import torch
 from http_load import FEW_SHAPES, MAX_GROWTH_BYTES, MIB, MemoryWatch, name_of
 
 from waybill import Engine
+from waybill.engine.engine_controls import PAUSE_MODES
 from waybill.engine.routing.reference import NEAR_TIE, Difference, Reference
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
@@ -218,7 +219,13 @@ class Disturber:
     def __init__(self, soak: Soak, seed: int) -> None:
         self._soak = soak
         self._choose = random.Random(f"{seed}-disturber")
-        self.kinds: list[Callable[[], Awaitable[None]]] = [self.flush, self.flush, self.abort_some, self.look]
+        self.kinds: list[Callable[[], Awaitable[None]]] = [
+            self.flush,
+            self.flush,
+            self.abort_some,
+            self.pause,
+            self.look,
+        ]
 
     async def run(self, deadline: float) -> None:
         while time.monotonic() < deadline and not self._soak.faults:
@@ -235,6 +242,14 @@ class Disturber:
     async def abort_some(self) -> None:
         self._soak.engine.abort_request(f"client-{self._choose.randrange(NUM_CLIENTS)}-")
         self._soak.seen["aborts"] += 1
+
+    async def pause(self) -> None:
+        """Requests that run are ended, lose their pages, or stay where they are; others come meanwhile, and wait."""
+        mode = self._choose.choice(PAUSE_MODES)
+        await asyncio.to_thread(self._soak.engine.pause_generation, mode)
+        await asyncio.sleep(self._choose.expovariate(5.0))
+        await asyncio.to_thread(self._soak.engine.continue_generation)
+        self._soak.seen[f"paused, {mode}"] += 1
 
     async def look(self) -> None:
         state = await asyncio.to_thread(self._soak.engine.get_server_info)
@@ -341,7 +356,7 @@ def run_soak(options: argparse.Namespace) -> int:
     print(f"soak: {dict(soak.seen)}; {state['num_retractions']} retractions, {state['num_steps']} steps")
     for name, first, second in watch.peaks():
         print(f"soak: {name}: {first / MIB:.1f} MiB at most in the first half, {second / MIB:.1f} in the second")
-    needed = ("length", "abort", "flushed", "flush refused", "rounds")
+    needed = ("length", "abort", "flushed", "flush refused", "rounds", *(f"paused, {mode}" for mode in PAUSE_MODES))
     missing = [kind for kind in needed if not soak.seen[kind]] + ([] if state["num_retractions"] else ["retractions"])
     if missing:
         soak.faults.append(f"never happened: {', '.join(missing)}")

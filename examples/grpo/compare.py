@@ -48,6 +48,13 @@ def run(folder: Path, seed: int, flags: list[str], options: list[str]) -> Log:
     return read_log(folder)
 
 
+def settings(options: list[str]) -> str:
+    """All options that the runs share, the defaults among them."""
+    resolved = vars(parse_options(options, may_be_missing=(EARLY,)))
+    own = ("model", "out", "seed", "no_replay")
+    return ", ".join(f"{name} {value}" for name, value in resolved.items() if name not in own)
+
+
 def mean_of(log: Log, key: str, steps: slice = slice(None)) -> float:
     return statistics.fmean(step[key] for step in log[steps])
 
@@ -108,7 +115,7 @@ def main() -> None:
         plot(runs, ROOT / "bench" / "results" / "grpo.png")
         text = (
             "# GRPO on the embedded model's dialogues\n\n"
-            f"`examples/grpo/compare.py`, options of every run: `{' '.join(options) or 'none'}`.\n{describe()}.\n\n"
+            f"`examples/grpo/compare.py`, options of every run: {settings(options)}.\n{describe()}.\n\n"
             "The engine is in bfloat16, the trainer in float32; KL and extreme tokens (a ratio of probabilities above 2) "
             "are between them, before anything is learnt from a batch.\n\n"
             f"{table(runs)}\n\n![reward and KL](grpo.png)\n"

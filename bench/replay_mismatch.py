@@ -7,8 +7,8 @@ on the same rollouts, as an off-policy trainer does, and scores them again.
     python bench/replay_mismatch.py [--models embedded deep routing30b] [--tokens 2500] [--mini-steps 4] [--write]
 
 `embedded` is the model of this repository, on its dialogues. `deep` has 24 layers of 64 experts, from make_models.py,
-trained on the same dialogues on first use and kept in models/: minutes on a GPU, far longer on two cores. `routing30b` has the
-routing of Qwen3-30B-A3B and random weights.
+trained on the same dialogues on first use and kept in models/: minutes on a GPU, far longer on two cores. `routing30b` has
+the routing of Qwen3-30B-A3B and random weights.
 
 With r = trainer's / engine's probability of a sampled token: KL is the mean of r - 1 - log r, a token is extreme if r or
 1 / r is above 2.

@@ -27,7 +27,8 @@ def finish_reason_dict(reason: FinishReason) -> dict[str, Any]:
         case "length":
             return {"type": "length", "length": reason.length}
         case _:
-            return {"type": "abort", "message": reason.message}
+            error = {"status_code": reason.status_code, "err_type": reason.err_type}
+            return {"type": "abort", "message": reason.message, **({} if reason.status_code is None else error)}
 
 
 class Answer:

@@ -255,12 +255,22 @@ FrontendMessage = NumberedMessage | GetInternalStateReq
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a request ended: `stop` (with what matched), `length` (with how many tokens) or `abort` (with a message)."""
+    """Why a request ended: `stop` (with what matched), `length` (with how many tokens) or `abort` (with a message).
+
+    An abort that is an error of the engine has an HTTP status and the type of the error, too: see `failed`.
+    """
 
     type: str
     matched: int | str | None = None
     length: int | None = None
     message: str | None = None
+    status_code: int | None = None
+    err_type: str | None = None
+
+    @staticmethod
+    def failed(message: str) -> FinishReason:
+        """The engine could not go on with this request; others are not concerned."""
+        return FinishReason("abort", message=message, status_code=500, err_type="InternalServerError")
 
 
 class ReqStarted(msgspec.Struct, frozen=True, tag="started"):

@@ -29,9 +29,9 @@ from simulation.report import plot, to_markdown
 from simulation.run import FULL, QUICK, Scale, SimulatedEngine
 from simulation.timeline import replay
 from simulation.workload import VARIANTS
-from tokenizers import Tokenizer
 
-from waybill.engine.detokenizer import load_tokenizer
+from waybill.engine.detokenizer import load_token_decoder
+from waybill.engine.token_decoder import TokenDecoder
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny_moe" / "checkpoint"
 SIZES = (8, 32, 128)
@@ -48,10 +48,10 @@ def num_steps(dp_size: int) -> int:
 
 
 def simulate(
-    dp_size: int, variants: list[str], steps: int, scale: Scale, tokenizer: Tokenizer | None
+    dp_size: int, variants: list[str], steps: int, scale: Scale, decoder: TokenDecoder | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All variants at one size, and the prefills of the warm-up."""
-    engine = SimulatedEngine(dp_size, tokenizer, scale)
+    engine = SimulatedEngine(dp_size, decoder, scale)
     prefill = prefill_figures(dp_size, *engine.warm_up())
     runs = [figures_of(engine.run(variant, steps)) for variant in variants]
     close(engine)
@@ -59,13 +59,13 @@ def simulate(
 
 
 def simulate_all(
-    sizes: Sequence[int], variants: list[str], steps: int | None, tokenizer: Tokenizer | None, *, quick: bool
+    sizes: Sequence[int], variants: list[str], steps: int | None, decoder: TokenDecoder | None, *, quick: bool
 ) -> dict[str, Any]:
     """Runs in the order of variants, and of sizes within one."""
     runs, prefills = [], []
     for dp_size in sizes:
         steps_here = steps or (QUICK_STEPS if quick else num_steps(dp_size))
-        runs_here, prefill = simulate(dp_size, variants, steps_here, QUICK if quick else FULL, tokenizer)
+        runs_here, prefill = simulate(dp_size, variants, steps_here, QUICK if quick else FULL, decoder)
         runs += runs_here
         prefills.append(prefill)
     runs.sort(key=lambda run: (VARIANTS.index(run["variant"]), run["dp"]))
@@ -73,9 +73,9 @@ def simulate_all(
     return {**machine, "runs": runs, "prefill": prefills, "live": []}
 
 
-def play_live(dp_size: int, variant: str, forward_ms: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def play_live(dp_size: int, variant: str, forward_ms: int, decoder: TokenDecoder | None) -> dict[str, Any]:
     """One run, by the virtual clock and in real time. Its histories are short, so that the tape is played soon."""
-    engine = SimulatedEngine(dp_size, tokenizer, QUICK, compare=False)
+    engine = SimulatedEngine(dp_size, decoder, QUICK, compare=False)
     tape = engine.record()
     engine.warm_up()
     run = engine.run(variant, LIVE_STEPS)
@@ -92,8 +92,8 @@ def play_live(dp_size: int, variant: str, forward_ms: int, tokenizer: Tokenizer 
     }
 
 
-def print_profile(dp_size: int, variant: str, tokenizer: Tokenizer | None) -> None:
-    engine = SimulatedEngine(dp_size, tokenizer, QUICK, compare=False)
+def print_profile(dp_size: int, variant: str, decoder: TokenDecoder | None) -> None:
+    engine = SimulatedEngine(dp_size, decoder, QUICK, compare=False)
     engine.warm_up()
     profile = Profile()
     engine.run(variant, QUICK_STEPS, profile)
@@ -133,16 +133,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sizes = args.dp or (QUICK_SIZES if args.quick else SIZES)
-    tokenizer = load_tokenizer(str(TOKENIZER))
+    decoder = load_token_decoder(str(TOKENIZER))
     if args.profile:
         for variant in args.variants:
-            print_profile(max(sizes), variant, tokenizer)
+            print_profile(max(sizes), variant, decoder)
         return
-    result = simulate_all(sizes, args.variants, args.steps, tokenizer, quick=args.quick)
+    result = simulate_all(sizes, args.variants, args.steps, decoder, quick=args.quick)
     if args.write:
         keep(result)
     if not (args.quick or args.no_live):
-        result["live"] = [play_live(*which, tokenizer) for which in LIVE]
+        result["live"] = [play_live(*which, decoder) for which in LIVE]
         if args.write:
             keep(result)
     print(to_markdown(result))

@@ -257,11 +257,13 @@ FrontendMessage = NumberedMessage | GetInternalStateReq
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a request ended: `stop` (with what matched), `length` (with how many tokens) or `abort` (with a message).
 
-    An abort that is an error of the engine has an HTTP status and the type of the error, too: see `failed`.
+    With a stop string that matched, `text_length` characters of the caller's text stand before it. An abort that is an
+    error of the engine has an HTTP status and the type of the error, too: see `failed`.
     """
 
     type: str
     matched: int | str | None = None
+    text_length: int | None = None
     length: int | None = None
     message: str | None = None
     status_code: int | None = None

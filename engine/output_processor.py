@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from .curve import CurveGuard
-from .detokenizer import load_tokenizer
+from .detokenizer import load_token_decoder
 from .io_struct import (
     BeforeEvent,
     ClaimReply,
@@ -250,7 +250,7 @@ def main() -> None:
     guard = CurveGuard(context, (config.records_address, config.queries_address))
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic, config.claim_prefix)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
-    shipper = Shipper(sender, load_tokenizer(config.tokenizer_path), claims)
+    shipper = Shipper(sender, load_token_decoder(config.tokenizer_path), claims)
     processor = OutputProcessor(shipper, config.num_dp_ranks, first_dp_rank=config.first_dp_rank)
     records: Receiver[OutputRecord] = Receiver(context, config.records_address, OutputRecord)
     shipper.start()

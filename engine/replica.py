@@ -20,7 +20,7 @@ from ..parallel.moe.dispatch import SyncClock
 from .agreement import LonelyMeeting
 from .config import EngineConfig
 from .curve import CurveGuard
-from .detokenizer import load_tokenizer
+from .detokenizer import load_token_decoder
 from .dp_meeting import DpMeeting
 from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
 from .kv_cache.kv_store import KVStore
@@ -187,7 +187,7 @@ def make_scheduler(
         config,
         rank.limits,
         PageManager(rank.num_pages, config.page_size, config.enable_prefix_cache),
-        StopChecker(rank.model_config.eos_token_ids, load_tokenizer(config.tokenizer_path or config.model_path)),
+        StopChecker(rank.model_config.eos_token_ids, load_token_decoder(config.tokenizer_path or config.model_path)),
         rank.runner,
         endpoints,
         rank.ring,

@@ -10,7 +10,6 @@ import threading
 from dataclasses import dataclass, field
 
 import msgspec
-from tokenizers import Tokenizer
 
 from .detokenizer import Detokenizer
 from .io_struct import (
@@ -26,6 +25,7 @@ from .routing.ledger import RouteSlice
 from .routing.ring import RouteGeometry
 from .routing.wire import RoutedExperts, encode
 from .sockets import Sender
+from .token_decoder import TokenDecoder
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class _Parcel:
 class Shipper:
     """Turns orders into `OutputBatch` messages. `run` is the thread's body."""
 
-    def __init__(self, sender: Sender[OutputBatch], tokenizer: Tokenizer | None, claims: ClaimStore) -> None:
+    def __init__(self, sender: Sender[OutputBatch], decoder: TokenDecoder | None, claims: ClaimStore) -> None:
         self._sender = sender
-        self._tokenizer = tokenizer
+        self._decoder = decoder
         self._claims = claims
         self._parcels: dict[str, _Parcel] = {}
         self._orders: queue.SimpleQueue[ShipmentOrder] = queue.SimpleQueue()
@@ -134,7 +134,7 @@ class Shipper:
 
     def _make_detokenizer(self, started: ReqStarted) -> Detokenizer:
         return Detokenizer(
-            self._tokenizer,
+            self._decoder,
             skip_special_tokens=started.skip_special_tokens,
             no_stop_trim=started.no_stop_trim,
             stop=started.stop,

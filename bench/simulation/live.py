@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from waybill.engine.detokenizer import load_tokenizer
+from waybill.engine.detokenizer import load_token_decoder
 from waybill.engine.io_struct import OutputBatch, OutputRecord, RingGeometry, RoutingSetup
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.routing.claims import ClaimStore
@@ -49,7 +49,7 @@ def process_records(folder: str, dp_size: int, tokenizer_path: str, cpu_s: Any) 
     """The output processor's loop, both threads of it, without lifeline and queries."""
     context = zmq.Context()
     sender: Sender[OutputBatch] = Sender(context, f"ipc://{folder}/frontend")
-    shipper = Shipper(sender, load_tokenizer(tokenizer_path), ClaimStore(1 << 20, 60.0, time.monotonic))
+    shipper = Shipper(sender, load_token_decoder(tokenizer_path), ClaimStore(1 << 20, 60.0, time.monotonic))
     processor = OutputProcessor(shipper, dp_size)
     records: Receiver[OutputRecord] = Receiver(context, f"ipc://{folder}/records", OutputRecord)
     shipper.start()

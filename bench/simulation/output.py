@@ -11,13 +11,13 @@ from typing import Any
 
 import msgspec
 import zmq
-from tokenizers import Tokenizer
 
 from waybill.engine.io_struct import OutputBatch, OutputRecord, StepRecord
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.shipper import ShipmentOrder, Shipper
 from waybill.engine.sockets import Receiver, Sender
+from waybill.engine.token_decoder import TokenDecoder
 
 from .leaders import FRONTEND, RECORDS
 from .tape import Tape
@@ -27,8 +27,8 @@ from .workload import Conversations
 class CalledShipper(Shipper):
     """The shipper without its thread: orders wait until they are asked for."""
 
-    def __init__(self, sender: Sender[OutputBatch], tokenizer: Tokenizer | None, claims: ClaimStore) -> None:
-        super().__init__(sender, tokenizer, claims)
+    def __init__(self, sender: Sender[OutputBatch], decoder: TokenDecoder | None, claims: ClaimStore) -> None:
+        super().__init__(sender, decoder, claims)
         self.orders: deque[ShipmentOrder] = deque()
 
     def submit(self, order: ShipmentOrder) -> None:
@@ -47,11 +47,11 @@ class RecordCost:
 class OutputSide:
     """Output processor and frontend of one engine. With a `profile` the output processor's part is recorded in it."""
 
-    def __init__(self, context: zmq.Context[Any], dp_size: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, context: zmq.Context[Any], dp_size: int, decoder: TokenDecoder | None) -> None:
         self._records: Receiver[OutputRecord] = Receiver(context, RECORDS, OutputRecord)
         self._answers: Receiver[OutputBatch] = Receiver(context, FRONTEND, OutputBatch)
         sender: Sender[OutputBatch] = Sender(context, FRONTEND)
-        self.shipper = CalledShipper(sender, tokenizer, ClaimStore(1 << 20, 60.0, time.monotonic))
+        self.shipper = CalledShipper(sender, decoder, ClaimStore(1 << 20, 60.0, time.monotonic))
         self.processor = OutputProcessor(self.shipper, dp_size)
         self.profile: Profile | None = None
         self.tape: Tape | None = None

@@ -7,7 +7,8 @@ from cProfile import Profile
 from dataclasses import dataclass
 
 import zmq
-from tokenizers import Tokenizer
+
+from waybill.engine.token_decoder import TokenDecoder
 
 from .before import ledger_as_before
 from .leaders import Leaders
@@ -58,13 +59,13 @@ class Run:
 class SimulatedEngine:
     """`compare` alternates between the ledger as it is and as it was."""
 
-    def __init__(self, dp_size: int, tokenizer: Tokenizer | None, scale: Scale, *, compare: bool = True) -> None:
+    def __init__(self, dp_size: int, decoder: TokenDecoder | None, scale: Scale, *, compare: bool = True) -> None:
         self.dp_size = dp_size
         self._compare = compare
         self._scale = scale
         self._context = zmq.Context()
         rule = Rule()
-        self.output = OutputSide(self._context, dp_size, tokenizer)
+        self.output = OutputSide(self._context, dp_size, decoder)
         self.leaders = Leaders(self._context, dp_size, rule, CHUNK, scale.kv_tokens)
         compare_every = 1 if dp_size <= COMPARE_ALL_UP_TO_DP else SAMPLE
         self.conversations = Conversations(self.leaders.link, dp_size, rule, compare_every, scale.longest, seed=dp_size)

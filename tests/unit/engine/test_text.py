@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from waybill.engine.chat_template import ChatTemplate, load_chat_template
 from waybill.engine.detokenizer import Detokenizer, load_tokenizer
 from waybill.engine.io_struct import FinishReason
+from waybill.engine.token_decoder import TokenDecoder
 from waybill.launch.args import EMBEDDED_MODEL
 
 TOKENIZER = load_tokenizer(str(EMBEDDED_MODEL))
@@ -47,7 +48,8 @@ def test_a_folder_without_template_or_tokenizer(tmp_path: Path) -> None:
 
 
 def make(stop: tuple[str, ...] = (), *, no_stop_trim: bool = False, skip: bool = True) -> Detokenizer:
-    return Detokenizer(TOKENIZER, skip_special_tokens=skip, no_stop_trim=no_stop_trim, stop=stop)
+    assert TOKENIZER is not None
+    return Detokenizer(TokenDecoder(TOKENIZER), skip_special_tokens=skip, no_stop_trim=no_stop_trim, stop=stop)
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,7 +70,7 @@ def test_a_character_waits_for_all_of_its_bytes() -> None:
 
 
 def test_nothing_of_a_stop_string_is_streamed() -> None:
-    stop = FinishReason("stop", matched="STOP")
+    stop = FinishReason("stop", matched="STOP", text_length=3)
     stream = make(("STOP",))
     pieces = [stream.push([byte]) for byte in b"ab STO"]
     assert "".join(pieces) == "ab "

@@ -66,7 +66,7 @@ class Frontend:
         )
         app = make_app(
             self._manager,
-            load_chat_template(model_path),
+            load_chat_template(model_path, max_chars=options.max_body_bytes),
             metrics,
             model_name=options.served_model_name,
             api_key=options.api_key,

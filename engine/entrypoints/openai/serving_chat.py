@@ -16,9 +16,6 @@ from . import serving
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head, Sent
 
-# What a template raises, beside refusals, over messages and variables of a shape that it does not expect.
-TEMPLATE_ERRORS = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-
 
 class ChatServing:
     """Renders messages, generates, and answers in OpenAI's form."""
@@ -46,14 +43,11 @@ class ChatServing:
         if ids is None:
             if self._template is None:
                 raise ValueError("messages: the checkpoint has no chat template; give input_ids")
-            try:
-                text = self._template.render(
-                    [message.for_template() for message in body.messages],
-                    add_generation_prompt=body.add_generation_prompt,
-                    **body.chat_template_kwargs,
-                )
-            except TEMPLATE_ERRORS as error:
-                raise ValueError(f"messages, chat_template_kwargs: the template cannot use them: {error}") from error
+            text = self._template.render(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt,
+                **body.chat_template_kwargs,
+            )
             # The template writes the special tokens that there are.
             ids = self._manager.text.encode(text, add_special_tokens=False)
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

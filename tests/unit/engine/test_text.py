@@ -1,4 +1,4 @@
-"""Text in and out: chat templates against transformers, streamed pieces against whole texts."""
+"""Text out: streamed pieces against whole texts."""
 
 from __future__ import annotations
 
@@ -7,44 +7,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from waybill.engine.chat_template import ChatTemplate, load_chat_template
 from waybill.engine.detokenizer import Detokenizer, load_tokenizer
 from waybill.engine.io_struct import FinishReason
 from waybill.engine.token_decoder import TokenDecoder
 from waybill.launch.args import EMBEDDED_MODEL
 
 TOKENIZER = load_tokenizer(str(EMBEDDED_MODEL))
-HF_TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_the_template_renders_as_transformers_renders_it(add_generation_prompt: bool) -> None:
-    template = load_chat_template(str(EMBEDDED_MODEL))
-    assert template is not None and TOKENIZER is not None
-    messages = [
-        {"role": "user", "content": "start with 12"},
-        {"role": "assistant", "content": "12"},
-        {"role": "user", "content": "add 30 <é>"},
-    ]
-    text = template.render(messages, add_generation_prompt=add_generation_prompt)
-    expected = HF_TOKENIZER.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    assert text == expected
-    assert TOKENIZER.encode(text).ids == HF_TOKENIZER(expected)["input_ids"]
-
-
-def test_a_template_may_refuse_and_cannot_reach_out() -> None:
-    refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
-    with pytest.raises(ValueError, match="messages: roles must alternate"):
-        refusing.render([])
-    with pytest.raises(ValueError, match="messages"):
-        ChatTemplate("{{ ''.__class__.__mro__ }}", {}).render([])
-
-
-def test_a_folder_without_template_or_tokenizer(tmp_path: Path) -> None:
-    assert load_chat_template(str(tmp_path)) is None
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)) is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer can be made of it"):
+        load_tokenizer(str(tmp_path))
 
 
 def make(stop: tuple[str, ...] = (), *, no_stop_trim: bool = False, skip: bool = True) -> Detokenizer:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from .sampling_input import has_surrogate
+from .token_decoder import TextStream, TokenDecoder
 
 
 class TextCodec:
@@ -14,7 +15,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._token_texts: dict[int, str] = {}
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
 
     @property
     def is_there(self) -> bool:
@@ -37,15 +38,43 @@ class TextCodec:
         Raises:
             ValueError: there is no tokenizer.
         """
-        if self._tokenizer is None:
+        if self._decoder is None:
             raise ValueError("tokens: the checkpoint has no tokenizer")
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        stream = TextStream(self._decoder, skip_special_tokens=skip_special_tokens)
+        return stream.push(token_ids) + stream.close()
+
+    def offsets(self, *, skip_special_tokens: bool, start: int = 0) -> TextOffsets:
+        """Positions of tokens in a text that begins at character `start`."""
+        stream = None
+        if self._decoder is not None:
+            stream = TextStream(self._decoder, skip_special_tokens=skip_special_tokens)
+        return TextOffsets(stream, start)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """One token as bytes, see `TokenDecoder.token_bytes`; None where it has no text, and without a tokenizer."""
+        return None if self._decoder is None else self._decoder.token_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """One token as text; "" where the checkpoint has no tokenizer."""
-        if self._tokenizer is None:
-            return ""
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
+        """One token as text, as it stands in the middle of a text; bytes that are no characters are U+FFFD. "" for an id
+        that the tokenizer does not have, and without a tokenizer."""
+        return (self.token_bytes(token_id) or b"").decode("utf-8", "replace")
+
+
+class TextOffsets:
+    """Where the text of each token of one text begins, in characters; never less than for the token before.
+
+    A token that is part of a character begins where the character does, one that is no text where the next one does.
+    """
+
+    def __init__(self, stream: TextStream | None, start: int) -> None:
+        self._stream = stream
+        self._num_settled = start
+        self._offset = start
+
+    def next(self, token_id: int) -> int:
+        """The offset of the text's next token."""
+        if self._stream is None:
+            return self._offset
+        self._offset = max(self._offset, self._num_settled + len(self._stream.tail()))
+        self._num_settled += len(self._stream.push([token_id]))
+        return self._offset

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
-from .decoder_stages import BYTE_TOKEN, ByteRuns, Bytes, Stage, make_stages, make_to_bytes
+from .byte_stages import BYTE_TOKEN, ByteRuns, Bytes, make_to_bytes
+from .decoder_stages import Stage, make_stages
 
 # In front of a token whose text in the middle of a text is asked for.
 CONTEXT = "a"

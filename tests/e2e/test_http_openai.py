@@ -122,6 +122,42 @@ def test_completions_whole_streamed_and_echoed(client: openai.OpenAI) -> None:
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 5
 
 
+FIELDS_OF_LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def test_echoed_logprobs_are_the_same_streamed_and_whole(client: openai.OpenAI) -> None:
+    """A prompt of ids, with a special token, half a character, and an id that the tokenizer does not have."""
+    prompt = [258, *b"ab\xe4\xbd", 263, *b"c"]
+    fields: Any = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "echo": True, "logprobs": 3, "temperature": 0}
+    extra = {"ignore_eos": True}
+    whole = client.completions.create(**fields, extra_body=extra).choices[0]
+    text, parts = "", []
+    for chunk in client.completions.create(**fields, stream=True, extra_body=extra):
+        text += chunk.choices[0].text
+        parts.append(chunk.choices[0].logprobs)
+    assert text == whole.text and text.startswith("<|user|>ab\ufffdc")
+    assert whole.logprobs.tokens[:4] == ["<|user|>", "a", "b", "bytes:\\xe4"]
+    told = {name: [one for part in parts for one in getattr(part, name) or []] for name in FIELDS_OF_LOGPROBS}
+    assert {len(entries) for entries in told.values()} == {len(prompt) + 4}
+    assert told["tokens"] == whole.logprobs.tokens and told["text_offset"] == whole.logprobs.text_offset
+    # Two runs of a prompt may differ in the last bits of a number.
+    assert told["token_logprobs"][1:] == pytest.approx(whole.logprobs.token_logprobs[1:], abs=1e-4)
+    assert [top and sorted(top) for top in told["top_logprobs"]] == [
+        top and sorted(top) for top in whole.logprobs.top_logprobs
+    ]
+    assert whole.logprobs.text_offset == sorted(whole.logprobs.text_offset)
+    assert whole.logprobs.text_offset[len(prompt)] == len("<|user|>ab\ufffdc")
+
+
+def test_a_special_token_as_stop_string(client: openai.OpenAI) -> None:
+    """Which ends this answer, and is no text."""
+    fields: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "stop": ["<|end|>", "zzz"]}
+    answer = client.chat.completions.create(**fields, extra_body={"ignore_eos": True})
+    assert answer.choices[0].message.content == "12" and answer.choices[0].matched_stop == "<|end|>"
+    chunks = client.chat.completions.create(**fields, stream=True, extra_body={"ignore_eos": True})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "12"
+
+
 def test_stop_strings(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, stop=["2"])
     assert answer.choices[0].message.content == "1"

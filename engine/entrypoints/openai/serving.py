@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -36,8 +37,6 @@ class Sent:
 
     num_chars: int = 0
     num_tokens: int = 0
-    # Characters of the tokens whose log-probabilities were told.
-    text_offset: int = 0
 
 
 @dataclass
@@ -107,11 +106,13 @@ async def whole(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What one endpoint makes of one request: the engine's request, the whole answer, and the events of a stream."""
+    """What one endpoint makes of one request: the engine's request, the whole answer, and the events of a stream. An answer
+    `is_costly` where making it takes long enough to hold up others."""
 
     to_generate: Callable[[], GenerateReqInput]
     answer: Callable[[list[SampleRequest], list[Answer]], dict[str, Any]]
     stream: Callable[[GenerateReqInput, list[SampleRequest]], AsyncIterator[dict[str, Any]]]
+    is_costly: bool = False
 
 
 async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request, endpoint: Endpoint) -> Response:
@@ -129,7 +130,12 @@ async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request,
     if body.stream:
         return stream_of(endpoint.stream(request, samples))
     answers = await whole(manager, http, request, samples)
-    content = None if answers is None else endpoint.answer(samples, answers)
+    if answers is None:
+        content = None
+    elif endpoint.is_costly:
+        content = await asyncio.to_thread(endpoint.answer, samples, answers)
+    else:
+        content = endpoint.answer(samples, answers)
     return await whole_response(content, large=body.return_routed_experts)
 
 

@@ -13,6 +13,7 @@ from ...chat_template import ChatTemplate
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
 from ...tokenizer_manager import TokenizerManager
 from . import serving
+from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head, Sent
 
@@ -35,6 +36,7 @@ class ChatServing:
             to_generate=lambda: self._to_generate(body),
             answer=lambda samples, answers: self._answer(body, head, answers),
             stream=lambda request, samples: self._stream(body, head, request, samples),
+            is_costly=body.logprobs,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
@@ -69,7 +71,7 @@ class ChatServing:
             choice = {
                 "index": index,
                 "message": {"role": "assistant", "content": answer["text"]},
-                "logprobs": chat_logprobs(answer, 0, self._manager) if body.logprobs else None,
+                "logprobs": chat_logprobs(answer, 0, self._manager.text) if body.logprobs else None,
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
             }
@@ -121,7 +123,7 @@ class ChatServing:
         text = answer["text"][sent.num_chars :]
         fields: dict[str, Any] = {}
         if body.logprobs:
-            fields["logprobs"] = chat_logprobs(answer, sent.num_tokens, self._manager)
+            fields["logprobs"] = chat_logprobs(answer, sent.num_tokens, self._manager.text)
         reason = serving.finish_reason(answer)
         if reason is not None:
             fields["matched_stop"] = serving.matched_stop(answer)
@@ -129,19 +131,3 @@ class ChatServing:
                 fields["meta_info"] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
         sent.num_chars, sent.num_tokens = len(answer["text"]), len(answer["output_ids"])
         return self._chunk(head, index, {"content": text}, reason, **fields)
-
-
-def chat_logprobs(answer: Answer, first: int, manager: TokenizerManager) -> dict[str, Any]:
-    """Log-probabilities of the output tokens from `first` on."""
-    meta = answer["meta_info"]
-    tops = meta.get("output_top_logprobs", [])
-    content = []
-    for position, triple in enumerate(meta["output_token_logprobs"][first:], first):
-        alternatives = tops[position] if position < len(tops) else []
-        content.append(token_entry(triple, manager) | {"top_logprobs": [token_entry(t, manager) for t in alternatives]})
-    return {"content": content}
-
-
-def token_entry(triple: tuple[float, int, str | None], manager: TokenizerManager) -> dict[str, Any]:
-    logprob, _, text = triple
-    return {"token": text or "", "logprob": logprob, "bytes": list((text or "").encode())}

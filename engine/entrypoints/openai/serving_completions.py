@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
 from ...tokenizer_manager import TokenizerManager
 from . import serving
+from .logprobs import CompletionLogprobs
 from .protocol import CompletionRequest
 from .serving import Answer, Head, Sent
 
@@ -36,10 +38,13 @@ class CompletionServing:
             to_generate=lambda: self._to_generate(body),
             answer=lambda samples, answers: self._answer(body, head, samples, answers),
             stream=lambda request, samples: self._stream(body, head, request, samples),
+            is_costly=body.echo or body.logprobs is not None,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
     def _to_generate(self, body: CompletionRequest) -> GenerateReqInput:
+        if body.echo and not self._manager.text.is_there:
+            raise ValueError("echo: the checkpoint has no tokenizer")
         prompt = body.prompt
         is_text = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], str))
         fields = body.generate_fields(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
@@ -62,7 +67,7 @@ class CompletionServing:
             choice = {
                 "index": index,
                 "text": prompt_text + answer["text"],
-                "logprobs": None if body.logprobs is None else completion_logprobs(answer, body.echo),
+                "logprobs": None if body.logprobs is None else self._logprobs(body, samples[index]).take(answer),
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
             }
@@ -78,18 +83,32 @@ class CompletionServing:
         """The prompt as text, if it is asked for."""
         return self._manager.text.decode(sample.input_ids, skip_special_tokens=False) if body.echo else ""
 
+    def _logprobs(self, body: CompletionRequest, sample: SampleRequest) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            self._manager.text,
+            skip_special_tokens=sample.sampling_params.skip_special_tokens,
+            prompt_ids=sample.input_ids if body.echo else None,
+        )
+
     async def _stream(
         self, body: CompletionRequest, head: Head, request: GenerateReqInput, samples: list[SampleRequest]
     ) -> AsyncIterator[dict[str, Any]]:
         sent = [Sent() for _ in samples]
         last: list[Answer] = [{} for _ in samples]
+        logprobs: dict[int, CompletionLogprobs] = {}
         async with aclosing(self._manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
             async for item in answers:
                 answer: Answer = dict(item)
                 index = answer.pop("index", 0)
-                echo = self._echo(body, samples[index]) if not last[index] else ""
+                is_first = not last[index]
                 last[index] = answer
                 state = sent[index]
+                echo = ""
+                if is_first and body.echo:
+                    # What grows with the prompt is no work for the event loop.
+                    echo = await asyncio.to_thread(self._echo, body, samples[index])
+                if is_first and body.logprobs is not None:
+                    logprobs[index] = await asyncio.to_thread(self._logprobs, body, samples[index])
                 choice = {
                     "index": index,
                     "text": echo + answer["text"][state.num_chars :],
@@ -97,11 +116,9 @@ class CompletionServing:
                     "finish_reason": serving.finish_reason(answer),
                 }
                 if body.logprobs is not None:
-                    choice["logprobs"] = completion_logprobs(
-                        answer, body.echo and bool(echo), state.num_tokens, state.text_offset
-                    )
-                    state.text_offset += sum(map(len, choice["logprobs"]["tokens"]))
-                state.num_chars, state.num_tokens = len(answer["text"]), len(answer["output_ids"])
+                    take = logprobs[index].take
+                    choice["logprobs"] = await asyncio.to_thread(take, answer) if is_first else take(answer)
+                state.num_chars = len(answer["text"])
                 yield head.make(choices=[choice])
         if body.return_routed_experts:
             extra: dict[str, Any] = {"sglext": serving.routes_of(last[0])}
@@ -110,25 +127,3 @@ class CompletionServing:
             yield head.make(choices=[], **extra)
         if body.include_usage:
             yield head.make(choices=[], usage=serving.usage_of(last, body.n))
-
-
-def completion_logprobs(answer: Answer, echo: bool, first: int = 0, offset: int = 0) -> dict[str, Any]:
-    """Parallel lists, one entry a token, from output token `first` on; with `echo` the prompt's stand before them. Text
-    offsets count from `offset`."""
-    meta = answer["meta_info"]
-    triples = list(meta["output_token_logprobs"][first:])
-    tops: list[Any] = list(meta.get("output_top_logprobs", [])[first:])
-    if echo:
-        triples = [*meta.get("input_token_logprobs", []), *triples]
-        tops = [*meta.get("input_top_logprobs", []), *tops]
-    tokens = [text or "" for _, _, text in triples]
-    offsets = [offset]
-    for token in tokens:
-        offsets.append(offsets[-1] + len(token))
-    return {
-        "tokens": tokens,
-        "token_logprobs": [logprob for logprob, _, _ in triples],
-        "top_logprobs": [None if top is None else {text or "": value for value, _, text in top} for top in tops]
-        or None,
-        "text_offset": offsets[:-1],
-    }

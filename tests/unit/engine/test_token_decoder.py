@@ -13,7 +13,8 @@ from support.small_tokenizers import KINDS, SPECIAL
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
-from waybill.engine.decoder_stages import Bytes, make_stages, make_to_bytes
+from waybill.engine.byte_stages import Bytes, make_to_bytes
+from waybill.engine.decoder_stages import make_stages
 from waybill.engine.token_decoder import TextStream, TokenDecoder, join_all
 
 DECODERS = {name: TokenDecoder(tokenizer) for name, tokenizer in KINDS.items()}

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from waybill.engine.entrypoints.errors import error_body
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from waybill.engine.entrypoints.openai.serving import usage_of
-from waybill.engine.entrypoints.openai.serving_completions import completion_logprobs
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -75,19 +74,6 @@ def test_a_prompt_counts_once_however_many_samples_it_has() -> None:
     usage = usage_of([{"meta_info": meta} for meta in metas], num_samples=2)
     assert usage["prompt_tokens"] == 12 and usage["completion_tokens"] == 7 and usage["total_tokens"] == 19
     assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
-
-
-def test_completion_logprobs_are_parallel_lists() -> None:
-    meta = {
-        "output_token_logprobs": [(-1.0, 5, "ab"), (-2.0, 6, "c")],
-        "output_top_logprobs": [[(-1.0, 5, "ab")], [(-2.0, 6, "c")]],
-        "input_token_logprobs": [(None, 4, "x")],
-        "input_top_logprobs": [None],
-    }
-    found = completion_logprobs({"meta_info": meta}, echo=True)
-    assert found["tokens"] == ["x", "ab", "c"] and found["text_offset"] == [0, 1, 3]
-    assert found["token_logprobs"] == [None, -1.0, -2.0] and found["top_logprobs"][0] is None
-    assert completion_logprobs({"meta_info": meta}, echo=False, first=1)["tokens"] == ["c"]
 
 
 def test_an_error_names_its_field() -> None:

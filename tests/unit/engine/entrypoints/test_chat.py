@@ -1,0 +1,31 @@
+"""Chat over a template that cannot be used: refused with the reason, while token ids are taken as ever."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from waybill.engine.chat_template import ChatTemplate
+from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest
+from waybill.engine.entrypoints.openai.serving_chat import ChatServing
+from waybill.engine.text_codec import TextCodec
+
+BROKEN = ChatTemplate({"default": "{% nonsense %}"}, {})
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+def to_generate(template: ChatTemplate | None, **fields: Any) -> Any:
+    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5)
+    return ChatServing(manager, template, "m")._to_generate(ChatCompletionRequest(**fields))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [(None, "has no chat template"), (BROKEN, "'default' cannot be compiled: Encountered unknown")],
+)
+def test_messages_are_refused_and_ids_taken(template: ChatTemplate | None, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^messages: .*{words}.*; give input_ids$"):
+        to_generate(template, messages=MESSAGES)
+    assert to_generate(template, input_ids=[1, 2]).input_ids == [1, 2]

@@ -216,6 +216,10 @@ def test_half_a_character_is_no_replacement_character(kind: str) -> None:
     wrong = [*encode(kind, "a"), *byte_ids(kind, b"\xe4"), *byte_ids(kind, b"\xff"), *encode(kind, "b")]
     done = run(kind, wrong, ("\ufffd",))
     assert (done.num_tokens, done.text) == (len(wrong) - len(encode(kind, "b")), "a")
+    # A wrong byte behind a character: of byte-fallback tokens it spoils all of the run.
+    spoilt = [*encode(kind, "a"), *byte_ids(kind, "é".encode() + b"\xff")]
+    done = run(kind, spoilt, ("\ufffd",))
+    assert (done.num_tokens, done.text) == (len(spoilt), "a" if kind == "byte_fallback" else "aé")
     cut = [*encode(kind, "a"), *byte_ids(kind, b"\xe4\xbd")]
     assert run(kind, cut, ("\ufffd",)).reason.type == "length"
     assert run(kind, cut, ("\ufffd",)).text == KINDS[kind].decode(cut)
@@ -264,6 +268,7 @@ def test_a_check_costs_the_same_at_any_length() -> None:
     kind = "byte_level"
     search = StopSearch(DECODERS[kind], ("xyz", "y" * 20), skip_special_tokens=True)
     tokens = [*encode(kind, "a STOP"), special(kind, "<|end|>"), KINDS[kind].get_vocab_size() + 1] * 500
+    tokens += [KINDS[kind].get_vocab_size() + 1] * 500
     sizes = []
     for token in tokens:
         assert search.push(token) is None

@@ -31,10 +31,10 @@ class GrowingText:
         self._num_settled = 0
         # Characters of the whole text.
         self.length = 0
-        # What is looked at: `window` begins at character `start` of the text, its new part at `first_new` of the window.
+        # What is looked at: `window` begins at character `start` of the text, its new part at `first_new` of that.
         self.window = ""
         self.start = 0
-        self._first_new = 0
+        self.first_new = 0
 
     def push(self, token_id: int) -> None:
         settled = self._stream.push([token_id])
@@ -44,7 +44,7 @@ class GrowingText:
             self.length = self._num_settled
         self.start = self._num_settled - len(self._kept)
         self.window = self._kept + settled + tail
-        self._first_new = self.length - self.start
+        self.first_new = self.length - self.start
         kept = self._kept + settled
         self._kept = kept[max(0, len(kept) - self._num_kept) :]
         self._tail = tail
@@ -53,7 +53,7 @@ class GrowingText:
 
     def find(self, string: str) -> int | None:
         """Where `string` begins in the text, if it ends within what the last token brought."""
-        found = self.window.find(string, max(0, self._first_new - len(string) + 1))
+        found = self.window.find(string, max(0, self.first_new - len(string) + 1))
         return None if found < 0 else self.start + found
 
 
@@ -83,11 +83,13 @@ class StopSearch:
         if self._whole is not None:
             self._whole.push(token_id)
             self._note_lengths(self._whole)
-            found += [
-                (self._in_text(start), order)
-                for order, stop in enumerate(self._stops)
-                if (start := self._whole.find(stop)) is not None
-            ]
+            # Most of the time there is no special token in sight.
+            if (self._whole.window, self._whole.first_new) != (self._text.window, self._text.first_new):
+                found += [
+                    (self._in_text(start), order)
+                    for order, stop in enumerate(self._stops)
+                    if (start := self._whole.find(stop)) is not None
+                ]
         if not found:
             return None
         start, order = min(found)

@@ -155,7 +155,13 @@ def main() -> int:
     except OSError as error:
         print(f"waybill: --host {options.host} --port {options.port}: {error.strerror or error}", file=sys.stderr)
         return EXIT_NO_ENGINE
-    return asyncio.run(Frontend(addresses, config, options).run(listener))
+    try:
+        frontend = Frontend(addresses, config, options)
+    except ValueError as error:
+        # The tokenizer cannot be read.
+        print(f"waybill: {error}", file=sys.stderr)
+        return EXIT_NO_ENGINE
+    return asyncio.run(frontend.run(listener))
 
 
 if __name__ == "__main__":

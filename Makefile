@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak lint venv bench-stall bench-capture_overhead bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -36,6 +36,10 @@ load-http: venv
 # Two dp ranks under random arrivals, aborts, flushes and pauses for ten minutes; ARGS passes options.
 soak: venv
 	PYTHONPATH=tests:bench $(PYTHON) tests/load/soak.py $(ARGS)
+
+# Faults of all kinds against real services, 200 trials in some forty minutes; ARGS="--seed 7" repeats one.
+chaos: venv
+	PYTHONPATH=tests:bench $(PYTHON) -m chaos $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

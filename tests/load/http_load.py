@@ -27,7 +27,7 @@ from machine import describe, write_result
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from support.server_process import ServerProcess
+from support.server_process import FEW_SHAPES, ServerProcess
 
 TP_SIZE = 2
 # Small, so that caching and eviction reach their steady state in the first half.
@@ -41,9 +41,6 @@ LEAVING = 5  # every fifth client
 STREAM_TIMEOUT_S = 120.0
 IDLE_TIMEOUT_S = 30.0
 SAMPLE_EVERY_S = 0.5
-# On a CPU torch keeps what oneDNN compiled for 1024 shapes of bfloat16 products, twice: some 900 MiB that fill up over
-# minutes and would hide a leak.
-FEW_SHAPES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 # The peak of a process in the second half may exceed that of the first by so much.
 MAX_GROWTH_BYTES = 16 << 20
 MIB = 1 << 20

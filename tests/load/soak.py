@@ -21,24 +21,18 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
-from http_load import FEW_SHAPES, MAX_GROWTH_BYTES, MIB, MemoryWatch, name_of
+from http_load import MAX_GROWTH_BYTES, MIB, MemoryWatch, name_of
+from support.serial_run import CHECKPOINT, Question, SerialRun, greedy, make_catalogue
+from support.server_process import FEW_SHAPES
 
 from waybill import Engine
 from waybill.engine.engine_controls import PAUSE_MODES
-from waybill.engine.routing.reference import NEAR_TIE, Difference, Reference
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 NUM_PROMPTS = 48
-PROMPT_TOKENS = (1, 160)
-NEW_TOKENS = (1, 40)
-PREFIX_TOKENS = 40
-VOCAB_SIZE = 256
 # A rank holds two or three of the longest requests: retractions are common.
 KV_CACHE_TOKENS = 600
 NUM_CLIENTS = 10
@@ -46,77 +40,28 @@ NUM_CLIENTS = 10
 PATIENCE_S = 90.0
 
 
-@dataclass(frozen=True)
-class Question:
-    prompt: list[int]
-    num_new: int
-
-
-@dataclass(frozen=True)
-class SerialAnswer:
-    output: list[int]
-    rows: np.ndarray
-
-
-def make_catalogue(choose: random.Random) -> list[Question]:
-    prefixes = [choose.choices(range(VOCAB_SIZE), k=PREFIX_TOKENS) for _ in range(4)]
-    questions = []
-    for index in range(NUM_PROMPTS):
-        prompt = choose.choices(range(VOCAB_SIZE), k=choose.randint(*PROMPT_TOKENS))
-        questions.append(
-            Question(choose.choice(prefixes) + prompt if index % 2 else prompt, choose.randint(*NEW_TOKENS))
-        )
-    return questions
-
-
-def greedy(question: Question) -> dict[str, Any]:
-    return {"temperature": 0.0, "max_new_tokens": question.num_new, "ignore_eos": True}
-
-
-def answer_serially(catalogue: list[Question]) -> list[SerialAnswer]:
-    answers = []
-    options: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 8192, "enable_return_routed_experts": True}
-    with Engine(str(CHECKPOINT), tp_size=1, **options) as engine:
-        for question in catalogue:
-            answer = engine.generate(
-                input_ids=question.prompt, sampling_params=greedy(question), return_routed_experts=True
-            )
-            answers.append(SerialAnswer(answer["output_ids"], answer["meta_info"]["routed_experts"]))
-    return answers
-
-
 @dataclass
 class Soak:
     """The engine under test, what it must answer, and what was seen."""
 
     engine: Engine
-    catalogue: list[Question]
-    serial: list[SerialAnswer]
-    reference: Reference
+    serial: SerialRun
     seen: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def catalogue(self) -> list[Question]:
+        return self.serial.catalogue
+
     def compare(self, index: int, output: list[int], rows: np.ndarray, start: int) -> None:
         """Equal to the serial run's, as far as both go; or by near-ties, which the reference must find."""
-        question, serial = self.catalogue[index], self.serial[index]
-        same = output == serial.output[: len(output)] and np.array_equal(rows, serial.rows[start : start + len(rows)])
         self.seen["compared"] += 1
-        if same:
+        if self.serial.is_same(index, output, rows, start):
             return
         self.seen["by near-ties"] += 1
-        tokens = question.prompt + output
-        try:
-            logits, _ = self.reference.check_routes(tokens, rows, start)
-        except Difference as difference:
-            self.faults.append(f"question {index}: {difference}")
-            return
-        for offset, token in enumerate(output):
-            position = len(question.prompt) - 1 + offset
-            if position < len(logits):
-                gap = float(torch.max(logits[position]) - logits[position][token])
-                if gap >= NEAR_TIE:
-                    self.faults.append(f"question {index}, output token {offset}: gap {gap:.3e}")
-                    return
+        fault = self.serial.beyond_near_ties(index, output, rows, start)
+        if fault is not None:
+            self.faults.append(fault)
 
 
 class Client:
@@ -326,8 +271,7 @@ def check_leaks(soak: Soak, watch: MemoryWatch, before: dict[str, int], after: d
 
 def run_soak(options: argparse.Namespace) -> int:
     os.environ.update(FEW_SHAPES)
-    catalogue = make_catalogue(random.Random(options.seed))
-    serial = answer_serially(catalogue)
+    serial = SerialRun.of(make_catalogue(random.Random(options.seed), NUM_PROMPTS))
     with Engine(
         str(CHECKPOINT),
         tp_size=options.tp,
@@ -342,7 +286,7 @@ def run_soak(options: argparse.Namespace) -> int:
         enable_return_routed_experts=True,
         claim_budget_bytes=1 << 20,
     ) as engine:
-        soak = Soak(engine, catalogue, serial, Reference(str(CHECKPOINT)))
+        soak = Soak(engine, serial)
         processes = [
             each for each in psutil.Process().children(recursive=True) if engine.run_dir in str(each.cmdline())
         ]

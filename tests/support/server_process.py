@@ -14,12 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
 READY = "waybill is ready: "
+# On a CPU torch keeps what oneDNN compiled for 1024 shapes of bfloat16 products, twice: some 900 MiB that fill up over
+# minutes and would hide a leak.
+FEW_SHAPES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 
 class ServerProcess:
-    """`./torchrun.sh serve` on a free port; `url` once it is ready."""
+    """`./torchrun.sh serve` on a free port; `url` once it is ready. With `wait=False` it is not waited for."""
 
-    def __init__(self, *options: str, environment: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        wait: bool = True,
+    ) -> None:
         self.process = subprocess.Popen(
             [*prefix, str(ROOT / "torchrun.sh"), "serve", "--port", "0", *options],
             stdin=subprocess.DEVNULL,
@@ -32,7 +41,19 @@ class ServerProcess:
         self.lines: list[str] = []
         self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
-        line = self._ready.get(timeout=START_TIMEOUT_S)
+        self.url = ""
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """
+        Raises:
+            TimeoutError: it is not.
+        """
+        try:
+            line = self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"the server was not ready within {timeout_s} s") from None
         assert line is not None, "the server ended:\n" + "\n".join(self.lines)
         self.url = line.removeprefix(READY).strip()
 

@@ -1,0 +1,1 @@
+"""A campaign of faults against real services: see `python -m chaos --help`."""

@@ -1,0 +1,116 @@
+"""Where one run of a service lives: a temporary folder of its own, and a mark in the environment of every process of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from support.server_process import FEW_SHAPES
+
+MARK = "WAYBILL_CHAOS_RUN"
+SHARED_MEMORY = Path("/dev/shm")
+POLL_S = 0.05
+# Of a folder that may become full.
+DISK_BYTES = 4 << 20
+# A user without privileges, to whom limits of threads apply.
+NOBODY = 65534
+# torch keeps it for later runs of the same user: nothing that a run leaves.
+TORCH_CACHE = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_chaos_{os.getuid()}"}
+ROLES = {
+    "waybill.engine.output_processor": "output processor",
+    "waybill.launch.frontend": "frontend",
+    "waybill.launch.command_line": "agent",
+    "waybill.launch.agent": "agent",
+    "chaos.engine_program": "caller",
+}
+
+
+class RunPlace:
+    """Finds what belongs to a run, whoever started it, and what it leaves behind."""
+
+    def __init__(self, *, small_disk: bool = False, unprivileged: bool = False) -> None:
+        # Short: the path of a unix socket has 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="wc-"))
+        self._is_mounted = small_disk
+        if small_disk:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.folder)], check=True)
+        if unprivileged:
+            os.chown(self.folder, NOBODY, NOBODY)
+        # How the service's first process is started.
+        self.prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups") if unprivileged else ()
+        self._mark = secrets.token_hex(8)
+        self._shared_before = set(os.listdir(SHARED_MEMORY))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of the service's first process."""
+        return os.environ | FEW_SHAPES | TORCH_CACHE | {"TMPDIR": str(self.folder), MARK: self._mark}
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder that the run made for its sockets."""
+        (found,) = [path for path in self.folder.glob("waybill-*") if (path / "frontend").exists()]
+        return found
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The living ones, by what they are: "agent", "rank 0", "output processor", "frontend", "caller"."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found[role_of(process)] = process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def process(self, role: str) -> psutil.Process:
+        """
+        Raises:
+            psutil.NoSuchProcess: there is none.
+        """
+        processes = self.processes()
+        if role not in processes:
+            raise psutil.NoSuchProcess(0, role)
+        return processes[role]
+
+    def leftovers(self) -> list[str]:
+        """Processes, files in the temporary folder and names in shared memory."""
+        files = [f"$TMPDIR/{path.name}" for path in self.folder.iterdir()]
+        shared = [f"{SHARED_MEMORY}/{name}" for name in set(os.listdir(SHARED_MEMORY)) - self._shared_before]
+        return [*self.processes(), *files, *shared]
+
+    def wait_until_empty(self, timeout_s: float) -> list[str]:
+        """What is still there after that time."""
+        deadline = time.monotonic() + timeout_s
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return left
+
+    def clean_up(self) -> None:
+        """End what is left, by its process id, and remove the folder."""
+        for process in self.processes().values():
+            process.kill()
+        if self._is_mounted:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def may_mount() -> bool:
+    """Whether a folder can be a file system of its own, and a service belong to another user."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+def role_of(process: psutil.Process) -> str:
+    words = process.cmdline()
+    module = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m"), "")
+    if module == "waybill.launch.worker":
+        return f"rank {process.environ()['RANK']}"
+    return ROLES.get(module, f"{process.name()} {process.pid}")

@@ -151,7 +151,7 @@ class Ends:
 
 
 class Whole:
-    """Decoders that cannot be told piece by piece: all of the text comes at the end."""
+    """Decoders that cannot be told piece by piece, as replacing a pattern in a fused text: all of it comes at the end."""
 
     holds = False
 

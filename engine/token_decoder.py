@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
 from .byte_stages import BYTE_TOKEN, ByteRuns, Bytes, make_to_bytes
-from .decoder_stages import Stage, make_stages
+from .decoder_stages import Stage, Whole, make_stages
+
+logger = logging.getLogger(__name__)
 
 # In front of a token whose text in the middle of a text is asked for.
 CONTEXT = "a"
@@ -22,6 +25,8 @@ class TokenDecoder:
         decoder = tokenizer.decoder
         self._makers = make_stages(None if decoder is None else json.loads(decoder.__getstate__()))
         stages = self.make_stages()
+        if any(isinstance(stage, Whole) for stage in stages):
+            logger.warning("%s: text comes at the end only, and stop strings are not found", decoder)
         self._is_byte_level = any(isinstance(stage, Bytes) for stage in stages)
         self._has_byte_tokens = any(isinstance(stage, ByteRuns) for stage in stages)
         self._to_bytes = make_to_bytes()

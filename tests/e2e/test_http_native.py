@@ -306,6 +306,8 @@ def test_control_and_information(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"prompt": "12 + 3"}).json()
     assert tokens["count"] == 6 and tokens["max_model_len"] == 4096
     assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"text": "12 + 3"}
+    # An id of the model that the tokenizer does not have.
+    assert http.post("/detokenize", json={"tokens": [50, 263, 51]}).json() == {"text": "23"}
     assert "999 is no token" in http.post("/detokenize", json={"tokens": [50, 999]}).text
     assert http.get("/nowhere").status_code == 404
     assert http.get("/generate").status_code == 405

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,7 @@ from support.small_tokenizers import KINDS, SPECIAL
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
-from waybill.engine.byte_stages import Bytes, make_to_bytes
+from waybill.engine.byte_stages import MAX_OPEN_BYTES, Bytes, make_to_bytes
 from waybill.engine.decoder_stages import make_stages
 from waybill.engine.token_decoder import TextStream, TokenDecoder, join_all
 
@@ -142,19 +141,23 @@ def test_a_character_of_a_byte_level_vocabulary_waits_for_its_last_byte_and_no_l
     assert [stream.push([token]) for token in byte_ids("byte_level", b"\xff\xe4A")] == ["�", "", "�A"]
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-def test_a_token_costs_the_same_at_any_length(kind: str) -> None:
-    """Counted in elements that stages are given, over a text of one unfinished run."""
-    decoder = DECODERS[kind]
+def test_what_is_looked_at_of_a_run_that_does_not_end_is_bounded() -> None:
+    stream = TextStream(DECODERS["byte_fallback"], skip_special_tokens=True)
+    sizes = []
+    for token in byte_ids("byte_fallback", "你".encode()) * 2000:
+        assert stream.push([token]) == ""
+        sizes.append(len(stream.tail()))
+    assert max(sizes) == MAX_OPEN_BYTES // 3 and sizes[-1] == 0
+    assert stream.close() == "你" * 2000
+
+
+def test_a_decoder_that_tells_nothing_before_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    TokenDecoder(KINDS["byte_fallback"])
+    assert not caplog.records
+    decoder = TokenDecoder(KINDS["replaced_by_pattern"])
+    assert "text comes at the end only" in caplog.text
     stream = TextStream(decoder, skip_special_tokens=True)
-    ids = byte_ids(kind, "你".encode()) * 20_000
-    began = time.process_time()
-    for token in ids:
-        stream.push([token])
-        stream.tail()
-    assert stream.close().count("你") in (0, 20_000)
-    # 60,000 tokens: a second or two; quadratic, it is many minutes.
-    assert time.process_time() - began < 60
+    assert stream.push(byte_ids("replaced_by_pattern", b"ab")) + stream.tail() == "" and stream.close() == "ab"
 
 
 def test_bytes_of_a_token_are_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Chat over a template that cannot be used: refused with the reason, while token ids are taken as ever."""
+"""What lacks its part of a checkpoint is refused with the reason: chat without a template that works, echo without text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from waybill.engine.chat_template import ChatTemplate
-from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest
+from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from waybill.engine.entrypoints.openai.serving_chat import ChatServing
+from waybill.engine.entrypoints.openai.serving_completions import CompletionServing
 from waybill.engine.text_codec import TextCodec
 
 BROKEN = ChatTemplate({"default": "{% nonsense %}"}, {})
@@ -29,3 +30,11 @@ def test_messages_are_refused_and_ids_taken(template: ChatTemplate | None, words
     with pytest.raises(ValueError, match=rf"^messages: .*{words}.*; give input_ids$"):
         to_generate(template, messages=MESSAGES)
     assert to_generate(template, input_ids=[1, 2]).input_ids == [1, 2]
+
+
+def test_without_a_tokenizer_nothing_is_echoed() -> None:
+    manager: Any = SimpleNamespace(text=TextCodec(None))
+    serving = CompletionServing(manager, "m")
+    assert serving._to_generate(CompletionRequest(prompt=[1, 2])).input_ids == [1, 2]
+    with pytest.raises(ValueError, match="echo: the checkpoint has no tokenizer"):
+        serving._to_generate(CompletionRequest(prompt=[1, 2], echo=True))

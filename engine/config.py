@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from .weight_sync.trainer_store import check_allowed_hosts
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
@@ -58,6 +60,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str = "default"
     # How long an update group may take to come together, a transfer to go on, and an update to bring its next tensor.
     weight_sync_timeout_s: float = 300.0
+    # Update groups that may be joined or coming together at once.
+    weight_sync_groups: int = 8
+    # From where weights may come: host names, addresses, networks. None: from anywhere a client names.
+    weight_sync_hosts: tuple[str, ...] | None = None
     log_level: str = "warning"
 
     @property
@@ -82,6 +88,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "max_running_requests",
             "max_waiting_requests",
             "routing_ring_slots",
+            "weight_sync_groups",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -101,5 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"kv_memory_fraction={self.kv_memory_fraction}: must lie between 0 and 1")
         if not 0.0 < self.weight_sync_timeout_s < 1e6:
             raise ValueError(f"weight_sync_timeout_s={self.weight_sync_timeout_s}: must lie between 0 and 1e6")
+        if self.weight_sync_hosts is not None:
+            check_allowed_hosts(self.weight_sync_hosts)
         if self.context_length is not None and self.context_length < 1:
             raise ValueError(f"context_length={self.context_length}: must be at least 1")

@@ -6,8 +6,6 @@ Each is sent to every leader under one number, takes effect at one step on all r
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +35,8 @@ from .io_struct import (
 from .leader_link import LeaderLink
 from .reply_box import ReplyBox
 from .weight_sync.manifest import LOAD_FORMATS
-from .weight_sync.shared_folder import shared_folder
+from .weight_sync.memory_file import memory_file, write_all
+from .weight_sync.trainer_store import check_address
 
 CONTROL_TIMEOUT_S = 30.0
 # Joining and transfers are bounded by the ranks; the answer takes a little longer.
@@ -56,6 +55,7 @@ class EngineControls:
         self._replies = replies
         self._gate = gate
         self._dp_router = dp_router
+        self._trainer_hosts = config.weight_sync_hosts
         self._transfer_timeout_s = config.weight_sync_timeout_s + ANSWER_MARGIN_S
 
     async def _send(
@@ -143,9 +143,9 @@ class EngineControls:
         self, data: bytes, options: WeightOptions, *, abort_all_requests: bool = False
     ) -> ControlReply:
         """As `update_weights_from_file`, with the file's bytes; the ranks must run on this host."""
-        with tempfile.NamedTemporaryFile(prefix="waybill-", suffix=".safetensors", dir=shared_folder()) as file:
-            await asyncio.to_thread(write_all, file.fileno(), data)
-            return await self.update_weights_from_file(file.name, options, abort_all_requests=abort_all_requests)
+        with memory_file() as (descriptor, path):
+            await asyncio.to_thread(write_all, descriptor, data)
+            return await self.update_weights_from_file(path, options, abort_all_requests=abort_all_requests)
 
     async def init_weights_update_group(
         self,
@@ -157,7 +157,12 @@ class EngineControls:
         group_name: str,
         backend: str,
     ) -> ControlReply:
-        """Answered when rank 0 of the engine has joined; steps go on meanwhile."""
+        """Answered when rank 0 of the engine has joined; steps go on meanwhile.
+
+        Raises:
+            ValueError: `master_address` is no host, or none that weights may come from.
+        """
+        check_address(master_address, self._trainer_hosts)
         return await self._send(
             lambda number, op_id: InitWeightsGroupReq(
                 number, op_id, master_address, master_port, rank_offset, world_size, group_name, backend
@@ -250,10 +255,3 @@ class EngineControls:
 
 def abort_everything(number: int) -> NumberedMessage:
     return AbortReq(number, abort_all=True)
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """All of it, however much one call takes."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

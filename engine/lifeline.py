@@ -10,6 +10,7 @@ import os
 import select
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_ORPHANED = 3
 
@@ -43,7 +44,7 @@ def watch_lifeline(path: str, on_death: Callable[[], None] | None = None) -> Non
     except BlockingIOError:
         orphaned = False
     if orphaned:
-        os._exit(EXIT_ORPHANED)
+        _end(on_death)
     _watch(fd, on_death, hang_up_only=True)
 
 
@@ -61,8 +62,12 @@ def _watch(fd: int, on_death: Callable[[], None] | None, *, hang_up_only: bool) 
         poller = select.poll()
         poller.register(fd, select.POLLHUP if hang_up_only else select.POLLIN)
         poller.poll()
-        if on_death is not None:
-            on_death()
-        os._exit(EXIT_ORPHANED)
+        _end(on_death)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def _end(on_death: Callable[[], None] | None) -> NoReturn:
+    if on_death is not None:
+        on_death()
+    os._exit(EXIT_ORPHANED)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from ..parallel.mesh import ParallelMesh
+from .config import EngineConfig
 from .device_memory import DeviceMemory, check_tags
 from .io_struct import (
     ChecksumWeightsReq,
@@ -38,12 +39,16 @@ class RankOperations:
     """`answer_later(op_id, outcome)` is called from a thread, on rank 0 alone, for what takes its time."""
 
     def __init__(
-        self, runner: ModelRunner, mesh: ParallelMesh, timeout_s: float, answer_later: Callable[[str, Outcome], None]
+        self,
+        runner: ModelRunner,
+        mesh: ParallelMesh,
+        config: EngineConfig,
+        answer_later: Callable[[str, Outcome], None],
     ) -> None:
         self._runner = runner
         self._mesh = mesh
         self._answer_later = answer_later
-        self._groups = GroupRegistry(mesh, timeout_s)
+        self._groups = GroupRegistry(mesh, config.weight_sync_timeout_s, config.weight_sync_groups)
         self._receiver = WeightReceiver(runner.model, mesh, self._groups)
         self._memory = DeviceMemory(runner.model, runner.kv_store)
         self._actions: dict[type, Callable[..., Outcome | None]] = {

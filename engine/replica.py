@@ -174,7 +174,7 @@ def make_operations(rank: Rank, context: zmq.Context[Any], frontend: Endpoint) -
         sender.send(ControlReply(op_id, outcome.success, outcome.message))
         sender.flush_and_close(FAREWELL_S)
 
-    return RankOperations(rank.runner, rank.mesh, rank.config.weight_sync_timeout_s, answer_later)
+    return RankOperations(rank.runner, rank.mesh, rank.config, answer_later)
 
 
 def make_scheduler(

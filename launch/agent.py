@@ -1,29 +1,76 @@
-"""torchrun's agent for this node, as Waybill uses it: `python -m waybill.launch.agent` takes torchrun's arguments.
+"""torchrun's agent for this node, as Waybill uses it: `python -m waybill.launch.agent RUN_DIR` takes torchrun's arguments.
 
-It knows our rendezvous by its name, and ends by a signal without a traceback.
+It knows our rendezvous by its name, holds the lifeline of the node's ranks, ends by a signal without a traceback, and
+removes the folder of the run however the run ends.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main as torchrun
 
+from ..engine.lifeline import Lifeline, watch_lifeline
 from .rendezvous import register
+from .run_dir import agent_lifeline, caller_lifeline, remove_run_dir
 
 SIGNAL_EXIT_BASE = 128
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
+    """The agent of a calling program's engine, which may be gone already."""
+    run_dir, *arguments = sys.argv[1:]
+    watch_lifeline(caller_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
+    return run_agent(run_dir, arguments)
+
+
+def run_agent(run_dir: str, arguments: list[str]) -> int:
     """The shell's status for an end by signal, or torchrun's own."""
+    watch_signals(run_dir)
     register()
+    # torch makes this one when parts of it are imported, by default in the temporary folder and for good.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{run_dir}/torchinductor")
     try:
+        # Held until this process is gone.
+        Lifeline(agent_lifeline(run_dir))
         torchrun(arguments)
     except SignalException as stop:
         return SIGNAL_EXIT_BASE + stop.sigval
+    finally:
+        for number in END_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        remove_run_dir(run_dir)
     return 0
 
 
+def watch_signals(run_dir: str) -> None:
+    """Until torchrun has handlers of its own, a signal would end this process with its folder left behind. A handler in
+    Python does not run while the main thread waits inside torch's store for other nodes: so a thread ends the process."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in END_SIGNALS:
+        signal.signal(number, leave_to_watcher)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            (number,) = os.read(reader, 1)
+            if signal.getsignal(number) is leave_to_watcher:
+                remove_run_dir(run_dir)
+                os._exit(SIGNAL_EXIT_BASE + number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def leave_to_watcher(number: int, frame: FrameType | None) -> None:
+    """Its presence alone keeps the signal from ending the process."""
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

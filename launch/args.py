@@ -30,6 +30,8 @@ SERVE_ENGINE_OPTIONS = {
     "claim_budget_bytes": "claim_budget_bytes",
     "weight_version": "weight_version",
     "weight_sync_timeout_s": "weight_sync_timeout",
+    "weight_sync_groups": "weight_sync_groups",
+    "weight_sync_hosts": "weight_sync_hosts",
 }
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 
@@ -76,10 +78,11 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerCommand(msgspec.Struct, frozen=True):
-    """What a node was told to do. With `run_dir` a program called, and the configuration lies in there."""
+    """What a node was told to do. Without `config` a program called, and the configuration lies in `run_dir`, the node's
+    folder of the run."""
 
     nodes: NodeOptions = NodeOptions()
-    run_dir: str | None = None
+    run_dir: str = ""
     config: EngineConfig | None = None
     rollout: RolloutCommand | None = None
     serve: ServeCommand | None = None
@@ -96,9 +99,10 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         description="Waybill: MoE rollouts with their routes",
         epilog="torchrun.sh [rollout | serve] --help lists the options of a command",
     )
+    # From the agent alone.
+    parser.add_argument("--run-dir", default="", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
-    engine = commands.add_parser("engine")
-    engine.add_argument("--run-dir", required=True)
+    commands.add_parser("engine")
     rollout = commands.add_parser(
         "rollout",
         parents=[node_parser()],
@@ -131,10 +135,11 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         nodes = node_options(options)
         if options.command == "serve":
             config = engine_config(options, routing=options.enable_return_routed_experts)
-            command = WorkerCommand(nodes=nodes, config=config, serve=serve_command(options))
+            command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, serve=serve_command(options))
         else:
             config = engine_config(options, routing=True)
-            command = WorkerCommand(nodes=nodes, config=config, rollout=rollout_command(options))
+            rollout_options = rollout_command(options)
+            command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, rollout=rollout_options)
         Layout.of(config, nodes.nnodes)
         return command
     except ValueError as error:
@@ -185,6 +190,16 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=300.0,
         help="seconds for a group to come together, a transfer to go on, an update to bring its next tensor",
+    )
+    parser.add_argument(
+        "--weight-sync-groups", type=int, default=8, help="update groups at once, joined or still to come together"
+    )
+    parser.add_argument(
+        "--weight-sync-hosts",
+        type=lambda text: tuple(text.split(",")),
+        default=None,
+        metavar="HOST,...",
+        help="names, addresses and networks that update groups may be joined at; anywhere if not given",
     )
     parser.add_argument(
         "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"

@@ -10,6 +10,7 @@ import sys
 
 from .args import parse_worker_args
 from .node_options import split_command_line
+from .run_dir import RunDir
 from .supervisor import threads_per_rank, torchrun_arguments
 from .topology import Layout
 
@@ -23,9 +24,13 @@ def main() -> int:
         raise ValueError("engine: is started by waybill.Engine alone")
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(command.config, ranks_here)))
-    from .agent import main as run_agent  # noqa: PLC0415
+    from .agent import run_agent  # noqa: PLC0415
 
-    return run_agent(torchrun_arguments(command.nodes, ranks_here, arguments))
+    run_dir = RunDir()
+    try:
+        return run_agent(run_dir.path, torchrun_arguments(command.nodes, ranks_here, run_dir.path, arguments))
+    finally:
+        run_dir.remove()
 
 
 if __name__ == "__main__":

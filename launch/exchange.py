@@ -14,13 +14,13 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from ..engine.sockets import CurveKeys, Endpoint
+from ..parallel.collective_sockets import address_towards
 from .node_lifeline import NodeLifeline
 from .topology import Addresses, Layout, ipc_endpoint
 
 BACKLOG = 1024
 TOKEN_BYTES = 32
 SECRETS_KEY = "waybill/secrets"
-RUN_DIR_KEY = "waybill/run_dir/{node}"
 LISTENERS_KEY = "waybill/listeners/{rank}"
 LIFELINE_KEY = "waybill/lifeline"
 
@@ -51,14 +51,6 @@ def share_secrets(store: Store, rank: int) -> RunSecrets:
     if rank == 0:
         store.set(SECRETS_KEY, msgspec.msgpack.encode(RunSecrets.make()))
     return msgspec.msgpack.decode(store.get(SECRETS_KEY), type=RunSecrets)
-
-
-def share_run_dir(store: Store, node: int, run_dir: str | None) -> str:
-    """The folder of the run on this node: given by the node's first rank, None on the others."""
-    key = RUN_DIR_KEY.format(node=node)
-    if run_dir is not None:
-        store.set(key, run_dir.encode())
-    return store.get(key).decode()
 
 
 def share_lifeline(store: Store, lifeline: NodeLifeline, rank: int, node_address: str) -> None:
@@ -112,16 +104,12 @@ def open_listener(node_address: str, port: int = 0) -> socket.socket:
 
 
 def node_address_towards(host: str, port: int) -> str:
-    """The address with which this node reaches another, or itself. Nothing is sent.
-
+    """
     Raises:
         ValueError: there is no way to it.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
+        return address_towards(host, port)
     except OSError as error:
         raise ValueError(
             f"--rdzv-endpoint {host}:{port}: this node has no way to it: {error.strerror or error}"

@@ -7,6 +7,8 @@ import ipaddress
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SIOCGIFADDR = 0x8915
@@ -14,7 +16,9 @@ INTERFACE_NAME_BYTES = 16
 # struct ifreq: the name, then a sockaddr_in, whose address stands behind family and port.
 REQUEST_BYTES = 40
 ADDRESS_OFFSET = INTERFACE_NAME_BYTES + 4
-VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
+VARIABLES = (GLOO_VARIABLE, "NCCL_SOCKET_IFNAME")
+LOOPBACK = "lo"
 
 
 def use_interface_of(address: str) -> None:
@@ -25,11 +29,25 @@ def use_interface_of(address: str) -> None:
             os.environ.setdefault(variable, name)
 
 
+@contextmanager
+def collectives_on_loopback() -> Iterator[None]:
+    """Let groups that gloo forms in this block listen on loopback, unless the environment names an interface; by itself it
+    listens at the address of the host's name. Groups that are formed later may be with a trainer elsewhere."""
+    if GLOO_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[GLOO_VARIABLE] = LOOPBACK
+    try:
+        yield
+    finally:
+        del os.environ[GLOO_VARIABLE]
+
+
 def interface_of(address: str) -> str | None:
     """The interface's name; None where none has the address as its first one."""
     wanted = ipaddress.ip_address(address)
     if wanted.is_loopback:
-        return "lo"
+        return LOOPBACK
     if wanted.version == 6:
         return _interface_of_ipv6(wanted.packed.hex())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

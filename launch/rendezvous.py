@@ -10,11 +10,12 @@ import ipaddress
 import logging
 import socket
 
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
+    RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
@@ -55,11 +56,19 @@ class OneAddressRendezvous(StaticTCPRendezvous):
         return super().next_rendezvous()
 
 
+class OneNodeRendezvous(OneAddressRendezvous):
+    """One agent is alone: its store is in its own memory, and its ranks meet in the run's folder."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(HashStore(), self.rank, self.world_size, RendezvousStoreInfo(self.master_addr, 0))
+
+
 def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
     rank = parameters.get_as_int("rank")
     assert rank is not None
-    return OneAddressRendezvous(host, port, rank, parameters.max_nodes, parameters.run_id, JOIN_TIMEOUT_S)
+    kind = OneNodeRendezvous if parameters.max_nodes == 1 else OneAddressRendezvous
+    return kind(host, port, rank, parameters.max_nodes, parameters.run_id, JOIN_TIMEOUT_S)
 
 
 def register() -> None:

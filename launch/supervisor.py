@@ -16,7 +16,7 @@ from ..engine.output_processor_config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
 from ..engine.sockets import Endpoint
 from .node_options import RENDEZVOUS_BACKEND, NodeOptions
-from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, make_run_dir, remove_run_dir, write_struct
+from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, RunDir, caller_lifeline, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
 
 logger = logging.getLogger(__name__)
@@ -108,11 +108,24 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, on_exit: Callable[[str], None]) -> None:
-        self.run_dir = make_run_dir()
-        self.addresses = one_node_addresses(self.run_dir, Layout.of(config, num_nodes=1))
+        layout = Layout.of(config, num_nodes=1)
         self._on_exit = on_exit
         self._ending = False
-        self._lifeline = Lifeline(self.addresses.caller_lifeline)
+        self._folder = RunDir()
+        self.run_dir = self._folder.path
+        try:
+            self._start(config, layout)
+        except BaseException:
+            self._folder.remove()
+            raise
+
+    def _start(self, config: EngineConfig, layout: Layout) -> None:
+        """
+        Raises:
+            ValueError: the folder's path leaves no room for a socket's name.
+        """
+        self.addresses = one_node_addresses(self.run_dir, layout)
+        self._lifeline = Lifeline(caller_lifeline(self.run_dir))
         # Held open: who notices the end first removes the folder, and what the ranks said last must outlive it.
         self._log = (Path(self.run_dir) / "engine.log").open("w+b")
         write_struct(self.run_dir, ENGINE_CONFIG, config)
@@ -158,7 +171,7 @@ class EngineProcess:
         self._lifeline.cut()
         end_process(self._agent)
         self._log.close()
-        remove_run_dir(self.run_dir)
+        self._folder.remove()
 
 
 def threads_per_rank(config: EngineConfig, ranks_here: int) -> int:
@@ -167,23 +180,20 @@ def threads_per_rank(config: EngineConfig, ranks_here: int) -> int:
 
 
 def agent_command(world_size: int, run_dir: str) -> list[str]:
-    """The agent of a calling program's engine, on one node; what it writes goes to the run's folder."""
-    worker_arguments = ["engine", "--run-dir", run_dir]
-    arguments = torchrun_arguments(NodeOptions(), world_size, worker_arguments, log_dir=f"{run_dir}/torchrun")
-    return [sys.executable, "-m", "waybill.launch.agent", *arguments]
+    """The agent of a calling program's engine, on one node."""
+    arguments = torchrun_arguments(NodeOptions(), world_size, run_dir, ["engine"])
+    return [sys.executable, "-m", "waybill.launch.agent", run_dir, *arguments]
 
 
-def torchrun_arguments(
-    nodes: NodeOptions, ranks_here: int, worker_arguments: list[str], log_dir: str | None = None
-) -> list[str]:
-    """What tells torchrun to start the ranks of this node."""
+def torchrun_arguments(nodes: NodeOptions, ranks_here: int, run_dir: str, worker_arguments: list[str]) -> list[str]:
+    """What tells torchrun to start the ranks of this node. What it writes itself goes to the run's folder."""
     return [
         *("--nnodes", str(nodes.nnodes)),
         *("--rdzv-backend", RENDEZVOUS_BACKEND),
         *("--rdzv-conf", f"rank={nodes.node_rank}"),
         *("--rdzv-endpoint", nodes.endpoint),
         *("--nproc-per-node", str(ranks_here)),
-        *(() if log_dir is None else ("--log-dir", log_dir)),
-        *("-m", "waybill.launch.worker"),
+        *("--log-dir", f"{run_dir}/torchrun"),
+        *("-m", "waybill.launch.worker", "--run-dir", run_dir),
         *worker_arguments,
     ]

@@ -35,11 +35,6 @@ class Addresses(msgspec.Struct, frozen=True):
         """The FIFO that the node's first rank holds for the processes it starts."""
         return f"{self.run_dir}/rank0.alive"
 
-    @property
-    def caller_lifeline(self) -> str:
-        """The FIFO that the calling program holds for the ranks."""
-        return f"{self.run_dir}/caller.alive"
-
 
 class RankPlace(msgspec.Struct, frozen=True):
     """Coordinates of a global rank: tp varies fastest, so a replica's ranks are neighbours."""

@@ -11,31 +11,35 @@ import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import zmq
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..engine.config import EngineConfig
 from ..engine.io_struct import BackendMessage, ControlReply
-from ..engine.lifeline import watch_lifeline, watch_parent
+from ..engine.lifeline import watch_lifeline
 from ..engine.replica import ReplicaEndpoints, run_replica
 from ..engine.sockets import Sender
+from ..parallel.collective_sockets import check_whose_connections, listening_sockets, take_in_nobody_else
 from ..parallel.mesh import ParallelMesh
 from .args import WorkerCommand, parse_worker_args
-from .exchange import exchange_addresses, node_address_towards, share_lifeline, share_run_dir, share_secrets
-from .network_interface import use_interface_of
+from .exchange import exchange_addresses, node_address_towards, share_lifeline, share_secrets
+from .network_interface import collectives_on_loopback, use_interface_of
 from .node_lifeline import NodeLifeline
 from .run_dir import (
     ADDRESSES,
     ENGINE_CONFIG,
     ROLLOUT_OPTIONS,
     SERVE_OPTIONS,
-    make_run_dir,
+    agent_lifeline,
+    caller_lifeline,
     read_struct,
     remove_run_dir,
     write_struct,
@@ -49,17 +53,6 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 FAREWELL_S = 2.0
 
 
-@dataclass
-class Departure:
-    """What is removed when this process ends before its time; set as it comes to be."""
-
-    run_dir: str | None = None
-
-    def clean_up(self) -> None:
-        if self.run_dir is not None:
-            remove_run_dir(self.run_dir)
-
-
 def main() -> int:
     command = parse_worker_args(sys.argv[1:])
     world = TorchrunWorld.from_environment()
@@ -68,18 +61,17 @@ def main() -> int:
     else:
         # Ends at once and without a traceback, as at SIGTERM.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    departure = Departure(command.run_dir)
-    watch_parent(on_death=departure.clean_up)
-    store, rank, world_size = next(rendezvous("env://"))
-    config = read_struct(command.run_dir, ENGINE_CONFIG, EngineConfig) if command.run_dir else command.config
-    assert config is not None
+    run_dir = command.run_dir
+    watch_lifeline(agent_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
+    if command.config is None:
+        watch_lifeline(caller_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
+    config = command.config or read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
+    store, rank, world_size = open_store(run_dir, world)
     logging.basicConfig(level=config.log_level.upper(), format=f"%(levelname)s rank {rank} %(message)s")
     if world_size != config.world_size:
         raise ValueError(f"torchrun started {world_size} ranks; tp_size * dp_size = {config.world_size}")
-    node = meet(command, config, world, store, rank, departure)
+    node = meet(command, config, world, store, rank)
     addresses = node.addresses
-    if command.run_dir:
-        watch_lifeline(addresses.caller_lifeline, on_death=departure.clean_up)
     children = start_children(command, config, node) if world.local_rank == 0 else None
     try:
         run_rank(config, node, store, rank)
@@ -92,8 +84,6 @@ def main() -> int:
             waits = rank == 0 and command.has_frontend and sys.exc_info()[0] is None
             code = children.wait(FRONTEND) if waits else 0
             children.stop()
-            if not command.run_dir:
-                departure.clean_up()
     return code if children is not None else 0
 
 
@@ -114,6 +104,15 @@ class TorchrunWorld:
         )
 
 
+def open_store(run_dir: str, world: TorchrunWorld) -> tuple[Store, int, int]:
+    """Where the ranks meet, with this one's number and how many there are. On one node it is a file in the run's folder:
+    torch's store on TCP asks nobody who connects for his name."""
+    if world.num_nodes > 1:
+        return next(rendezvous("env://"))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return FileStore(f"{run_dir}/store", world_size), rank, world_size
+
+
 @dataclass(frozen=True)
 class Node:
     """This rank's node in the run, and all endpoints. `lifeline` is there where there are several nodes."""
@@ -124,21 +123,18 @@ class Node:
     lifeline: NodeLifeline | None
 
 
-def meet(
-    command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, store: Store, rank: int, departure: Departure
-) -> Node:
+def meet(command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, store: Store, rank: int) -> Node:
     """Find the other ranks of this node and, where there are some, of others. The agents have met: all ranks start now."""
     store.set_timeout(COLLECTIVE_TIMEOUT)
     layout = Layout.of(config, world.num_nodes)
-    own_run_dir = (command.run_dir or make_run_dir()) if world.local_rank == 0 else None
-    run_dir = departure.run_dir = share_run_dir(store, world.node, own_run_dir)
+    run_dir = command.run_dir
     if world.num_nodes == 1:
         return Node(world.node, layout, one_node_addresses(run_dir, layout), None)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     node_address = command.nodes.node_address or node_address_towards(host, port)
     use_interface_of(node_address)
     secrets = share_secrets(store, rank)
-    lifeline = NodeLifeline(secrets.token, departure.clean_up)
+    lifeline = NodeLifeline(secrets.token, lambda: remove_run_dir(run_dir))
     share_lifeline(store, lifeline, rank, node_address)
     addresses = exchange_addresses(store, layout, rank, run_dir, node_address, secrets.keys)
     return Node(world.node, layout, addresses, lifeline)
@@ -173,17 +169,7 @@ def start_children(command: WorkerCommand, config: EngineConfig, node: Node) -> 
 def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
     torch.set_num_threads(threads_per_rank(config, node.layout.ranks_per_node))
-    device = resolve_device(config)
-    # A rank whose transfer has broken off waits for those that still wait for the trainer.
-    timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s)
-    dist.init_process_group(
-        backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=PrefixStore("waybill/ranks", store),
-        rank=rank,
-        world_size=config.world_size,
-        timeout=timeout,
-    )
-    mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, node.layout.num_nodes, timeout)
+    mesh = join_mesh(config, node.layout, store, rank)
     dp_rank = node.layout.place_of(rank).dp_rank
     addresses = node.addresses
     endpoints = ReplicaEndpoints(
@@ -196,6 +182,32 @@ def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
     dist.destroy_process_group()
     if node.lifeline is not None:
         node.lifeline.farewell()
+
+
+def join_mesh(config: EngineConfig, layout: Layout, store: Store, rank: int) -> ParallelMesh:
+    """Meet the other ranks. Afterwards nobody can connect to the sockets at which that happened.
+
+    Raises:
+        RuntimeError: they did not come in time, or another user of this host did.
+    """
+    device = resolve_device(config)
+    # A rank whose transfer has broken off waits for those that still wait for the trainer.
+    timeout = COLLECTIVE_TIMEOUT + timedelta(seconds=config.weight_sync_timeout_s)
+    others = listening_sockets()
+    with collectives_on_loopback() if layout.num_nodes == 1 else nullcontext():
+        dist.init_process_group(
+            backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=PrefixStore("waybill/ranks", store),
+            rank=rank,
+            world_size=config.world_size,
+            timeout=timeout,
+        )
+        mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, layout.num_nodes, timeout)
+    listeners = listening_sockets() - others
+    take_in_nobody_else(listeners)
+    if layout.num_nodes == 1:
+        check_whose_connections(listeners)
+    return mesh
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

@@ -20,6 +20,7 @@ from ...parallel.weights import SafetensorsSource, ShardedWeight
 NUM_NAMES_SHOWN = 5
 # What was read of a mapped file counts as resident memory until it is closed.
 MAX_MAPPED_BYTES = 256 << 20
+MAX_INDEX_BYTES = 64 << 20
 # An upper bound; only how often a file is opened again depends on it.
 BYTES_PER_ELEMENT = 4
 # As safetensors names them.
@@ -50,6 +51,8 @@ class Checkpoint:
             single = self._path
         if index.is_file():
             for name, file_name in read_index(index).items():
+                if Path(file_name).name != file_name:
+                    raise ValueError(f"model_path={str(self._path)!r}: shard of tensor {name} is not in this folder")
                 file = self._path / file_name
                 if not file.is_file():
                     raise ValueError(f"model_path={str(self._path)!r}: shard {file_name} of tensor {name} is missing")
@@ -89,6 +92,8 @@ def read_index(file: Path) -> dict[str, str]:
     Raises:
         ValueError: it is no index.
     """
+    if file.stat().st_size > MAX_INDEX_BYTES:
+        raise ValueError(f"model_path={str(file.parent)!r}: {file.name}: must have at most {MAX_INDEX_BYTES} bytes")
     try:
         return msgspec.json.decode(file.read_bytes(), type=CheckpointIndex).weight_map
     except msgspec.DecodeError as error:

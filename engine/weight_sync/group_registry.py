@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from ...parallel.mesh import ParallelMesh
 from ..io_struct import InitWeightsGroupReq
-from .update_group import UpdateGroup
+from .update_group import UpdateGroup, check_backend
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED = 500
 
 
 class GroupRegistry:
     """Groups by name: joined, or still to come together."""
 
-    def __init__(self, mesh: ParallelMesh, timeout_s: float) -> None:
+    def __init__(self, mesh: ParallelMesh, timeout_s: float, max_groups: int) -> None:
         self._mesh = mesh
         self._timeout_s = timeout_s
+        self._max_groups = max_groups
         self._joined: dict[str, UpdateGroup] = {}
         self._pending: set[str] = set()
         self._serials: dict[str, int] = {}
@@ -27,6 +33,12 @@ class GroupRegistry:
         """
         if op.group_name in self._joined or op.group_name in self._pending:
             raise ValueError(f"group_name: {op.group_name!r} is taken; destroy that group first")
+        if len(self._joined) + len(self._pending) >= self._max_groups:
+            raise ValueError(
+                f"group_name: {self._max_groups} groups (weight_sync_groups) are joined or still to come together; "
+                "destroy one first, or wait"
+            )
+        check_backend(op.backend, self._mesh.device)
         own = self._mesh.world.size
         last = op.world_size - own
         if last < 1:
@@ -63,8 +75,15 @@ class GroupRegistry:
             group.announce(first + world.rank)
             if world.rank == 0:
                 group.wait_for_members(range(first, first + world.size), self._timeout_s)
-        except (ValueError, RuntimeError) as problem:
-            error = f"group {op.group_name!r} did not come together: {str(problem).splitlines()[0]}"
+        except (ValueError, RuntimeError, OSError, MemoryError) as problem:
+            # What is found at an address, and what it says, is for the operator alone: a client could look for hosts and
+            # ports with it.
+            where = f"{op.master_address}:{op.master_port}"
+            logger.warning("group %r at %s: %r", op.group_name, where, str(problem)[:MAX_LOGGED])
+            error = (
+                f"group {op.group_name!r} did not come together within {self._timeout_s:g} s; the log of rank "
+                f"{world.rank} says why"
+            )
             self.discard(op.group_name)
         finally:
             self._pending.discard(op.group_name)

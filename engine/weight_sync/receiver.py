@@ -8,9 +8,12 @@ read to its end, later buckets fail - the weights count as torn until one comple
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ...parallel.mesh import ParallelMesh
 from ..io_struct import ReceiveWeightsReq, WeightUpdate
@@ -20,6 +23,10 @@ from .group_registry import GroupRegistry
 from .manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
 from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Transfer
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED = 500
 
 
 class WeightReceiver:
@@ -75,9 +82,7 @@ class WeightReceiver:
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
             names = self._covered(spec.name for spec in specs)
         else:
-            if not op.whole and not Path(op.path).is_file():
-                raise ValueError(f"path={op.path!r}: must be a safetensors file on the ranks' host")
-            checkpoint = Checkpoint(op.path)
+            checkpoint = open_checkpoint(op.path, whole=op.whole)
             if op.whole:
                 check_tensors(self.weights, checkpoint, self._ignored)
             shapes = [(name, tuple(source.shape)) for name, source in checkpoint.tensors()]
@@ -139,3 +144,26 @@ class WeightReceiver:
             return Outcome(True, f"{text}; {len(self.progress.missing)} are still to come")
         self._num_updates += 1
         return Outcome(True, text, self.progress.version or f"update-{self._num_updates}")
+
+
+def open_checkpoint(path: str, *, whole: bool) -> Checkpoint:
+    """The files of an update, each of which can be read as far as its names. What is wrong with one that is none of an
+    update is for the operator alone: a client could look for files with it.
+
+    Raises:
+        ValueError: there is nothing of the kind at `path`.
+    """
+    what = "model_path" if whole else "path"
+    try:
+        if not whole and not Path(path).is_file():
+            raise ValueError("not a regular file")
+        checkpoint = Checkpoint(path)
+        for _ in checkpoint.tensors():
+            pass
+    except (ValueError, OSError, SafetensorError) as error:
+        logger.warning("%s=%r: %s", what, path, str(error)[:MAX_LOGGED])
+        kind = "checkpoint folder" if whole else "safetensors file"
+        raise ValueError(
+            f"{what}={path!r}: must be a {kind} that every rank can read; the ranks' log says why"
+        ) from None
+    return checkpoint

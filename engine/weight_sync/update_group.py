@@ -6,9 +6,11 @@ which torch's own helper for further groups would prefix it again. Both halves u
 
 from __future__ import annotations
 
+import os
 import socket
-import time
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -16,11 +18,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from ...parallel.collective_sockets import address_towards, listening_sockets, take_in_nobody_else
 from .manifest import TensorSpec
+from .trainer_store import cut_off_after, wait_for_listener
 
 BACKENDS = ("gloo", "nccl")
 SOURCE = 0
-LISTENER_POLL_S = 0.1
+# Whose sockets are new is known while one group at a time opens some.
+DEVICE_LOCK = threading.Lock()
 
 
 class UpdateGroup:
@@ -46,15 +51,18 @@ class UpdateGroup:
         device: torch.device,
         timeout_s: float,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-        if backend == "nccl" and device.type != "cuda":
-            raise ValueError("backend='nccl': needs ranks on CUDA devices; use 'gloo'")
+        check_backend(backend, device)
         self.device = device if backend == "nccl" else torch.device("cpu")
         self.world_size = world_size
+        self._timeout = timedelta(seconds=timeout_s)
+        self._group: Any
+        with nullcontext() if rank == SOURCE else cut_off_after(timeout_s, address, port):
+            self._join(address, port, rank, name, backend)
+
+    def _join(self, address: str, port: int, rank: int, name: str, backend: str) -> None:
+        timeout, world_size = self._timeout, self.world_size
         if rank != SOURCE:
-            wait_for_listener(address, port, timeout_s)
-        self._timeout = timeout = timedelta(seconds=timeout_s)
+            wait_for_listener(address, port, timeout.total_seconds())
         # A trainer of the field waits at its store until everybody has been counted, which clients do on this word; they
         # themselves do not wait.
         if rank == SOURCE:
@@ -70,13 +78,18 @@ class UpdateGroup:
         store.set_timeout(timeout)
         self._tcp = tcp
         self._members = PrefixStore("waybill", PrefixStore(name, tcp))
-        self._group: Any
         if backend == "gloo":
-            self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
-        else:
-            options = dist.ProcessGroupNCCL.Options()
+            # Not in torch's type stubs.
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
             options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+            options._devices, listeners = open_devices(address, port)
+            self._group = gloo(store, rank, world_size, options)
+            take_in_nobody_else(listeners)
+        else:
+            nccl_options = dist.ProcessGroupNCCL.Options()
+            nccl_options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, world_size, nccl_options)
 
     def announce(self, rank: int) -> None:
         """Say to whom it matters that this rank may be told to receive."""
@@ -132,21 +145,29 @@ class UpdateGroup:
             self._group = None
 
 
-def wait_for_listener(address: str, port: int, timeout_s: float) -> None:
-    """A store's own attempts to connect take up to twice the time that it is given.
-
-    Raises:
-        RuntimeError: nobody listens there in time.
+def check_backend(backend: str, device: torch.device) -> None:
     """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())):
-                return
-        except OSError as error:
-            if time.monotonic() + LISTENER_POLL_S > deadline:
-                raise RuntimeError(f"nobody listens on {address}:{port} after {timeout_s} s ({error})") from None
-        time.sleep(LISTENER_POLL_S)
+    Raises:
+        ValueError: it is not known, or does not fit the device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "nccl" and device.type != "cuda":
+        raise ValueError("backend='nccl': needs ranks on CUDA devices; use 'gloo'")
+
+
+def open_devices(address: str, port: int) -> tuple[list[Any], frozenset[int]]:
+    """What gloo listens with, and its sockets: at the address with which the trainer is reached, by itself it takes that of
+    the host's name; or on the interfaces that the environment names."""
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    with DEVICE_LOCK:
+        others = listening_sockets()
+        if names:
+            devices = [dist.ProcessGroupGloo.create_device(interface=name, lazy_init=False) for name in names]
+        else:
+            own = address_towards(address, port)
+            devices = [dist.ProcessGroupGloo.create_device(hostname=own, lazy_init=False)]
+        return devices, listening_sockets() - others
 
 
 def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

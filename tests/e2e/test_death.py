@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from support.server_process import ROOT
 
 from waybill import Engine, EngineDeadError
+from waybill.launch.run_dir import RunDir
 
 DEADLINE_S = 10.0
+START_S = 120.0
 ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder of the test's own, for everything that it starts; nothing may be left in it. Its path is short:
+    sockets lie in there."""
+    folder = Path(tempfile.mkdtemp(prefix="wb-"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    before = shared_memory()
+    yield folder
+    deadline = time.monotonic() + DEADLINE_S
+    while os.listdir(folder):
+        assert time.monotonic() < deadline, f"left behind: {os.listdir(folder)}"
+        time.sleep(0.05)
+    assert shared_memory() <= before
+    folder.rmdir()
 
 
 def leftovers(run_dir: str) -> list[str]:
@@ -72,7 +95,6 @@ def ranks_of(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
 )
 def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str, dp_size: int) -> None:
     """Two ranks, tensor-parallel or data-parallel; also a rank that only waits for the others' requests."""
-    before = shared_memory()
     # A server that other tests share, say.
     others = set(children_of(os.getpid()))
     engine = Engine(
@@ -114,7 +136,6 @@ def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str, dp_size
     finally:
         engine.shutdown()
     wait_until_gone(run_dir, [process.pid for process in processes])
-    assert shared_memory() <= before
 
 
 CALLER = """
@@ -131,7 +152,6 @@ if __name__ == "__main__":
 
 
 def test_the_caller_is_killed(checkpoint: str, tmp_path: Path) -> None:
-    before = shared_memory()
     script = tmp_path / "caller.py"
     script.write_text(CALLER)
     caller = subprocess.Popen([sys.executable, str(script), checkpoint], stdout=subprocess.PIPE, text=True)
@@ -143,11 +163,9 @@ def test_the_caller_is_killed(checkpoint: str, tmp_path: Path) -> None:
     caller.kill()
     caller.wait()
     wait_until_gone(run_dir, pids)
-    assert shared_memory() <= before
 
 
 def test_shutdown_leaves_nothing(checkpoint: str) -> None:
-    before = shared_memory()
     others = set(children_of(os.getpid()))
     with Engine(checkpoint, tp_size=1, kv_cache_tokens=1024) as engine:
         run_dir = engine.run_dir
@@ -156,7 +174,6 @@ def test_shutdown_leaves_nothing(checkpoint: str) -> None:
     engine.shutdown()
     with pytest.raises(EngineDeadError):
         engine.generate(input_ids=[1])
-    assert shared_memory() <= before
 
 
 def test_a_failed_start_says_why(checkpoint: str, tmp_path: Path) -> None:
@@ -169,6 +186,92 @@ def test_a_failed_start_says_why(checkpoint: str, tmp_path: Path) -> None:
     (broken / "config.json").write_text((Path(checkpoint) / "config.json").read_text())
     with pytest.raises(ValueError, match=r"must hold model\.safetensors"):
         Engine(str(broken), tp_size=1)
+
+
+def start_server(*options: str) -> subprocess.Popen[bytes]:
+    command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", "--tp", "1", *options]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def run_dir_of(temporary: Path, *names: str) -> Path:
+    """The folder of a run that is starting, when it holds all of `names`."""
+    deadline = time.monotonic() + START_S
+    while True:
+        for folder in temporary.iterdir():
+            if all((folder / name).exists() for name in names):
+                return folder
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    psutil.wait_procs(processes, timeout=DEADLINE_S)
+    return not any(is_alive(process.pid) for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGINT, ["agent.alive"]),
+        # Ranks that have not looked yet whether they have an agent, and ranks that are meeting.
+        (signal.SIGKILL, ["torchrun"]),
+        (signal.SIGKILL, ["store"]),
+    ],
+)
+def test_the_agent_of_a_server_that_is_starting_is_told_to_end_or_killed(
+    temporary: Path, number: int, stage: list[str]
+) -> None:
+    server = start_server()
+    run_dir_of(temporary, *stage)
+    deadline = time.monotonic() + START_S
+    while number == signal.SIGKILL and not children_of(server.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes = [psutil.Process(server.pid), *children_of(server.pid)]
+    server.send_signal(number)
+    assert server.wait(START_S) != 0
+    assert all_gone(processes)
+
+
+def test_the_frontend_of_a_server_is_killed(temporary: Path) -> None:
+    server = start_server()
+    run_dir_of(temporary, "serve.json")
+    deadline = time.monotonic() + START_S
+    while not any("waybill.launch.frontend" in process.cmdline() for process in children_of(server.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes = children_of(server.pid)
+    find(processes, "waybill.launch.frontend").kill()
+    assert server.wait(START_S) != 0
+    assert all_gone(processes)
+
+
+def test_a_server_whose_port_is_taken_leaves_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        server = start_server("--port", str(other.getsockname()[1]))
+        assert server.wait(START_S) != 0
+
+
+def test_the_next_run_removes_what_nobody_could(checkpoint: str, temporary: Path, tmp_path: Path) -> None:
+    """Everything is killed at once."""
+    server = start_server()
+    stale = run_dir_of(temporary, "store")
+    processes = [psutil.Process(server.pid), *children_of(server.pid)]
+    for process in processes:
+        process.suspend()
+    for process in processes:
+        process.kill()
+    assert all_gone(processes)
+    server.wait()
+    assert stale.exists()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        Engine(str(tmp_path))
+    assert stale.exists(), "what is refused at once starts nothing"
+    RunDir().remove()
+    assert not stale.exists()
 
 
 def test_bad_options_are_refused_at_once(checkpoint: str) -> None:

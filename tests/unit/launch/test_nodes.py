@@ -18,7 +18,6 @@ from waybill.launch.exchange import (
     exchange_addresses,
     node_address_towards,
     open_listener,
-    share_run_dir,
     share_secrets,
 )
 from waybill.launch.network_interface import interface_of
@@ -145,9 +144,8 @@ def test_ranks_learn_where_each_socket_listens() -> None:
     def rank_of_the_run(rank: int) -> None:
         checked: Store = store
         node = layout.node_of(rank)
-        run_dir = share_run_dir(checked, node, f"/tmp/run{node}" if rank % 2 == 0 else None)
         keys = share_secrets(checked, rank).keys
-        seen[rank] = exchange_addresses(checked, layout, rank, run_dir, f"127.0.0.{node + 1}", keys)
+        seen[rank] = exchange_addresses(checked, layout, rank, f"/tmp/run{node}", f"127.0.0.{node + 1}", keys)
 
     on_all_ranks(layout, rank_of_the_run)
     assert seen[0].peers[0][0].address == "ipc:///tmp/run0/peer0.1"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
 from waybill.engine.io_struct import InitWeightsGroupReq, LoadWeightsReq, ReceiveWeightsReq, WeightOptions
+from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.qwen3_moe import ModelContext, Qwen3MoeForCausalLM, parse_config
 from waybill.engine.weight_sync import transfer
 from waybill.engine.weight_sync.checksum import checksum
@@ -52,7 +55,7 @@ class Trainer:
         )
         self.mesh = ParallelMesh.single(CPU)
         model = Qwen3MoeForCausalLM(ModelContext(parse_config(hf_config, "nowhere", "auto"), self.mesh), 8)
-        self.registry = GroupRegistry(self.mesh, 10.0)
+        self.registry = GroupRegistry(self.mesh, 10.0, 8)
         self.receiver = WeightReceiver(model, self.mesh, self.registry)
         self.pool = concurrent.futures.ThreadPoolExecutor(2)
         self.group: UpdateGroup | None = None
@@ -163,7 +166,7 @@ def test_more_than_may_be_staged_is_torn_when_it_breaks_off(trainer: Trainer, mo
     assert trainer.sums() == sums_of(tensors)
 
 
-def load(trainer: Trainer, path: Path, *, whole: bool = False, **options: Any) -> Outcome:
+def load(trainer: Trainer, path: Path | str, *, whole: bool = False, **options: Any) -> Outcome:
     return trainer.receiver.update(LoadWeightsReq(1, "op", str(path), whole, WeightOptions(**options)))
 
 
@@ -220,6 +223,55 @@ def test_damaged_files_change_nothing(trainer: Trainer, tmp_path: Path, content:
         assert outcome.weight_version is None, "a file without tensors names nothing"
     else:
         assert not outcome.success and outcome.message.endswith("; nothing was changed")
+
+
+def probes(folder: Path) -> dict[str, str]:
+    """Paths that a client may name, none of which is what it should be."""
+    (folder / "secret.txt").write_text("a secret of 24 characters")
+    (folder / "looks").write_bytes((30).to_bytes(8, "little") + b'{"secret": "word", "b": 123}  ')
+    os.mkfifo(folder / "fifo")
+    with (folder / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    (folder / "loop").symlink_to(folder / "loop")
+    return {
+        name: str(folder / name)
+        for name in ("secret.txt", "looks", "fifo", "huge", "loop", "nowhere", "a\0b", "x" * 3000)
+    } | {
+        "folder": str(folder),
+        "zeros": "/dev/zero",
+        "environment": "/proc/self/environ",
+        "memory": "/proc/self/mem",
+        "kernel": "/proc/kmsg",
+    }
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_path_says_nothing_of_what_is_there(trainer: Trainer, tmp_path: Path, whole: bool) -> None:
+    """The same words for all, at once, with little memory."""
+    before = trainer.sums()
+    for path in probes(tmp_path).values():
+        what, kind = ("model_path", "checkpoint folder") if whole else ("path", "safetensors file")
+        assert load(trainer, path, whole=whole).message == (
+            f"{what}={path!r}: must be a {kind} that every rank can read; the ranks' log says why; nothing was changed"
+        )
+    assert trainer.sums() == before
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "elsewhere.safetensors").write_text("")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": shard}}))
+    with pytest.raises(ValueError, match="shard of tensor t is not in this folder"):
+        Checkpoint(str(folder))
+
+
+def test_an_index_is_bounded(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"index\.json: must have at most \d+ bytes"):
+        Checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""The way to a trainer's store, which may be anything: nothing there, something else, or something that never answers."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+LISTENER_POLL_S = 0.1
+CUT_INTERVAL_S = 0.5
+MAX_HOST_LENGTH = 253
+HOST_LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+
+
+def check_address(host: str, allowed: Sequence[str] | None) -> None:
+    """Of a trainer, as a client names it. `allowed` are names, addresses and networks (`10.1.0.0/16`); None: all.
+
+    Raises:
+        ValueError: it is neither an IP address nor a host name, or not allowed.
+    """
+    if not is_host(host):
+        raise ValueError(
+            f"master_address={host[:MAX_HOST_LENGTH]!r}: must be an IP address or a host name, "
+            f"of at most {MAX_HOST_LENGTH} characters"
+        )
+    if allowed is not None and not any(covers(entry, host) for entry in allowed):
+        raise ValueError(f"master_address={host!r}: is none of the hosts that this engine takes weights from")
+
+
+def check_allowed_hosts(allowed: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one is neither a host name nor an address or network.
+    """
+    for entry in allowed:
+        if network_of(entry) is None and not is_host(entry):
+            raise ValueError(
+                f"weight_sync_hosts: {entry!r} must be a host name, an IP address or a network (10.1.0.0/16)"
+            )
+
+
+def is_host(text: str) -> bool:
+    if network_of(text) is not None:
+        return "/" not in text
+    return len(text) <= MAX_HOST_LENGTH and re.fullmatch(rf"{HOST_LABEL}(\.{HOST_LABEL})*\.?", text) is not None
+
+
+def covers(entry: str, host: str) -> bool:
+    """A name covers itself alone: it is not looked up, since who answers for it may change his mind."""
+    network, address = network_of(entry), network_of(host)
+    if network is None or address is None:
+        return entry.casefold() == host.casefold()
+    return address.network_address in network
+
+
+def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def wait_for_listener(address: str, port: int, timeout_s: float) -> None:
+    """A store's own attempts to connect take up to twice the time that it is given.
+
+    Raises:
+        RuntimeError: nobody listens there in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())):
+                return
+        except OSError as error:
+            if time.monotonic() + LISTENER_POLL_S > deadline:
+                raise RuntimeError(f"nobody listens on {address}:{port} after {timeout_s} s ({error})") from None
+        time.sleep(LISTENER_POLL_S)
+
+
+@contextmanager
+def cut_off_after(timeout_s: float, address: str, port: int) -> Iterator[None]:
+    """Bound what is done in this block with a store at `address`: torch waits for ever for a peer that takes a connection
+    and says nothing. When the time is over all connections to it are shut down, and whoever waits for one fails."""
+    left = threading.Event()
+
+    def watch() -> None:
+        if not left.wait(timeout_s):
+            peers = addresses_of(address)
+            while not left.wait(CUT_INTERVAL_S):
+                shut_down_connections(peers, port)
+
+    thread = threading.Thread(target=watch, name=f"bound of {address}:{port}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+
+
+def addresses_of(host: str) -> frozenset[str]:
+    try:
+        return frozenset(str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except OSError:
+        return frozenset()
+
+
+def shut_down_connections(peers: frozenset[str], port: int) -> None:
+    """Those of this process to a port of any of these addresses."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as each:
+                if each.family in (socket.AF_INET, socket.AF_INET6) and is_peer(each.getpeername(), peers, port):
+                    each.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # Closed since, or not connected.
+            continue
+
+
+def is_peer(name: tuple[str, int], peers: frozenset[str], port: int) -> bool:
+    return name[1] == port and name[0].removeprefix("::ffff:") in peers

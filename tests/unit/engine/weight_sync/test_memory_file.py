@@ -1,0 +1,44 @@
+"""Tensors on their way to the ranks of a host lie in memory without a name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from waybill.engine.weight_sync.shared_file import shared_safetensors
+
+READER = """
+import sys
+from safetensors.torch import load_file
+print({name: (str(tensor.dtype), tensor.tolist()) for name, tensor in sorted(load_file(sys.argv[1]).items())})
+"""
+
+
+def test_another_process_reads_it_and_nothing_is_left() -> None:
+    tensors = {
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "brain": torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16),
+        "half \u00e4": torch.arange(3, dtype=torch.float16),
+        "turned": torch.arange(6.0).view(2, 3).T,
+    }
+    names, descriptors = set(os.listdir("/dev/shm")), os.listdir("/proc/self/fd")
+    with shared_safetensors(tensors) as path:
+        assert set(os.listdir("/dev/shm")) == names
+        here = load_file(path)
+        there = subprocess.run([sys.executable, "-c", READER, path], capture_output=True, text=True, check=True).stdout
+    assert all(torch.equal(here[name], tensor) and here[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert "'brain': ('torch.bfloat16', [[1.5, -2.0]])" in there
+    assert not Path(path).exists() and len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def test_numbers_that_no_weight_has_are_refused() -> None:
+    refused = pytest.raises(ValueError, match=r"tensor a: dtype torch\.int64: must be one of torch\.bfloat16")
+    with refused, shared_safetensors({"a": torch.arange(3)}):
+        pass

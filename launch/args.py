@@ -17,7 +17,7 @@ from ..engine.config import (
     OUTPUT_PROCESSORS,
     EngineConfig,
 )
-from .node_options import NodeOptions, node_options, node_parser
+from .node_options import NodeOptions, node_options, node_parser, run_secret
 from .topology import Layout
 
 API_KEY_VARIABLE = "WAYBILL_API_KEY"
@@ -133,6 +133,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         if options.dp < 1:
             raise ValueError(f"--dp {options.dp}: must be at least 1")
         nodes = node_options(options)
+        run_secret()
         if options.command == "serve":
             config = engine_config(options, routing=options.enable_return_routed_experts)
             command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, serve=serve_command(options))

@@ -7,21 +7,26 @@ of an address can connect to it, and no two can want the same port.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import socket
 from typing import Annotated, Any, Protocol
 
 import msgspec
+import zmq
+from zmq.utils import z85
 
 from ..engine.sockets import CurveKeys, Endpoint
 from ..parallel.collective_sockets import address_towards
 from .node_lifeline import NodeLifeline
+from .node_options import RUN_SECRET_VARIABLE
 from .topology import Addresses, Layout, ipc_endpoint
 
 BACKLOG = 1024
 TOKEN_BYTES = 32
 SECRETS_KEY = "waybill/secrets"
 LISTENERS_KEY = "waybill/listeners/{rank}"
+FINGERPRINT_KEY = "waybill/fingerprint"
 LIFELINE_KEY = "waybill/lifeline"
 
 
@@ -45,12 +50,39 @@ class RunSecrets(msgspec.Struct, frozen=True):
     def make() -> RunSecrets:
         return RunSecrets(CurveKeys.make(), secrets.token_bytes(TOKEN_BYTES))
 
+    @staticmethod
+    def derive(secret: bytes) -> RunSecrets:
+        """From what an operator gave to all nodes; the same everywhere."""
 
-def share_secrets(store: Store, rank: int) -> RunSecrets:
-    """Those of the run, on every rank."""
+        def part(name: str) -> bytes:
+            key = hashlib.blake2b(secret).digest()
+            return hashlib.blake2b(name.encode(), key=key, digest_size=TOKEN_BYTES).digest()
+
+        server, client = (z85.encode(part(name)) for name in ("server", "client"))
+        keys = CurveKeys(zmq.curve_public(server), server, zmq.curve_public(client), client)
+        return RunSecrets(keys, part("token"))
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Tells others which secrets these are, and nothing of them."""
+        return hashlib.blake2b(self.token, person=b"fingerprint").digest()
+
+
+def share_secrets(store: Store, rank: int, secret: bytes | None) -> RunSecrets:
+    """Those of the run, on every rank: from the operator's secret, or made by rank 0 and told through the store.
+
+    Raises:
+        ValueError: this node and node 0 were not given the same secret.
+    """
+    given = None if secret is None else RunSecrets.derive(secret)
+    fingerprint = b"none" if given is None else given.fingerprint
     if rank == 0:
-        store.set(SECRETS_KEY, msgspec.msgpack.encode(RunSecrets.make()))
-    return msgspec.msgpack.decode(store.get(SECRETS_KEY), type=RunSecrets)
+        store.set(FINGERPRINT_KEY, fingerprint)
+        if given is None:
+            store.set(SECRETS_KEY, msgspec.msgpack.encode(RunSecrets.make()))
+    if store.get(FINGERPRINT_KEY) != fingerprint:
+        raise ValueError(f"{RUN_SECRET_VARIABLE}: must be the same on all nodes; this one and node 0 differ")
+    return given or msgspec.msgpack.decode(store.get(SECRETS_KEY), type=RunSecrets)
 
 
 def share_lifeline(store: Store, lifeline: NodeLifeline, rank: int, node_address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import re
 
 import msgspec
@@ -11,6 +12,9 @@ import msgspec
 LOCAL_ENDPOINT = "127.0.0.1:0"
 # Under which torchrun knows `rendezvous.py`.
 RENDEZVOUS_BACKEND = "waybill"
+# What all nodes know and nobody else, where it is set: the keys of the run come from it, and do not travel.
+RUN_SECRET_VARIABLE = "WAYBILL_RUN_SECRET"
+MIN_RUN_SECRET_LENGTH = 16
 
 
 class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +44,19 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     def endpoint(self) -> str:
         """Where the agents meet; on one node at a free port of loopback."""
         return self.rdzv_endpoint or LOCAL_ENDPOINT
+
+
+def run_secret() -> bytes | None:
+    """
+    Raises:
+        ValueError: it is too short.
+    """
+    secret = os.environ.get(RUN_SECRET_VARIABLE, "").encode()
+    if secret and len(secret) < MIN_RUN_SECRET_LENGTH:
+        raise ValueError(
+            f"{RUN_SECRET_VARIABLE}: must have at least {MIN_RUN_SECRET_LENGTH} bytes, and be hard to guess"
+        )
+    return secret or None
 
 
 def check_node_address(address: str) -> None:

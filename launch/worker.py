@@ -33,6 +33,7 @@ from .args import WorkerCommand, parse_worker_args
 from .exchange import exchange_addresses, node_address_towards, share_lifeline, share_secrets
 from .network_interface import collectives_on_loopback, use_interface_of
 from .node_lifeline import NodeLifeline
+from .node_options import run_secret
 from .run_dir import (
     ADDRESSES,
     ENGINE_CONFIG,
@@ -133,7 +134,7 @@ def meet(command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, sto
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     node_address = command.nodes.node_address or node_address_towards(host, port)
     use_interface_of(node_address)
-    secrets = share_secrets(store, rank)
+    secrets = share_secrets(store, rank, run_secret())
     lifeline = NodeLifeline(secrets.token, lambda: remove_run_dir(run_dir))
     share_lifeline(store, lifeline, rank, node_address)
     addresses = exchange_addresses(store, layout, rank, run_dir, node_address, secrets.keys)

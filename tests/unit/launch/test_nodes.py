@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from zmq.utils import z85
 
 from waybill.engine.config import EngineConfig
 from waybill.launch.exchange import (
+    RunSecrets,
     Store,
     exchange_addresses,
     node_address_towards,
@@ -21,7 +23,7 @@ from waybill.launch.exchange import (
     share_secrets,
 )
 from waybill.launch.network_interface import interface_of
-from waybill.launch.node_options import LOCAL_ENDPOINT, NodeOptions, split_command_line
+from waybill.launch.node_options import LOCAL_ENDPOINT, NodeOptions, run_secret, split_command_line
 from waybill.launch.topology import Addresses, Layout
 
 ORPHANED = 3
@@ -123,6 +125,9 @@ class FakeStore:
             self._values[key] = value
             self._changed.notify_all()
 
+    def values(self) -> list[bytes]:
+        return list(self._values.values())
+
     def get(self, key: str) -> bytes:
         with self._changed:
             assert self._changed.wait_for(lambda: key in self._values, timeout=5.0)
@@ -144,7 +149,7 @@ def test_ranks_learn_where_each_socket_listens() -> None:
     def rank_of_the_run(rank: int) -> None:
         checked: Store = store
         node = layout.node_of(rank)
-        keys = share_secrets(checked, rank).keys
+        keys = share_secrets(checked, rank, None).keys
         seen[rank] = exchange_addresses(checked, layout, rank, f"/tmp/run{node}", f"127.0.0.{node + 1}", keys)
 
     on_all_ranks(layout, rank_of_the_run)
@@ -163,6 +168,42 @@ def test_ranks_learn_where_each_socket_listens() -> None:
     bound.close()
     for endpoint in (seen[0].frontend, seen[2].leaders[1], seen[2].queries[1]):
         os.close(endpoint.fd)
+
+
+SECRET = b"a secret of the operator's"
+
+
+def test_keys_of_a_secret_do_not_travel() -> None:
+    store, layout = FakeStore(), Layout(2, 1, 2)
+    seen: dict[int, RunSecrets] = {}
+
+    def rank_of_the_run(rank: int) -> None:
+        seen[rank] = share_secrets(store, rank, SECRET)
+
+    on_all_ranks(layout, rank_of_the_run)
+    assert seen[0] == seen[1] == RunSecrets.derive(SECRET) != RunSecrets.derive(SECRET + b"s")
+    told = b"".join(store.values())
+    keys = seen[0].keys
+    for part in (keys.server_secret, keys.client_secret, keys.server_public, keys.client_public, seen[0].token, SECRET):
+        assert part not in told
+    parts = {keys.server_secret, keys.client_secret, keys.server_public, keys.client_public, z85.encode(seen[0].token)}
+    assert len(parts) == 5
+
+
+@pytest.mark.parametrize(("first", "second"), [(SECRET, None), (None, SECRET), (SECRET, SECRET[:-1])])
+def test_all_nodes_have_the_same_secret(first: bytes | None, second: bytes | None) -> None:
+    store = FakeStore()
+    share_secrets(store, 0, first)
+    with pytest.raises(ValueError, match="WAYBILL_RUN_SECRET: must be the same on all nodes"):
+        share_secrets(store, 1, second)
+
+
+def test_a_short_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAYBILL_RUN_SECRET", "")
+    assert run_secret() is None
+    monkeypatch.setenv("WAYBILL_RUN_SECRET", "short")
+    with pytest.raises(ValueError, match="WAYBILL_RUN_SECRET: must have at least 16 bytes"):
+        run_secret()
 
 
 def test_a_node_is_reached_at_the_address_with_which_it_reaches_the_others() -> None:

@@ -1,0 +1,44 @@
+"""An agent that is told to end while it waits for the other nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+START_S = 120.0
+END_S = 30.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_its_folder_goes_with_it(tmp_path: Path, number: int) -> None:
+    """It waits inside torch, where no handler of Python's runs."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    nodes = ["--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "waybill.launch.command_line", "serve", *nodes],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + START_S
+    while not is_listening(port):
+        assert time.monotonic() < deadline and agent.poll() is None
+        time.sleep(0.05)
+    assert len(os.listdir(tmp_path)) == 1
+    agent.send_signal(number)
+    assert agent.wait(END_S) == 128 + number
+    assert os.listdir(tmp_path) == []
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -209,7 +209,7 @@ class Rollout:
 
 
 def explain_differences(
-    config: EngineConfig, dtype: str, conversations: list[Conversation], report: RolloutReport
+    config: EngineConfig, run_dir: str, dtype: str, conversations: list[Conversation], report: RolloutReport
 ) -> None:
     """Say what differences from the fresh prefill are. In float32 each must be a near-tie, which the reference proves, in
     a process of its own; in shorter types the order of sums shifts scores by more than that, and they are counted."""
@@ -226,7 +226,7 @@ def explain_differences(
     for index, (tokens, routes) in enumerate(pairs):
         assert routes is not None
         arrays |= {f"tokens_{index}": np.array(tokens), f"routes_{index}": routes}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=run_dir) as folder:
         file = f"{folder}/routes.npz"
         np.savez(file, allow_pickle=False, **arrays)
         command = [
@@ -265,7 +265,7 @@ async def hold_rollout(addresses: Addresses, config: EngineConfig, options: Roll
         report = await rollout.run(progress)
     await manager.stop_engine()
     manager.close()
-    explain_differences(config, str(manager.facts["dtype"]), rollout.conversations, report)
+    explain_differences(config, addresses.run_dir, str(manager.facts["dtype"]), rollout.conversations, report)
     routes = [conversation.routes for conversation in rollout.conversations if conversation.routes is not None]
     picture = save_expert_load(routes, manager.facts, options.out) if routes else None
     print_report(console, report, picture)

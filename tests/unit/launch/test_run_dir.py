@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from waybill.engine.config import EngineConfig
 from waybill.launch.run_dir import PREFIX, RunDir
+from waybill.launch.supervisor import EngineProcess
 
 HOLDER = """
 import sys
@@ -69,3 +71,12 @@ def test_it_leaves_alone_what_is_no_run_of_this_user(temporary: Path) -> None:
     before = set(os.listdir(temporary))
     RunDir().remove()
     assert set(os.listdir(temporary)) == before
+
+
+def test_a_path_too_long_for_sockets_leaves_nothing(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = temporary / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(ValueError, match="set TMPDIR to a shorter path"):
+        EngineProcess(EngineConfig(model_path="m"), on_exit=lambda _: None)
+    assert os.listdir(deep) == []

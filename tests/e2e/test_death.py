@@ -26,9 +26,11 @@ ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
 
 
 @pytest.fixture(autouse=True)
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A temporary folder of the test's own, for everything that it starts; nothing may be left in it. Its path is short:
     sockets lie in there."""
+    # pytest's own folder is made on first use.
+    tmp_path_factory.getbasetemp()
     folder = Path(tempfile.mkdtemp(prefix="wb-"))
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

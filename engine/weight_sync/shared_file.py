@@ -11,8 +11,21 @@ import torch
 
 from .memory_file import memory_file, write_all
 
-# The format's names; it has more, which no weight of a model here has.
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+# The format's names; which of them a weight may have, the ranks say.
+DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 HEADER_ALIGNMENT = 8
 
 
@@ -22,7 +35,7 @@ def shared_safetensors(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[st
     process.
 
     Raises:
-        ValueError: a tensor is none of floating-point numbers.
+        ValueError: the format has no name for a dtype.
     """
     with memory_file() as (descriptor, path):
         header = encode_header(named_tensors)

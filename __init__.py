@@ -13,6 +13,7 @@ _EXPORTS = {
     "EngineConfig": ".engine.config",
     "EngineDeadError": ".engine.tokenizer_manager",
     "EngineStartError": ".engine.tokenizer_manager",
+    "GenerationError": ".engine.answer",
     "RoutedExperts": ".engine.routing.wire",
     "SamplingParams": ".engine.io_struct",
 }

@@ -138,7 +138,7 @@ class EngineControl:
         self._post("/resume_memory_occupation", tags=None if tags is None else list(tags))
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
-        """The first rows of a tensor, as nested lists of numbers."""
+        """The first rows of a tensor, as nested lists of numbers, None where they are not finite."""
         rows: list[Any] = self._post("/get_weights_by_name", name=name, truncate_size=truncate_size).json()
         return rows
 

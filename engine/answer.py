@@ -31,6 +31,10 @@ def finish_reason_dict(reason: FinishReason) -> dict[str, Any]:
             return {"type": "abort", "message": reason.message, **({} if reason.status_code is None else error)}
 
 
+class GenerationError(RuntimeError):
+    """The engine could not go on with a request, for the reason that the message gives. It is alive, and so are others."""
+
+
 class Answer:
     """Collects the outputs of one sample. Text and ids are cumulative, as streams of the dialect are.
 
@@ -66,6 +70,18 @@ class Answer:
     @property
     def is_finished(self) -> bool:
         return self._last is not None and self._last.finish_reason is not None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended: stop, length, abort or failed."""
+        assert self._last is not None and self._last.finish_reason is not None
+        return "failed" if self.failure is not None else self._last.finish_reason.type
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has failed it; None if it has not."""
+        reason = None if self._last is None else self._last.finish_reason
+        return reason.message if reason is not None and reason.is_failure else None
 
     @property
     def prompt_tokens(self) -> int:

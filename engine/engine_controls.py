@@ -218,7 +218,8 @@ class EngineControls:
         return reply
 
     async def get_weights_by_name(self, name: str, truncate_size: int = 100) -> tuple[ControlReply, Any]:
-        """The first `truncate_size` rows of a tensor as nested lists; None if the reply says why not.
+        """The first `truncate_size` rows of a tensor as nested lists, with None for values that are not finite; None if the
+        reply says why not.
 
         Raises:
             ValueError: `truncate_size` is below 1.

@@ -274,6 +274,10 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
         """The engine could not go on with this request; others are not concerned."""
         return FinishReason("abort", message=message, status_code=500, err_type="InternalServerError")
 
+    @property
+    def is_failure(self) -> bool:
+        return self.status_code is not None and self.status_code >= 500
+
 
 class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
     """Before-event: the leader has taken the request in; nothing is allocated yet."""
@@ -322,8 +326,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive rows of a step: tokens `[start, start + num_tokens)` of one request, in the order of the ring slot.
 
     `new_pages` are the pages allocated for them, appended to the request's page table; allocating a page invalidates
-    the rows that its slots held. A discarded segment is the overrun of a request that finished a step earlier: its
-    rows occupy the ring slot and belong to nobody.
+    the rows that its slots held. A discarded segment is the overrun of a request that finished a step earlier, or the
+    step in which it failed: its rows occupy the ring slot and belong to nobody.
     """
 
     rid: str

@@ -24,10 +24,11 @@ from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.qwen3_moe import Qwen3MoeForCausalLM
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.late_gather import LateRouteGather
-from .sampler import Sampled, SamplingRow, sample, score_tokens, start_counts
+from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
 from .schedule_batch import Req, ScheduleBatch, ScheduledReq
 from .schedule_policy import pages_for
 from .step_committer import PromptScores, StepResult
+from .transfer import to_device
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
@@ -35,15 +36,26 @@ if TYPE_CHECKING:
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
+# Why a request cannot go on.
+NO_CHOICE = (
+    "no token can be chosen: the model's scores are not finite numbers (weights with NaN or infinite values do that), or "
+    "every token is banned"
+)
+NOT_FINITE = "the model's results for the prompt are not finite numbers (weights with NaN or infinite values do that)"
 
 
 class HostCopy:
-    """Tensors on their way to the host: asked for at launch, so that nothing launched later delays them."""
+    """Tensors on their way to the host: asked for at launch, so that nothing launched later delays them.
 
-    def __init__(self, sampled: Sampled, device: torch.device) -> None:
-        self.token_ids = self._start(sampled.token_ids)
-        self.logprobs = None if sampled.logprobs is None else self._start(sampled.logprobs)
-        self.top = [None if pair is None else (self._start(pair[0]), self._start(pair[1])) for pair in sampled.top]
+    `are_finite` [n] bool is about the requests of the step that do not sample.
+    """
+
+    def __init__(self, sampled: Sampled | None, are_finite: torch.Tensor | None, device: torch.device) -> None:
+        self.outcomes = None if sampled is None else self._start(sampled.outcomes)
+        self.logprobs = None if sampled is None or sampled.logprobs is None else self._start(sampled.logprobs)
+        top = [] if sampled is None else sampled.top
+        self.top = [None if pair is None else (self._start(pair[0]), self._start(pair[1])) for pair in top]
+        self.are_finite = None if are_finite is None else self._start(are_finite)
         self._done: torch.cuda.Event | None = None
         if device.type != "cpu":
             self._done = torch.cuda.Event()
@@ -65,6 +77,8 @@ class LaunchedStep:
     """A step whose kernels are enqueued; on the leader with everything that its result is made from."""
 
     sampled: HostCopy | None
+    sampling: list[int]  # indices in the batch of the requests that sample
+    not_sampling: list[int]
     prompt_scores: dict[int, PromptScores]
     ring_seq: int
 
@@ -154,12 +168,17 @@ class ModelRunner:
         if self._graphs is not None and size is not None:
             return self._replay(self._graphs, host, size, batch)
         ring_seq, forwarded = self._forward(host, batch)
+        hidden = forwarded.hidden
+        are_finite = self._check_chunks(hidden, host) if self.is_leader and host.not_sampling else None
         sampled = None
         sampling = [req for req in batch.reqs if req.sample]
         if sampling:
-            logits = self.model.compute_logits(forwarded.hidden[forwarded.sample_rows])
-            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling)
-        return LaunchedStep(sampled, self._score_prompts(forwarded.hidden, batch.reqs), ring_seq)
+            logits = self.model.compute_logits(hidden[forwarded.sample_rows])
+            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling, are_finite)
+        elif are_finite is not None:
+            sampled = HostCopy(None, are_finite, self._mesh.device)
+        scores = self._score_prompts(hidden, batch.reqs)
+        return LaunchedStep(sampled, host.sampling, host.not_sampling, scores, ring_seq)
 
     def _forward(self, host: HostBatch, batch: ScheduleBatch) -> tuple[int, Forwarded]:
         """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
@@ -179,6 +198,13 @@ class ModelRunner:
         if self._capturer is not None:
             self._capturer.finish()
         return ring_seq, forwarded
+
+    @staticmethod
+    def _check_chunks(hidden: torch.Tensor, host: HostBatch) -> torch.Tensor:
+        """Whether each request that does not sample [n] may go on: its keys and values in the cache are finite. Its last
+        row of `hidden` [T, D] tells, for it has seen all of them, in every layer."""
+        last_rows = (np.cumsum(host.q_lens) - 1)[host.not_sampling]
+        return hidden[to_device(last_rows, hidden.device)].abs().amax(dim=-1) < torch.inf
 
     def _lay_out(self, batch: ScheduleBatch) -> TokenLayout:
         if batch.num_rows == 0:
@@ -202,10 +228,14 @@ class ModelRunner:
         logits, req_rows = graphs.run(host, size)
         if self._capturer is not None:
             self._capturer.finish()
-        return LaunchedStep(self._sample(logits, req_rows, batch.reqs), {}, ring_seq)
+        return LaunchedStep(self._sample(logits, req_rows, batch.reqs), host.sampling, [], {}, ring_seq)
 
     def _sample(
-        self, logits: torch.Tensor | None, req_rows: torch.Tensor, sampling: Sequence[ScheduledReq]
+        self,
+        logits: torch.Tensor | None,
+        req_rows: torch.Tensor,
+        sampling: Sequence[ScheduledReq],
+        are_finite: torch.Tensor | None = None,
     ) -> HostCopy | None:
         """Sample on the leader, which has logits [N, V]; every rank keeps the tokens for the rows [N] of its pool."""
         copy = None
@@ -217,7 +247,7 @@ class ModelRunner:
             token_ids = sampled.token_ids
             for row in rows:
                 row.position += 1
-            copy = HostCopy(sampled, self._mesh.device)
+            copy = HostCopy(sampled, are_finite, self._mesh.device)
         self._last_token_ids[req_rows] = broadcast(token_ids, self._mesh.tp)
         return copy
 
@@ -255,15 +285,23 @@ class ModelRunner:
         token_ids: list[int] = []
         logprobs: list[float] = []
         top: list[list[tuple[float, int]]] = []
-        if launched.sampled is not None:
-            launched.sampled.wait()
-            token_ids = launched.sampled.token_ids.tolist()
-            if launched.sampled.logprobs is not None:
-                logprobs = launched.sampled.logprobs.tolist()
+        failures = {index: NOT_FINITE for index, scores in launched.prompt_scores.items() if not scores.are_finite}
+        copy = launched.sampled
+        if copy is not None:
+            copy.wait()
+            if copy.are_finite is not None:
+                are_finite = zip(launched.not_sampling, copy.are_finite.tolist(), strict=True)
+                failures |= {index: NOT_FINITE for index, is_finite in are_finite if not is_finite}
+        if copy is not None and copy.outcomes is not None:
+            token_ids = copy.outcomes.tolist()
+            outcomes = zip(launched.sampling, token_ids, strict=True)
+            failures |= {index: NO_CHOICE for index, token_id in outcomes if token_id == NO_TOKEN}
+            if copy.logprobs is not None:
+                logprobs = copy.logprobs.tolist()
                 top = [
                     [] if pair is None else list(zip(pair[0].tolist(), pair[1].tolist(), strict=True))
-                    for pair in launched.sampled.top
+                    for pair in copy.top
                 ]
         if self._capturer is not None:
             self._capturer.publish(launched.ring_seq)
-        return StepResult(token_ids, logprobs, top, launched.prompt_scores)
+        return StepResult(token_ids, logprobs, top, launched.prompt_scores, failures)

@@ -16,7 +16,8 @@ class RequestObserver(Protocol):
         ...
 
     def on_end(self, answer: Answer, outcome: str) -> None:
-        """No more will come. `outcome`: stop, length, abort, cancelled (its caller left) or error."""
+        """No more will come. `outcome`: stop, length, abort, failed (by the engine, alone), cancelled (its caller left)
+        or error (the engine is gone)."""
         ...
 
     def on_refusal(self, outcome: str) -> None:

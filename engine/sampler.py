@@ -3,6 +3,9 @@
 Every random choice is a function of the request's seed and the output position alone, drawn on the host: a request
 samples the same tokens whatever else is in its batch, and again after a retraction.
 
+A row that leaves no choice - NaN or infinity among its scores, or every token banned - is found on the device, costs
+nobody else a bit, and gets a placeholder: the next step, which is launched before the host knows, reads a valid id.
+
 Legend: B requests of a step that sample, V vocabulary.
 """
 
@@ -18,6 +21,11 @@ from .io_struct import SamplingParams, TopLogprobs
 from .transfer import to_device
 
 GREEDY_TEMPERATURE = 1e-5
+# In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.
+NO_TOKEN = -1
+PLACEHOLDER = 0
+# What is less likely has this log-probability: JSON holds no infinity, and exp(-9999) is 0 in every format.
+MIN_LOGPROB = -9999.0
 
 
 @dataclass
@@ -38,9 +46,14 @@ class SamplingRow:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Sampled ids [B] int64 and, for rows that asked, log-probabilities; still on the device."""
+    """Sampled ids [B] int64 and, for rows that asked, log-probabilities; still on the device.
+
+    `token_ids` are the next step's input, `outcomes` the same with `NO_TOKEN` where a row leaves no choice; the
+    log-probabilities of such a row mean nothing.
+    """
 
     token_ids: torch.Tensor
+    outcomes: torch.Tensor
     logprobs: torch.Tensor | None = None  # [B] float32
     top: list[tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=list)  # per row: values, ids
 
@@ -79,20 +92,28 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     random_rows = [
         i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE and row.params.top_k != 1
     ]
-    token_ids = adjusted.argmax(dim=-1)
-    if random_rows:
-        chosen = [rows[i] for i in random_rows]
-        where = to_device(random_rows, logits.device)
-        token_ids[where] = _draw(adjusted if len(chosen) == len(rows) else adjusted[where], chosen)
+    if len(random_rows) == len(rows):
+        outcomes = _draw(adjusted, rows)
+    else:
+        best, best_ids = adjusted.max(dim=-1)
+        # The maximum is NaN where anything is; infinite where one score is, or where all are banned.
+        outcomes = torch.where(best.abs() < torch.inf, best_ids, NO_TOKEN)
+        if random_rows:
+            where = to_device(random_rows, logits.device)
+            outcomes[where] = _draw(adjusted[where], [rows[i] for i in random_rows])
+    token_ids = outcomes.clamp(min=PLACEHOLDER)
     for i, row in enumerate(rows):
         if row.output_counts is not None and row.seen is not None:
             row.output_counts.index_add_(0, token_ids[i : i + 1], row.output_counts.new_ones(1))
             row.seen.index_fill_(0, token_ids[i : i + 1], True)
-    return _with_logprobs(scores, token_ids, rows)
+    return _with_logprobs(scores, token_ids, outcomes, rows)
 
 
 def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Penalties, bias and the ban on early stops: scores [B, V], copied when anything changes."""
+    """Penalties, bias and the ban on early stops: scores [B, V], copied when anything changes.
+
+    Nothing here turns NaN or an infinite score into a finite one.
+    """
     adjusted = scores
     for i, row in enumerate(rows):
         params = row.params
@@ -113,12 +134,13 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             ids = to_device(list(params.logit_bias), line.device)
             line[ids] += to_device(list(params.logit_bias.values()), line.device)
         if banned:
-            line.index_fill_(0, to_device(banned, line.device), float("-inf"))
+            # Added, not filled in: NaN stays NaN.
+            line[to_device(banned, line.device)] += -torch.inf
     return adjusted
 
 
 def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Sample by inverting the cumulative distribution after temperature and filters: [B', V] -> [B'] int64."""
+    """Sample by inverting the cumulative distribution after temperature and filters: [B', V] -> outcomes [B'] int64."""
     device = scores.device
     temperatures = to_device([row.params.temperature for row in rows], device)
     probs = torch.softmax(scores / temperatures[:, None], dim=-1)
@@ -131,7 +153,8 @@ def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         ordered, order = probs[where].sort(dim=-1, descending=True)
         picked = _invert(_filter(ordered, [rows[i] for i in filtered]), points[where])
         token_ids[where] = order.gather(1, picked[:, None]).squeeze(1)
-    return token_ids
+    # A row whose sum is no number is NaN as a whole: any of its probabilities tells.
+    return torch.where(probs[:, 0] >= 0, token_ids, NO_TOKEN)
 
 
 def is_filtered(params: SamplingParams) -> bool:
@@ -156,21 +179,24 @@ def _filter(ordered: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 
 def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative weight exceeds the point's share of the total; never one of zero weight."""
+    """The first index whose cumulative weight exceeds the point's share of the total; never one of zero weight. Any index
+    of the row where the weights are NaN."""
     cumulative = weights.double().cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Rounding may lift the product to the total itself, which no index exceeds.
     targets = torch.minimum(points[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
 
 
-def _with_logprobs(scores: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+def _with_logprobs(
+    scores: torch.Tensor, token_ids: torch.Tensor, outcomes: torch.Tensor, rows: Sequence[SamplingRow]
+) -> Sampled:
     """Log-probabilities of the model's own distribution: before bias, penalties, temperature and filters."""
     asking = [i for i, row in enumerate(rows) if row.return_logprob]
     if not asking:
-        return Sampled(token_ids)
+        return Sampled(token_ids, outcomes)
     where = to_device(asking, scores.device)
-    logprobs = torch.log_softmax(scores[where], dim=-1)
+    logprobs = torch.log_softmax(scores[where], dim=-1).clamp_(min=MIN_LOGPROB)
     taken = torch.full((len(rows),), float("nan"), device=scores.device)
     taken[where] = logprobs.gather(1, token_ids[where, None]).squeeze(1)
     top: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(rows)
@@ -178,14 +204,17 @@ def _with_logprobs(scores: torch.Tensor, token_ids: torch.Tensor, rows: Sequence
         if rows[i].top_logprobs_num:
             values, ids = line.topk(rows[i].top_logprobs_num)
             top[i] = (values, ids)
-    return Sampled(token_ids, taken, top)
+    return Sampled(token_ids, outcomes, taken, top)
 
 
 def score_tokens(
     logits: torch.Tensor, token_ids: torch.Tensor, top_logprobs_num: int
 ) -> tuple[list[float], list[TopLogprobs]]:
-    """Log-probabilities of given tokens: logits [N, V], token_ids [N] -> N values and N lists of the top ones."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    """Log-probabilities of given tokens: logits [N, V], token_ids [N] -> N values and N lists of the top ones.
+
+    All values of a row whose logits are NaN or infinite are NaN.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1).clamp_(min=MIN_LOGPROB)
     taken = logprobs.gather(1, token_ids[:, None]).squeeze(1).tolist()
     if not top_logprobs_num:
         return taken, [[] for _ in taken]

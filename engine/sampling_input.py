@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .io_struct import SamplingParams
 
@@ -16,6 +16,8 @@ MAX_LOGIT_BIAS = 4096
 # Scores stay finite numbers of float32, also when they are divided by the lowest temperature that is not greedy.
 MAX_LOGIT_BIAS_VALUE = 1e30
 MIN_REPETITION_PENALTY = 0.01
+# All choices are equally likely long before; a multiple of float32's largest number would make scores of no number.
+MAX_TEMPERATURE = 1e6
 MAX_TOP_K = 2**31 - 1
 MAX_SAMPLES = 256
 # Travels as an unsigned 64-bit integer, and samples of one prompt count upwards from it.
@@ -63,8 +65,15 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
-# JSON's true is no 1.
-Number = Annotated[int, BeforeValidator(refuse_bool)]
+def check_temperature(value: float) -> float:
+    # NaN fails the comparison, too.
+    if not 0.0 <= value <= MAX_TEMPERATURE:
+        raise ValueError(f"must lie in 0 .. {MAX_TEMPERATURE:g}")
+    return value
+
+
+# JSON's true is no 1, and what travels as a message has 64 bits.
+Number = Annotated[int, BeforeValidator(refuse_bool), Field(ge=-(2**63), lt=2**63)]
 
 
 class SamplingParamsInput(BaseModel):
@@ -74,7 +83,7 @@ class SamplingParamsInput(BaseModel):
 
     max_new_tokens: Annotated[Number, Field(ge=0)] | None = None
     min_new_tokens: Number = Field(0, ge=0)
-    temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    temperature: Annotated[float, AfterValidator(check_temperature)] = 1.0
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: Number = Field(-1, ge=-1, le=MAX_TOP_K)
     min_p: float = Field(0.0, ge=0.0, le=1.0)
@@ -86,7 +95,7 @@ class SamplingParamsInput(BaseModel):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Number, float] | None = None
     sampling_seed: Number | None = Field(None, ge=0, le=MAX_SEED)
     n: Number = Field(1, ge=1, le=MAX_SAMPLES)
 

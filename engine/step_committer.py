@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .io_struct import ReqFinished, Segment, TokenOutput, TopLogprobs
+from .io_struct import FinishReason, ReqFinished, Segment, TokenOutput, TopLogprobs
 from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .schedule_batch import Req
 from .step_planner import PlannedReq
 from .stop_checker import StopChecker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,24 @@ class PromptScores:
     logprobs: list[float]
     top: list[TopLogprobs]
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether the logits were; see `score_tokens`."""
+        return not any(map(math.isnan, self.logprobs))
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed, on the host. The lists follow the order of the requests that sample."""
+    """What a step computed, on the host. The lists follow the order of the requests that sample; the entries of one that
+    failed mean nothing."""
 
     token_ids: list[int]
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
     # By index of the request in the batch.
     prompt_scores: dict[int, PromptScores] = field(default_factory=dict)
+    # Likewise: why a request cannot go on. What the step left of it in the cache must not be used.
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,17 +79,21 @@ class StepCommitter:
         self.finish_cost = FinishCost()
 
     def commit(self, planned: list[PlannedReq], result: StepResult) -> Committed:
-        """Commit one step. A request that finished while the step was in flight has overrun: its rows are discarded."""
+        """Commit one step. The rows of a request that finished while the step was in flight, or that failed in it, are
+        discarded; its keys and values do not enter the prefix cache."""
         committed = Committed([], [], [])
         sampled = 0
         for index, item in enumerate(planned):
             req, segment = item.req, item.segment
             position = sampled
             sampled += item.scheduled.sample
-            if req.finish_reason is not None:
+            failure = result.failures.get(index)
+            if req.finish_reason is not None or failure is not None:
                 committed.segments.append(
                     Segment(segment.rid, segment.start, segment.num_tokens, segment.new_pages, discarded=True)
                 )
+                if req.finish_reason is None and failure is not None:
+                    committed.finished.append(self._fail(req, failure))
                 continue
             committed.segments.append(segment)
             req.num_committed = segment.start + segment.num_tokens
@@ -92,6 +108,11 @@ class StepCommitter:
             else:
                 committed.finished.append(self.finish(req))
         return committed
+
+    def _fail(self, req: Req, message: str) -> ReqFinished:
+        logger.warning("%s failed at position %d: %s", req.rid, req.num_committed, message)
+        req.finish_reason = FinishReason.failed(message)
+        return self.finish(req)
 
     def finish(self, req: Req) -> ReqFinished:
         """Take a request whose `finish_reason` is set out of the engine, and its pages back."""

@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 from tokenizers import Tokenizer
 
-from .answer import Answer, RoutesForm
+from .answer import Answer, GenerationError, RoutesForm
 from .config import EngineConfig
 from .curve import CurveGuard
 from .dp_router import DpRouter
@@ -211,6 +211,7 @@ class TokenizerManager:
 
         Raises:
             ValueError: the request does not fit the engine; nothing was sent.
+            GenerationError: the engine failed a single request without streaming; any other has it as its finish reason.
             OverloadedError, EngineDeadError.
         """
         if samples is None:
@@ -263,11 +264,13 @@ class TokenizerManager:
                 num_running -= 1
                 # Its rid is free again, for whoever gets this output.
                 self._events.pop(output.rid, None)
-                self._observer.on_end(answer, output.finish_reason.type)
+                self._observer.on_end(answer, answer.outcome)
             if request.stream:
                 chunk = await answer.render()
                 yield chunk if single else {"index": index, **chunk}
         if not request.stream:
+            if single and answers[0].failure is not None:
+                raise GenerationError(answers[0].failure)
             rendered = [await answer.render() for answer in answers]
             yield rendered[0] if single else rendered
 

@@ -98,6 +98,8 @@ class Engine:
 
         Raises:
             ValueError: the request is refused; nothing was computed.
+            GenerationError: the engine could not go on with a single prompt. In a list, with n > 1 and in streams the
+                `finish_reason` of the one concerned says so instead, and the others have their answers.
             EngineDeadError: the engine ended before it answered.
         """
         request = self._parse(prompt, sampling_params, stream, fields)
@@ -290,7 +292,7 @@ class Engine:
         self._done(self._manager.controls.destroy_weights_update_group(group_name))
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
-        """The first rows of a tensor, as nested lists of numbers.
+        """The first rows of a tensor, as nested lists of numbers, None where they are not finite.
 
         Raises:
             RuntimeError: the model has no such tensor.

@@ -46,7 +46,8 @@ class VocabParallelEmbedding(VocabShard):
         local = ids - self._first
         held = (local >= 0) & (local < self._num_rows)
         rows = F.embedding(local.clamp(0, self._num_rows - 1), self.weight)
-        return all_reduce(rows * held[:, None], self._axis)
+        # Filled in, not multiplied: the row that stands in for another rank's may hold NaN.
+        return all_reduce(rows.masked_fill(~held[:, None], 0), self._axis)
 
 
 class ParallelLMHead(VocabShard):

@@ -54,6 +54,12 @@ def slots_of(page_table: torch.Tensor, positions: torch.Tensor, page_size: int) 
     return pages * page_size + positions % page_size
 
 
+def slots_at(page_table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The same for positions [B, n] that differ from row to row."""
+    pages = page_table.gather(1, positions // page_size).to(torch.int64)
+    return pages * page_size + positions % page_size
+
+
 def first_slots(pages: torch.Tensor, num_slots: int, page_size: int) -> torch.Tensor:
     """KV slots [num_slots] of a request's first positions; `pages` [P] int32 are its pages."""
     if page_size == 1:

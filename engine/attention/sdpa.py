@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from ..transfer import to_device
-from .backend import AttentionBatch, first_slots, slots_of
+from .backend import AttentionBatch, first_slots, slots_at, slots_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,14 @@ class SdpaAttention:
         num_keys = max(lengths)
         positions = torch.arange(num_keys, device=device)
         table = tables[to_device(members, device)]
-        mask = None
-        if min(lengths) < num_keys:
-            mask = (positions[None, :] < to_device(lengths, device)[:, None])[:, None, None, :]
         rows = to_device([firsts[i] for i in members], device)
-        return DecodeGroup(rows, slots_of(table, positions, batch.page_size).flatten(), num_keys, mask)
+        if min(lengths) == num_keys:
+            return DecodeGroup(rows, slots_of(table, positions, batch.page_size).flatten(), num_keys, None)
+        ends = to_device(lengths, device)[:, None]
+        mask = (positions[None, :] < ends)[:, None, None, :]
+        # Padding repeats a request's own last key: beyond it lies what others left, and no mask hides NaN.
+        slots = slots_at(table, torch.minimum(positions[None, :], ends - 1), batch.page_size)
+        return DecodeGroup(rows, slots.flatten(), num_keys, mask)
 
     def forward(
         self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: SdpaPlan, scale: float

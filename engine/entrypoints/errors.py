@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ..answer import GenerationError
 from ..generate_request import describe
 from ..generation_gate import UnavailableError
 from ..tokenizer_manager import EngineDeadError, OverloadedError
@@ -86,6 +87,11 @@ def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:
     @app.exception_handler(EngineDeadError)
     async def dead(_: Request, error: EngineDeadError) -> Response:
         return error_response(str(error), 503)
+
+    @app.exception_handler(GenerationError)
+    async def failed(_: Request, error: GenerationError) -> Response:
+        # The log of the request says so already.
+        return error_response(str(error), 500)
 
     @app.exception_handler(TimeoutError)
     async def stuck(_: Request, error: TimeoutError) -> Response:

@@ -108,6 +108,7 @@ class ServiceMetrics:
             "completion_tokens": answer.completion_tokens,
             "seconds": round(seconds, 4),
             "routed_experts_error": answer.routed_experts_error,
+            "failure": answer.failure,
         }
         logger.info("request ended", extra={FIELDS: fields})
 

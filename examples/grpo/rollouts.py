@@ -79,6 +79,9 @@ class Episode:
 
     def take(self, answer: dict[str, Any]) -> None:
         meta = answer["meta_info"]
+        reason = meta["finish_reason"]
+        if reason["type"] == "abort":
+            raise RuntimeError(f"a turn was not answered: {reason['message']}")
         assert "routed_experts_error" not in meta, meta["routed_experts_error"]
         ids = answer["output_ids"]
         self.tokens += ids

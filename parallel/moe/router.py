@@ -76,7 +76,11 @@ def renormalise(weights: torch.Tensor, norm_topk_prob: bool) -> torch.Tensor:
 def choose_torch(
     logits: torch.Tensor, top_k: int, norm_topk_prob: bool, record: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Router logits [T, E] -> ids [T, K] int64, also written to `record`, and weights [T, K] in the logits' dtype."""
+    """Router logits [T, E] -> ids [T, K] int64, also written to `record`, and weights [T, K] in the logits' dtype.
+
+    Where a logit is NaN or +inf, the weights are NaN; the ids are distinct experts all the same, as everything that sorts
+    and counts by them needs.
+    """
     weights, ids = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), top_k, dim=-1)
     if record is not None:
         record.copy_(ids)

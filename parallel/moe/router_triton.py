@@ -22,7 +22,10 @@ def _choose_kernel(
     inside = experts < num_experts
     row = tl.load(logits + token * num_experts + experts, inside, other=float("-inf")).to(tl.float32)
     row = tl.exp(row - tl.max(row, axis=0))
-    scores = row / tl.sum(row, axis=0)
+    total = tl.sum(row, axis=0)
+    # Where a logit is NaN or infinite the sum is NaN, and so will the weights be; the ids are still distinct experts.
+    is_number = total == total
+    scores = tl.where(is_number, row / total, 0.0)
     # Score and expert in one number, so that one reduction finds both: scores are not negative, so their bits are ordered
     # as they are, and of equal scores the lowest expert wins.
     keys = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK - 1 - experts)
@@ -36,6 +39,7 @@ def _choose_kernel(
         left = tl.where(left == best, -1, left)
     if NORM:
         values = values / tl.sum(values, axis=0)
+    values = tl.where(is_number, values, total)
     place = token * TOP_K + choices
     kept = choices < TOP_K
     tl.store(ids + place, chosen.to(tl.int64), kept)

@@ -72,10 +72,14 @@ class FakeSender:
 @dataclass(frozen=True)
 class FakeStep:
     token_ids: list[int]
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 class FakeRunner:
-    """Keeps, per KV slot, the token and position whose KV a device would hold there."""
+    """Keeps, per KV slot, the token and position whose KV a device would hold there.
+
+    `fail_at` are positions, by rid, whose keys and values are NaN: a step fails that computes or reads one.
+    """
 
     def __init__(self, num_pages: int, page_size: int, max_running: int, max_pages: int, max_tokens: int) -> None:
         self._page_size = page_size
@@ -83,28 +87,38 @@ class FakeRunner:
         self._kv: dict[int, tuple[int, int]] = {}
         self._table = np.full((max_running, max_pages), -1)
         self._last: dict[int, int] = {}
+        self.fail_at: dict[str, int] = {}
+        self._rids: dict[int, str] = {}
+        self._nan_slots: set[int] = set()
 
     def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
         self._last.pop(row, None)
+        self._rids[row] = req.rid
 
     def launch(self, batch: ScheduleBatch) -> FakeStep:
         # A leader without tokens of its own joins where every rank holds rows.
         assert batch.num_tokens > 0 or batch.num_rows > 0, "a step without work"
         assert batch.num_tokens <= self._max_tokens, "a step is larger than its buffers"
         token_ids = []
-        for req in batch.reqs:
+        failures = {}
+        for index, req in enumerate(batch.reqs):
             pages = np.frombuffer(req.pages, dtype="<i4")
             self._table[req.row, req.first_page : req.first_page + len(pages)] = pages
             ids = np.frombuffer(req.input_ids, dtype="<i4").tolist() if req.input_ids else [self._last[req.row]]
             assert len(ids) == req.num_tokens
             for position, token in zip(range(req.start, req.start + req.num_tokens), ids, strict=True):
-                self._kv[self._slot(req.row, position)] = (token, position)
+                slot = self._slot(req.row, position)
+                self._kv[slot] = (token, position)
+                is_nan = self.fail_at.get(self._rids[req.row]) == position
+                (self._nan_slots.add if is_nan else self._nan_slots.discard)(slot)
+            if any(self._slot(req.row, position) in self._nan_slots for position in range(req.start + req.num_tokens)):
+                failures[index] = "not finite"
             if req.sample:
                 context = [self._kv[self._slot(req.row, p)] for p in range(req.start + req.num_tokens)]
                 assert [position for _, position in context] == list(range(len(context))), "KV of another position"
                 self._last[req.row] = next_token([token for token, _ in context])
                 token_ids.append(self._last[req.row])
-        return FakeStep(token_ids)
+        return FakeStep(token_ids, failures)
 
     def _slot(self, row: int, position: int) -> int:
         page = int(self._table[row, position // self._page_size])
@@ -112,7 +126,8 @@ class FakeRunner:
         return page * self._page_size + position % self._page_size
 
     def result(self, launched: FakeStep) -> StepResult:
-        return StepResult(launched.token_ids, [0.0] * len(launched.token_ids), [[]] * len(launched.token_ids))
+        num = len(launched.token_ids)
+        return StepResult(launched.token_ids, [0.0] * num, [[]] * num, failures=launched.failures)
 
 
 class Replica:

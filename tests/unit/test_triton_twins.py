@@ -24,10 +24,10 @@ from waybill.engine.attention.triton_paged import TritonPagedAttention
 from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
 from waybill.engine.models.norm_rope_triton import TritonLayerOps
 from waybill.parallel.linear_triton import linear_triton
-from waybill.parallel.moe.experts import experts_torch_reference
+from waybill.parallel.moe.experts import experts_by_group, experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
-from waybill.parallel.moe.router import choose_torch
+from waybill.parallel.moe.router import Choose, choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +90,24 @@ def test_decode_attention(dtype: torch.dtype, page_size: int, kv_lens: list[int]
     torch.testing.assert_close(results[1], results[0], **TOLERANCE[dtype])
 
 
+def test_decode_attention_reads_nothing_beyond_a_requests_keys() -> None:
+    """Other requests' NaN stand there: in the pages of the neighbour, and in what is left of the last page."""
+    page_size, kv_lens, width = 4, [5, 70], 16
+    table = torch.zeros(2, 18, dtype=torch.int32)
+    table[0, :2], table[0, 2:] = torch.tensor([0, 1]), 2
+    table[1] = torch.arange(2, 20)
+    cache = [normal(80, 2, width, dtype=torch.float32, seed=seed) for seed in (1, 2)]
+    query = normal(2, 4, width, dtype=torch.float32)
+    batch = AttentionBatch([1, 1], kv_lens, table.to(DEVICE), torch.arange(2).to(DEVICE), page_size)
+    backend = TritonPagedAttention()
+    expected = backend.forward(query, *cache, backend.plan(batch), width**-0.5)
+    for tensor in cache:
+        tensor[5:] = float("nan")
+    found = backend.forward(query, *cache, backend.plan(batch), width**-0.5)
+    assert torch.equal(found[0], expected[0])
+    assert found[1].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(16, 4), (20, 3)])
@@ -101,6 +119,53 @@ def test_choice_of_experts(dtype: torch.dtype, norm_topk_prob: bool, num_experts
     assert torch.equal(found[0], expected[0]) and torch.equal(records[1], records[0])
     torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
     assert torch.equal(choose_triton(logits, top_k, norm_topk_prob, None)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("choose", [choose_torch, choose_triton])
+def test_a_row_without_a_choice_of_experts_gets_distinct_ones(
+    dtype: torch.dtype, norm_topk_prob: bool, choose: Choose
+) -> None:
+    """NaN of either sign, infinity, nothing but -inf: ids that may be counted and sorted by, weights of NaN, and neighbours
+    that do not notice."""
+    nan, inf = float("nan"), float("inf")
+    logits, top_k, num_experts = normal(9, 20, dtype=dtype), 3, 20
+    expected = choose(logits, top_k, norm_topk_prob, None)
+    bad, good = [1, 2, 4, 6, 7], [0, 3, 5, 8]
+    logits[1, 7], logits[2], logits[4, 0] = nan, nan, inf
+    logits[6] = -inf
+    logits[7] = torch.tensor(nan, dtype=dtype).copysign(torch.tensor(-1.0, dtype=dtype))
+    record = torch.full((9, top_k), 255, dtype=torch.uint8, device=DEVICE)
+    ids, weights = choose(logits, top_k, norm_topk_prob, record)
+    assert torch.equal(record.long(), ids)
+    assert ids.min() >= 0 and ids.max() < num_experts
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    assert weights[bad].isnan().all()
+    assert torch.equal(ids[good], expected[0][good]) and torch.equal(weights[good], expected[1][good])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [3, 70])
+def test_a_token_of_nan_stays_alone(dtype: torch.dtype, num_tokens: int) -> None:
+    """In the experts, whose tiles it shares with others."""
+    experts, width, intermediate, top_k = 6, 48, 24, 3
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(num_tokens)]).to(DEVICE)
+    weights = torch.softmax(normal(num_tokens, top_k, dtype=torch.float32), dim=-1).to(dtype)
+    gate_up = normal(experts, 2 * intermediate, width, dtype=dtype, seed=1) * width**-0.5
+    down = normal(experts, width, intermediate, dtype=dtype, seed=2) * intermediate**-0.5
+    hidden = normal(num_tokens, width, dtype=dtype, seed=4)
+    spoilt, spoilt_weights = hidden.clone(), weights.clone()
+    spoilt[1], spoilt_weights[1] = float("nan"), float("nan")
+    others = [row for row in range(num_tokens) if row != 1]
+    for function in (experts_torch_reference, experts_by_group, experts_triton, experts_few_triton):
+        if function is experts_few_triton and num_tokens > 4:
+            continue
+        expected = function(hidden, ids, weights, gate_up, down)
+        found = function(spoilt, ids, spoilt_weights, gate_up, down)
+        assert found[1].isnan().all()
+        assert torch.equal(found[others], expected[others]), function
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

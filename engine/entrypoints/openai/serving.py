@@ -70,6 +70,13 @@ def matched_stop(answer: Answer) -> int | str | None:
     return matched
 
 
+def failure_of(answer: Answer) -> dict[str, Any]:
+    """The `error` of a choice that the engine failed; {} otherwise."""
+    reason = answer["meta_info"]["finish_reason"] or {}
+    status = reason.get("status_code") or 0
+    return error_body(reason["message"], status) if status >= 500 else {}
+
+
 def routes_of(answer: Answer) -> dict[str, Any]:
     """The `sglext` of an answer; {} where nobody opted in."""
     meta = answer["meta_info"]

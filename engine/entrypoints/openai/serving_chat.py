@@ -74,6 +74,7 @@ class ChatServing:
                 "logprobs": chat_logprobs(answer, 0, self._manager.text) if body.logprobs else None,
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
+                **serving.failure_of(answer),
             }
             choices.append(choice | self._choice_extras(body, answer))
         content = head.make(choices=choices, usage=serving.usage_of(answers, body.n))
@@ -105,6 +106,10 @@ class ChatServing:
                 index = answer.pop("index", 0)
                 last[index] = answer
                 yield self._delta(body, head, index, answer, sent[index])
+                failure = serving.failure_of(answer)
+                if failure and body.n == 1:
+                    yield failure
+                    return
         if body.return_routed_experts:
             extra: dict[str, Any] = {"sglext": serving.routes_of(last[0])}
             if body.n > 1:
@@ -127,6 +132,7 @@ class ChatServing:
         reason = serving.finish_reason(answer)
         if reason is not None:
             fields["matched_stop"] = serving.matched_stop(answer)
+            fields |= serving.failure_of(answer)
             if body.return_meta_info:
                 fields["meta_info"] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
         sent.num_chars, sent.num_tokens = len(answer["text"]), len(answer["output_ids"])

@@ -70,6 +70,7 @@ class CompletionServing:
                 "logprobs": None if body.logprobs is None else self._logprobs(body, samples[index]).take(answer),
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
+                **serving.failure_of(answer),
             }
             if body.return_routed_experts and len(answers) > 1:
                 choice["sglext"] = serving.routes_of(answer)
@@ -114,12 +115,16 @@ class CompletionServing:
                     "text": echo + answer["text"][state.num_chars :],
                     "logprobs": None,
                     "finish_reason": serving.finish_reason(answer),
+                    **serving.failure_of(answer),
                 }
                 if body.logprobs is not None:
                     take = logprobs[index].take
                     choice["logprobs"] = await asyncio.to_thread(take, answer) if is_first else take(answer)
                 state.num_chars = len(answer["text"])
                 yield head.make(choices=[choice])
+                if len(samples) == 1 and "error" in choice:
+                    yield serving.failure_of(answer)
+                    return
         if body.return_routed_experts:
             extra: dict[str, Any] = {"sglext": serving.routes_of(last[0])}
             if len(samples) > 1:

@@ -95,6 +95,57 @@ def test_bad_sampling_params_are_refused_by_name(params: dict[str, Any], words: 
         take(input_ids=[1, 2], sampling_params=params)
 
 
+REALS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+HUGE = 10**5000  # Python refuses to print it
+BAD_INTEGERS = [2**63, -(2**63) - 1, pytest.param(HUGE, id="huge"), float("inf"), float("nan"), 1e300, 1.5]
+INTEGERS = ("max_new_tokens", "min_new_tokens", "top_k", "sampling_seed", "n")
+
+
+@pytest.mark.parametrize("name", REALS)
+@pytest.mark.parametrize("value", [1e39, -1e39, float("inf"), float("-inf"), float("nan"), 10**400, -(2**63) - 1])
+def test_no_number_reaches_the_sampler_that_float32_cannot_hold(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        take(input_ids=[1], sampling_params={name: value})
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", BAD_INTEGERS)
+def test_no_integer_of_the_sampling_params_leaves_the_range_of_messages(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        take(input_ids=[1], sampling_params={name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["logprob_start_len", "top_logprobs_num", "priority", "routed_dp_rank", "routed_experts_start_len"]
+)
+@pytest.mark.parametrize("value", BAD_INTEGERS)
+def test_no_integer_leaves_the_range_of_messages(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        take(**{"input_ids": [1], name: value})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logit_bias": {"1": float("inf")}},
+        {"logit_bias": {"1": float("nan")}},
+        {"logit_bias": {"1": 1e31}},
+        pytest.param({"logit_bias": {HUGE: 1.0}}, id="huge key"),
+        {"stop_token_ids": [2**63]},
+        pytest.param({"stop_token_ids": [HUGE]}, id="huge id"),
+    ],
+)
+def test_neither_do_entries(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(params))):
+        take(input_ids=[1], sampling_params=params)
+
+
+@pytest.mark.parametrize("temperature", [1e39, 2e6, -1e-9])
+def test_the_range_of_temperatures_is_told(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"temperature: must lie in 0 \.\. 1e\+06"):
+        take(input_ids=[1], sampling_params={"temperature": temperature})
+
+
 def test_known_fields_that_are_off_or_change_nothing_are_accepted() -> None:
     sample = take_one(
         input_ids=[1],

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.io_struct import SamplingParams
-from waybill.engine.sampler import SamplingRow, sample, score_tokens, start_counts, uniform
+from waybill.engine.sampler import (
+    MIN_LOGPROB,
+    NO_TOKEN,
+    SamplingRow,
+    sample,
+    score_tokens,
+    start_counts,
+    uniform,
+)
+from waybill.engine.step_committer import PromptScores
 
 V = 12
 
@@ -116,6 +125,118 @@ def test_an_unfiltered_row_does_not_notice_a_filtered_neighbour(seed: int, place
     rows = [row(top_p=0.9, sampling_seed=1), row(top_k=5, sampling_seed=2), row(min_p=0.1, sampling_seed=3)]
     rows.insert(place, row(sampling_seed=seed))
     assert sample(logits.repeat(4, 1), rows).token_ids[place].item() == alone
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_ROWS = {
+    "nan": [0.0, NAN, 1.0, 2.0],
+    "all nan": [NAN] * 4,
+    "infinite": [0.0, INF, 1.0, 2.0],
+    "all banned": [-INF] * 4,
+    "nan where it is banned": [NAN, 1.0, 0.0, 2.0],
+    "infinite where it is banned": [INF, 1.0, 0.0, 2.0],
+}
+WAYS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "greedy by top_k": {"top_k": 1},
+    "random": {},
+    "tiny temperature": {"temperature": 1e-5},
+    "hot": {"temperature": 1e6},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 1e-45},
+    "min_p": {"min_p": 1.0},
+    "penalties": {"temperature": 0.0, "repetition_penalty": 0.01, "frequency_penalty": -2.0, "presence_penalty": 2.0},
+    "random with penalties": {"repetition_penalty": 2.0},
+    "bias": {"temperature": 0.0, "logit_bias": {1: 1e30, 2: -1e30}},
+}
+
+
+def bad_row_of(name: str, way: str, device: torch.device) -> tuple[list[float], SamplingRow]:
+    params = WAYS[way] | ({"min_new_tokens": 5} if "where it is banned" in name else {})
+    bad = SamplingRow(SamplingParams(sampling_seed=9, **params), (0,), 2, True)
+    start_counts(bad, np.array([1, 1, 3], dtype="<i4"), 1, 4, device)
+    return BAD_ROWS[name], bad
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_without_a_choice_is_told_and_changes_no_other(name: str, way: str) -> None:
+    """It has a token that may be looked up by, and its penalties are still counted; every other row is the same, bit for
+    bit, however it is sampled."""
+    cpu = torch.device("cpu")
+    good = torch.randn(len(WAYS), 4, generator=torch.Generator().manual_seed(1))
+    values, bad = bad_row_of(name, way, cpu)
+
+    def rows() -> list[SamplingRow]:
+        made = [SamplingRow(SamplingParams(sampling_seed=i, **p), (0,), 2, True) for i, p in enumerate(WAYS.values())]
+        for one in made:
+            start_counts(one, np.array([1, 2, 3], dtype="<i4"), 1, 4, cpu)
+        return made
+
+    # In the place of a good row, so that the batches have one shape.
+    expected = sample(good, rows())
+    spoilt = good.clone()
+    spoilt[3] = torch.tensor(values)
+    sampled = sample(spoilt, [*rows()[:3], bad, *rows()[4:]])
+    others = [i for i in range(len(WAYS)) if i != 3]
+    assert sampled.outcomes[3] == NO_TOKEN
+    assert torch.equal(sampled.outcomes[others], expected.outcomes[others])
+    assert (expected.outcomes != NO_TOKEN).all() and torch.equal(expected.outcomes, expected.token_ids)
+    assert 0 <= sampled.token_ids[3] < 4
+    assert sampled.logprobs is not None and expected.logprobs is not None
+    assert torch.equal(sampled.logprobs[others], expected.logprobs[others])
+
+
+def test_everything_banned_is_no_choice() -> None:
+    banned = row(min_new_tokens=2, stop_ids=(0, 1))
+    assert sample(logits_of(1.0, 2.0), [banned]).outcomes.tolist() == [NO_TOKEN]
+    assert sample(logits_of(1.0, 2.0, 0.5), [banned]).outcomes.tolist() == [2]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
+def test_every_legal_value_leaves_a_choice(way: str, scale: float) -> None:
+    """Extreme parameters on large scores: float32 stays finite."""
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(2)) * scale
+    rows = [row(position=i, **WAYS[way]) for i in range(4)]
+    for one in rows:
+        start_counts(one, np.array([0] + [1] * 100_000, dtype="<i4"), 1, 4, torch.device("cpu"))
+    assert (sample(logits, rows).outcomes != NO_TOKEN).all()
+
+
+def test_probability_zero_has_a_log_probability_that_json_can_hold() -> None:
+    logits = logits_of(0.0, -INF, -1e38)
+    biased = SamplingRow(SamplingParams(temperature=0.0, logit_bias={2: 1e30}), (), 3, True)
+    values, top = score_tokens(logits, torch.tensor([1]), 3)
+    assert values == [MIN_LOGPROB]
+    assert [value for value, _ in top[0]] == [0.0, MIN_LOGPROB, MIN_LOGPROB]
+    sampled = sample(logits_of(0.0, -INF, -1e29), [biased])
+    assert sampled.token_ids.tolist() == [2]
+    assert sampled.logprobs is not None and sampled.logprobs.tolist() == [MIN_LOGPROB]
+
+
+@pytest.mark.parametrize("name", ["nan", "all nan", "infinite", "all banned"])
+def test_scores_of_a_row_that_is_not_finite_are_nan(name: str) -> None:
+    values, _ = score_tokens(torch.tensor([BAD_ROWS[name], [0.0, 1.0, 2.0, 3.0]]), torch.tensor([3, 3]), 0)
+    assert math.isnan(values[0]) and not math.isnan(values[1])
+    assert not PromptScores(values, [[], []]).are_finite and PromptScores(values[1:], [[]]).are_finite
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_without_a_choice_on_a_gpu(way: str) -> None:
+    """No assertion of the device, no wait for it, the same outcomes as on a CPU."""
+    device = torch.device("cuda")
+    values, rows = zip(*(bad_row_of(name, way, device) for name in BAD_ROWS), strict=True)
+    good = [0.0, 1.0, 2.0, 3.0]
+    logits = torch.tensor([*values, good]).to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampled = sample(logits, [*rows, row(temperature=0.0)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sampled.outcomes.tolist() == [NO_TOKEN] * len(BAD_ROWS) + [3]
+    assert sampled.token_ids.min() >= 0 and sampled.token_ids.max() < 4
 
 
 @pytest.mark.gpu

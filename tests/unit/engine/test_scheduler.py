@@ -141,6 +141,41 @@ def test_prefill_only_request_computes_the_prompt_and_no_token() -> None:
     assert replica.finished["r"].reason.length == 0
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("position", [0, 5, 12, 13, 15, 16, 20])
+def test_a_request_that_fails_takes_nothing_with_it(depth: int, position: int) -> None:
+    """In any chunk of its prefill and at any decode; another request has the same prompt, and gets the pages next."""
+    replica = Replica(make_config(overlap_depth=depth, chunked_prefill_size=8), num_pages=24)
+    prompt = list(range(1, 14))
+    long = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    replica.runner.fail_at["bad"] = position
+    replica.submit("bad", prompt, long)
+    replica.submit("other", prompt[::-1], long)
+    replica.run_until_idle()
+    reason = replica.finished["bad"].reason
+    assert (reason.type, reason.status_code) == ("abort", 500)
+    # The step that computed the position yielded no token.
+    assert replica.outputs["bad"] == expected_output(prompt, 20, ignore_eos=True)[: max(0, position - len(prompt) + 1)]
+    # Its rows end before that step.
+    assert replica.num_rows["bad"] == (position if position >= len(prompt) else position // 8 * 8)
+    for turn in range(3):
+        replica.submit(f"same {turn}", prompt + replica.outputs["bad"], long)
+        replica.submit(f"next {turn}", [turn + 1] * 30, long)
+    replica.run_until_idle()
+    for rid, tokens in (("other", prompt[::-1]), ("same 0", prompt + replica.outputs["bad"]), ("next 2", [3] * 30)):
+        assert replica.finished[rid].reason.type == "length"
+        assert replica.outputs[rid] == expected_output(tokens, 20, ignore_eos=True)
+
+
+def test_a_prefill_only_request_can_fail() -> None:
+    replica = Replica(make_config(), num_pages=24)
+    replica.runner.fail_at["bad"] = 3
+    replica.submit("bad", [1, 2, 3, 4, 5], SamplingParams(max_new_tokens=0))
+    replica.run_until_idle()
+    assert replica.finished["bad"].reason.status_code == 500
+    assert replica.pages.pool.num_free == 24, "no page of it is cached"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     arrivals=st.lists(

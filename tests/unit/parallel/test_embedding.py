@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from waybill.parallel import embedding
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding, VocabShard
 from waybill.parallel.mesh import Axis
 
@@ -22,12 +24,27 @@ def test_shards_cover_the_vocabulary_once_and_pad_with_zeros() -> None:
     assert torch.equal(torch.cat(shards), F.pad(weight, (0, 0, 0, 3)))
 
 
+def test_nan_in_a_row_reaches_nobody_elses_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank looks some row up for tokens that another rank holds, too: its first one here, or its last."""
+    monkeypatch.setattr(embedding, "all_reduce", lambda x, axis: x)
+    weight = torch.randn(8, 3)
+    weight[[3, 4]] = float("nan")
+    ids = torch.tensor([0, 2, 3, 4, 5, 7])
+    total = torch.zeros(6, 3)
+    for rank in range(2):
+        shard = VocabParallelEmbedding(8, 3, Axis("tp", rank, 2, None, (0, 1)), dtype=torch.float32, device=CPU)
+        shard.sharded_weight().load(weight)
+        total += shard(ids)
+    assert torch.equal(total.isnan().any(dim=1), torch.tensor([False, False, True, True, False, False]))
+    assert torch.equal(total[[0, 1, 4, 5]], weight[[0, 2, 5, 7]])
+
+
 def test_on_one_rank_they_are_plain_lookup_and_product() -> None:
     weight, x = torch.randn(7, 4), torch.randn(2, 4)
-    embedding = VocabParallelEmbedding(7, 4, Axis.single(), dtype=torch.float32, device=CPU)
-    embedding.sharded_weight().load(weight)
+    table = VocabParallelEmbedding(7, 4, Axis.single(), dtype=torch.float32, device=CPU)
+    table.sharded_weight().load(weight)
     head = ParallelLMHead(7, 4, Axis.single(), dtype=torch.float32, device=CPU)
-    head.tie(embedding)
-    assert torch.equal(embedding(torch.tensor([6, 0, 6])), weight[[6, 0, 6]])
+    head.tie(table)
+    assert torch.equal(table(torch.tensor([6, 0, 6])), weight[[6, 0, 6]])
     assert torch.equal(head(x), F.linear(x, weight))
-    assert head.weight is embedding.weight
+    assert head.weight is table.weight

@@ -55,6 +55,30 @@ def test_decodes_of_very_different_lengths() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "torch_reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_nan_of_another_request_is_not_read(name: str, dtype: torch.dtype, page_size: int) -> None:
+    """The second request's keys and values are NaN, and so is all that nobody owns: the ends of pages, and what the table's
+    unused entries point to."""
+    batch, tensors = make_case([(1, 4), (1, 6), (1, 5), (3, 5), (1, 30)], page_size, 3)
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    used = [-(-n // page_size) for n in batch.kv_lens]
+    for i, num_pages in enumerate(used):
+        batch.page_table[i, num_pages:] = batch.page_table[1, 0]
+    expected = run(name, batch, tensors)
+    own = torch.zeros(len(tensors[1]), dtype=torch.bool)
+    for i in (0, 2, 3, 4):
+        positions = torch.arange(batch.kv_lens[i])
+        own[batch.page_table[i, positions // page_size] * page_size + positions % page_size] = True
+    for cache in tensors[1:]:
+        cache[~own] = float("nan")
+    found = run(name, batch, tensors)
+    assert found[1].isnan().all()
+    others = [0, 2, 3, 4, 5, 6]
+    assert torch.equal(found[others], expected[others])
+
+
+@pytest.mark.parametrize("name", ["sdpa", "torch_reference"])
 def test_entries_beyond_a_requests_pages_are_not_read(name: str) -> None:
     """Page tables hold left-overs of other requests there, and their slots may hold anything."""
     batch, tensors = make_case([(1, 2), (1, 3)], 1, 2)

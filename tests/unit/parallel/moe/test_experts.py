@@ -68,6 +68,20 @@ def test_experts_of_other_ranks_add_nothing(function: ExpertsFunction, dtype: to
     assert torch.equal(function(hidden, ids + NUM_EXPERTS, weights, gate_up, down), torch.zeros_like(hidden))
 
 
+@pytest.mark.parametrize(("function", "dtype"), [*FAST, (experts_torch_reference, torch.float32)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_stays_alone(function: ExpertsFunction, dtype: torch.dtype, value: float) -> None:
+    """It shares tiles and groups with others; so does padding, which is nobody's work and may hold anything."""
+    hidden, ids, weights, gate_up, down = problem(21, dtype)
+    ids[9] = -1
+    expected = function(hidden, ids, weights, gate_up, down)
+    hidden[[4, 9]], weights[[4, 9]] = value, float("nan")
+    found = function(hidden, ids, weights, gate_up, down)
+    others = [row for row in range(21) if row not in (4, 9)]
+    assert found[4].isnan().all()
+    assert torch.equal(found[others], expected[others])
+
+
 @needs_kernel
 def test_native_rounds_to_bfloat16_where_torch_does() -> None:
     """With sums of one term, and one expert per token, nothing may differ: every rounding is seen, no order of sums is."""

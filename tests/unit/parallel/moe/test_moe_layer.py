@@ -13,7 +13,7 @@ from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
-from waybill.parallel.moe.router import TopKRouter
+from waybill.parallel.moe.router import TopKRouter, choose_torch
 
 
 def hf_block(dtype: torch.dtype, norm_topk_prob: bool) -> Any:
@@ -49,6 +49,23 @@ class Recorder:
     def slot(self, moe_layer_index: int) -> torch.Tensor:
         self.records.append((moe_layer_index, torch.full((40, 3), 255, dtype=torch.uint8)))
         return self.records[-1][1]
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_no_number_choose_distinct_experts(dtype: torch.dtype, norm_topk_prob: bool) -> None:
+    """They are recorded, sorted and counted by; the weights say that the row is spoilt, and no other row changes."""
+    logits = torch.randn(7, 300).to(dtype)
+    records = [torch.full((7, 8), 65535, dtype=torch.uint16) for _ in range(2)]
+    expected = choose_torch(logits, 8, norm_topk_prob, records[0])
+    logits[1, 5], logits[2], logits[3, 0], logits[4] = float("nan"), float("nan"), float("inf"), float("-inf")
+    ids, weights = choose_torch(logits, 8, norm_topk_prob, records[1])
+    assert ids.min() >= 0 and ids.max() < 300
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    assert torch.equal(records[1].long(), ids)
+    assert weights[1:5].isnan().all()
+    assert torch.equal(ids[[0, 5, 6]], expected[0][[0, 5, 6]])
+    assert torch.equal(weights[[0, 5, 6]], expected[1][[0, 5, 6]])
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])

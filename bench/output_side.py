@@ -9,10 +9,11 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from waybill.engine.io_struct import BackendMessage, FrontendMessage, OutputRecord
+from waybill.engine.io_struct import BackendMessage, FrontendMessage
 from waybill.engine.leader_place import Endpoints
 from waybill.engine.lifeline import Lifeline
 from waybill.engine.output_processor_config import OutputProcessorConfig
+from waybill.engine.record_line import RecordLine
 from waybill.engine.sockets import Receiver, Sender
 
 STOP_TIMEOUT_S = 10
@@ -41,7 +42,7 @@ class Surroundings:
         self.answers: Receiver[BackendMessage] = Receiver(self._context, address["frontend"], BackendMessage)
         inbox: Receiver[FrontendMessage] = Receiver(self._context, address["inbox"], FrontendMessage)
         self.outbox: Sender[FrontendMessage] = Sender(self._context, address["inbox"])
-        records: Sender[OutputRecord] = Sender(self._context, address["records"])
+        records = RecordLine(self._context, address["records"])
         frontend: Sender[BackendMessage] = Sender(self._context, address["frontend"])
         self.endpoints = Endpoints(inbox, [], records, frontend)
 

@@ -64,6 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight_sync_groups: int = 8
     # From where weights may come: host names, addresses, networks. None: from anywhere a client names.
     weight_sync_hosts: tuple[str, ...] | None = None
+    # A process of the engine that is stopped for so long is killed, and the run ends.
+    heartbeat_timeout_s: float = 20.0
     log_level: str = "warning"
 
     @property
@@ -110,5 +112,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"weight_sync_timeout_s={self.weight_sync_timeout_s}: must lie between 0 and 1e6")
         if self.weight_sync_hosts is not None:
             check_allowed_hosts(self.weight_sync_hosts)
+        if not 2.0 <= self.heartbeat_timeout_s <= 1e6:
+            raise ValueError(f"heartbeat_timeout_s={self.heartbeat_timeout_s}: must lie in 2 .. 1e6")
         if self.context_length is not None and self.context_length < 1:
             raise ValueError(f"context_length={self.context_length}: must be at least 1")

@@ -438,6 +438,9 @@ class RequestOutput(msgspec.Struct, frozen=True):
     # Set when the rows stay with the output processor; then no frame follows for them.
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
+    # With a finish reason: the output processor failed the request, and the engine still runs it. Whoever reads this aborts
+    # it there; nothing more is heard of it.
+    is_at_engine: bool = False
 
 
 class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):

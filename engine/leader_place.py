@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .io_struct import BackendMessage, OutputRecord
+from .io_struct import BackendMessage
 from .mailbox import Inbox
+from .record_line import Records
 from .schedule_batch import PeerMessage
 from .sockets import Sender
 
@@ -17,7 +18,7 @@ class Endpoints:
 
     inbox: Inbox
     peers: Sequence[Sender[PeerMessage]]
-    records: Sender[OutputRecord]
+    records: Records
     frontend: Sender[BackendMessage]
 
 

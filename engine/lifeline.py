@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 from collections.abc import Callable
 from typing import NoReturn
+
+from .vital import start_vital_thread
 
 EXIT_ORPHANED = 3
 
@@ -64,7 +65,7 @@ def _watch(fd: int, on_death: Callable[[], None] | None, *, hang_up_only: bool) 
         poller.poll()
         _end(on_death)
 
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    start_vital_thread(wait, "lifeline")
 
 
 def _end(on_death: Callable[[], None] | None) -> NoReturn:

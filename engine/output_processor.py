@@ -1,8 +1,8 @@
 """The process that files routes, makes text and ships results. No rank ever waits for what it sends.
 
-Threads: this one files - it reads step records in order, copies rows from the ring into the ledger and cuts the slices of
-finished requests, and does nothing else; the shipper makes text and sends; a third answers claims. The process runs at
-low priority, so that on a shared host it gives way to the ranks.
+Threads: one files - it reads step records in order, copies rows from the ring into the ledger and cuts the slices of
+finished requests, and does nothing else; the shipper makes text and sends; a third answers claims. One that fails ends the
+process. It runs at low priority, so that on a shared host it gives way to the ranks.
 """
 
 from __future__ import annotations
@@ -11,24 +11,19 @@ import argparse
 import logging
 import shutil
 import signal
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
 
 from .curve import CurveGuard
 from .detokenizer import load_token_decoder
+from .heartbeat import Heartbeat, table_of_this_run
 from .io_struct import (
     BeforeEvent,
-    ClaimReply,
-    CountersReply,
-    FetchClaimReq,
     OutputBatch,
-    OutputQuery,
     OutputRecord,
     ReqAdmitted,
     ReqFinished,
@@ -40,12 +35,15 @@ from .io_struct import (
 from .lifeline import watch_lifeline
 from .output_processor_config import OutputProcessorConfig
 from .priority import give_way
-from .routing.claims import ClaimError, ClaimStore
+from .query_server import QueryServer
+from .record_line import MAX_QUEUED_RECORDS
+from .routing.claims import ClaimStore
 from .routing.ledger import MissingRoutesError, RouteLedger
 from .routing.ring import RouteGeometry, RouteRing
 from .shipper import Progress, Routes, ShipmentOrder, Shipper
-from .sockets import Endpoint, Receiver, Sender, open_socket
+from .sockets import Receiver, Sender
 from .step_joiner import StepJoiner
+from .vital import start_vital_thread
 
 logger = logging.getLogger(__name__)
 
@@ -207,33 +205,10 @@ class OutputProcessor:
             "routed_experts_slices": self.num_slices,
             "routed_experts_rows_filed": self.num_rows_filed,
             "routed_experts_refused": self.num_rows_refused,
+            "outputs_failed": self._shipper.num_failed,
             "routed_experts_rows_shipped": self._shipper.num_rows_shipped,
             "routed_experts_bytes_shipped": self._shipper.num_bytes_shipped,
         }
-
-
-def serve_queries(
-    context: zmq.Context[Any], where: Endpoint | str, processor: OutputProcessor, claims: ClaimStore
-) -> None:
-    """Answer claims and counter questions on a ROUTER socket, forever."""
-    socket = open_socket(context, zmq.ROUTER, where, bind=True)
-    decoder: msgspec.msgpack.Decoder[OutputQuery] = msgspec.msgpack.Decoder(OutputQuery)
-    encoder = msgspec.msgpack.Encoder()
-    while True:
-        identity, body = socket.recv_multipart()
-        query = decoder.decode(body)
-        frames: list[bytes | memoryview] = []
-        reply: ClaimReply | CountersReply
-        if isinstance(query, FetchClaimReq):
-            try:
-                routed = claims.get(query.claim)
-                reply = ClaimReply(query.op_id, meta=routed.meta)
-                frames.append(routed.frame)
-            except ClaimError as error:
-                reply = ClaimReply(query.op_id, error=str(error))
-        else:
-            reply = CountersReply(query.op_id, processor.counters())
-        socket.send_multipart([identity, encoder.encode(reply), *frames])
 
 
 def main() -> None:
@@ -246,22 +221,31 @@ def main() -> None:
     watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")
     give_way(config.nice)
+    # Before the first beat: it holds the interpreter, for seconds if it is large.
+    decoder = load_token_decoder(config.tokenizer_path)
+    if config.heartbeat_timeout_s is not None:
+        Heartbeat(table_of_this_run(), "output processor", config.heartbeat_timeout_s)
     context = zmq.Context()
     guard = CurveGuard(context, (config.records_address, config.queries_address))
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic, config.claim_prefix)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
-    shipper = Shipper(sender, load_token_decoder(config.tokenizer_path), claims)
+    shipper = Shipper(sender, decoder, claims)
     processor = OutputProcessor(shipper, config.num_dp_ranks, first_dp_rank=config.first_dp_rank)
-    records: Receiver[OutputRecord] = Receiver(context, config.records_address, OutputRecord)
+    records: Receiver[OutputRecord] = Receiver(
+        context, config.records_address, OutputRecord, max_queued=MAX_QUEUED_RECORDS
+    )
     shipper.start()
-    arguments = (context, config.queries_address, processor, claims)
-    threading.Thread(target=serve_queries, args=arguments, name="queries", daemon=True).start()
-    try:
+    queries = QueryServer(context, config.queries_address, claims, processor.counters, config.claim_budget_bytes)
+    start_vital_thread(queries.serve, "queries")
+
+    def file_records() -> None:
         while True:
             record, _ = records.receive()
             processor.handle(record)
-    finally:
-        guard.close()
+
+    # Nothing is done in order here: the process lives until it is ended, and a thread that fails ends it.
+    start_vital_thread(file_records, "filing").join()
+    guard.close()
 
 
 if __name__ == "__main__":

@@ -26,3 +26,5 @@ class OutputProcessorConfig(msgspec.Struct, frozen=True):
     claim_prefix: str = ""
     nice: int = LOW_PRIORITY
     log_level: str = "warning"
+    # None where no run surrounds it: it beats for nobody then.
+    heartbeat_timeout_s: float | None = None

@@ -22,7 +22,7 @@ from .config import EngineConfig
 from .curve import CurveGuard
 from .detokenizer import load_token_decoder
 from .dp_meeting import DpMeeting
-from .io_struct import BackendMessage, ControlReply, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
+from .io_struct import BackendMessage, ControlReply, FrontendMessage, RingGeometry, RoutingSetup
 from .kv_cache.kv_store import KVStore
 from .leader_place import DpPlace, Endpoints
 from .memory import kv_pool_pages, peak_rss_bytes
@@ -31,6 +31,7 @@ from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .page_manager import PageManager
 from .rank_operations import RankOperations
+from .record_line import RecordLine
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteGeometry, RouteRing
@@ -83,7 +84,7 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     if rank.runner.is_leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, own, FrontendMessage)
         peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
-        records: Sender[OutputRecord] = Sender(context, endpoints.records)
+        records = RecordLine(context, endpoints.records)
         frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
         operations = make_operations(rank, context, endpoints.frontend)
         make_scheduler(rank, Endpoints(inbox, peers, records, frontend), operations).run()

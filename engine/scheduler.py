@@ -65,6 +65,7 @@ class InFlight(Generic[LaunchedT]):
     before: list[BeforeEvent]
     batch: ScheduleBatch
     launched: LaunchedT
+    began: float
 
 
 class Scheduler(Generic[LaunchedT]):
@@ -123,6 +124,8 @@ class Scheduler(Generic[LaunchedT]):
         self._turn_log = TurnLog()
         self._agree_wait_s = 0.0
         self._forward_wait_s = 0.0
+        # The longest step so far, from its launch until its result was there.
+        self._max_step_s = 0.0
         self._handlers: dict[type, Callable[..., None]] = {
             TokenizedGenerateReqInput: self._on_generate,
             DispatchNotice: self._on_notice,
@@ -230,7 +233,7 @@ class Scheduler(Generic[LaunchedT]):
             peer.send(batch)
         before, self._before = self._before + plan.before, []
         began, waited, ring_waited = time.perf_counter(), self._clock.seconds, self._ring_wait_s
-        self._in_flight.append(InFlight(plan, before, batch, self._runner.launch(batch)))
+        self._in_flight.append(InFlight(plan, before, batch, self._runner.launch(batch), began))
         self._forward_wait_s = self._clock.seconds - waited
         self._turn_log.add(Cause.RING_FULL, self._ring_wait_s - ring_waited)
         own = time.perf_counter() - began - self._forward_wait_s
@@ -245,6 +248,7 @@ class Scheduler(Generic[LaunchedT]):
         while len(self._in_flight) > depth:
             step = self._in_flight.popleft()
             result = self._runner.result(step.launched)
+            self._max_step_s = max(self._max_step_s, time.perf_counter() - step.began)
             committed = self.committer.commit(step.plan.planned, result)
             ring_seq = step.batch.step if self._config.enable_return_routed_experts else -1
             self._record(step.before, committed, ring_seq, self._place.first_row(step.batch.num_rows))
@@ -273,6 +277,7 @@ class Scheduler(Generic[LaunchedT]):
         self._record(before, Committed([], [], finished))
 
     def _record(self, before: list[BeforeEvent], committed: Committed, ring_seq: int = -1, first_row: int = 0) -> None:
+        waited = self._endpoints.records.wait_s
         self._endpoints.records.send(
             StepRecord(
                 dp_rank=self._place.dp_rank,
@@ -286,6 +291,8 @@ class Scheduler(Generic[LaunchedT]):
                 after=committed.finished,
             )
         )
+        if self._endpoints.records.wait_s > waited:
+            self._turn_log.add(Cause.RING_FULL, self._endpoints.records.wait_s - waited)
         self._num_records += 1
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -344,4 +351,7 @@ class Scheduler(Generic[LaunchedT]):
             "routing_ring_occupied": 0 if self._ring is None else self._ring.num_occupied,
             "routing_ring_waits": 0 if self._ring is None else self._ring.num_waits,
             "routing_ring_wait_s": 0.0 if self._ring is None else self._ring.wait_s,
+            "record_waits": self._endpoints.records.num_waits,
+            "record_wait_s": self._endpoints.records.wait_s,
+            "max_step_s": self._max_step_s,
         }

@@ -5,8 +5,8 @@ It receives what the filing thread has cut out already, and never touches the le
 
 from __future__ import annotations
 
+import logging
 import queue
-import threading
 from dataclasses import dataclass, field
 
 import msgspec
@@ -26,6 +26,9 @@ from .routing.ring import RouteGeometry
 from .routing.wire import RoutedExperts, encode
 from .sockets import Sender
 from .token_decoder import TokenDecoder
+from .vital import start_vital_thread
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class _Parcel:
     """What has piled up for one request since its last output."""
 
     started: ReqStarted
-    detokenizer: Detokenizer
+    # None: making its output has failed, and its caller was told; what comes until the engine has finished it is dropped.
+    detokenizer: Detokenizer | None
     num_output: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -97,13 +101,15 @@ class Shipper:
         self.geometry: RouteGeometry | None = None
         self.num_rows_shipped = 0
         self.num_bytes_shipped = 0
+        # Requests whose text or rows could not be made.
+        self.num_failed = 0
 
     def submit(self, order: ShipmentOrder) -> None:
         """Called by the filing thread; never blocks."""
         self._orders.put(order)
 
     def start(self) -> None:
-        threading.Thread(target=self.run, name="shipper", daemon=True).start()
+        start_vital_thread(self.run, "shipper")
 
     def run(self) -> None:
         while True:
@@ -111,26 +117,26 @@ class Shipper:
 
     def ship(self, order: ShipmentOrder) -> None:
         """Detokenise, encode and send one step's outputs as one message."""
-        for started in order.started:
-            self._parcels[started.rid] = _Parcel(started, self._make_detokenizer(started))
         outputs: list[RequestOutput] = []
         frames: list[memoryview] = []
+        for started in order.started:
+            self._start(order, started, outputs)
         for progress in order.progress:
             parcel = self._parcels[progress.rid]
-            if progress.output is not None:
-                parcel.add(progress.output)
-            if progress.finish_reason is None and not (parcel.started.stream and parcel.token_ids):
-                continue
-            output = self._make_output(order, progress, parcel)
-            if progress.routes is not None:
-                output, frame = self._attach_routes(output, progress.routes, parcel.started)
-                frames += frame
-            outputs.append(output)
-            parcel.clear()
+            if parcel.detokenizer is not None:
+                self._add_output(order, progress, parcel, parcel.detokenizer, outputs, frames)
             if progress.finish_reason is not None:
                 del self._parcels[progress.rid]
         if outputs:
             self._sender.send(OutputBatch(outputs), frames)
+
+    def _start(self, order: ShipmentOrder, started: ReqStarted, outputs: list[RequestOutput]) -> None:
+        parcel = self._parcels[started.rid] = _Parcel(started, None)
+        try:
+            parcel.detokenizer = self._make_detokenizer(started)
+        except Exception as error:
+            # See `_add_output`.
+            outputs.append(self._fail(order, Progress(started.rid), parcel, error))
 
     def _make_detokenizer(self, started: ReqStarted) -> Detokenizer:
         return Detokenizer(
@@ -140,9 +146,57 @@ class Shipper:
             stop=started.stop,
         )
 
+    def _add_output(
+        self,
+        order: ShipmentOrder,
+        progress: Progress,
+        parcel: _Parcel,
+        detokenizer: Detokenizer,
+        outputs: list[RequestOutput],
+        frames: list[memoryview],
+    ) -> None:
+        """What there is to send of one request. Text and rows are made by libraries, of what a model happened to sample: if
+        that fails it fails this request, whose caller is told, and no other."""
+        if progress.output is not None:
+            parcel.add(progress.output)
+        if progress.finish_reason is None and not (parcel.started.stream and parcel.token_ids):
+            return
+        frame: list[memoryview] = []
+        try:
+            output = self._make_output(order, progress, parcel, detokenizer)
+            if progress.routes is not None:
+                output, frame = self._attach_routes(output, progress.routes, parcel.started)
+        except Exception as error:
+            # Of any type: `tokenizers` raises no narrower one.
+            output = self._fail(order, progress, parcel, error)
+        outputs.append(output)
+        frames += frame
+        parcel.clear()
+
+    def _fail(self, order: ShipmentOrder, progress: Progress, parcel: _Parcel, error: Exception) -> RequestOutput:
+        """The last output of a request: why there is no more. The engine may still run it."""
+        logger.error("%s: its output could not be made", progress.rid, exc_info=error)
+        self.num_failed += 1
+        parcel.detokenizer = None
+        return RequestOutput(
+            rid=progress.rid,
+            text="",
+            token_ids=[],
+            prompt_tokens=parcel.started.num_prompt_tokens,
+            completion_tokens=parcel.num_output,
+            cached_tokens=progress.cached_tokens,
+            num_retractions=progress.num_retractions,
+            weight_version=order.weight_version,
+            dp_rank=order.dp_rank,
+            finish_reason=FinishReason.failed(f"the output of this request could not be made: {error}"),
+            is_at_engine=progress.finish_reason is None,
+        )
+
     @staticmethod
-    def _make_output(order: ShipmentOrder, progress: Progress, parcel: _Parcel) -> RequestOutput:
-        detokenizer, reason = parcel.detokenizer, progress.finish_reason
+    def _make_output(
+        order: ShipmentOrder, progress: Progress, parcel: _Parcel, detokenizer: Detokenizer
+    ) -> RequestOutput:
+        reason = progress.finish_reason
         text = detokenizer.push(parcel.token_ids) if reason is None else detokenizer.finish(parcel.token_ids, reason)
         return RequestOutput(
             rid=progress.rid,

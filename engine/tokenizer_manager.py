@@ -58,6 +58,8 @@ READY_OP = "ready"
 # A request whose caller leaves so many outputs unread is aborted.
 MAX_UNREAD_OUTPUTS = 8192
 UNREAD_CHECK = 1024
+# Claims fetched at once.
+MAX_FETCHES = 16
 
 
 class EngineDeadError(RuntimeError):
@@ -76,7 +78,11 @@ Event = tuple[RequestOutput, RoutedExperts | None] | BaseException
 
 
 class TokenizerManager:
-    """Sends requests to the engine and gives every caller its own answer back."""
+    """Sends requests to the engine and gives every caller its own answer back.
+
+    `on_failure` is told when a task that receives has failed: all callers have an error by then, `not_ready` says why, and
+    nothing comes back any more, so that whoever owns the process is to end the engine.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class TokenizerManager:
         frontend: Endpoint | str,
         queries: Sequence[Endpoint | str],
         observer: RequestObserver | None = None,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
         self.text = TextCodec(tokenizer)
@@ -99,6 +106,8 @@ class TokenizerManager:
         self._inbox: AsyncReceiver[BackendMessage] = AsyncReceiver(self._context, frontend, BackendMessage)
         # One for each output processor.
         self._queries = [open_socket(self._context, zmq.DEALER, where, bind=False) for where in queries]
+        # Rows on their way from there to here: few at once, so that they never wait for each other in a socket's queue.
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
         # Where claims of this node are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
         self.queries_endpoint = queries[0] if isinstance(queries[0], str) else queries[0].address
         self._events: dict[str, asyncio.Queue[Event]] = {}
@@ -111,6 +120,7 @@ class TokenizerManager:
         self.controls = EngineControls(config, self._link, self._replies, self._gate, self._dp_router)
         self._death: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._on_failure = on_failure
         self.facts: dict[str, int | float | str] = {}
         self.limits: EngineLimits | None = None
 
@@ -129,6 +139,8 @@ class TokenizerManager:
             asyncio.create_task(self._receive_outputs(), name="receive outputs"),
             *(asyncio.create_task(self._receive_replies(socket), name="receive replies") for socket in self._queries),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
         reply = await asyncio.wait_for(ready, timeout_s)
         if not reply.success:
             raise EngineStartError(reply.message)
@@ -141,6 +153,16 @@ class TokenizerManager:
             has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
         )
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            # By `close`.
+            return
+        reason = f"the frontend's task {task.get_name()!r} has failed: {task.exception()!r}"
+        logger.critical(reason, exc_info=task.exception())
+        self.fail_all(reason)
+        if self._on_failure is not None:
+            self._on_failure(reason)
 
     def fail_all(self, reason: str) -> None:
         """The engine is gone: every waiting caller gets an error now, later ones at once."""
@@ -379,7 +401,8 @@ class TokenizerManager:
             ValueError: what arrived is damaged.
         """
         processor = processor_of(claim, len(self._queries))
-        reply, frames = await self._query(processor, lambda op_id: FetchClaimReq(op_id, claim))
+        async with self._fetches:
+            reply, frames = await self._query(processor, lambda op_id: FetchClaimReq(op_id, claim))
         assert not isinstance(reply, CountersReply)
         if reply.meta is None:
             raise ClaimError(reply.error)
@@ -410,21 +433,41 @@ class TokenizerManager:
             self._replies.resolve(reply.op_id, (reply, frames))
 
     def _deliver(self, batch: OutputBatch, frames: list[memoryview]) -> None:
-        """Pass each output on, with its rows verified; a request that was given up meanwhile is dropped."""
+        """Pass each output on, with its rows verified; a request that was given up meanwhile is dropped.
+
+        Raises:
+            ValueError: the message does not have a frame for each output with rows; whose rows they are cannot be told.
+        """
+        have_rows = [
+            output.routed_experts is not None and output.routed_experts_claim is None for output in batch.outputs
+        ]
+        if sum(have_rows) != len(frames):
+            raise ValueError(f"{len(frames)} frames of rows came for {sum(have_rows)} outputs with rows")
         remaining = iter(frames)
-        for output in batch.outputs:
-            routed: RoutedExperts | None = None
-            event: Event
-            try:
-                if output.routed_experts is not None and output.routed_experts_claim is None:
-                    routed = decode(output.routed_experts, next(remaining))
-                event = (output, routed)
-            except ValueError as error:
-                logger.error("%s: %s", output.rid, error)
-                event = (msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None)
+        for output, has_rows in zip(batch.outputs, have_rows, strict=True):
+            event = self._verified(output, next(remaining)) if has_rows else (output, None)
             if output.finish_reason is not None:
-                self._dp_router.release(self._at_engine.pop(output.rid))
+                self._on_finish(output)
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)
                 self._limit_unread(queue)
+
+    @staticmethod
+    def _verified(output: RequestOutput, frame: memoryview) -> Event:
+        assert output.routed_experts is not None
+        try:
+            return output, decode(output.routed_experts, frame)
+        except ValueError as error:
+            logger.error("%s: %s", output.rid, error)
+            return msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None
+
+    def _on_finish(self, output: RequestOutput) -> None:
+        dp_rank = self._at_engine.pop(output.rid, None)
+        if dp_rank is None:
+            # Every request is at the engine until its one finish is told.
+            logger.error("%s: an end was told of a request that is not at the engine", output.rid)
+            return
+        self._dp_router.release(dp_rank)
+        if output.is_at_engine:
+            self._abort_exactly(output.rid)

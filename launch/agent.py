@@ -1,7 +1,8 @@
 """torchrun's agent for this node, as Waybill uses it: `python -m waybill.launch.agent RUN_DIR` takes torchrun's arguments.
 
 It knows our rendezvous by its name, holds the lifeline of the node's ranks, ends by a signal without a traceback, and
-removes the folder of the run however the run ends.
+removes the folder of the run however the run ends. And it beats: stopped, it would not notice that its ranks end. Where no
+program calls, it makes the table in which all processes of the node beat.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main as torchrun
 
+from ..engine.heartbeat import Heartbeat
+from ..engine.heartbeat_table import PATH_VARIABLE, HeartbeatTable
 from ..engine.lifeline import Lifeline, watch_lifeline
+from ..engine.vital import start_vital_thread
 from .rendezvous import register
 from .run_dir import agent_lifeline, caller_lifeline, remove_run_dir
 
@@ -33,6 +36,7 @@ def main() -> int:
 def run_agent(run_dir: str, arguments: list[str]) -> int:
     """The shell's status for an end by signal, or torchrun's own."""
     watch_signals(run_dir)
+    start_heartbeat()
     register()
     # torch makes this one when parts of it are imported, by default in the temporary folder and for good.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{run_dir}/torchinductor")
@@ -47,6 +51,16 @@ def run_agent(run_dir: str, arguments: list[str]) -> int:
             signal.signal(number, signal.SIG_IGN)
         remove_run_dir(run_dir)
     return 0
+
+
+def start_heartbeat() -> None:
+    """In the table of whoever started this process, or a new one."""
+    # Ctrl-Z would stop the agent alone, since the ranks are in sessions of their own.
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    path = os.environ.get(PATH_VARIABLE)
+    table = HeartbeatTable.create() if path is None else HeartbeatTable.attach(path)
+    os.environ.setdefault(PATH_VARIABLE, table.path)
+    Heartbeat(table, "torchrun's agent", timeout_s=None)
 
 
 def watch_signals(run_dir: str) -> None:
@@ -65,7 +79,7 @@ def watch_signals(run_dir: str) -> None:
                 remove_run_dir(run_dir)
                 os._exit(SIGNAL_EXIT_BASE + number)
 
-    threading.Thread(target=watch, name="signals", daemon=True).start()
+    start_vital_thread(watch, "signals")
 
 
 def leave_to_watcher(number: int, frame: FrameType | None) -> None:

@@ -250,6 +250,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="one for the engine, or one on each node",
     )
     parser.add_argument(
+        "--heartbeat-timeout",
+        type=float,
+        default=defaults.heartbeat_timeout_s,
+        help="seconds after which a stopped process is killed and the run ends",
+    )
+    parser.add_argument(
         "--log-level", default=defaults.log_level, choices=("debug", "info", "warning", "error"), help="what is logged"
     )
 
@@ -274,6 +280,7 @@ def engine_config(options: argparse.Namespace, *, routing: bool) -> EngineConfig
         overlap_depth=options.overlap_depth,
         routing_ring_slots=options.routing_ring_slots,
         output_processors=options.output_processors,
+        heartbeat_timeout_s=options.heartbeat_timeout,
         log_level=options.log_level,
         enable_return_routed_experts=routing,
         **{name: getattr(options, flag) for name, flag in SERVE_ENGINE_OPTIONS.items() if hasattr(options, flag)},

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import logging
 import queue
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,10 @@ from ..engine.generate_request import GenerateReqInput, parse_generate_request
 from ..engine.io_struct import ControlReply, WeightOptions
 from ..engine.routing.wire import RoutedExperts
 from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.vital import start_vital_thread
 from .supervisor import EngineProcess
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -51,9 +54,10 @@ class Engine:
         if not (Path(config.model_path) / "config.json").is_file():
             raise ValueError(f"model_path={model_path!r}: must be a folder with a config.json (Hugging Face format)")
         self._closed = False
+        # Why the processes ended, where they did so before there was somebody to tell.
+        self._death: str | None = None
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="waybill engine", daemon=True)
-        self._thread.start()
+        self._thread = start_vital_thread(self._run_loop, "waybill engine", self._on_exit)
         self._processes = EngineProcess(config, on_exit=self._on_exit)
         atexit.register(self.shutdown)
         try:
@@ -76,13 +80,17 @@ class Engine:
 
     async def _connect(self, config: EngineConfig) -> TokenizerManager:
         addresses = self._processes.addresses
-        return TokenizerManager(
+        manager = TokenizerManager(
             config,
             load_tokenizer(config.tokenizer_path or config.model_path),
             leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
+            on_failure=self._on_failure,
         )
+        if self._death is not None:
+            manager.fail_all(self._death)
+        return manager
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -354,10 +362,28 @@ class Engine:
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._submit(coroutine).result()
 
+    def _run_loop(self) -> None:
+        """Whatever ends the loop before its time, such as a `SystemExit` in a callback, ends the engine; the loop goes on
+        to tell those who wait."""
+        while True:
+            try:
+                self._loop.run_forever()
+                return
+            except BaseException as error:
+                logger.critical("the engine's event loop was left", exc_info=error)
+                reason = f"the engine's event loop was left: {error!r}"
+                self._on_exit(reason)
+                self._on_failure(reason)
+
+    def _on_failure(self, reason: str) -> None:
+        """The frontend's half cannot go on, and callers were told: end the other half, which takes a moment."""
+        start_vital_thread(self._processes.terminate, "end engine", lambda _: None)
+
     def _on_exit(self, message: str) -> None:
         """The processes ended by themselves: whoever waits is told."""
 
         def fail() -> None:
+            self._death = message
             if hasattr(self, "_manager"):
                 self._manager.fail_all(message)
 

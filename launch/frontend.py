@@ -25,8 +25,10 @@ from ..engine.detokenizer import load_tokenizer
 from ..engine.entrypoints.http_server import make_app
 from ..engine.entrypoints.json_log import log_json_lines
 from ..engine.entrypoints.service_metrics import ServiceMetrics
+from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.lifeline import watch_lifeline
-from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
+from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.vital import EXIT_PART_FAILED, end_process
 from .args import ServeCommand
 from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct
 from .topology import Addresses
@@ -63,6 +65,7 @@ class Frontend:
             frontend=addresses.frontend,
             queries=addresses.queries,
             observer=metrics,
+            on_failure=self._on_failure,
         )
         app = make_app(
             self._manager,
@@ -96,16 +99,21 @@ class Frontend:
             return EXIT_STOPPED
         try:
             starting.result()
-        except (EngineStartError, TimeoutError) as error:
+        except (EngineStartError, EngineDeadError, TimeoutError) as error:
             print(f"waybill: {error}", file=sys.stderr, flush=True)
             self._server.should_exit = True
             await serving
-            return EXIT_NO_ENGINE
+            return EXIT_PART_FAILED if isinstance(error, EngineDeadError) else EXIT_NO_ENGINE
         print(f"waybill is ready: {url_of(listener)}", flush=True)
         await serving
         await self._manager.stop_engine()
         self._manager.close()
         return 0
+
+    def _on_failure(self, reason: str) -> None:
+        """The engine cannot be heard any more: callers get their errors, later ones 503, and then this process ends, and
+        with it the run."""
+        asyncio.get_running_loop().call_later(ABORT_GRACE_S, end_process, reason)
 
     def _stop(self) -> None:
         """The first signal asks, the second insists."""
@@ -150,6 +158,7 @@ def main() -> int:
     config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
     options = read_struct(run_dir, SERVE_OPTIONS, ServeCommand)
     log_json_lines(config.log_level)
+    Heartbeat(table_of_this_run(), "frontend", config.heartbeat_timeout_s)
     try:
         listener = listen(options)
     except OSError as error:

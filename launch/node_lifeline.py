@@ -1,22 +1,36 @@
 """Death across nodes: every rank holds a TCP connection to rank 0, and who sees one end without a farewell ends, too.
 
 It is the FIFO of `engine/lifeline.py` between hosts: whatever kills a process closes its connections; a host that is gone
-without a word is noticed by TCP's keep-alive, within some seconds. Only who says the run's token is listened to, so that
-strangers who connect and leave end nothing. No data is carried.
+without a word is noticed by TCP's keep-alive, within some seconds. It is the heartbeat between hosts, too: both ends beat,
+and a node on which everything is stopped is noticed after `timeout_s` of the other end's own ticks (see
+`engine/heartbeat.py`). Only who says the run's token is listened to, so that strangers who connect and leave end nothing.
+No data is carried.
 """
 
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import selectors
 import socket
-import threading
+import time
 from collections.abc import Callable
 
+from ..engine.heartbeat import StandstillWatch
 from ..engine.lifeline import EXIT_ORPHANED
+from ..engine.vital import start_vital_thread
 
+logger = logging.getLogger(__name__)
+
+BEAT = b"+"
 FAREWELL = b"."
+TICK_S = 1.0
+# Several beats may have come since the last look.
+READ_BYTES = 4096
+# Who connects and does not say the token: so many at most, for so many ticks.
+MAX_STRANGERS = 64
+TICKS_OF_A_STRANGER = 10
 CONNECT_TIMEOUT_S = 60.0
 # After so many silent seconds the kernel asks, this often, and gives up after so many questions.
 KEEPALIVE_IDLE_S = 2
@@ -27,13 +41,21 @@ KEEPALIVE_PROBES = 4
 class NodeLifeline:
     """One rank's end. `on_death` is called before the process ends, in either case by a thread of this class."""
 
-    def __init__(self, token: bytes, on_death: Callable[[], None]) -> None:
+    def __init__(self, token: bytes, on_death: Callable[[], None], timeout_s: float) -> None:
         self._token = token
         self._on_death = on_death
+        self._timeout_s = timeout_s
         self._selector = selectors.DefaultSelector()
-        # Connections whose peer has said the token, and what the others have said so far.
+        # Connections whose peer has said the token, and those of them that have not said farewell: by file descriptor, with
+        # the number of beats heard.
         self._members: set[socket.socket] = set()
+        self._beats: dict[int, int] = {}
+        self._watch = StandstillWatch(int(timeout_s / TICK_S))
+        # What the others have said so far, oldest first, and the tick at which they came.
         self._strangers: dict[socket.socket, bytes] = {}
+        self._came_at: dict[socket.socket, int] = {}
+        self._num_ticks = 0
+        self._is_leaving = False
 
     def serve(self, listener: socket.socket) -> None:
         """Rank 0: take the others in."""
@@ -51,37 +73,67 @@ class NodeLifeline:
 
     def farewell(self) -> None:
         """The run is over: what ends from now on ends in order."""
+        self._is_leaving = True
         for connection in list(self._members):
-            try:
-                connection.send(FAREWELL)
-            except OSError:
-                # It has left before.
-                continue
+            send_to(connection, FAREWELL)
 
     def _start(self) -> None:
-        threading.Thread(target=self._watch, name="node lifeline", daemon=True).start()
+        start_vital_thread(self._run, "node lifeline")
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
+        next_tick = time.monotonic()
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 assert isinstance(key.fileobj, socket.socket)
                 key.data(key.fileobj)
+            if time.monotonic() >= next_tick:
+                # Not later by what a sleep of the whole machine took.
+                next_tick = time.monotonic() + TICK_S
+                self._tick()
+
+    def _tick(self) -> None:
+        self._num_ticks += 1
+        for connection in list(self._members):
+            send_to(connection, BEAT)
+        if self._watch.tick(self._beats) and not self._is_leaving:
+            logger.error("a rank of another node has not run for %g s (heartbeat_timeout_s)", self._timeout_s)
+            self._die()
+        for connection, came_at in list(self._came_at.items()):
+            if self._num_ticks - came_at > TICKS_OF_A_STRANGER:
+                self._drop_stranger(connection)
 
     def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:
+            # It has left again, or this process may not open more files: nobody's end.
+            logger.warning("a connection to the lifeline was not taken: %s", error)
+            return
         keep_alive(connection)
         connection.setblocking(False)
         self._strangers[connection] = b""
+        self._came_at[connection] = self._num_ticks
         self._selector.register(connection, selectors.EVENT_READ, self._hear_stranger)
+        if len(self._strangers) > MAX_STRANGERS:
+            self._drop_stranger(next(iter(self._came_at)))
+
+    def _drop_stranger(self, connection: socket.socket) -> None:
+        self._forget_stranger(connection)
+        connection.close()
+
+    def _forget_stranger(self, connection: socket.socket) -> None:
+        self._strangers.pop(connection)
+        self._came_at.pop(connection)
+        self._selector.unregister(connection)
 
     def _hear_stranger(self, connection: socket.socket) -> None:
-        said = self._strangers.pop(connection)
+        said = self._strangers[connection]
         part = receive(connection, len(self._token) - len(said))
         said += part
         if part and len(said) < len(self._token):
             self._strangers[connection] = said
             return
-        self._selector.unregister(connection)
+        self._forget_stranger(connection)
         if hmac.compare_digest(said, self._token):
             self._add_member(connection)
         else:
@@ -90,15 +142,36 @@ class NodeLifeline:
     def _add_member(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._members.add(connection)
+        self._beats[connection.fileno()] = 0
         self._selector.register(connection, selectors.EVENT_READ, self._hear_member)
 
     def _hear_member(self, connection: socket.socket) -> None:
-        if receive(connection, 1) == FAREWELL:
+        said = receive(connection, READ_BYTES)
+        if FAREWELL in said:
             # It stays open: this process may have to say farewell, too.
             self._selector.unregister(connection)
+            del self._beats[connection.fileno()]
+        elif said:
+            self._beats[connection.fileno()] += len(said)
+        else:
+            self._selector.unregister(connection)
+            del self._beats[connection.fileno()]
+            self._die()
+
+    def _die(self) -> None:
+        if self._is_leaving:
+            # In order, as the others are; a farewell may have been lost with a connection that still carried beats.
             return
         self._on_death()
         os._exit(EXIT_ORPHANED)
+
+
+def send_to(connection: socket.socket, word: bytes) -> None:
+    """To a peer that reads; one that does not, or has left, is noticed otherwise."""
+    try:
+        connection.send(word)
+    except OSError:
+        return
 
 
 def receive(connection: socket.socket, num_bytes: int) -> bytes:

@@ -29,6 +29,7 @@ from ..engine.chat_template import ChatTemplate, load_chat_template
 from ..engine.config import EngineConfig
 from ..engine.detokenizer import load_tokenizer
 from ..engine.generate_request import parse_generate_request
+from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.lifeline import watch_lifeline
 from ..engine.routing.wire import stitch
 from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
@@ -283,6 +284,7 @@ def main() -> int:
     watch_lifeline(addresses.lifeline)
     config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
     options = read_struct(run_dir, ROLLOUT_OPTIONS, RolloutCommand)
+    Heartbeat(table_of_this_run(), "frontend", config.heartbeat_timeout_s)
     return asyncio.run(hold_rollout(addresses, config, options))
 
 

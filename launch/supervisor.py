@@ -6,15 +6,17 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..engine.config import EngineConfig
+from ..engine.heartbeat import Heartbeat
+from ..engine.heartbeat_table import PATH_VARIABLE, HeartbeatTable
 from ..engine.lifeline import Lifeline
 from ..engine.output_processor_config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
 from ..engine.sockets import Endpoint
+from ..engine.vital import start_vital_thread
 from .node_options import RENDEZVOUS_BACKEND, NodeOptions
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, RunDir, caller_lifeline, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
@@ -54,6 +56,7 @@ class NodeChildren:
             claim_prefix=claim_prefix(node, self._layout.num_processors),
             claim_budget_bytes=config.claim_budget_bytes,
             claim_ttl_s=config.claim_ttl_s,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
             log_level=config.log_level,
         )
         file = write_struct(addresses.run_dir, OUTPUT_PROCESSOR_CONFIG, processor)
@@ -68,7 +71,7 @@ class NodeChildren:
         for fd in fds:
             os.close(fd)
         self._children[name] = child
-        threading.Thread(target=self._watch, args=(name, child), name=f"watch {name}", daemon=True).start()
+        start_vital_thread(lambda: self._watch(name, child), f"watch {name}")
 
     def _watch(self, name: str, child: subprocess.Popen[bytes]) -> None:
         code = child.wait()
@@ -129,7 +132,8 @@ class EngineProcess:
         # Held open: who notices the end first removes the folder, and what the ranks said last must outlive it.
         self._log = (Path(self.run_dir) / "engine.log").open("w+b")
         write_struct(self.run_dir, ENGINE_CONFIG, config)
-        environment = dict(os.environ)
+        self._heartbeats = HeartbeatTable.create()
+        environment = dict(os.environ) | {PATH_VARIABLE: self._heartbeats.path}
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, config.world_size)))
         self._agent = subprocess.Popen(
             agent_command(config.world_size, self.run_dir),
@@ -140,7 +144,14 @@ class EngineProcess:
             # An interrupt at the terminal is for the caller; the ranks follow when it ends.
             start_new_session=True,
         )
-        threading.Thread(target=self._watch, name="watch engine", daemon=True).start()
+        start_vital_thread(self._watch, "watch engine", self._fail)
+        # Only an eye on the others: a user may stop his program for as long as he likes.
+        self._heartbeat = Heartbeat(self._heartbeats, None, config.heartbeat_timeout_s, on_failure=self._fail)
+
+    def _fail(self, reason: str) -> None:
+        """A thread that watches the engine has failed: end it, since nobody would notice any more if it ended."""
+        self._agent.kill()
+        self._on_exit(reason)
 
     def _watch(self) -> None:
         code = self._agent.wait()
@@ -168,8 +179,10 @@ class EngineProcess:
     def terminate(self) -> None:
         """End everything and remove the run's folder."""
         self._ending = True
+        self._heartbeat.stop_watching()
         self._lifeline.cut()
         end_process(self._agent)
+        self._heartbeats.close()
         self._log.close()
         self._folder.remove()
 

@@ -23,8 +23,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..engine.config import EngineConfig
+from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.io_struct import BackendMessage, ControlReply
-from ..engine.lifeline import watch_lifeline
+from ..engine.lifeline import EXIT_ORPHANED, watch_lifeline
 from ..engine.replica import ReplicaEndpoints, run_replica
 from ..engine.sockets import Sender
 from ..parallel.collective_sockets import check_whose_connections, listening_sockets, take_in_nobody_else
@@ -67,6 +68,7 @@ def main() -> int:
     if command.config is None:
         watch_lifeline(caller_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
     config = command.config or read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
+    heartbeat = start_heartbeat(config, run_dir)
     store, rank, world_size = open_store(run_dir, world)
     logging.basicConfig(level=config.log_level.upper(), format=f"%(levelname)s rank {rank} %(message)s")
     if world_size != config.world_size:
@@ -76,6 +78,7 @@ def main() -> int:
     children = start_children(command, config, node) if world.local_rank == 0 else None
     try:
         run_rank(config, node, store, rank)
+        heartbeat.leave()
     except ValueError as error:
         # A mistake of the user's: said in one line, to whoever waits for the engine.
         report_failure(addresses, str(error))
@@ -86,6 +89,18 @@ def main() -> int:
             code = children.wait(FRONTEND) if waits else 0
             children.stop()
     return code if children is not None else 0
+
+
+def start_heartbeat(config: EngineConfig, run_dir: str) -> Heartbeat:
+    """This rank's. Where another rank of the node ends before its time, this one does not wait to be told by the agent,
+    whose SIGTERM a server's ranks ignore."""
+
+    def on_lost(name: str) -> None:
+        remove_run_dir(run_dir)
+        os._exit(EXIT_ORPHANED)
+
+    name = f"rank {os.environ['RANK']}"
+    return Heartbeat(table_of_this_run(), name, config.heartbeat_timeout_s, is_rank=True, on_lost=on_lost)
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,7 @@ def meet(command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, sto
     node_address = command.nodes.node_address or node_address_towards(host, port)
     use_interface_of(node_address)
     secrets = share_secrets(store, rank, run_secret())
-    lifeline = NodeLifeline(secrets.token, lambda: remove_run_dir(run_dir))
+    lifeline = NodeLifeline(secrets.token, lambda: remove_run_dir(run_dir), config.heartbeat_timeout_s)
     share_lifeline(store, lifeline, rank, node_address)
     addresses = exchange_addresses(store, layout, rank, run_dir, node_address, secrets.keys)
     return Node(world.node, layout, addresses, lifeline)

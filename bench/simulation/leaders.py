@@ -15,10 +15,11 @@ import zmq
 
 from waybill.engine.agreement import Agreement, from_rows, to_row
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import BackendMessage, FrontendMessage, OutputRecord, RingGeometry, RoutingSetup
+from waybill.engine.io_struct import BackendMessage, FrontendMessage, RingGeometry, RoutingSetup
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.page_manager import PageManager
+from waybill.engine.record_line import RecordLine
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
@@ -141,7 +142,8 @@ class Leaders:
 
     def _build(self, context: zmq.Context[Any], dp_rank: int, rule: Rule) -> Leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, self._inbox(dp_rank), FrontendMessage)
-        records: Sender[OutputRecord] = Sender(context, RECORDS)
+        # The simulation reads when it likes, on this thread.
+        records = RecordLine(context, RECORDS, max_queued=0)
         frontend: Sender[BackendMessage] = Sender(context, FRONTEND)
         self.shape = RingGeometry(
             RING_SLOTS,

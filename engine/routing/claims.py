@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 from .wire import RoutedExperts
 
+# What an entry costs beside its rows: Python objects, the envelope, and each run of positions with one weight version.
+ENTRY_BYTES = 4096
+RUN_BYTES = 256
+# A claim is much shorter; what is longer is none.
+MAX_CLAIM_CHARS = 128
+
 
 class ClaimError(ValueError):
     """There is nothing behind a claim; the message says why."""
@@ -18,11 +24,13 @@ class ClaimError(ValueError):
 @dataclass(frozen=True)
 class _Entry:
     routed: RoutedExperts
+    num_bytes: int
     expires_at: float
 
 
 class ClaimStore:
-    """Rows by claim, each kept for `ttl_s`, oldest dropped first when all together exceed `budget_bytes`."""
+    """Rows by claim, each kept for `ttl_s`, oldest dropped first when all together exceed `budget_bytes`. Every claim costs
+    at least `ENTRY_BYTES` of it, so their number is bounded, too."""
 
     def __init__(self, budget_bytes: int, ttl_s: float, clock: Callable[[], float], prefix: str = "") -> None:
         self._prefix = prefix
@@ -39,15 +47,16 @@ class ClaimStore:
         Raises:
             ClaimError: they alone exceed the budget.
         """
-        if routed.rows.nbytes > self._budget_bytes:
-            raise ClaimError(f"{routed.rows.nbytes} bytes of routes exceed claim_budget_bytes={self._budget_bytes}")
+        num_bytes = routed.rows.nbytes + ENTRY_BYTES + RUN_BYTES * len(routed.meta.weight_versions)
+        if num_bytes > self._budget_bytes:
+            raise ClaimError(f"{num_bytes} bytes of routes exceed claim_budget_bytes={self._budget_bytes}")
         claim = self._prefix + secrets.token_hex(16)
         with self._lock:
             self._expire()
-            while self._num_bytes + routed.rows.nbytes > self._budget_bytes:
+            while self._num_bytes + num_bytes > self._budget_bytes:
                 self._drop_oldest()
-            self._entries[claim] = _Entry(routed, self._clock() + self._ttl_s)
-            self._num_bytes += routed.rows.nbytes
+            self._entries[claim] = _Entry(routed, num_bytes, self._clock() + self._ttl_s)
+            self._num_bytes += num_bytes
         return claim
 
     def get(self, claim: str) -> RoutedExperts:
@@ -69,7 +78,7 @@ class ClaimStore:
 
     def _drop_oldest(self) -> None:
         _, entry = self._entries.popitem(last=False)
-        self._num_bytes -= entry.routed.rows.nbytes
+        self._num_bytes -= entry.num_bytes
 
 
 def claim_prefix(processor: int, num_processors: int) -> str:
@@ -83,6 +92,10 @@ def processor_of(claim: str, num_processors: int) -> int:
     Raises:
         ClaimError: none of them did.
     """
+    if len(claim) > MAX_CLAIM_CHARS:
+        raise ClaimError(
+            f"claim {claim[:MAX_CLAIM_CHARS]!r}... is unknown: a claim has at most {MAX_CLAIM_CHARS} characters"
+        )
     if num_processors == 1:
         return 0
     number = claim.partition(".")[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
 from ...parallel.mesh import ParallelMesh
 from ..io_struct import InitWeightsGroupReq
+from ..vital import start_vital_thread
 from .update_group import UpdateGroup, check_backend
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class GroupRegistry:
         """Join in the background; `done` hears there why it failed, or None."""
         self._pending.add(op.group_name)
         self._serials[op.group_name] = self.serial(op.group_name) + 1
-        threading.Thread(target=self._join, args=(op, done), name=f"join {op.group_name}", daemon=True).start()
+        start_vital_thread(lambda: self._join(op, done), f"join {op.group_name}")
 
     def _join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
         error = None

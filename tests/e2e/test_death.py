@@ -1,4 +1,4 @@
-"""Whatever dies while requests run: every caller gets an error soon, and nothing is left behind."""
+"""Whatever dies or is stopped while requests run: every caller gets an error soon, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
-from support.server_process import ROOT
+import zmq
+from support.server_process import ROOT, ServerProcess
 
 from waybill import Engine, EngineDeadError
 from waybill.launch.run_dir import RunDir
 
 DEADLINE_S = 10.0
 START_S = 120.0
+# A process that was stopped is noticed after so long, and all have ended some seconds later.
+HEARTBEAT_S = 4.0
+STOPPED_DEADLINE_S = 40.0
 ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
 
 
@@ -92,10 +97,27 @@ def ranks_of(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
     }
 
 
+def process_of(processes: list[psutil.Process], name: str) -> psutil.Process:
+    if name == "output processor":
+        return find(processes, "waybill.engine.output_processor")
+    if name == "agent":
+        return find(processes, "waybill.launch.agent")
+    return ranks_of(processes)[int(name[-1])]
+
+
 @pytest.mark.parametrize(
-    ("victim", "dp_size"), [("rank 0", 1), ("rank 1", 1), ("output processor", 1), ("rank 0", 2), ("rank 1", 2)]
+    ("victim", "dp_size", "how"),
+    [
+        ("rank 0", 1, signal.SIGKILL),
+        ("rank 1", 1, signal.SIGSTOP),
+        ("output processor", 1, signal.SIGSTOP),
+        ("agent", 1, signal.SIGSTOP),
+        ("rank 0", 2, signal.SIGSTOP),
+    ],
 )
-def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str, dp_size: int) -> None:
+def test_a_process_of_the_engine_is_killed_or_stopped(
+    checkpoint: str, victim: str, dp_size: int, how: signal.Signals
+) -> None:
     """Two ranks, tensor-parallel or data-parallel; also a rank that only waits for the others' requests."""
     # A server that other tests share, say.
     others = set(children_of(os.getpid()))
@@ -105,6 +127,7 @@ def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str, dp_size
         dp_size=dp_size,
         enable_return_routed_experts=True,
         kv_cache_tokens=8192,
+        heartbeat_timeout_s=HEARTBEAT_S,
     )
     run_dir = engine.run_dir
     try:
@@ -121,23 +144,76 @@ def test_a_process_of_the_engine_is_killed(checkpoint: str, victim: str, dp_size
         ]
         for stream in streams:
             next(stream)
-        target = (
-            find(processes, "waybill.engine.output_processor")
-            if victim == "output processor"
-            else ranks_of(processes)[int(victim[-1])]
-        )
         began = time.monotonic()
-        os.kill(target.pid, signal.SIGKILL)
+        process_of(processes, victim).send_signal(how)
         for stream in streams:
             with pytest.raises(EngineDeadError):
                 for _ in stream:
                     pass
-        assert time.monotonic() - began < DEADLINE_S
+        assert time.monotonic() - began < (DEADLINE_S if how == signal.SIGKILL else STOPPED_DEADLINE_S)
         with pytest.raises(EngineDeadError):
             engine.generate(input_ids=[1, 2, 3])
     finally:
         engine.shutdown()
     wait_until_gone(run_dir, [process.pid for process in processes])
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "frontend"])
+def test_a_stopped_process_ends_a_server_and_a_pause_does_not(checkpoint: str, victim: str) -> None:
+    """The ranks of a server ignore SIGTERM, so that its agent would wait half a minute for them."""
+    server = ServerProcess("--model", checkpoint, "--kv-cache-tokens", "8192", "--heartbeat-timeout", str(HEARTBEAT_S))
+    processes = [*server.descendants(), psutil.Process(server.process.pid)]
+    folders = {word for p in processes for word in p.cmdline() if Path(word).name.startswith("waybill-")}
+    assert len(folders) == 1
+    try:
+        with httpx.Client(base_url=server.url, timeout=60.0) as client:
+            if victim == "frontend":
+                # Neither rest, nor a pause of generation, nor a stop within the bound, is the end of anybody.
+                assert client.post("/pause_generation", json={"mode": "in_place"}).status_code == 200
+                time.sleep(1.5 * HEARTBEAT_S)
+                ranks_of(processes)[0].suspend()
+                time.sleep(HEARTBEAT_S / 4)
+                ranks_of(processes)[0].resume()
+                assert client.post("/continue_generation").status_code == 200
+            body = {"input_ids": [1] * 20, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+            assert client.post("/generate", json=body).json()["meta_info"]["completion_tokens"] == 4
+            state = client.get("/get_server_info").json()
+            assert state["heartbeat_timeout_s"] == HEARTBEAT_S and 0 < state["max_step_s"] < 60
+            target = find(processes, "waybill.launch.frontend") if victim == "frontend" else ranks_of(processes)[1]
+            began = time.monotonic()
+            target.suspend()
+            with pytest.raises(httpx.TransportError):
+                client.post("/generate", json={**body, "sampling_params": ENDLESS})
+        _, alive = psutil.wait_procs(processes, timeout=STOPPED_DEADLINE_S)
+        assert not alive, f"left behind: {alive}"
+        assert time.monotonic() - began < STOPPED_DEADLINE_S
+        assert server.process.wait() != 0
+        assert not any(Path(folder).exists() for folder in folders)
+    finally:
+        for process in processes:
+            if is_alive(process.pid):
+                process.kill()
+
+
+def test_a_frontend_that_cannot_read_what_comes_back_ends_the_engine(checkpoint: str) -> None:
+    """Its task fails; callers hear of it, and nothing of the engine waits for a shutdown that may never come."""
+    others = set(children_of(os.getpid()))
+    engine = Engine(checkpoint, tp_size=1, kv_cache_tokens=8192)
+    try:
+        processes = [p for p in set(children_of(os.getpid())) - others if "waybill" in " ".join(p.cmdline())]
+        stream = engine.generate(input_ids=[1] * 20, sampling_params=ENDLESS, stream=True)
+        next(stream)
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.connect(f"ipc://{engine.run_dir}/frontend")
+            socket.send(b"\xc1 no message")
+            with pytest.raises(EngineDeadError, match="a malformed message of 12 bytes"):
+                for _ in stream:
+                    pass
+        wait_until_gone(engine.run_dir, [process.pid for process in processes])
+        with pytest.raises(EngineDeadError, match="a malformed message"):
+            engine.generate(input_ids=[1])
+    finally:
+        engine.shutdown()
 
 
 CALLER = """

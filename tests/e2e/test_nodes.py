@@ -26,6 +26,8 @@ TIMEOUT_S = 60.0
 # A host that falls silent is noticed by TCP's keep-alive; a process that ends, at once.
 SILENT_DEATH_S = 12.0
 DEATH_S = 8.0
+# With a heartbeat of 4 s.
+STOPPED_S = 40.0
 PROMPTS = [list(range(3, 23)), list(range(40, 47)), [5, 9] * 30, list(range(3, 31))]
 
 Post = Callable[[str, dict[str, Any]], httpx.Response]
@@ -204,6 +206,20 @@ def test_whatever_ends_ends_both_nodes(nodes: TwoNodes, victim: str) -> None:
         # An agent takes a moment more to notice that its ranks are gone.
         assert ended([first[-1], second[-1]], DEATH_S)
         assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.nodes
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_node_on_which_everything_is_stopped_ends_the_other(nodes: TwoNodes, node: int) -> None:
+    """Its kernel keeps every connection alive; and when it goes on it finds that the run is over."""
+    with two_node_server(nodes, "--dp", "2", "--tp", "1", "--heartbeat-timeout", "4") as server:
+        processes = [server.processes(0), server.processes(1)]
+        for process in processes[node]:
+            process.suspend()
+        assert ended(processes[1 - node], STOPPED_S)
+        for process in processes[node]:
+            process.resume()
+        assert ended(processes[node], STOPPED_S)
 
 
 @pytest.mark.nodes

@@ -64,6 +64,8 @@ class FakeInbox:
 @dataclass
 class FakeSender:
     sent: list[object] = field(default_factory=list)
+    num_waits: int = 0
+    wait_s: float = 0.0
 
     def send(self, message: object, frames: object = ()) -> None:
         self.sent.append(message)

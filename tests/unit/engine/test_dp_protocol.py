@@ -398,6 +398,7 @@ class RecordsQueue:
     def __init__(self) -> None:
         self.sent: list[StepRecord] = []
         self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.num_waits, self.wait_s = 0, 0.0
 
     def send(self, message: StepRecord, frames: object = ()) -> None:
         self.sent.append(message)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from waybill.launch.exchange import (
     share_secrets,
 )
 from waybill.launch.network_interface import interface_of
+from waybill.launch.node_lifeline import MAX_STRANGERS
 from waybill.launch.node_options import LOCAL_ENDPOINT, NodeOptions, run_secret, split_command_line
 from waybill.launch.topology import Addresses, Layout
 
@@ -224,7 +227,7 @@ import sys, time
 from waybill.launch.exchange import open_listener
 from waybill.launch.node_lifeline import NodeLifeline
 role, token, port = sys.argv[1], sys.argv[2].encode(), int(sys.argv[3])
-lifeline = NodeLifeline(token, lambda: print("died", flush=True))
+lifeline = NodeLifeline(token, lambda: print("died", flush=True), float(sys.argv[4]))
 if role == "serve":
     listener = open_listener("127.0.0.1")
     print(listener.getsockname()[1], flush=True)
@@ -241,14 +244,15 @@ if sys.stdin.readline() == "farewell\\n":
 class Members:
     """Rank 0 and others, each a process with a lifeline."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout_s: float = 60.0) -> None:
+        self._timeout_s = timeout_s
         self._script = folder / "member.py"
         self._script.write_text(MEMBER)
         self.first = self.start("serve", "0")
         self.port = self.line(self.first)
 
     def start(self, role: str, port: str, token: str = "t" * 32) -> subprocess.Popen[str]:
-        command = [sys.executable, str(self._script), role, token, port]
+        command = [sys.executable, str(self._script), role, token, port, str(self._timeout_s)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def join(self) -> subprocess.Popen[str]:
@@ -282,6 +286,48 @@ def test_who_says_farewell_may_leave_in_any_order(tmp_path: Path) -> None:
     members = Members(tmp_path)
     second, third = members.join(), members.join()
     for leaving in (second, members.first, third):
+        members.say_farewell(leaving)
+
+
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_a_node_on_which_everything_is_stopped_is_noticed(tmp_path: Path, victim: str) -> None:
+    """Its kernel keeps the connection alive."""
+    members = Members(tmp_path, timeout_s=3.0)
+    ranks = {"first": members.first, "second": members.join(), "third": members.join()}
+    stopped = ranks.pop(victim)
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        for rank in ranks.values():
+            assert rank.wait(60) == ORPHANED
+            assert members.line(rank) == "died"
+    finally:
+        stopped.kill()
+
+
+def test_a_stop_within_the_bound_ends_nothing(tmp_path: Path) -> None:
+    members = Members(tmp_path)
+    second = members.join()
+    second.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    second.send_signal(signal.SIGCONT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        members.first.wait(1.5)
+    members.say_farewell(second)
+    members.say_farewell(members.first)
+
+
+def test_strangers_who_stay_are_few_and_leave_no_room_taken(tmp_path: Path) -> None:
+    """Each costs a file: the oldest goes when too many say nothing."""
+    members = Members(tmp_path)
+    second = members.join()
+    strangers = [socket.create_connection(("127.0.0.1", int(members.port))) for _ in range(MAX_STRANGERS + 8)]
+    for stranger in strangers[:8]:
+        stranger.settimeout(20)
+        assert stranger.recv(1) == b"", "closed"
+    third = members.join()
+    for stranger in strangers:
+        stranger.close()
+    for leaving in (third, second, members.first):
         members.say_farewell(leaving)
 
 

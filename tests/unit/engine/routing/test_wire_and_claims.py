@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+from contextlib import suppress
 
 import msgspec
 import numpy as np
 import pytest
 
-from waybill.engine.routing.claims import ClaimError, ClaimStore, claim_prefix, processor_of
+from waybill.engine.routing.claims import ENTRY_BYTES, RUN_BYTES, ClaimError, ClaimStore, claim_prefix, processor_of
 from waybill.engine.routing.ring import RouteGeometry
 from waybill.engine.routing.wire import (
     RoutedExperts,
@@ -95,7 +96,7 @@ class Clock:
 
 def test_claims_are_fetched_often_and_expire() -> None:
     clock = Clock()
-    store = ClaimStore(1000, 10.0, clock)
+    store = ClaimStore(10_000, 10.0, clock)
     claim = store.put(make())
     assert store.get(claim).rows.tobytes() == store.get(claim).rows.tobytes() == ROWS.tobytes()
     clock.now = 10.0
@@ -104,22 +105,41 @@ def test_claims_are_fetched_often_and_expire() -> None:
 
 
 def test_the_byte_budget_drops_the_oldest_and_refuses_what_never_fits() -> None:
-    store = ClaimStore(45, 10.0, Clock())
+    # Two of them fit, and not three.
+    each = 20 + ENTRY_BYTES + RUN_BYTES
+    store = ClaimStore(2 * each + 5, 10.0, Clock())
     first, second, third = (store.put(make()) for _ in range(3))
     with pytest.raises(ClaimError):
         store.get(first)
     assert store.get(second) and store.get(third)
-    with pytest.raises(ClaimError, match="exceed claim_budget_bytes=45"):
-        store.put(make(np.zeros((12, 2, 2), dtype=np.uint8)))
+    with pytest.raises(ClaimError, match=f"exceed claim_budget_bytes={2 * each + 5}"):
+        store.put(make(np.zeros((each, 2, 2), dtype=np.uint8)))
     assert store.get(second) and store.get(third), "what never fits drops nobody"
+
+
+def test_claims_of_no_rows_cost_budget_and_so_does_their_envelope() -> None:
+    """Else their number has no bound."""
+    store = ClaimStore(100 * ENTRY_BYTES, 1e9, Clock())
+    claims = [store.put(make(ROWS[:0])) for _ in range(1000)]
+    kept = 0
+    for claim in claims:
+        with suppress(ClaimError):
+            store.get(claim)
+            kept += 1
+    assert 0 < kept <= 100
+    runs = [("v" * 8, position, position + 1) for position in range(1000)]
+    with pytest.raises(ClaimError, match="exceed claim_budget_bytes"):
+        ClaimStore(100_000, 1.0, Clock()).put(encode(ROWS[:0], 0, GEOMETRY, runs))
 
 
 def test_a_claim_names_the_output_processor_that_made_it() -> None:
     for processor in range(12):
-        store = ClaimStore(1000, 10.0, Clock(), claim_prefix(processor, 12))
+        store = ClaimStore(10_000, 10.0, Clock(), claim_prefix(processor, 12))
         claim = store.put(make())
         assert processor_of(claim, 12) == processor and store.get(claim)
     assert claim_prefix(0, 1) == "" and processor_of("anything", 1) == 0
+    with pytest.raises(ClaimError, match="a claim has at most 128 characters"):
+        processor_of("c" * 10_000_000, 1)
     for unknown in ("", "12.ab", "x.ab", "-1.ab", "01.ab", "0" * 32):
         with pytest.raises(ClaimError, match="names none of 12 output processors"):
             processor_of(unknown, 12)

@@ -94,8 +94,9 @@ class Frontend:
         starting = asyncio.create_task(self._manager.start(START_TIMEOUT_S), name="start")
         await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            # Told to stop while the ranks load: they go when this process does.
+            # Told to stop while the ranks load, or unable to serve: they go when this process does.
             starting.cancel()
+            serving.result()
             return EXIT_STOPPED
         try:
             starting.result()

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from tokenizers import Tokenizer
 
 from waybill.engine.detokenizer import Detokenizer
 from waybill.engine.io_struct import (
@@ -66,12 +65,10 @@ class Mailbox:
 class Engine:
     """A leader's half: writes routing into the ring and records to the processor."""
 
-    def __init__(
-        self, *, routing: bool = True, claim_budget: int = 100_000, tokenizer: Tokenizer | None = None
-    ) -> None:
+    def __init__(self, *, routing: bool = True, claim_budget: int = 100_000) -> None:
         self.mailbox = Mailbox()
         self.claims = ClaimStore(claim_budget, 10.0, lambda: 0.0)
-        self.shipper = Shipper(self.mailbox, tokenizer, self.claims)
+        self.shipper = Shipper(self.mailbox, None, self.claims)
         self.processor = OutputProcessor(self.shipper)
         self.ring = RouteRing.create(GEOMETRY, 4)
         shape = RingGeometry(4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts)

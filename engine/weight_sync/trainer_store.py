@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from ..vital import start_vital_thread
+
 LISTENER_POLL_S = 0.1
 CUT_INTERVAL_S = 0.5
 MAX_HOST_LENGTH = 253
@@ -95,8 +97,7 @@ def cut_off_after(timeout_s: float, address: str, port: int) -> Iterator[None]:
             while not left.wait(CUT_INTERVAL_S):
                 shut_down_connections(peers, port)
 
-    thread = threading.Thread(target=watch, name=f"bound of {address}:{port}", daemon=True)
-    thread.start()
+    thread = start_vital_thread(watch, f"bound of {address}:{port}")
     try:
         yield
     finally:

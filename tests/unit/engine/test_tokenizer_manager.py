@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zmq
 
+from waybill.engine.answer import GenerationError
 from waybill.engine.config import EngineConfig
 from waybill.engine.generate_request import parse_generate_request
 from waybill.engine.io_struct import (
@@ -108,7 +109,8 @@ def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_
         assert isinstance(await wiring.hear(), TokenizedGenerateReqInput)
         failed = FinishReason.failed("no text")
         wiring.say(OutputBatch([output("a", finish_reason=failed, is_at_engine=True)]))
-        assert (await answer)["meta_info"]["finish_reason"]["status_code"] == 500
+        with pytest.raises(GenerationError, match="no text"):
+            await answer
         abort = await wiring.hear()
         assert isinstance(abort, AbortReq) and (abort.rid, abort.exact) == ("a", True)
         again = ask(wiring, "a")

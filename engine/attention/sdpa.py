@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from ..transfer import to_device
 from .backend import AttentionBatch, first_slots, slots_at, slots_of
@@ -124,13 +123,19 @@ class SdpaAttention:
                 rows, keys, values, is_causal=True, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
             )
         else:
-            # On CUDA this bias is known to the fused kernels, which then need no mask in memory.
-            visible = (
-                causal_lower_right(num_rows, num_keys)
-                if rows.is_cuda
-                else torch.ones(num_rows, num_keys, dtype=torch.bool).tril_(num_keys - num_rows)
-            )
+            visible = causal_mask(num_rows, num_keys, rows.device)
             result = F.scaled_dot_product_attention(
                 rows, keys, values, attn_mask=visible, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
             )
         return result[0].transpose(0, 1)
+
+
+def causal_mask(num_rows: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """What each of the last `num_rows` of `num_keys` positions may see: [num_rows, num_keys]."""
+    if device.type == "cpu":
+        return torch.ones(num_rows, num_keys, dtype=torch.bool).tril_(num_keys - num_rows)
+    # A bias that the fused kernels know, so that they need no mask in memory. Importing it imports torch's compiler, which
+    # is a third of what a rank imports.
+    from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415
+
+    return causal_lower_right(num_rows, num_keys)

@@ -97,7 +97,7 @@ class EngineControls:
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def flush_cache(self) -> ControlReply:
-        """Empty the prefix cache; only when nothing runs or waits."""
+        """Empty the prefix cache; only when nothing runs. What waits, or was paused with "retract", holds no pages."""
         reply = await self._send(FlushCacheReq)
         if reply.success:
             self._dp_router.forget_prefixes()

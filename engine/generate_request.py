@@ -138,7 +138,6 @@ class SampleRequest:
     top_logprobs_num: int
     return_routed_experts: bool
     routed_experts_start_len: int
-    sample_group: str
 
 
 def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
@@ -266,7 +265,6 @@ def _expand_item(
             return_routed_experts=fields["return_routed_experts"],
             # Unchecked where nobody opted in, so it goes no further.
             routed_experts_start_len=fields["routed_experts_start_len"] if fields["return_routed_experts"] else 0,
-            sample_group=rid if params.n > 1 else "",
         )
         for sample in range(params.n)
     ]

@@ -68,8 +68,6 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
     stream: bool = False
     priority: int = 0
     extra_key: str = ""
-    # Samples of one prompt share a group: the first computes the prompt, the others then hit its pages.
-    sample_group: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -86,7 +84,7 @@ class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class FlushCacheReq(msgspec.Struct, frozen=True, tag="flush_cache"):
-    """Empty the prefix cache. Succeeds only when nothing runs or waits."""
+    """Empty the prefix cache. Succeeds only when no request holds pages."""
 
     dispatch: int
     op_id: str
@@ -226,7 +224,8 @@ class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
     dispatch: int
 
 
-# What is sent to all leaders and takes effect at one step; what asks whether anybody has requests.
+# What is sent to all leaders and takes effect at one step; what asks whether anybody has requests, or (the end of a pause)
+# must not overtake the answer that does.
 RANK_OPERATIONS = get_args(RankOperation)
 CONTROL_OPERATIONS = (
     AbortReq,
@@ -236,7 +235,7 @@ CONTROL_OPERATIONS = (
     ShutdownReq,
     *RANK_OPERATIONS,
 )
-ASKING_FOR_IDLE = (FlushCacheReq, LoadWeightsReq, ReceiveWeightsReq, ReleaseMemoryReq)
+ASKING_FOR_IDLE = (FlushCacheReq, ContinueGenerationReq, LoadWeightsReq, ReceiveWeightsReq, ReleaseMemoryReq)
 
 NumberedMessage = (
     TokenizedGenerateReqInput

@@ -98,6 +98,7 @@ class LeaderControls:
         self.weight_version = weight_version
         self._num_weight_updates = 0
         self._is_paused = False
+        self._unanswered_pauses: list[str] = []
         self.handlers: dict[type, Callable[..., None]] = {
             AbortReq: self._on_abort,
             FlushCacheReq: self._on_flush_cache,
@@ -141,12 +142,13 @@ class LeaderControls:
         self._steps.record_idle(finished)
 
     def _on_flush_cache(self, message: FlushCacheReq) -> None:
-        """All leaders decide alike, from what the agreement says of all; the first one answers."""
-        num_reqs = self._steps.agreement.num_reqs
-        if num_reqs == 0:
+        """All leaders decide alike, from what the agreement says of all; the first one answers. Requests that wait, as
+        after a pause that took their pages, hold none."""
+        num_running = self._steps.agreement.num_running
+        if num_running == 0:
             self._empty_cache()
-        text = f"not flushed: {num_reqs} requests run or wait" if num_reqs else "cache flushed"
-        self._reply(message.op_id, Outcome(num_reqs == 0, text))
+        text = f"not flushed: {num_running} requests run" if num_running else "cache flushed"
+        self._reply(message.op_id, Outcome(num_running == 0, text))
 
     def _empty_cache(self) -> None:
         """Nobody runs, anywhere."""
@@ -175,7 +177,13 @@ class LeaderControls:
         if finished or self._steps.has_notes:
             self._steps.record_idle(finished)
         self._is_paused = True
-        self._reply(message.op_id, Outcome(True, f"paused: {len(self._queues)} requests are kept"))
+        self._unanswered_pauses.append(message.op_id)
+
+    def answer_pauses(self, agreement: Agreement) -> None:
+        """After the first agreement of a pause, which says how many requests all leaders have kept."""
+        for op_id in self._unanswered_pauses:
+            self._reply(op_id, Outcome(True, f"paused: {agreement.num_reqs} requests are kept"))
+        self._unanswered_pauses.clear()
 
     def _on_continue(self, message: ContinueGenerationReq) -> None:
         if self.hold is None:

@@ -33,13 +33,18 @@ class PageManager:
         """Pages that can be had without retracting anybody."""
         return self.pool.num_free + self.cache.num_evictable_pages
 
-    def match(self, req: Req) -> None:
-        """Start a request on its longest cached prefix. At least one token is left to compute, and with prompt
+    @staticmethod
+    def num_reusable_tokens(req: Req) -> int:
+        """Most tokens that a request may have from the cache: at least one is left to compute, and with prompt
         log-probabilities every position that scores one."""
         limit = req.seqlen - 1
         if req.recv.return_logprob and req.recv.logprob_start_len >= 0:
             limit = min(limit, max(0, max(req.recv.logprob_start_len, req.num_scored) - 1))
-        match = self.cache.match_prefix(bytes(req.tokens), req.recv.extra_key, limit)
+        return limit
+
+    def match(self, req: Req) -> None:
+        """Start a request on its longest cached prefix."""
+        match = self.cache.match_prefix(bytes(req.tokens), req.recv.extra_key, self.num_reusable_tokens(req))
         req.node = match.node
         self.cache.lock(match.node)
         req.pages = match.pages

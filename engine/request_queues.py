@@ -56,6 +56,7 @@ class RequestQueues:
     def _leave_running(self, req: Req) -> None:
         self.running.remove(req)
         self._free_rows.append(req.row)
+        req.row = -1
 
     def youngest_running(self) -> Req:
         """The one that gives way first: lowest priority, then last to arrive."""
@@ -66,10 +67,3 @@ class RequestQueues:
         if exact:
             return [self._by_rid[rid_prefix]] if rid_prefix in self._by_rid else []
         return [req for rid, req in self._by_rid.items() if rid.startswith(rid_prefix)]
-
-    def waits_for_sibling(self, req: Req) -> bool:
-        """Whether another sample of the same prompt is computing it right now: waiting turns this prefill into a hit."""
-        group = req.recv.sample_group
-        return bool(group) and any(
-            other.recv.sample_group == group and other.num_committed < other.num_prompt_tokens for other in self.running
-        )

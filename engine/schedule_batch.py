@@ -96,6 +96,10 @@ class Req:
     # Tokens sampled or being sampled; runs ahead of `output_ids` by the steps in flight.
     num_sampled: int = 0
 
+    # Valid while it waits: a running request whose prefill brings so many of its pages; see `shared_prefills`.
+    awaited: Req | None = None
+    num_awaited_pages: int = 0
+
     num_retractions: int = 0
     # The next prompt position to score, where prompt log-probabilities were asked for.
     num_scored: int = 0

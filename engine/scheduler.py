@@ -209,6 +209,7 @@ class Scheduler(Generic[LaunchedT]):
     def proceed(self, agreement: Agreement) -> None:
         """Run the step that was agreed on: a forward if anybody has tokens, then the commits that are due."""
         self._agreement = agreement
+        self._controls.answer_pauses(agreement)
         self.stalls.observe(agreement.proposals)
         self._forward_wait_s = 0.0
         if agreement.num_tokens:

@@ -14,6 +14,7 @@ from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .schedule_batch import Req, ScheduleBatch, ScheduledReq
 from .schedule_policy import PrefillBudget, StepLimits, admission_fits
+from .shared_prefills import SharedPrefills
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class StepPlanner:
         self._queues = queues
         self._pages = pages
         self._limits = limits
+        self._shared_prefills = SharedPrefills(pages)
         self.num_retractions = 0
 
     def plan(self, *, in_flight: bool) -> StepPlan:
@@ -122,21 +124,27 @@ class StepPlanner:
         for req in self._queues.waiting_in_order():
             if len(self._queues.running) >= self._limits.max_running:
                 return
-            if self._pages.caches_prefixes and self._queues.waits_for_sibling(req):
+            if self._shared_prefills.still_waits(req):
                 continue
             self._pages.match(req)
+            if self._shared_prefills.must_wait(req, self._queues.running):
+                self._unmatch(req)
+                continue
             num_tokens = budget.grant(req.num_remaining)
             fits = num_tokens > 0 and admission_fits(
                 self._pages.pages_missing(req, num_tokens), self._pages.num_available, len(self._queues.running)
             )
             if not fits or self._pages.pages_missing(req, num_tokens) > self._pages.num_available:
-                self._pages.release(req)
-                req.leave_pool()
+                self._unmatch(req)
                 return
             self._queues.start(req)
             plan.before.append(ReqAdmitted(req.rid, req.pages.tobytes()))
             self._schedule(req, num_tokens, plan)
             budget.spend(num_tokens)
+
+    def _unmatch(self, req: Req) -> None:
+        self._pages.release(req)
+        req.leave_pool()
 
     def _schedule(self, req: Req, num_tokens: int, plan: StepPlan) -> None:
         start, end = req.num_scheduled, req.num_scheduled + num_tokens

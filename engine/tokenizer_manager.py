@@ -352,7 +352,6 @@ class TokenizerManager:
             stream=request.stream,
             priority=request.priority,
             extra_key=request.extra_key or "",
-            sample_group=sample.sample_group,
         )
 
     # --- control ----------------------------------------------------------------------------------------------------

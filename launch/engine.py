@@ -169,10 +169,10 @@ class Engine:
     # --- control ----------------------------------------------------------------------------------------------------
 
     def flush_cache(self) -> None:
-        """Empty the prefix cache.
+        """Empty the prefix cache. Requests that wait hold none of it, also after a pause with "retract".
 
         Raises:
-            RuntimeError: requests run or wait.
+            RuntimeError: requests run.
         """
         self._done(self._manager.controls.flush_cache())
 

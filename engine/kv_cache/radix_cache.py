@@ -36,6 +36,8 @@ class Node:
     children: dict[bytes, Node] = field(default_factory=dict)
     lock_ref: int = 0
     last_access: int = 0
+    # Of a root: what it is found by.
+    extra_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,26 @@ class PrefixMatch:
     pages: Pages[int]
 
 
+def num_common_pages(tokens: bytearray, ids: bytearray | memoryview, page_size: int) -> int:
+    """Leading whole pages that two runs of int32 bytes share: compared as bytes, then bisected."""
+    size = page_size * TOKEN_BYTES
+    first, second = memoryview(tokens), memoryview(ids)
+    limit = min(len(first), len(second)) // size
+    if first[: limit * size] == second[: limit * size]:
+        return limit
+    equal, differs = 0, limit
+    while differs - equal > 1:
+        middle = (equal + differs) // 2
+        if first[equal * size : middle * size] == second[equal * size : middle * size]:
+            equal = middle
+        else:
+            differs = middle
+    return equal
+
+
 class RadixCache:
-    """The tree, one root per `extra_key`. The caller owns the pages: it frees what `evict` and `flush` return."""
+    """The tree, one root per `extra_key` that has pages or is in use: keys are the clients' choice, and any number of them
+    may come. The caller owns the pages: it frees what `evict` and `flush` return."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
@@ -59,7 +79,9 @@ class RadixCache:
 
     def match_prefix(self, input_ids: bytes, extra_key: str, max_tokens: int) -> PrefixMatch:
         """The longest prefix of `input_ids` in whole pages, of at most `max_tokens` tokens. Splits at its end."""
-        node = self._roots.setdefault(extra_key, Node(bytearray(), no_pages(), None))
+        node = self._roots.get(extra_key)
+        if node is None:
+            node = self._roots[extra_key] = Node(bytearray(), no_pages(), None, extra_key=extra_key)
         ids = memoryview(input_ids)
         end = max(0, max_tokens) // self._page_size * self._page_bytes
         start = 0
@@ -68,7 +90,7 @@ class RadixCache:
             child = node.children.get(bytes(ids[start : start + self._page_bytes]))
             if child is None:
                 break
-            num_common = self._num_common_pages(child, ids[start:end])
+            num_common = num_common_pages(child.tokens, ids[start:end], self._page_size)
             if num_common < len(child.pages):
                 child = self._split(child, num_common)
             node = child
@@ -76,22 +98,6 @@ class RadixCache:
             pages.extend(node.pages)
             start += num_common * self._page_bytes
         return PrefixMatch(node, pages)
-
-    def _num_common_pages(self, node: Node, ids: memoryview) -> int:
-        """Leading pages that `node` and `ids` share, the first one known to be equal: compared as bytes, then bisected."""
-        size = self._page_bytes
-        tokens = memoryview(node.tokens)
-        limit = min(len(node.pages), len(ids) // size)
-        if tokens[: limit * size] == ids[: limit * size]:
-            return limit
-        equal, differs = 1, limit
-        while differs - equal > 1:
-            middle = (equal + differs) // 2
-            if tokens[equal * size : middle * size] == ids[equal * size : middle * size]:
-                equal = middle
-            else:
-                differs = middle
-        return equal
 
     def _split(self, node: Node, num_pages: int) -> Node:
         """Cut a node's first pages off into a new parent, which is returned."""
@@ -134,7 +140,13 @@ class RadixCache:
             step.lock_ref -= 1
             if step.lock_ref == 0:
                 self.num_evictable_pages += len(step.pages)
+                self._drop_if_empty(step)
             step = step.parent
+
+    def _drop_if_empty(self, node: Node) -> None:
+        """A root that nobody stands on and nothing hangs below is forgotten."""
+        if node.parent is None and not node.children and node.lock_ref == 0:
+            del self._roots[node.extra_key]
 
     def extend(self, node: Node, tokens: bytes, pages: Pages[int]) -> tuple[Node, Pages[int]]:
         """Move a locked cursor over more pages, and its lock with it. `tokens` are the bytes of all of them.
@@ -151,7 +163,7 @@ class RadixCache:
             if child is None:
                 node = self._adopt(node, rest, pages[done:])
                 break
-            num_common = self._num_common_pages(child, rest)
+            num_common = num_common_pages(child.tokens, rest, self._page_size)
             if num_common < len(child.pages):
                 child = self._split(child, num_common)
             self._lock_one(child)
@@ -189,6 +201,7 @@ class RadixCache:
                 del parent.children[key]
                 if self._is_evictable(parent):
                     heapq.heappush(leaves, (parent.last_access, id(parent), parent))
+                self._drop_if_empty(parent)
         self.num_cached_pages -= len(evicted)
         self.num_evictable_pages -= len(evicted)
         return evicted
@@ -219,6 +232,7 @@ class RadixCache:
         nodes = list(self._nodes())
         assert sum(len(node.pages) for node in nodes) == self.num_cached_pages
         assert sum(len(node.pages) for node in nodes if node.lock_ref == 0) == self.num_evictable_pages
+        assert all(root.children or root.lock_ref for root in self._roots.values()), "an empty root was kept"
         for node in nodes:
             assert len(node.tokens) == len(node.pages) * self._page_bytes
             assert node.lock_ref >= max((child.lock_ref for child in node.children.values()), default=0)

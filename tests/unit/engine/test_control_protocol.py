@@ -127,7 +127,7 @@ actions = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), st.integers(0, 1), st.integers(1, 12), st.integers(1, 12)),
         st.tuples(st.just("pause"), st.sampled_from(["abort", "retract", "in_place"])),
-        st.tuples(st.sampled_from(["continue", "abort"])),
+        st.tuples(st.sampled_from(["continue", "abort", "flush"])),
         st.tuples(st.just("update"), st.sampled_from(["whole", "whole", "open"]), st.booleans()),
         st.tuples(st.just("move"), st.integers(0, 1), st.integers(1, 6)),
         st.tuples(st.just("arrive"), st.integers(0, 1), st.integers(1, 3)),
@@ -161,6 +161,8 @@ def test_any_order_of_operations(history: list[tuple[Any, ...]], dp_size: int, d
                 group.pause(op_id, arguments[0])
             elif kind == "continue":
                 group.go_on(op_id)
+            elif kind == "flush":
+                group.frontend.flush(op_id)
             else:
                 group.update(op_id, f"v{number}", arguments[0], flush=arguments[1])
     group.run_until_rest()
@@ -209,6 +211,53 @@ def test_a_paused_engine_sleeps(dp_size: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pause_that_retracts_lets_the_cache_be_flushed(dp_size: int, depth: int) -> None:
+    """Pause, flush, new weights, go on: what waits holds no pages, and its rows from before answer for it."""
+    group = ControlledGroup(dp_size, overlap_depth=depth)
+    rids = [f"{dp_rank}-{number}" for dp_rank in range(dp_size) for number in range(3)]
+    for rid in rids:
+        group.frontend.submit(int(rid[0]), rid, [1, 2, 3, int(rid[2])], max_new_tokens=12, ignore_eos=True)
+    for leader in group.leaders:
+        leader.wire.arrive(99)
+    for _ in range(8):
+        for leader in group.leaders:
+            leader.turn()
+    group.pause("pause", "retract")
+    group.frontend.submit(0, "late", [1, 2, 3, 9], max_new_tokens=3, ignore_eos=True)
+    group.frontend.flush("flush")
+    group.run_until_rest()
+    assert group.replies()["flush"].success
+    assert group.replies()["pause"].message == f"paused: {len(rids) + 1} requests are kept"
+    for leader in group.leaders:
+        assert leader.pages.pool.num_free == 60 and leader.scheduler.queues.num_waiting >= 3
+    group.update("update", "v1", flush=True)
+    group.go_on("go")
+    group.run_until_rest()
+    assert group.replies()["update"].success
+    group.check_same_steps()
+    group.check_answers()
+    for rid in rids:
+        versions = group.shipped_versions(rid)
+        assert set(versions) == {"default", "v1"} and versions == sorted(versions)
+    assert set(group.shipped_versions("late")) == {"v1"}
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
+def test_a_pause_counts_the_requests_of_all_ranks(mode: str) -> None:
+    group = ControlledGroup(3)
+    for dp_rank, count in enumerate((0, 1, 6)):
+        for number in range(count):
+            group.frontend.submit(dp_rank, f"{dp_rank}-{number}", [1, 2], max_new_tokens=9, ignore_eos=True)
+    group.pause("pause", mode)
+    group.go_on("go")
+    # Both arrive at once: the answers come in their order all the same.
+    group.run_until_rest()
+    assert group.replies()["pause"].message == f"paused: {0 if mode == 'abort' else 7} requests are kept"
+    assert list(group.replies()) == ["pause", "go"]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
 def test_what_flushes_is_refused_while_anybody_runs(dp_size: int) -> None:
     group = ControlledGroup(dp_size)
     group.frontend.submit(dp_size - 1, "running", [1, 2, 3], max_new_tokens=20, ignore_eos=True)
@@ -231,7 +280,7 @@ def test_what_flushes_is_refused_while_anybody_runs(dp_size: int) -> None:
     group.run_until_rest()
     replies = group.replies()
     assert "flush_cache: must be false while requests run" in replies["flushing"].message
-    assert "not flushed: 1 requests" in replies["flush"].message
+    assert "not flushed: 1 requests run" in replies["flush"].message
     assert "memory is released only when nothing runs or waits" in replies["release"].message
     assert not any(replies[op].success for op in ("flushing", "flush", "release", "receive"))
     # Of a refused bucket nothing is received; but its sender's group is left, on all ranks.

@@ -53,15 +53,6 @@ def test_extra_key_partitions_the_cache() -> None:
     assert replica.cached == {"a": 0, "b": 0, "c": 12}
 
 
-def test_samples_of_a_group_wait_for_the_first_to_compute_the_prompt() -> None:
-    replica = Replica(make_config(chunked_prefill_size=8), num_pages=64)
-    prompt = list(range(1, 25))
-    for sample in range(3):
-        replica.submit(f"r{sample}", prompt, SamplingParams(max_new_tokens=4), sample_group="g")
-    replica.run_until_idle()
-    assert replica.cached == {"r0": 0, "r1": 20, "r2": 20}
-
-
 @pytest.mark.parametrize("depth", [0, 1])
 def test_retraction_keeps_outputs_and_leaks_nothing(depth: int) -> None:
     replica = Replica(make_config(overlap_depth=depth), num_pages=12)

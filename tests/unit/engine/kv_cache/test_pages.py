@@ -147,6 +147,56 @@ def test_least_recently_used_leaves_go_first_and_locked_ones_stay() -> None:
     assert list(cache.match_prefix(id_bytes([3, 4]), "", 2).pages) == [2]
 
 
+@pytest.mark.parametrize("leave", ["evict", "flush", "nothing is cached"])
+def test_a_root_whose_tree_is_empty_is_forgotten(leave: str) -> None:
+    """Clients choose `extra_key`: a thousand different ones must not leave a thousand roots."""
+    pages = PageManager(2000, 1, enable_prefix_cache=True)
+    cache = pages.cache
+    assert isinstance(cache, RadixCache)
+    running = []
+    for number in range(1000):
+        req = make_req([1, 2], f"tenant {number}")
+        pages.match(req)
+        running.append(req)
+        if leave != "nothing is cached":
+            taken = pages.take(2)
+            assert taken is not None
+            req.pages.extend(taken)
+            req.num_committed = 2
+            pages.offer_full_pages(req)
+    assert len(cache._roots) == 1000
+    for req in running:
+        pages.release(req)
+    if leave == "evict":
+        assert len(cache._roots) == 1000, "their pages are still there"
+        pages.pool.free(cache.evict(1000))
+        assert len(cache._roots) == 500
+        pages.pool.free(cache.evict(1000))
+    elif leave == "flush":
+        pages.flush()
+    assert not cache._roots
+    pages.check_integrity()
+
+
+def test_a_root_that_is_stood_on_outlives_its_tree() -> None:
+    pages = PageManager(4, 1, enable_prefix_cache=True)
+    cache = pages.cache
+    assert isinstance(cache, RadixCache)
+    first, second = make_req([1, 2], "tenant"), make_req([3], "tenant")
+    pages.match(first)
+    taken = pages.take(2)
+    assert taken is not None
+    first.pages.extend(taken)
+    first.num_committed = 2
+    pages.offer_full_pages(first)
+    pages.match(second)
+    pages.release(first)
+    pages.pool.free(cache.evict(2))
+    assert list(cache._roots) == ["tenant"]
+    pages.release(second)
+    assert not cache._roots
+
+
 def test_prompt_logprobs_leave_their_positions_to_compute() -> None:
     pages = PageManager(8, 1, enable_prefix_cache=True)
     first = make_req([1, 2, 3, 4], "")

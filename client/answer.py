@@ -188,7 +188,8 @@ def make_generation(
 
 
 def verify(meta: RoutedExpertsMeta, frame: bytes, start_len: int, info: _MetaInfo) -> np.ndarray:
-    """The rows [R, M, K] of a frame: intact, from `start_len` on, up to the last token that was an input.
+    """The rows [R, M, K] of a frame: intact, from `start_len` on, up to the last token that was an input. That is the last
+    but one, as the last was sampled; of a prompt without an answer (`max_new_tokens` 0) it is the last.
 
     An aborted request may have fewer rows. Where there are none, the server states the position at which they end.
 
@@ -201,8 +202,10 @@ def verify(meta: RoutedExpertsMeta, frame: bytes, start_len: int, info: _MetaInf
         raise RoutesError(str(error)) from None
     if meta.start != start_len and not (meta.rows == 0 and meta.start < start_len):
         raise RoutesError(f"routed experts: expected rows from position {start_len} on, they start at {meta.start}")
-    expected, end = info.prompt_tokens + info.completion_tokens - 1, meta.start + meta.rows
-    if end > expected or (end < expected and info.finish_reason.get("type") != "abort"):
+    aborted = info.finish_reason.get("type") == "abort"
+    sampled = aborted or info.completion_tokens > 0
+    expected, end = info.prompt_tokens + info.completion_tokens - sampled, meta.start + meta.rows
+    if end > expected or (end < expected and not aborted):
         raise RoutesError(
             f"routed experts: expected rows [{start_len}, {expected}), [{meta.start}, {end}) arrived "
             f"(finish reason {info.finish_reason})"

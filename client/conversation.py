@@ -1,4 +1,4 @@
-"""Conversations: token ids that only grow, and the routes of all but the last of them.
+"""Conversations: token ids that only grow, and the routes of all that were inputs: all but the last of an answer.
 
 Legend: M MoE layers, K experts per token.
 """
@@ -16,7 +16,8 @@ from .answer import Generation, RoutesError
 
 
 class History:
-    """What a conversation holds after every turn: `tokens`, and `routes` [len(tokens) - 1, M, K] of all but the last.
+    """What a conversation holds after every turn: `tokens`, and `routes` [len(tokens) - 1, M, K] of all but the last; of
+    all, after a turn that only fed its ids (`max_new_tokens` 0).
 
     Tokens only ever grow: an answer's ids are appended as they came, never tokenised again.
     """
@@ -33,7 +34,7 @@ class History:
         # Refused here if given, as an argument that is there twice.
         return dict(
             input_ids=self.tokens + [operator.index(token) for token in new_token_ids],
-            start_len=max(0, len(self.tokens) - 1),
+            start_len=len(self.routes),
             routed_experts=True,
             **self._given,
         )
@@ -59,8 +60,10 @@ class History:
         except ValueError as error:
             raise RoutesError(str(error)) from None
         tokens = prompt + generation.output_ids
-        if len(stitched) != len(tokens) - 1:
-            raise RoutesError(f"routed experts: {len(stitched)} rows for {len(tokens)} tokens, must be one less")
+        # The last token of an answer was sampled; it is an input when the next turn feeds it.
+        num_inputs = len(tokens) - bool(generation.output_ids)
+        if len(stitched) != num_inputs:
+            raise RoutesError(f"routed experts: {len(stitched)} rows for {len(tokens)} tokens, must be {num_inputs}")
         self.tokens, self.routes, self._layout = tokens, stitched, layout
         return generation
 

@@ -146,6 +146,10 @@ class Answer:
     async def _render_routes(self, last: RequestOutput) -> dict[str, Any]:
         """Rows in the asked form beside their envelope, a claim in their place, or the reason why there are none."""
         envelope = last.routed_experts
+        reason = last.finish_reason
+        if reason is not None and reason.type == "abort" and not self._output_ids and self._format == "int32":
+            # Readers of this form count on the rows of all tokens but the last, or on none.
+            return {}
         if envelope is None:
             return {"routed_experts": None, "routed_experts_error": last.routed_experts_error}
         fields: dict[str, Any] = {

@@ -58,6 +58,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
     sampling_params: SamplingParams
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
+    # "int32" has the rows that readers of the dialect count on, "compact" those of every token that was an input.
+    routed_experts_format: str = "int32"
     # "reference" leaves the rows with the output processor and answers with a claim.
     routed_experts_delivery: str = "inline"
     # Every output of a stream carries the rows that became available since the last one.
@@ -290,6 +292,7 @@ class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
     return_logprob: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
+    routed_experts_format: str = "int32"
     routed_experts_delivery: str = "inline"
     stream_routed_experts: bool = False
 

@@ -23,6 +23,7 @@ from .detokenizer import load_token_decoder
 from .heartbeat import Heartbeat, table_of_this_run
 from .io_struct import (
     BeforeEvent,
+    FinishReason,
     OutputBatch,
     OutputRecord,
     ReqAdmitted,
@@ -124,7 +125,7 @@ class OutputProcessor:
             state.num_output += len(output.token_ids)
             routes = None
             if state.started.stream_routed_experts and state.num_output and output.rid not in done:
-                routes = self.maybe_collect_routed_experts(state, aborted=False)
+                routes = self.maybe_collect_routed_experts(state)
             progress[output.rid] = Progress(
                 output.rid, output, state.cached_tokens, state.num_retractions, routes=routes
             )
@@ -165,7 +166,7 @@ class OutputProcessor:
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
-        routes = self.maybe_collect_routed_experts(state, aborted=finished.reason.type == "abort")
+        routes = self.maybe_collect_routed_experts(state, finished.reason)
         if state.dp_rank in self._ledgers:
             self._ledgers[state.dp_rank].drop(finished.rid)
         return Progress(
@@ -177,19 +178,24 @@ class OutputProcessor:
             routes=routes,
         )
 
-    def maybe_collect_routed_experts(self, state: _ReqState, *, aborted: bool) -> Routes | None:
+    def maybe_collect_routed_experts(self, state: _ReqState, reason: FinishReason | None = None) -> Routes | None:
         """The rows of a request that opted in, from its next one on; None for the others, for whom nothing is sliced.
 
-        A request is asked for once, when it has finished, or with every output if it streams its rows. An aborted
-        request gets the rows it has. A row that is missing fails the slice: the reason goes in its place.
+        A request is asked for once, when it has finished (for a `reason`), or with every output if it streams its rows.
+        An aborted request gets the rows it has; in int32 none where it has no token, as readers of that form count on the
+        rows of all tokens but the last. A row that is missing fails the slice: the reason goes in its place.
         """
-        rid = state.started.rid
-        if not state.started.return_routed_experts:
+        rid, is_compact = state.started.rid, state.started.routed_experts_format == "compact"
+        aborted = reason is not None and reason.type == "abort"
+        if not state.started.return_routed_experts or (aborted and not state.num_output and not is_compact):
             return None
         ledger = self._ledgers[state.dp_rank]
         seqlen = state.started.num_prompt_tokens + state.num_output
         if aborted:
             seqlen = min(seqlen, ledger.num_rows(rid) + 1)
+        elif not state.num_output and is_compact:
+            # A prefill only: its last token was an input, too.
+            seqlen += 1
         try:
             rows = ledger.get_topk(rid, state.next_row, seqlen)
         except MissingRoutesError as error:

@@ -23,7 +23,6 @@ from .io_struct import (
     GetInternalStateReq,
     ReqFinished,
     ReqRetracted,
-    ReqStarted,
     ShutdownReq,
     StepRecord,
     TokenizedGenerateReqInput,
@@ -303,21 +302,7 @@ class Scheduler(Generic[LaunchedT]):
         req.num_scored = max(0, message.logprob_start_len)
         self._num_received += 1
         self.queues.add(req)
-        self._before.append(
-            ReqStarted(
-                rid=req.rid,
-                num_prompt_tokens=req.num_prompt_tokens,
-                skip_special_tokens=req.params.skip_special_tokens,
-                no_stop_trim=req.params.no_stop_trim,
-                stop=req.params.stop,
-                stream=message.stream,
-                return_logprob=message.return_logprob,
-                return_routed_experts=message.return_routed_experts,
-                routed_experts_start_len=message.routed_experts_start_len,
-                routed_experts_delivery=message.routed_experts_delivery,
-                stream_routed_experts=message.stream_routed_experts,
-            )
-        )
+        self._before.append(req.started())
 
     def _on_notice(self, message: DispatchNotice) -> None:
         """The number is all that it says."""

@@ -344,6 +344,7 @@ class TokenizerManager:
             sampling_params=sample.sampling_params,
             return_routed_experts=sample.return_routed_experts,
             routed_experts_start_len=sample.routed_experts_start_len,
+            routed_experts_format=request.routed_experts_format,
             routed_experts_delivery=request.routed_experts_delivery,
             stream_routed_experts=request.stream_routed_experts and sample.return_routed_experts,
             return_logprob=sample.return_logprob,

@@ -171,7 +171,7 @@ class Rollout:
         computed again; of these the fresh prefill speaks, and only the others must be equal."""
         full = await self._ask(tokens, 0, 0, 0)
         meta = full["meta_info"]
-        rows = meta["routed_experts"]
+        rows = all_but_last(meta["routed_experts"])
         num_cached = meta["cached_tokens"]
         if routes is None or rows is None or rows.shape != routes.shape:
             conversation.errors.append("the full answer does not cover the conversation")
@@ -181,9 +181,8 @@ class Rollout:
 
     async def _compare_with_fresh_prefill(self, conversation: Conversation) -> int:
         """Rows whose routes differ from those of a prefill of the whole conversation in an empty cache."""
-        # One token more than has routes: a prefill-only request answers for all but its last token.
         answer = await self._ask(conversation.tokens, 0, 0, 0)
-        fresh = answer["meta_info"]["routed_experts"]
+        fresh = all_but_last(answer["meta_info"]["routed_experts"])
         if conversation.routes is None or fresh is None or fresh.shape != conversation.routes.shape:
             conversation.errors.append("the fresh prefill does not cover the conversation")
             return 0
@@ -207,6 +206,11 @@ class Rollout:
         answer = await anext(self._manager.generate(request, form="array"))
         assert isinstance(answer, dict)
         return answer
+
+
+def all_but_last(rows: np.ndarray | None) -> np.ndarray | None:
+    """Of a prompt without an answer, the rows that a conversation has: its last token was sampled and never an input."""
+    return None if rows is None else rows[:-1]
 
 
 def explain_differences(

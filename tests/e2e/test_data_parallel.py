@@ -207,8 +207,8 @@ def test_turns_of_sessions_stay_on_their_ranks_and_deltas_stitch(engine: Engine,
             return_routed_experts=True,
             routed_dp_rank=homes[name].copy().pop(),
         )
-        assert full["meta_info"]["routed_experts"].tobytes() == routes[name].tobytes()
-        reference.check_routes(tokens, routes[name])
+        assert full["meta_info"]["routed_experts"][:-1].tobytes() == routes[name].tobytes()
+        reference.check_routes(tokens, full["meta_info"]["routed_experts"])
 
 
 def test_aborts_in_every_state_leave_the_others_alone(engine: Engine, reference: Reference) -> None:

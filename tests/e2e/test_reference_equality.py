@@ -278,8 +278,8 @@ def test_first_filed_rows_equal_those_of_the_second_prefill(reference: Reference
             tokens = prompt + answer["output_ids"]
             again = engine.generate(input_ids=tokens, sampling_params={"max_new_tokens": 0}, return_routed_experts=True)
             first, second = (reply["meta_info"]["routed_experts"] for reply in (answer, again))
-            assert first.shape == second.shape
-            if first.tobytes() != second.tobytes():
+            assert len(first) == len(tokens) - 1 and len(second) == len(tokens)
+            if first.tobytes() != second[:-1].tobytes():
                 reference.check_routes(tokens, first)
                 reference.check_routes(tokens, second)
             num_compared += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -81,12 +82,56 @@ def test_zero_rows_are_an_answer(engine: Engine) -> None:
     assert text["meta_info"]["routed_experts"] == ""
 
 
-def test_prefill_only_request_gives_all_but_the_last_row(engine: Engine) -> None:
+def test_prefill_only_has_every_row_in_compact_form_and_all_but_the_last_in_the_field_s(engine: Engine) -> None:
     prompt = ids("prefill only, no token")
-    answer = engine.generate(input_ids=prompt, sampling_params={"max_new_tokens": 0}, return_routed_experts=True)
+    only = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 0}, "return_routed_experts": True}
+    answer = engine.generate(**only)
     assert answer["output_ids"] == []
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
-    assert len(rows_of(answer)) == len(prompt) - 1
+    rows = rows_of(answer)
+    assert len(rows) == answer["meta_info"]["routed_experts_meta"]["rows"] == len(prompt)
+    # The last row is that of the token as an input: what an answer of one token more has there.
+    longer = engine.generate(input_ids=[*prompt, 1], sampling_params={"max_new_tokens": 1}, return_routed_experts=True)
+    assert rows_of(longer).tobytes() == rows.tobytes()
+    for start in (3, len(prompt) - 1, len(prompt)):
+        (tail,) = engine.generate(**only, routed_experts_start_len=start, stream=True, stream_routed_experts=True)
+        assert rows_of(tail).tobytes() == rows[start:].tobytes()
+        assert tail["meta_info"]["routed_experts_start_len"] == start
+        claim = engine.generate(**only, routed_experts_start_len=start, routed_experts_delivery="reference")
+        fetched = engine.fetch_routed_experts(claim["meta_info"]["routed_experts_claim"])
+        assert fetched.rows.tobytes() == rows[start:].tobytes()
+    meta = engine.generate(**only, routed_experts_format="int32")["meta_info"]
+    assert meta["routed_experts_meta"]["rows"] == len(prompt) - 1
+    wide = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype="<i4")
+    assert np.array_equal(wide.reshape(len(prompt) - 1, NUM_LAYERS, TOP_K)[:, 1:], rows[:-1])
+
+
+@pytest.mark.parametrize("form", ["int32", "compact"])
+def test_aborted_before_the_first_token(engine: Engine, form: str) -> None:
+    """Paused before it was admitted: no key in the field's form, no rows in the compact one."""
+    engine.pause_generation("in_place")
+    stream = engine.generate(
+        input_ids=ids("never begun"),
+        sampling_params=GREEDY,
+        stream=True,
+        rid="queued",
+        return_routed_experts=True,
+        routed_experts_format=form,
+    )
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        last = pool.submit(lambda: list(stream)[-1])
+        for _ in range(1000):
+            if engine.get_server_info()["num_waiting"]:
+                break
+        engine.abort_request("queued")
+        meta = last.result(60)["meta_info"]
+    engine.continue_generation()
+    assert meta["finish_reason"]["type"] == "abort" and meta["completion_tokens"] == 0
+    if form == "int32":
+        assert not [key for key in meta if key.startswith("routed_experts")]
+    else:
+        assert meta["routed_experts"].shape == (0, NUM_MOE_LAYERS, TOP_K)
+        assert meta["routed_experts_meta"]["rows"] == 0
 
 
 @pytest.mark.parametrize(
@@ -192,7 +237,7 @@ def test_deltas_of_all_turns_stitch_to_the_full_answer(engine: Engine) -> None:
     full = engine.generate(input_ids=tokens, sampling_params={"max_new_tokens": 0}, return_routed_experts=True)
     assert full["meta_info"]["cached_tokens"] == len(tokens) - 1
     assert routes is not None
-    assert rows_of(full).tobytes() == routes.tobytes()
+    assert rows_of(full)[:-1].tobytes() == routes.tobytes()
 
 
 def test_int32_form_is_the_field_s(engine: Engine) -> None:

@@ -73,12 +73,12 @@ class FakeServer:
         }
         if body["return_routed_experts"]:
             assert body["routed_experts_format"] == "compact"
-            meta_info |= self._routing(body, prompt + output)
+            meta_info |= self._routing(body, prompt + output, len(prompt + output) - bool(output))
         self.spoil(meta_info)
         return httpx.Response(200, json={"text": f"{len(output)} ids", "output_ids": output, "meta_info": meta_info})
 
-    def _routing(self, body: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
-        end = len(tokens) - 1 - self.num_missing
+    def _routing(self, body: dict[str, Any], tokens: list[int], num_inputs: int) -> dict[str, Any]:
+        end = num_inputs - self.num_missing
         start = min(body["routed_experts_start_len"], end)
         routed = wire.encode(route_table(tokens)[start:end], start, GEOMETRY, [("v0", start, end)])
         fields = {"routed_experts_meta": msgspec.to_builtins(routed.meta), "routed_experts_start_len": start}
@@ -174,10 +174,16 @@ def test_ids_of_numpy_are_sent_as_they_are(server: FakeServer) -> None:
     assert server.bodies[0]["input_ids"] == PROMPT
 
 
-def test_prefill_only_from_the_end_has_no_rows(server: FakeServer) -> None:
-    got = ask("sync", server, PROMPT, {"max_new_tokens": 0}, start_len=len(PROMPT))
-    assert got.routes is not None and got.routes.shape == (0, 3, 2)
-    assert got.meta is not None and got.meta.start == len(PROMPT) - 1
+@pytest.mark.parametrize("start", [0, 3, 4])
+@pytest.mark.parametrize("delivery", ["inline", "reference"])
+def test_prefill_only_has_the_row_of_every_token(start: int, delivery: str, server: FakeServer) -> None:
+    got = ask("sync", server, PROMPT, {"max_new_tokens": 0}, start_len=start, delivery=delivery)
+    assert got.routes is not None and got.meta is not None
+    np.testing.assert_array_equal(got.routes, route_table(PROMPT)[start:])
+    assert (got.meta.start, got.meta.rows) == (start, 4 - start)
+    server.num_missing = 1
+    with pytest.raises(RoutesError, match="expected rows"):
+        ask("sync", server, PROMPT, {"max_new_tokens": 0}, start_len=0, delivery=delivery)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +221,20 @@ def test_ten_turns_equal_one_shot(kind: str, delivery: str, server: FakeServer) 
     assert [body["routed_experts_start_len"] for body in server.bodies] == [max(0, len(ids) - 1) for ids in seen[:-1]]
     assert [body["input_ids"] for body in server.bodies] == [a + b for a, b in zip(seen[:-1], TURNS, strict=True)]
     one_shot = ask(kind, server, conversation.tokens, {"max_new_tokens": 0})
-    np.testing.assert_array_equal(conversation.routes, one_shot.routes)
+    assert one_shot.routes is not None
+    np.testing.assert_array_equal(conversation.routes, one_shot.routes[:-1])
     np.testing.assert_array_equal(conversation.routes, route_table(conversation.tokens)[:-1])
+
+
+def test_a_turn_that_only_feeds_its_ids_brings_their_rows_once(server: FakeServer) -> None:
+    """The last row of such a turn is there already when the next turn begins, and is not asked for again."""
+    with Client(URL, transport=httpx.MockTransport(server)) as client:
+        conversation = client.multi_turn({"max_new_tokens": 0})
+        for turn in ([1, 2], [3], [], [4, 5]):
+            conversation.turn(turn)
+            assert len(conversation.routes) == len(conversation.tokens)
+        assert [body["routed_experts_start_len"] for body in server.bodies] == [0, 2, 3, 3]
+        np.testing.assert_array_equal(conversation.routes, route_table([1, 2, 3, 4, 5]))
 
 
 def no_rows(meta_info: dict[str, Any]) -> None:
@@ -248,7 +266,7 @@ def more_tokens(meta_info: dict[str, Any]) -> None:
         (no_rows, "2 rows are missing"),
         (aborted, "aborted: by the caller"),
         (other_layers, "layers"),
-        (more_tokens, "must be one less"),
+        (more_tokens, "tokens, must be"),
     ],
 )
 def test_a_turn_that_fails_changes_nothing(

@@ -95,7 +95,8 @@ def engine() -> Engine:
 
 
 def started(rid: str, num_prompt: int, **fields: object) -> ReqStarted:
-    return ReqStarted(rid, num_prompt, **{"return_routed_experts": True, **fields})
+    opted_in = {"return_routed_experts": True, "routed_experts_format": "compact"}
+    return ReqStarted(rid, num_prompt, **{**opted_in, **fields})
 
 
 def finish_at_once(engine: Engine, rid: str, pages: tuple[int, ...], first_row: int = 0, **fields: object) -> None:
@@ -191,6 +192,54 @@ def test_an_abort_gets_the_rows_it_has(engine: Engine) -> None:
     assert len(engine.mailbox.rows["back"]) == 2
     assert engine.mailbox.outputs[-1].num_retractions == 1
     assert engine.mailbox.outputs[-1].token_ids == [5]
+
+
+@pytest.mark.parametrize("delivery", ["inline", "reference"])
+@pytest.mark.parametrize("stage", ["queued", "prefill", "retracted in its prefill"])
+def test_an_abort_before_the_first_token_has_no_rows_in_int32(engine: Engine, stage: str, delivery: str) -> None:
+    abort = FinishReason("abort", message="aborted")
+    fields = {"routed_experts_format": "int32", "routed_experts_delivery": delivery}
+    before: list[object] = [started("a", 4, **fields)]
+    if stage == "queued":
+        engine.step(before=before, after=[ReqFinished("a", abort)])
+    else:
+        segments = [Segment("a", 0, 2, int32(0, 1))]
+        engine.step(before=[*before, ReqAdmitted("a", b"")], segments=segments)
+        engine.step(before=[ReqRetracted("a")] if "retracted" in stage else [], after=[ReqFinished("a", abort)])
+    (output,) = engine.mailbox.outputs
+    assert output.routed_experts is None and output.routed_experts_error is None
+    assert output.routed_experts_claim is None and not engine.mailbox.rows
+    assert engine.processor.counters()["routed_experts_rows_shipped"] == 0
+
+
+def test_an_abort_after_a_token_has_its_rows_in_int32(engine: Engine) -> None:
+    engine.step(
+        before=[started("a", 2, routed_experts_format="int32"), ReqAdmitted("a", b"")],
+        segments=[Segment("a", 0, 2, int32(0, 1))],
+        outputs=[TokenOutput("a", [5])],
+    )
+    engine.step(after=[ReqFinished("a", FinishReason("abort", message="aborted"))])
+    assert len(engine.mailbox.rows["a"]) == 2
+
+
+@pytest.mark.parametrize("form", ["int32", "compact"])
+@pytest.mark.parametrize("start", [0, 2, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prefill_alone_has_the_row_of_its_last_token_in_compact_form(
+    engine: Engine, form: str, start: int, stream: bool
+) -> None:
+    fields = {"stream": stream, "stream_routed_experts": stream, "routed_experts_start_len": start}
+    engine.step(
+        before=[started("a", 3, routed_experts_format=form, **fields), ReqAdmitted("a", b"")],
+        segments=[Segment("a", 0, 3, int32(0, 1, 2))],
+        after=[ReqFinished("a", FinishReason("length", length=0))],
+    )
+    (output,) = engine.mailbox.outputs
+    end = 3 if form == "compact" else 2
+    assert output.routed_experts is not None
+    assert output.routed_experts.start == min(start, end)
+    assert output.routed_experts.rows == max(0, end - start)
+    assert engine.mailbox.rows["a"][:, 0, 0].tolist() == [0, 2, 4][start:end]
 
 
 def test_a_claim_stands_for_the_rows(engine: Engine) -> None:

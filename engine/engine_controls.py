@@ -56,7 +56,13 @@ class EngineControls:
         self._gate = gate
         self._dp_router = dp_router
         self._trainer_hosts = config.weight_sync_hosts
+        self._num_under_way = 0
         self._transfer_timeout_s = config.weight_sync_timeout_s + ANSWER_MARGIN_S
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the leaders have been told of an operation and have not answered, in the time that it has."""
+        return self._num_under_way > 0
 
     async def _send(
         self,
@@ -74,7 +80,11 @@ class EngineControls:
 
         future.add_done_callback(on_done)
         self._link.send_to_all(lambda number: make(number, op_id))
-        reply: ControlReply = await asyncio.wait_for(asyncio.shield(future), timeout_s)
+        self._num_under_way += 1
+        try:
+            reply: ControlReply = await asyncio.wait_for(asyncio.shield(future), timeout_s)
+        finally:
+            self._num_under_way -= 1
         return reply
 
     async def _send_and_hold(self, make: Callable[[int, str], NumberedMessage]) -> ControlReply:

@@ -113,6 +113,8 @@ class TokenizerManager:
         self._events: dict[str, asyncio.Queue[Event]] = {}
         # By rid, the dp rank of what was sent and is not yet told to have finished, whoever still waits for it.
         self._at_engine: dict[str, int] = {}
+        # Outputs with tokens that have come since the start.
+        self.num_outputs = 0
         self._replies = ReplyBox()
         self._observer: RequestObserver = observer or NoObserver()
         self._dp_router = DpRouter(config.dp_size)
@@ -301,6 +303,11 @@ class TokenizerManager:
         assert self.limits is not None
         return max(0, min(self.limits.context_length - num_prompt, self.limits.kv_cache_tokens - num_prompt + 1))
 
+    @property
+    def refusal(self) -> str | None:
+        """Why requests are refused until somebody does something: torn weights, released memory."""
+        return self._gate.refusal
+
     def not_ready(self) -> str | None:
         """Why nothing can be generated now; None if it can."""
         if self._death is not None:
@@ -382,9 +389,13 @@ class TokenizerManager:
 
     async def get_state(self) -> dict[str, Any]:
         """Facts of the engine, its leaders' states and the output processors' counters."""
-        states = await asyncio.gather(*map(self._get_leader_state, range(self.config.dp_size)))
+        states = await self.get_leader_states()
         counters = await asyncio.gather(*(self._query(index, GetCountersReq) for index in range(len(self._queries))))
         return {**self.facts, **merge_states(states), **add_counters([reply for reply, _ in counters])}
+
+    async def get_leader_states(self) -> list[ControlReply]:
+        """What each leader says of itself, between two of its steps."""
+        return await asyncio.gather(*map(self._get_leader_state, range(self.config.dp_size)))
 
     async def _get_leader_state(self, dp_rank: int) -> ControlReply:
         op_id = uuid.uuid4().hex
@@ -445,6 +456,7 @@ class TokenizerManager:
             raise ValueError(f"{len(frames)} frames of rows came for {sum(have_rows)} outputs with rows")
         remaining = iter(frames)
         for output, has_rows in zip(batch.outputs, have_rows, strict=True):
+            self.num_outputs += bool(output.token_ids)
             event = self._verified(output, next(remaining)) if has_rows else (output, None)
             if output.finish_reason is not None:
                 self._on_finish(output)

@@ -23,6 +23,7 @@ from .topology import Layout
 API_KEY_VARIABLE = "WAYBILL_API_KEY"
 # torchrun gives the ranks 30 seconds.
 MAX_SHUTDOWN_TIMEOUT_S = 25.0
+MAX_HEALTH_TIMEOUT_S = 3600.0
 # Fields of the engine's configuration that only a server's command line has.
 SERVE_ENGINE_OPTIONS = {
     "max_waiting_requests": "max_waiting_requests",
@@ -63,6 +64,7 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None
     served_model_name: str
     max_body_bytes: int
+    health_timeout_s: float
     shutdown_timeout_s: float
 
     def __post_init__(self) -> None:
@@ -70,6 +72,10 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"--port {self.port}: must lie in 0 .. {2**16 - 1}; 0 takes a free one")
         if self.max_body_bytes < 1:
             raise ValueError(f"--max-body-bytes {self.max_body_bytes}: must be at least 1")
+        if not 0 < self.health_timeout_s <= MAX_HEALTH_TIMEOUT_S:
+            raise ValueError(
+                f"--health-timeout {self.health_timeout_s}: must be above 0 and at most {MAX_HEALTH_TIMEOUT_S}"
+            )
         if not 0 <= self.shutdown_timeout_s <= MAX_SHUTDOWN_TIMEOUT_S:
             raise ValueError(
                 f"--shutdown-timeout {self.shutdown_timeout_s}: must lie in 0 .. {MAX_SHUTDOWN_TIMEOUT_S}; "
@@ -203,6 +209,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="names, addresses and networks that update groups may be joined at; anywhere if not given",
     )
     parser.add_argument(
+        "--health-timeout", type=float, default=20.0, help="seconds that /health_generate waits for a step"
+    )
+    parser.add_argument(
         "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"
     )
 
@@ -294,6 +303,7 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         api_key=options.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         served_model_name=options.served_model_name or Path(options.model).resolve().name,
         max_body_bytes=options.max_body_bytes,
+        health_timeout_s=options.health_timeout,
         shutdown_timeout_s=options.shutdown_timeout,
     )
 

@@ -74,6 +74,7 @@ class Frontend:
             model_name=options.served_model_name,
             api_key=options.api_key,
             max_body_bytes=options.max_body_bytes,
+            health_timeout_s=options.health_timeout_s,
         )
         self._server = HttpServer(
             uvicorn.Config(

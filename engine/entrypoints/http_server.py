@@ -26,6 +26,7 @@ def make_app(
     model_name: str,
     api_key: str | None,
     max_body_bytes: int,
+    health_timeout_s: float,
 ) -> FastAPI:
     """The application over a manager, which may still be starting."""
     app = FastAPI(title="Waybill", docs_url=None, redoc_url=None)
@@ -33,7 +34,7 @@ def make_app(
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, not_ready=manager.not_ready)
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
-    app.include_router(info_router(manager, metrics, model_name))
+    app.include_router(info_router(manager, metrics, model_name, health_timeout_s))
     chat = ChatServing(manager, template, model_name)
     completions = CompletionServing(manager, model_name)
 

@@ -10,20 +10,21 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from ..generate_request import parse_generate_request
 from ..tokenizer_manager import EngineDeadError, TokenizerManager
+from .engine_health import EngineHealth
 from .errors import error_response, json_response
-from .native import first_answer
 from .service_metrics import ServiceMetrics
 
-HEALTH_TIMEOUT_S = 20.0
 SCRAPE_TIMEOUT_S = 3.0
 
 
-def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: str) -> APIRouter:
+def info_router(
+    manager: TokenizerManager, metrics: ServiceMetrics, model_name: str, health_timeout_s: float
+) -> APIRouter:
     """Routes that change nothing."""
     router = APIRouter()
     started = int(time.time())
+    engine_health = EngineHealth(manager, health_timeout_s)
 
     @router.get("/health")
     async def health() -> Response:
@@ -32,14 +33,8 @@ def info_router(manager: TokenizerManager, metrics: ServiceMetrics, model_name: 
 
     @router.get("/health_generate")
     async def health_generate() -> Response:
-        request = parse_generate_request(
-            {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True}}
-        )
-        try:
-            await asyncio.wait_for(first_answer(manager, request, manager.prepare(request)), HEALTH_TIMEOUT_S)
-        except TimeoutError:
-            return error_response(f"no token within {HEALTH_TIMEOUT_S} s", 503)
-        return Response()
+        reason = await engine_health.problem()
+        return Response() if reason is None else error_response(reason, 503)
 
     @router.get("/get_model_info")
     @router.get("/model_info", include_in_schema=False)

@@ -201,10 +201,17 @@ def test_a_file_that_one_rank_alone_can_read(
     assert control.checksum_weights() == sums(base)
 
 
+def refusal_of_health(http: httpx.Client) -> str:
+    reply = http.get("/health_generate")
+    assert reply.status_code == 503
+    return str(reply.json()["error"]["message"])
+
+
 def test_pauses(control: EngineControl, http: httpx.Client) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for mode in ("in_place", "retract", "abort"):
             control.pause_generation(mode)
+            assert http.get("/health_generate").status_code == 200, "a pause is no illness"
             assert "waybill_paused 1.0" in http.get("/metrics").text
             waiting = pool.submit(generate, http)
             num_steps = control.get_server_info()["num_steps"]
@@ -218,6 +225,7 @@ def test_pauses(control: EngineControl, http: httpx.Client) -> None:
 
 def test_memory(control: EngineControl, http: httpx.Client, checkpoint: str) -> None:
     control.release_memory_occupation()
+    assert "memory" in refusal_of_health(http)
     reply = generate(http)
     assert reply.status_code == 503 and "resume_memory_occupation" in reply.json()["error"]["message"]
     assert "tags" in refusal(http.post("/release_memory_occupation", json={"tags": ["colour"]}))

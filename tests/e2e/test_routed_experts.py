@@ -92,7 +92,7 @@ def test_prefill_only_has_every_row_in_compact_form_and_all_but_the_last_in_the_
     assert len(rows) == answer["meta_info"]["routed_experts_meta"]["rows"] == len(prompt)
     # The last row is that of the token as an input: what an answer of one token more has there.
     longer = engine.generate(input_ids=[*prompt, 1], sampling_params={"max_new_tokens": 1}, return_routed_experts=True)
-    assert rows_of(longer).tobytes() == rows.tobytes()
+    assert rows_of(longer)[:-1].tobytes() == rows.tobytes()
     for start in (3, len(prompt) - 1, len(prompt)):
         (tail,) = engine.generate(**only, routed_experts_start_len=start, stream=True, stream_routed_experts=True)
         assert rows_of(tail).tobytes() == rows[start:].tobytes()

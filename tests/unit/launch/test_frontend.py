@@ -12,7 +12,13 @@ from waybill.launch.frontend import listen, url_of
 
 def options(host: str, api_key: str | None = None) -> ServeCommand:
     return ServeCommand(
-        host=host, port=0, api_key=api_key, served_model_name="m", max_body_bytes=1, shutdown_timeout_s=1.0
+        host=host,
+        port=0,
+        api_key=api_key,
+        served_model_name="m",
+        max_body_bytes=1,
+        health_timeout_s=1.0,
+        shutdown_timeout_s=1.0,
     )
 
 

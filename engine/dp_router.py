@@ -16,6 +16,10 @@ DIGEST_BYTES = 16
 MAX_IMBALANCE = 8
 
 
+def digest_of(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
 class PrefixDirectory:
     """Which dp rank was sent which prompts, by chained hashes of their blocks of 64 tokens. What a rank has evicted since
     it does not know: it chooses a rank, it promises nothing."""
@@ -50,10 +54,10 @@ class PrefixDirectory:
 
     @staticmethod
     def _blocks(input_ids: bytes, extra_key: str) -> Iterator[bytes]:
-        digest = hashlib.blake2b(extra_key.encode(), digest_size=DIGEST_BYTES).digest()
+        digest = digest_of(extra_key.encode())
         for first in range(0, len(input_ids) - BLOCK_BYTES + 1, BLOCK_BYTES):
             block = input_ids[first : first + BLOCK_BYTES]
-            digest = hashlib.blake2b(digest + block, digest_size=DIGEST_BYTES).digest()
+            digest = digest_of(digest + block)
             yield digest
 
 
@@ -63,7 +67,8 @@ class DpRouter:
     def __init__(self, dp_size: int) -> None:
         # Samples that were sent to each rank and have not ended.
         self.load = [0] * dp_size
-        self._sessions: OrderedDict[str, int] = OrderedDict()
+        # By digest: the names are the clients' choice, and up to 512 characters long.
+        self._sessions: OrderedDict[bytes, int] = OrderedDict()
         self._prefixes = PrefixDirectory(dp_size)
 
     def choose(
@@ -82,13 +87,14 @@ class DpRouter:
 
     def _choose(self, input_ids: bytes, extra_key: str, session_id: str | None, routed_dp_rank: int | None) -> int:
         rank = routed_dp_rank
-        if rank is None and session_id is not None:
-            rank = self._sessions.get(session_id)
+        session = None if session_id is None else digest_of(session_id.encode())
+        if rank is None and session is not None:
+            rank = self._sessions.get(session)
         if rank is None:
             rank = self._best(self._prefixes.num_cached_blocks(input_ids, extra_key))
-        if session_id is not None:
-            self._sessions[session_id] = rank
-            self._sessions.move_to_end(session_id)
+        if session is not None:
+            self._sessions[session] = rank
+            self._sessions.move_to_end(session)
             if len(self._sessions) > MAX_SESSIONS:
                 self._sessions.popitem(last=False)
         self._prefixes.add(rank, input_ids, extra_key)

@@ -24,6 +24,8 @@ class GroupRegistry:
         self._max_groups = max_groups
         self._joined: dict[str, UpdateGroup] = {}
         self._pending: set[str] = set()
+        self._num_joins = 0
+        # By name, of the groups that there are: names are the trainers' choice, and any number of them may come.
         self._serials: dict[str, int] = {}
 
     def check(self, op: InitWeightsGroupReq) -> None:
@@ -54,7 +56,8 @@ class GroupRegistry:
     def join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
         """Join in the background; `done` hears there why it failed, or None."""
         self._pending.add(op.group_name)
-        self._serials[op.group_name] = self.serial(op.group_name) + 1
+        self._num_joins += 1
+        self._serials[op.group_name] = self._num_joins
         start_vital_thread(lambda: self._join(op, done), f"join {op.group_name}")
 
     def _join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
@@ -100,7 +103,7 @@ class GroupRegistry:
         return self._joined[name]
 
     def serial(self, name: str) -> int:
-        """How many groups of that name were joined so far."""
+        """Tells a group from all others of this rank, also of its name; 0 if there is none."""
         return self._serials.get(name, 0)
 
     def discard(self, name: str) -> bool:
@@ -110,6 +113,7 @@ class GroupRegistry:
         so nothing more is received in that group.
         """
         group = self._joined.pop(name, None)
+        self._serials.pop(name, None)
         if group is not None:
             group.close()
         return group is not None

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.server_process import ServerProcess
 
+from waybill.engine.routing.reference import Reference
+
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 
 
@@ -15,6 +17,12 @@ CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 def checkpoint() -> str:
     """The embedded model."""
     return str(CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: str) -> Reference:
+    """The embedded model under `transformers`."""
+    return Reference(checkpoint)
 
 
 @pytest.fixture(scope="session")

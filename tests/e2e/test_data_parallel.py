@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support.same_rows import check_same_rows
 
 from waybill import Engine
 from waybill.engine.routing.reference import Reference
@@ -34,11 +35,6 @@ def engine(checkpoint: str) -> Iterator[Engine]:
         chunked_prefill_size=32,
     ) as engine:
         yield engine
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint: str) -> Reference:
-    return Reference(checkpoint)
 
 
 def ids(text: str) -> list[int]:
@@ -124,6 +120,25 @@ def test_requests_spread_and_prefixes_draw(engine: Engine, reference: Reference)
     assert answer["meta_info"]["cached_tokens"] >= len(head)
 
 
+def test_samples_and_equal_prompts_run_together_and_route_as_one_alone(engine: Engine, reference: Reference) -> None:
+    """Four of them in a batch, greedy: each one's tokens and rows are what the reference finds, and those of the prompt are
+    those of one alone, near-ties apart."""
+    prompt = ids("the same prompt, four times")
+    alone = engine.generate(input_ids=prompt, sampling_params=greedy(8), return_routed_experts=True)
+    for together in (
+        {"input_ids": prompt, "sampling_params": greedy(8) | {"n": 4}},
+        {"input_ids": [prompt] * 4, "sampling_params": greedy(8)},
+    ):
+        for rank in (0, 1):
+            engine.flush_cache()
+            answers = engine.generate(**together, return_logprob=True, return_routed_experts=True, routed_dp_rank=rank)
+            assert sorted(answer["meta_info"]["cached_tokens"] for answer in answers) == [0] + [len(prompt) - 1] * 3
+            for answer in answers:
+                check(reference, {"input_ids": prompt, "sampling_params": greedy(8)}, answer)
+                rows = (answer["meta_info"]["routed_experts"], alone["meta_info"]["routed_experts"])
+                check_same_rows(reference, prompt + answer["output_ids"], *(each[: len(prompt)] for each in rows))
+
+
 def test_samples_of_one_prompt(engine: Engine) -> None:
     prompt = ids("three samples of one prompt, and a neighbour")
     params = {"n": 3, "temperature": 1.0, "max_new_tokens": 7, "ignore_eos": True, "sampling_seed": 3}
@@ -167,7 +182,7 @@ def test_streams_of_rows_on_both_ranks_at_once(engine: Engine, reference: Refere
         (plain,) = ask_all(engine, [request])
         check(reference, request, plain)
         assert output == plain["output_ids"]
-        assert rows.tobytes() == plain["meta_info"]["routed_experts"].tobytes()
+        check_same_rows(reference, prompts[rank] + output, rows, plain["meta_info"]["routed_experts"])
 
 
 def test_turns_of_sessions_stay_on_their_ranks_and_deltas_stitch(engine: Engine, reference: Reference) -> None:

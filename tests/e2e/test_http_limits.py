@@ -63,6 +63,10 @@ def test_too_many_requests_are_told_to_come_back(guarded: ServerProcess) -> None
         assert reply.status_code == 503 and int(reply.headers["Retry-After"]) >= 1
         assert "at most 3" in reply.json()["error"]["message"]
         assert 'outcome="overloaded"' in http.get("/metrics").text
+        # Full and busy is well: a step is proof enough, and nothing joins the queue for it.
+        assert http.get("/health_generate").status_code == 200
+        load = http.get("/v1/loads").json()["loads"][0]
+        assert (load["num_running_reqs"], load["num_waiting_reqs"]) == (2, 1)
         http.post("/abort_request", json={"abort_all": True})
         thread.join(30)
         assert http.post("/generate", json={"input_ids": [5]}).status_code == 200

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from waybill.engine import dp_router
 from waybill.engine.dp_router import BLOCK_TOKENS, MAX_IMBALANCE, DpRouter
 
 SHORT = b""
@@ -39,6 +40,17 @@ def test_a_session_stays_on_its_rank(sessions: list[str | None]) -> None:
         rank = router.choose(SHORT, session_id=session)
         if session is not None:
             assert homes.setdefault(session, rank) == rank
+
+
+def test_what_is_remembered_of_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions and prompts are the clients' choice: those used longest ago are forgotten."""
+    monkeypatch.setattr(dp_router, "MAX_SESSIONS", 10)
+    monkeypatch.setattr(dp_router, "MAX_BLOCKS", 20)
+    router = DpRouter(2)
+    for number in range(1000):
+        router.release(router.choose(prompt(number, number), f"tenant {number}", session_id=f"session {number}" * 30))
+    assert len(router._sessions) == 10 and len(router._prefixes._ranks) == 20
+    assert all(len(key) == dp_router.DIGEST_BYTES for key in (*router._sessions, *router._prefixes._ranks))
 
 
 def test_a_named_rank_wins_and_becomes_the_sessions() -> None:

@@ -147,6 +147,8 @@ class Frontend:
                 SamplingParams(**params),
                 return_routed_experts=True,
                 routed_experts_start_len=start,
+                # An abort before the first token has its rows in this form.
+                routed_experts_format="compact",
                 stream=stream,
                 stream_routed_experts=stream,
             ),
@@ -363,12 +365,15 @@ class DpGroup:
         return [f"{leader.dp_rank}: {leader.proposal} rests={leader.rests}" for leader in self.leaders]
 
     def expected_rows(self, rid: str) -> np.ndarray:
-        """Rows [start, seqlen - 1) by the forwards that routed them first; of an aborted request those there are."""
+        """Rows [start, seqlen - 1) by the forwards that routed them first; of a prompt without an answer that of its last
+        token, too, and of an aborted request those there are."""
         answer = self.frontend.answers[rid]
         routed = self.leaders[answer.dp_rank].runner.first_routed.get(rid, {})
         end = len(answer.prompt) + len(answer.token_ids) - 1
         if answer.reason is not None and answer.reason.type == "abort":
             end = min(end, len(routed))
+        elif not answer.token_ids:
+            end = len(answer.prompt)
         rows = np.zeros((max(0, end - answer.start), NUM_LAYERS, TOP_K), np.uint16)
         for index, position in enumerate(range(answer.start, end)):
             dp_rank, step, row = routed[position]

@@ -46,6 +46,16 @@ class Callers:
     def control(self, name: str, **arguments: Any) -> None:
         self._start(name, lambda: self._service.control(name, **arguments))
 
+    def pause(self, mode: str) -> None:
+        """And go on, and flush."""
+
+        async def operate() -> None:
+            await self._service.control("pause_generation", mode=mode)
+            await self._service.control("continue_generation")
+            await self._service.control("flush_cache")
+
+        self._start(f"a pause, {mode}", operate)
+
     def info(self) -> None:
         self._start("info", self._service.info)
 
@@ -85,9 +95,7 @@ class Callers:
         self.whole(choose.choice(LONG_DECODES))
         self.stream(choose.choice(SHORT))
         if moment == "control":
-            self.control("pause_generation", mode=choose.choice(("retract", "in_place")))
-            self.control("continue_generation")
-            self.control("flush_cache")
+            self.pause(choose.choice(("retract", "in_place")))
         self.info()
         return first
 

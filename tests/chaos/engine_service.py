@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -118,7 +119,9 @@ class EngineService:
 
     def tell_to_stop(self) -> None:
         assert self._program.stdin is not None
-        self._program.stdin.close()
+        # What the pipe still holds is for nobody where the program is gone.
+        with contextlib.suppress(OSError):
+            self._program.stdin.close()
 
     async def wait_for_exit(self, timeout_s: float) -> int:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -43,7 +44,8 @@ FAULTS: dict[str, Callable[[Scene], Awaitable[str]]] = {
 async def run_harmless(trial: Trial, shared: SharedService, judge: Judge) -> Outcome:
     began = time.monotonic()
     choose = trial.dice()
-    witness = Witness(shared.service, judge, choose, SHORT)
+    # Dice of its own: how often it asks is a matter of time.
+    witness = Witness(shared.service, judge, random.Random(f"{trial.seed}, witness"), SHORT)
     scene = Scene(shared.service, choose, judge, witness, trial.seed)
     outcome = Outcome(trial)
     await witness.ask()

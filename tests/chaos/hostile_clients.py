@@ -105,21 +105,25 @@ async def flood_of_aborts(scene: Scene) -> str:
     """Requests and aborts at once: of each other, of nobody, again and again; what comes back is a beginning."""
     choose = scene.choose
     number = choose.randint(5, 15)
+    rids = [
+        choose.choice((scene.name(""), scene.name(choose.randrange(number)), "nobody", "x" * 400)) for _ in range(80)
+    ]
+    pauses = [choose.uniform(0.0, 0.03) for _ in rids]
+    questions = [choose.randrange(len(scene.judge.serial.catalogue)) for _ in range(number)]
+    requests = [scene.request(question, rid=scene.name(f"{index}-")) for index, question in enumerate(questions)]
 
-    async def ask(index: int) -> None:
-        question = choose.randrange(len(scene.judge.serial.catalogue))
-        request = scene.request(question, rid=scene.name(f"{index}-"))
+    async def ask(question: int, request: dict[str, Any]) -> None:
         answer = await answered_or_refused(scene, "an aborted request", scene.service.generate(request))
         if answer is not None and (fault := scene.judge.fault(question, request, answer, whole=False)):
             scene.faults.append(fault)
 
-    async def abort() -> None:
-        for _ in range(40):
-            rid = choose.choice((scene.name(""), scene.name(choose.randrange(number)), "nobody", "x" * 400))
+    async def abort(share: slice) -> None:
+        for rid, pause in zip(rids[share], pauses[share], strict=True):
             await answered_or_refused(scene, "an abort", scene.service.abort(rid))
-            await asyncio.sleep(choose.uniform(0.0, 0.03))
+            await asyncio.sleep(pause)
 
-    await asyncio.gather(abort(), abort(), *(ask(index) for index in range(number)))
+    asking = [ask(question, request) for question, request in zip(questions, requests, strict=True)]
+    await asyncio.gather(abort(slice(0, 40)), abort(slice(40, 80)), *asking)
     return f"80 aborts over {number} requests"
 
 
@@ -131,16 +135,18 @@ async def random_names(scene: Scene) -> str:
     def some_name() -> str:
         return "".join(choose.choices('ab\u00e9\U0001f600\0\n"{', k=choose.randint(1, 512)))
 
-    async def ask() -> None:
-        # Short ones: the keys are what costs.
-        question = choose.choice(SHORT)
+    def some_request(question: int) -> dict[str, Any]:
         fields: dict[str, Any] = {"extra_key": some_name(), "session_id": some_name()}
         if choose.random() < 0.5:
             fields["priority"] = choose.choice((-(2**31), 2**31 - 1, 0))
-        request = scene.request(question, **fields)
+        return scene.request(question, **fields)
+
+    async def ask(question: int, request: dict[str, Any]) -> None:
         answer = await answered_or_refused(scene, "a named request", scene.service.generate(request))
         if answer is not None and (fault := scene.judge.fault(question, request, answer)):
             scene.faults.append(fault)
 
-    await asyncio.gather(*(ask() for _ in range(number)))
+    # Short ones: the keys are what costs.
+    questions = [choose.choice(SHORT) for _ in range(number)]
+    await asyncio.gather(*(ask(question, some_request(question)) for question in questions))
     return f"{number} requests"

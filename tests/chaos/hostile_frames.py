@@ -17,6 +17,7 @@ from .scene import Scene
 encode = msgspec.msgpack.encode
 KINDS = {"dealer": zmq.DEALER, "req": zmq.REQ, "push": zmq.PUSH, "router": zmq.ROUTER}
 MIB = 1 << 20
+SEND_TIMEOUT_MS = 200
 
 
 def malformed(choose: random.Random) -> list[bytes]:
@@ -80,7 +81,9 @@ async def claim_frames(scene: Scene) -> str:
 
 def send(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, messages: list[list[bytes]]) -> None:
     socket = context.socket(kind)
-    socket.setsockopt(zmq.SNDTIMEO, 200)
+    socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
+    # What the other side does not take keeps nobody here.
+    socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
     try:
         for message in messages:

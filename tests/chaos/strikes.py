@@ -18,8 +18,8 @@ from .service import Service
 
 MIB = 1 << 20
 NUM_PORT_CONNECTIONS = 30
-# Who wakes up again or has nobody waiting: the run may go on without it.
-NOT_MISSED = ("agent", "caller")
+# A calling program may be stopped at a terminal: its engine waits for it.
+NOT_MISSED = ("caller",)
 
 
 @dataclass(frozen=True)

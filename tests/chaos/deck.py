@@ -32,13 +32,13 @@ DEADLY_KINDS = {
     "frame": 2,
     "memory limit": 1,
     "descriptor limit": 1,
-    "ring cut": 0,
+    "memory cut": 0,
     "ports": 1,
     "full disk": 1,
     "thread limit": 0,
 }
 # Once in two decks.
-RARE_KINDS = ("ring cut", "thread limit")
+RARE_KINDS = ("memory cut", "thread limit")
 HTTP_SHAPES = (Shape("server", 1, True), Shape("server", 2, True), Shape("server", 1, False))
 SHARED_SHAPES = (*HTTP_SHAPES, Shape("engine", 2, True))
 DEADLY_SHAPES = tuple(
@@ -88,6 +88,6 @@ def deal(seed: int, kind: str) -> Trial:
     if kind in SHARED_KINDS:
         shapes = [shape for shape in SHARED_SHAPES if shape.routing or kind != "claim frames"]
         return Trial(seed, kind, choose.choice(shapes))
-    shapes = [shape for shape in DEADLY_SHAPES if shape.routing or kind != "ring cut"]
+    shapes = [shape for shape in DEADLY_SHAPES if shape.routing or kind != "memory cut"]
     moments = MOMENTS if kind in ("kill", "stop") else ("idle", "prefill", "decode", "control", "update")
     return Trial(seed, kind, choose.choice(shapes), choose.choice(moments))

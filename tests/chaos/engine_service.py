@@ -18,7 +18,7 @@ from support.serial_run import CHECKPOINT
 
 from .http_service import answer_of
 from .run_place import RunPlace
-from .service import HAS, HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneError, RefusedError, Shape
+from .service import HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneError, RefusedError, Shape
 
 TESTS = Path(__file__).parents[1]
 LOG_BYTES = 3000
@@ -35,8 +35,7 @@ class EngineService:
         options = {
             **{"model_path": str(CHECKPOINT), "tp_size": shape.tp, "dp_size": shape.dp, "dtype": "float32"},
             **{"kv_cache_tokens": 8192, "chunked_prefill_size": 64, "enable_return_routed_experts": shape.routing},
-            **({"heartbeat_timeout_s": HEARTBEAT_S} if HAS else {}),
-            **{"weight_sync_timeout_s": WEIGHT_SYNC_S},
+            **{"heartbeat_timeout_s": HEARTBEAT_S, "weight_sync_timeout_s": WEIGHT_SYNC_S},
         }
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -13,6 +13,7 @@ from .scene import Scene
 from .service import GoneError, RefusedError
 
 NUM_MODEL_IDS = 264
+HOPELESS = ("no token can be chosen", "not finite numbers")
 EXTREMES: dict[str, tuple[Any, ...]] = {
     "temperature": (1e39, 1e38, 1e30, 1e-30, 1e-45, 0.0, 1e6, 5.0),
     "top_p": (1e-30, 1e-9, 0.5, 1.0),
@@ -41,8 +42,8 @@ async def answered_or_refused(scene: Scene, what: str, asking: Awaitable[Any]) -
         return await asking
     except RefusedError as error:
         if error.status >= 500 and error.status != 503:
-            # A request that the engine could not go on with is failed by name; anything else is a fault of ours.
-            if "InternalServerError" in str(error) or "not finite" in str(error):
+            # A request whose scores leave no token to choose fails alone, and by that name.
+            if any(words in str(error) for words in HOPELESS):
                 return None
             scene.faults.append(f"{what}: {error}")
     except GoneError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from support.server_process import ServerProcess
 
 from .run_place import RunPlace
-from .service import HAS, HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneError, RefusedError, Shape
+from .service import HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneError, RefusedError, Shape
 
 PATIENCE_S = 120.0
 # Of the log, where something is wrong.
@@ -22,8 +22,7 @@ MAX_LINE = 300
 KEPT_CONNECTIONS = 4
 OPTIONS = (
     *("--dtype", "float32", "--kv-cache-tokens", "8192", "--chunked-prefill-size", "64"),
-    *(("--heartbeat-timeout", str(HEARTBEAT_S)) if HAS else ()),
-    *("--weight-sync-timeout", str(WEIGHT_SYNC_S)),
+    *("--heartbeat-timeout", str(HEARTBEAT_S), "--weight-sync-timeout", str(WEIGHT_SYNC_S)),
 )
 
 

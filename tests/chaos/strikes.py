@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -92,17 +93,17 @@ def limit(process: psutil.Process, which: int, value: int) -> Callable[[], None]
     return restore
 
 
-def ring_cut(service: Service, choose: random.Random, role: str) -> Struck:
-    """The shared memory of the routes is taken away under whoever has mapped it."""
+def memory_cut(service: Service, choose: random.Random, role: str) -> Struck:
+    """Shared memory is taken away under whoever has mapped it: the ring of routes, or the table of heartbeats."""
+    name = choose.choice(("waybill-route-ring", "waybill-heartbeats"))
     process = service.place.process("rank 0")
     for fd in Path(f"/proc/{process.pid}/fd").iterdir():
-        try:
-            if os.readlink(fd).startswith("/memfd:waybill"):
+        # Others of its files may be closed meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(fd).startswith(f"/memfd:{name}"):
                 os.truncate(fd, 0)
-                return Struck("the ring of routes cut to nothing", ends_run=False)
-        except FileNotFoundError:
-            continue
-    return Struck("no ring of routes", ends_run=False)
+                return Struck(f"{name} cut to nothing", ends_run=False)
+    return Struck(f"{name} is not there", ends_run=False)
 
 
 def ports(service: Service, choose: random.Random, role: str) -> Struck:
@@ -167,7 +168,7 @@ STRIKES: dict[str, Strike] = {
     "frame": frame,
     "memory limit": memory_limit,
     "descriptor limit": descriptor_limit,
-    "ring cut": ring_cut,
+    "memory cut": memory_cut,
     "ports": ports,
     "full disk": full_disk,
     "thread limit": thread_limit,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
 
@@ -53,12 +54,15 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help="as many, of seeds in a row")
     parser.add_argument("--first", type=int, default=0, help="the first of these seeds")
     parser.add_argument("--only", choices=kinds(), metavar="KIND", help=f"trials of one kind: {', '.join(kinds())}")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no trial begins later")
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/chaos.md")
     options = parser.parse_args()
     trials = trials_of(options)
     began = time.monotonic()
     judge = Judge(SerialRun.of(make_questions()))
-    campaign = Campaign(judge, show)
+    campaign = Campaign(judge, show, deadline=began + 60 * options.minutes)
+    # Also when it is told to stop it ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     asyncio.run(campaign.run(trials))
     seconds = time.monotonic() - began
     print_summary(campaign)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 
 from .catalogue import SHORT
@@ -19,11 +20,12 @@ NUM_WARM_UP = 12
 
 
 class Campaign:
-    """`tell` is given every outcome as it is known."""
+    """`tell` is given every outcome as it is known. No trial begins after `deadline`, a time of the monotonic clock."""
 
-    def __init__(self, judge: Judge, tell: Callable[[Outcome], None]) -> None:
+    def __init__(self, judge: Judge, tell: Callable[[Outcome], None], deadline: float) -> None:
         self._judge = judge
         self._tell = tell
+        self._deadline = deadline
         self.outcomes: list[Outcome] = []
         # What was wrong with a shared service as a whole.
         self.faults: list[str] = []
@@ -35,25 +37,33 @@ class Campaign:
         for shape in dict.fromkeys(trial.shape for trial in harmless):
             await self._run_on(shape, [trial for trial in harmless if trial.shape == shape])
         for trial in trials:
-            if trial.is_deadly:
+            if trial.is_deadly and self._has_time():
                 self._note(await run_deadly(trial, self._judge))
+        if len(self.outcomes) < len(trials):
+            self.faults.append(f"{len(trials) - len(self.outcomes)} trials were not begun")
+
+    def _has_time(self) -> bool:
+        return time.monotonic() < self._deadline
 
     async def _run_on(self, shape: Shape, trials: Sequence[Trial]) -> None:
         """One service for all of them; a new one where it has not survived."""
         shared: SharedService | None = None
-        for trial in trials:
-            if shared is None:
-                shared = await self._start(shape)
-            if shared is None:
-                return
-            outcome = await run_harmless(trial, shared, self._judge)
-            self._note(outcome)
-            self._keep_growth(shape, shared)
-            if outcome.faults:
-                await shared.stop()
-                shared = None
-        if shared is not None:
-            self.faults += [f"{shape}: {fault}" for fault in await shared.stop()]
+        try:
+            for trial in trials:
+                if not self._has_time():
+                    return
+                shared = shared or await self._start(shape)
+                if shared is None:
+                    return
+                outcome = await run_harmless(trial, shared, self._judge)
+                self._note(outcome)
+                self._keep_growth(shape, shared)
+                if outcome.faults:
+                    await shared.stop()
+                    shared = None
+        finally:
+            if shared is not None:
+                self.faults += [f"{shape}: {fault}" for fault in await shared.stop()]
 
     async def _start(self, shape: Shape) -> SharedService | None:
         try:

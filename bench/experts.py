@@ -32,6 +32,7 @@ from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts, experts_by_group
 from waybill.parallel.moe.layer import MoeLayer
 from waybill.parallel.moe.router import TopKRouter
+from waybill.parallel.weight_format import WeightFormat
 
 D, E, K, I = 1024, 64, 8, 512
 EXPERT_BYTES = 3 * D * I * 2
@@ -40,7 +41,7 @@ NUM_TOKENS = (1, 8, 32, 512, 2048)
 NUM_LAYERS = 3
 # Past this many tokens every expert's weights are used often enough for arithmetic to be the limit.
 MANY_TOKENS = 256
-OPTIONS: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+OPTIONS: dict[str, Any] = {"weight_format": WeightFormat(torch.bfloat16, torch.device("cpu"))}
 CONTENDERS = ("fast", "fast, torch only", "torch_reference", "transformers grouped_mm")
 
 Block = Callable[[torch.Tensor], torch.Tensor]

@@ -19,7 +19,8 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import OutputBatch, SamplingParams, TokenizedGenerateReqInput
 from waybill.engine.kv_cache.kv_store import KVStore
 from waybill.engine.model_runner import ModelRunner
-from waybill.engine.models.qwen3_moe import ModelContext, Qwen3MoeForCausalLM, parse_config
+from waybill.engine.models.model_context import ModelContext
+from waybill.engine.models.registry import build_model, family_of
 from waybill.engine.replica import Rank, make_scheduler
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.ring import RouteRing
@@ -38,9 +39,9 @@ class Bench:
         hf_config = Qwen3MoeConfig(
             **plan.shape, norm_topk_prob=True, tie_word_embeddings=False, eos_token_id=None, dtype="bfloat16"
         )
-        self.model_config = parse_config(hf_config, folder, "auto")
+        self.model_config = family_of(hf_config.model_type).parse_config(hf_config, folder, "auto")
         context = ModelContext(self.model_config, ParallelMesh.single(self.device))
-        self.model = Qwen3MoeForCausalLM(context, 16384).eval()
+        self.model = build_model(context, 16384)
         for parameter in self.model.parameters():
             parameter.data.normal_(std=parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.data.fill_(1)
         self.config = EngineConfig(

@@ -13,17 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..parallel.dp_attention import ReplicatedTokens
-from ..parallel.mesh import Axis
-from .attention.backend import AttentionBackend
-from .attention.triton_paged import DecodePlan
-from .forward_batch import ForwardBatch, HostBatch, known_ids, slots_at
-from .kv_cache.kv_store import KVStore
-from .kv_cache.req_to_token_pool import ReqToTokenPool
-from .models.qwen3_moe import Qwen3MoeForCausalLM
-from .routing.capturer import RoutedExpertsCapturer
+from .forward_batch import HostBatch
+from .graph_parts import NUM_WARM_UPS, GraphParts
 
-NUM_WARM_UPS = 2
 # Copies of the inputs on the host: a step's must not change before its transfer is done, one step later at most.
 NUM_STAGES = 4
 
@@ -44,26 +36,9 @@ class DecodeGraph:
 class DecodeGraphs:
     """Captured on construction; `run` replays."""
 
-    def __init__(
-        self,
-        model: Qwen3MoeForCausalLM,
-        attention: AttentionBackend[Any],
-        kv_store: KVStore,
-        pool: ReqToTokenPool,
-        page_size: int,
-        last_token_ids: torch.Tensor,
-        axis: Axis,
-        capturer: RoutedExpertsCapturer | None,
-    ) -> None:
-        self._model = model
-        self._attention = attention
-        self._kv_store = kv_store
-        self._pool = pool
-        self._page_size = page_size
-        self._last_token_ids = last_token_ids
-        self._axis = axis
-        self._capturer = capturer
-        sizes = graph_sizes(pool.scratch_row)
+    def __init__(self, parts: GraphParts) -> None:
+        self._parts = parts
+        sizes = graph_sizes(parts.pool.scratch_row)
         self._stages = torch.empty(NUM_STAGES, 3 * sizes[-1], dtype=torch.int64).pin_memory()
         self._stage = 0
         memory = torch.cuda.graph_pool_handle()
@@ -73,8 +48,8 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture(self, size: int, memory: Any) -> DecodeGraph:
-        inputs = torch.zeros(3, size, dtype=torch.int64, device=self._last_token_ids.device)
-        inputs[2] = self._pool.scratch_row
+        inputs = torch.zeros(3, size, dtype=torch.int64, device=self._parts.device)
+        inputs[2] = self._parts.pool.scratch_row
         for _ in range(NUM_WARM_UPS):
             self._forward(inputs)
         torch.cuda.synchronize()
@@ -84,23 +59,11 @@ class DecodeGraphs:
         return DecodeGraph(graph, inputs, logits)
 
     def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        ids, positions, rows = inputs
-        if self._capturer is not None:
-            self._capturer.begin_graph(inputs.shape[1])
-        plan = DecodePlan(self._pool.page_table, rows, (positions + 1).to(torch.int32), self._page_size)
-        batch: ForwardBatch[DecodePlan] = ForwardBatch(
-            input_ids=known_ids(ids, rows, self._last_token_ids),
-            positions=positions,
-            kv_slots=slots_at(self._pool.page_table, rows, positions, self._page_size),
-            attention_plan=plan,
-            layout=ReplicatedTokens(inputs.shape[1], self._axis),
-            sample_rows=rows,
-            sampling_req_rows=rows,
-        )
-        hidden = self._model(batch, self._attention, self._kv_store, self._capturer)
-        if self._capturer is not None:
-            self._capturer.check()
-        logits = self._model.compute_logits(hidden)
+        parts = self._parts
+        _, positions, rows = inputs
+        kv_lens = (positions + 1).to(torch.int32)
+        plan = parts.attention.plan_graph(parts.pool.page_table, rows, kv_lens, parts.page_size)
+        logits = parts.model.compute_logits(parts.forward(inputs, parts.attention, plan))
         assert logits is not None, "graphs serve one rank"
         return logits
 
@@ -117,7 +80,7 @@ class DecodeGraphs:
         stage = self._stages[self._stage][: 3 * size].view(3, size)
         self._stage = (self._stage + 1) % NUM_STAGES
         values = stage.numpy()
-        values[:, num_reqs:] = np.array([[0], [0], [self._pool.scratch_row]])
+        values[:, num_reqs:] = np.array([[0], [0], [self._parts.pool.scratch_row]])
         values[:, :num_reqs] = host.input_ids, host.positions, host.req_rows
         graph.inputs.copy_(stage, non_blocking=True)
         graph.graph.replay()

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
 
 from .kv_cache.kv_store import KVStore
+from .models.causal_lm import CausalLM
 
 TAGS = ("weights", "kv_cache")
 
@@ -28,7 +28,7 @@ def check_tags(tags: Sequence[str]) -> None:
 class DeviceMemory:
     """The two large owners of one rank's memory."""
 
-    def __init__(self, model: nn.Module, kv_store: KVStore) -> None:
+    def __init__(self, model: CausalLM, kv_store: KVStore) -> None:
         self._owned: dict[str, list[torch.Tensor]] = {
             "weights": [parameter.data for parameter in model.parameters()],
             "kv_cache": list(kv_store.tensors()),

@@ -17,11 +17,12 @@ import torch
 from ..parallel.collectives import broadcast
 from ..parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout
 from ..parallel.mesh import ParallelMesh
-from .attention import make_attention_backend
+from .attention import GraphAttentionBackend, make_attention_backend
 from .forward_batch import Forwarded, HostBatch, lay_out, make_forward_batch
+from .graph_parts import GraphParts
 from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
-from .models.qwen3_moe import Qwen3MoeForCausalLM
+from .models.causal_lm import CausalLM
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.late_gather import LateRouteGather
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
@@ -89,7 +90,7 @@ class ModelRunner:
     def __init__(
         self,
         mesh: ParallelMesh,
-        model: Qwen3MoeForCausalLM,
+        model: CausalLM,
         kv_store: KVStore,
         *,
         page_size: int,
@@ -109,7 +110,7 @@ class ModelRunner:
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
-        self._use_graphs = use_graphs and attention_backend == "auto"
+        self._use_graphs = use_graphs
         self._max_tokens = max_tokens
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
@@ -135,12 +136,14 @@ class ModelRunner:
         """On CUDA, steps of one rank run as graphs."""
         if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
             return
+        if not isinstance(self._attention, GraphAttentionBackend):
+            return
         assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
         # Their kernels come with torch's CUDA builds alone.
         from .decode_graphs import DecodeGraphs  # noqa: PLC0415
         from .prefill_graphs import PrefillGraphs  # noqa: PLC0415
 
-        parts = (
+        parts = GraphParts(
             self.model,
             self._attention,
             self.kv_store,
@@ -150,8 +153,8 @@ class ModelRunner:
             self._mesh.tp,
             self._capturer,
         )
-        self._graphs = DecodeGraphs(*parts)
-        self._prefill_graphs = PrefillGraphs(*parts, self._max_tokens)
+        self._graphs = DecodeGraphs(parts)
+        self._prefill_graphs = PrefillGraphs(parts, self._max_tokens)
 
     def drop_graphs(self) -> None:
         """They hold the addresses of weights and KV pool, and memory of their own."""

@@ -14,17 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..parallel.dp_attention import ReplicatedTokens
-from ..parallel.mesh import Axis
-from .attention.backend import AttentionBackend, AttentionBatch
-from .forward_batch import ForwardBatch, Forwarded, HostBatch, known_ids, slots_at
-from .kv_cache.kv_store import KVStore
-from .kv_cache.req_to_token_pool import ReqToTokenPool
-from .models.qwen3_moe import Qwen3MoeForCausalLM
-from .routing.capturer import RoutedExpertsCapturer
+from .attention.backend import AttentionBatch, CachedTensors
+from .forward_batch import Forwarded, HostBatch
+from .graph_parts import NUM_WARM_UPS, GraphParts
 from .transfer import copy_to, to_device
 
-NUM_WARM_UPS = 2
 SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 
 
@@ -35,12 +29,11 @@ def graph_sizes(max_tokens: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A graph, and the attention that follows it: query [T, H, d] and one layer's caches."""
+    """A graph, and the attention that follows it: query [T, H, d] and what one layer has cached."""
 
     graph: torch.cuda.CUDAGraph
     query: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    kv: CachedTensors
     scale: float
 
 
@@ -76,12 +69,10 @@ class GraphBreaker:
     def plan(self, batch: AttentionBatch) -> None:
         """Lengths are not known."""
 
-    def forward(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: None, scale: float
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: None, scale: float) -> torch.Tensor:
         if self._graph is not None:
             graph = self.end()
-            self.pieces.append(Piece(graph, alias(query), k_cache, v_cache, scale))
+            self.pieces.append(Piece(graph, alias(query), kv, scale))
             self.begin()
         return self._attended
 
@@ -89,26 +80,8 @@ class GraphBreaker:
 class PrefillGraphs:
     """Captured on construction; `run` replays."""
 
-    def __init__(
-        self,
-        model: Qwen3MoeForCausalLM,
-        attention: AttentionBackend[Any],
-        kv_store: KVStore,
-        pool: ReqToTokenPool,
-        page_size: int,
-        last_token_ids: torch.Tensor,
-        axis: Axis,
-        capturer: RoutedExpertsCapturer | None,
-        max_tokens: int,
-    ) -> None:
-        self._model = model
-        self._attention = attention
-        self._kv_store = kv_store
-        self._pool = pool
-        self._page_size = page_size
-        self._last_token_ids = last_token_ids
-        self._axis = axis
-        self._capturer = capturer
+    def __init__(self, parts: GraphParts, max_tokens: int) -> None:
+        self._parts = parts
         self._sizes = graph_sizes(max_tokens)
         memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         # The largest first: the others fit into its memory.
@@ -118,38 +91,20 @@ class PrefillGraphs:
 
     @torch.inference_mode()
     def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> PrefillGraph:
-        device = self._last_token_ids.device
-        inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
-        inputs[2] = self._pool.scratch_row
-        attended = torch.zeros(size, *self._model.query_shape, dtype=self._model.config.dtype, device=device)
+        parts = self._parts
+        inputs = torch.zeros(3, size, dtype=torch.int64, device=parts.device)
+        inputs[2] = parts.pool.scratch_row
+        attended = torch.zeros(size, *parts.model.attention_shape, dtype=parts.model.config.dtype, device=parts.device)
         breaker = GraphBreaker(attended, memory)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             for _ in range(NUM_WARM_UPS):
-                self._forward(inputs, breaker)
+                parts.forward(inputs, breaker, None)
             torch.cuda.synchronize()
             breaker.begin()
-            hidden = self._forward(inputs, breaker)
+            hidden = parts.forward(inputs, breaker, None)
             last = breaker.end()
         return PrefillGraph(inputs, breaker.pieces, last, attended, hidden)
-
-    def _forward(self, inputs: torch.Tensor, breaker: GraphBreaker) -> torch.Tensor:
-        ids, positions, rows = inputs
-        if self._capturer is not None:
-            self._capturer.begin_graph(inputs.shape[1])
-        batch: ForwardBatch[None] = ForwardBatch(
-            input_ids=known_ids(ids, rows, self._last_token_ids),
-            positions=positions,
-            kv_slots=slots_at(self._pool.page_table, rows, positions, self._page_size),
-            attention_plan=None,
-            layout=ReplicatedTokens(inputs.shape[1], self._axis),
-            sample_rows=rows,
-            sampling_req_rows=rows,
-        )
-        hidden = self._model(batch, breaker, self._kv_store, self._capturer)
-        if self._capturer is not None:
-            self._capturer.check()
-        return hidden
 
     def size_for(self, host: HostBatch) -> int | None:
         """The size to run a step at; None if it is too large."""
@@ -157,24 +112,24 @@ class PrefillGraphs:
 
     def run(self, host: HostBatch, size: int) -> Forwarded:
         """Replay, with the step's own attention."""
-        graph, num_tokens = self._graphs[size], len(host.input_ids)
+        parts, graph, num_tokens = self._parts, self._graphs[size], len(host.input_ids)
         values = np.zeros((3, size), dtype=np.int64)
-        values[2] = self._pool.scratch_row
+        values[2] = parts.pool.scratch_row
         values[:, :num_tokens] = host.input_ids, host.positions, np.repeat(host.req_rows, host.q_lens)
         copy_to(graph.inputs, values)
         # The device begins while the host plans.
         graph.pieces[0].graph.replay()
-        parts = [host.req_rows, np.cumsum(host.q_lens)[host.sampling] - 1, host.req_rows[host.sampling]]
-        packed = to_device(np.concatenate(parts), graph.inputs.device)
-        req_rows, sample_rows, sampling_req_rows = packed.split([len(part) for part in parts])
-        plan = self._attention.plan(
-            AttentionBatch(host.q_lens, host.kv_lens, self._pool.page_table, req_rows, self._page_size)
+        arrays = [host.req_rows, np.cumsum(host.q_lens)[host.sampling] - 1, host.req_rows[host.sampling]]
+        packed = to_device(np.concatenate(arrays), graph.inputs.device)
+        req_rows, sample_rows, sampling_req_rows = packed.split([len(part) for part in arrays])
+        plan = parts.attention.plan(
+            AttentionBatch(host.q_lens, host.kv_lens, parts.pool.page_table, req_rows, parts.page_size)
         )
         attended = graph.attended[:num_tokens]
         following = [piece.graph for piece in graph.pieces[1:]] + [graph.last]
         for piece, after in zip(graph.pieces, following, strict=True):
             query = piece.query[:num_tokens]
-            attended.copy_(self._attention.forward(query, piece.k_cache, piece.v_cache, plan, piece.scale))
+            attended.copy_(parts.attention.forward(query, piece.kv, plan, piece.scale))
             after.replay()
         return Forwarded(graph.hidden[:num_tokens], sample_rows, sampling_req_rows)
 

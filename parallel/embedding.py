@@ -12,23 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from .collectives import all_gather, all_reduce, gather
-from .linear import select_linear
 from .mesh import Axis
-from .weights import ShardedWeight, empty_weight
+from .weight_format import WeightFormat
+from .weights import ShardedWeight
 
 
 class VocabShard(nn.Module):
     """This rank's rows of a [V, D] matrix."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, axis: Axis, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, *, weight_format: WeightFormat) -> None:
         super().__init__()
         self._full = (vocab_size, hidden_size)
         self._axis = axis
         self._num_rows = -(-vocab_size // axis.size)
         self._first = axis.rank * self._num_rows
-        self.weight = empty_weight(self._num_rows, hidden_size, dtype=dtype, device=device)
+        self.weight = weight_format.empty(self._num_rows, hidden_size)
         self.weight.data[max(0, min(self._num_rows, vocab_size - self._first)) :] = 0
 
     def sharded_weight(self) -> ShardedWeight:
@@ -63,12 +61,11 @@ class ParallelLMHead(VocabShard):
         axis: Axis,
         *,
         gather_to_all: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
-        super().__init__(vocab_size, hidden_size, axis, dtype=dtype, device=device)
+        super().__init__(vocab_size, hidden_size, axis, weight_format=weight_format)
         self._gather_to_all = gather_to_all
-        self._linear = select_linear(device)
+        self._linear = weight_format.linear()
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's rows, which are sharded alike."""

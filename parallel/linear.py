@@ -8,28 +8,13 @@ Legend: T tokens, D inputs, O outputs, d head width, n size of the axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .collectives import all_reduce
 from .mesh import Axis
-from .weights import ShardedWeight, empty_weight
-
-# (x [T, D], weight [O, D], bias [O] or None) -> [T, O]
-Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
-def select_linear(device: torch.device) -> Linear:
-    """The fastest product for the device."""
-    if device.type == "cpu":
-        return F.linear
-    # Triton comes with torch's CUDA builds alone.
-    from .linear_triton import linear_triton  # noqa: PLC0415
-
-    return linear_triton
+from .weight_format import WeightFormat
+from .weights import ShardedWeight
 
 
 def shard_size(size: int, axis: Axis, what: str) -> int:
@@ -46,13 +31,11 @@ def shard_size(size: int, axis: Axis, what: str) -> int:
 class ShardedLinear(nn.Module):
     """The part that all have: this rank's weight [out, in] and bias [out], and the product."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, weight_format: WeightFormat) -> None:
         super().__init__()
-        self.weight = empty_weight(out_features, in_features, dtype=dtype, device=device)
-        self.bias = empty_weight(out_features, dtype=dtype, device=device) if bias else None
-        self._linear = select_linear(device)
+        self.weight = weight_format.empty(out_features, in_features)
+        self.bias = weight_format.empty(out_features) if bias else None
+        self._linear = weight_format.linear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, self.weight, self.bias)
@@ -61,10 +44,8 @@ class ShardedLinear(nn.Module):
 class ReplicatedLinear(ShardedLinear):
     """The whole matrix on every rank: [T, D] -> [T, O]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype, device)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, weight_format: WeightFormat) -> None:
+        super().__init__(in_features, out_features, bias, weight_format)
 
     def sharded_weight(self) -> ShardedWeight:
         return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
@@ -84,14 +65,13 @@ class MergedColumnParallelLinear(ShardedLinear):
         axis: Axis,
         *,
         bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
         self._full = out_features
         self._local = [shard_size(size, axis, "out_features") for size in out_features]
         self._in_features = in_features
         self._axis = axis
-        super().__init__(in_features, sum(self._local), bias, dtype, device)
+        super().__init__(in_features, sum(self._local), bias, weight_format)
 
     def sharded_weight(self, part: int = 0) -> ShardedWeight:
         """This rank's rows of the `part`-th matrix."""
@@ -117,10 +97,9 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
         axis: Axis,
         *,
         bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
-        super().__init__(in_features, [out_features], axis, bias=bias, dtype=dtype, device=device)
+        super().__init__(in_features, [out_features], axis, bias=bias, weight_format=weight_format)
 
 
 class QKVParallelLinear(ShardedLinear):
@@ -138,8 +117,7 @@ class QKVParallelLinear(ShardedLinear):
         axis: Axis,
         *,
         bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
         self.num_local_heads = shard_size(num_heads, axis, "num_heads")
         if num_kv_heads >= axis.size:
@@ -153,11 +131,7 @@ class QKVParallelLinear(ShardedLinear):
         self._full = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
         kv_size = self.num_local_kv_heads * head_dim
         self._local = {"q": self.num_local_heads * head_dim, "k": kv_size, "v": kv_size}
-        super().__init__(hidden_size, sum(self._local.values()), bias, dtype, device)
-
-    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[T, q + k + v] -> three tensors, heads of this rank side by side."""
-        return qkv.split(list(self._local.values()), dim=-1)
+        super().__init__(hidden_size, sum(self._local.values()), bias, weight_format)
 
     def sharded_weight(self, part: str) -> ShardedWeight:
         """This rank's rows of the query, key or value matrix: `part` is "q", "k" or "v"."""
@@ -192,11 +166,10 @@ class RowParallelLinear(ShardedLinear):
         *,
         bias: bool = False,
         reduce: bool = True,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
         local = shard_size(in_features, axis, "in_features")
-        super().__init__(local, out_features, bias, dtype, device)
+        super().__init__(local, out_features, bias, weight_format)
         self._full = (out_features, in_features)
         self._axis = axis
         self._reduce = reduce

@@ -34,18 +34,19 @@ class Axis:
 @dataclass(frozen=True)
 class ParallelMesh:
     """A rank's place along every axis. Attention is sharded over `tp` and replicated over `dp`; experts are spread over
-    `world`, which is spread over hosts."""
+    `ep`, which is the whole world today. The world is spread over hosts."""
 
     device: torch.device
     world: Axis
     dp: Axis
     tp: Axis
+    ep: Axis
     # The ranks of this rank's host: neighbours in the world, as many on each.
     node: Axis
 
     @staticmethod
     def single(device: torch.device) -> ParallelMesh:
-        return ParallelMesh(device, Axis.single("world"), Axis.single("dp"), Axis.single("tp"), Axis.single("node"))
+        return ParallelMesh(device, *(Axis.single(name) for name in ("world", "dp", "tp", "ep", "node")))
 
     @staticmethod
     def build(
@@ -67,6 +68,7 @@ class ParallelMesh:
             _make_axis("world", dist.group.WORLD),
             _make_axis("dp", _own_group(ranks.t().tolist(), timeout)),
             _make_axis("tp", _own_group(ranks.tolist(), timeout)),
+            _make_axis("ep", dist.group.WORLD),
             _make_axis("node", _own_group(ranks.view(num_nodes, -1).tolist(), timeout)),
         )
 

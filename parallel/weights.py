@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 
 class TensorSource(Protocol):
@@ -93,8 +92,3 @@ class ShardedWeight:
         self.check(tuple(source.shape))
         for piece in self.pieces:
             piece.storage.copy_(source[piece.index])
-
-
-def empty_weight(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """An uninitialised weight that is not trained. Every sharded weight is made here, so the format has one place."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

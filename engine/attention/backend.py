@@ -5,13 +5,15 @@ Legend: T tokens of the step, B requests, H query heads, G kv heads, d head widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 PlanT = TypeVar("PlanT")
+# One layer's cache by the names of the model's `KVTensorSpec`s: "k" and "v" [S, G, d], or a latent.
+CachedTensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,26 @@ class AttentionBatch:
 
 
 class AttentionBackend(Protocol[PlanT]):
-    """Causal attention of new tokens over paged keys and values, the new ones already written."""
+    """Causal attention of new tokens over the cached tensors of their requests, those of the new ones already written."""
 
     def plan(self, batch: AttentionBatch) -> PlanT:
         """Everything that depends on the step alone."""
         ...
 
-    def forward(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: PlanT, scale: float
-    ) -> torch.Tensor:
-        """query [T, H, d], caches [S, G, d] -> [T, H, d]; H is a multiple of G (grouped queries)."""
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: PlanT, scale: float) -> torch.Tensor:
+        """query [T, H, d] -> [T, H, d]; H is a multiple of the G heads that are cached (grouped queries)."""
+        ...
+
+
+@runtime_checkable
+class GraphAttentionBackend(AttentionBackend[PlanT], Protocol[PlanT]):
+    """A backend whose decode steps a CUDA graph can record."""
+
+    def plan_graph(
+        self, page_table: torch.Tensor, req_rows: torch.Tensor, kv_lens: torch.Tensor, page_size: int
+    ) -> PlanT:
+        """The plan of a decode step of B requests. Rows [B] and lengths [B] int32 are read on the device, at the addresses
+        that they have now, whenever the graph is replayed."""
         ...
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..transfer import to_device
-from .backend import AttentionBatch, first_slots, slots_at, slots_of
+from .backend import AttentionBatch, CachedTensors, first_slots, slots_at, slots_of
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class SdpaAttention:
         slots = slots_at(table, torch.minimum(positions[None, :], ends - 1), batch.page_size)
         return DecodeGroup(rows, slots.flatten(), num_keys, mask)
 
-    def forward(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: SdpaPlan, scale: float
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, scale: float) -> torch.Tensor:
+        k_cache, v_cache = kv["k"], kv["v"]
         if not plan.decodes and len(plan.prefills) == 1:
             return self._prefill(query, k_cache, v_cache, plan.prefills[0], scale)
         out = torch.empty_like(query)

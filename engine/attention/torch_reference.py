@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend import AttentionBatch, slots_of
+from .backend import AttentionBatch, CachedTensors, slots_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,8 @@ class TorchReferenceAttention:
             first += q_len
         return ReferencePlan(requests)
 
-    def forward(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: ReferencePlan, scale: float
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: ReferencePlan, scale: float) -> torch.Tensor:
+        k_cache, v_cache = kv["k"], kv["v"]
         out = torch.empty_like(query)
         num_shared = query.shape[1] // k_cache.shape[1]
         for first, last, slots, visible in plan.requests:

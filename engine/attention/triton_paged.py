@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
 from ..transfer import to_device
-from .backend import AttentionBatch
+from .backend import AttentionBatch, CachedTensors
 from .sdpa import SdpaAttention, SdpaPlan
 
 # Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
@@ -111,17 +111,17 @@ class TritonPagedAttention:
         kv_lens = to_device(batch.kv_lens, batch.page_table.device, torch.int32)
         return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)
 
+    def plan_graph(
+        self, page_table: torch.Tensor, req_rows: torch.Tensor, kv_lens: torch.Tensor, page_size: int
+    ) -> DecodePlan:
+        return DecodePlan(page_table, req_rows, kv_lens, page_size)
+
     def forward(
-        self,
-        query: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        plan: DecodePlan | SdpaPlan,
-        scale: float,
+        self, query: torch.Tensor, kv: CachedTensors, plan: DecodePlan | SdpaPlan, scale: float
     ) -> torch.Tensor:
         if isinstance(plan, SdpaPlan):
-            return self._prefill.forward(query, k_cache, v_cache, plan, scale)
-        return decode_attention(query, k_cache, v_cache, plan, scale)
+            return self._prefill.forward(query, kv, plan, scale)
+        return decode_attention(query, kv["k"], kv["v"], plan, scale)
 
 
 def decode_attention(

@@ -23,25 +23,39 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention: query heads, the kv heads that groups of them share, and their width."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool
+    rope: RopeConfig
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """The layers that route, and how. `intermediate_size` is an expert's."""
+
+    layer_ids: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    norm_topk_prob: bool
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only MoE model. `moe_layer_ids` are the layers that route; the others have a dense MLP."""
+    """A decoder-only MoE model. Layers that do not route have a dense MLP of `intermediate_size`."""
 
     model_type: str
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    attention_bias: bool
+    attention: AttentionConfig
+    moe: MoeConfig
     intermediate_size: int
-    moe_intermediate_size: int
-    moe_layer_ids: tuple[int, ...]
-    num_experts: int
-    top_k: int
-    norm_topk_prob: bool
     rms_norm_eps: float
-    rope: RopeConfig
     tie_word_embeddings: bool
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
@@ -50,11 +64,11 @@ class ModelConfig:
     def route_geometry(self, max_tokens: int) -> RouteGeometry:
         """Shape of one step's routing for at most `max_tokens` rows."""
         return RouteGeometry(
-            layer_ids=self.moe_layer_ids,
+            layer_ids=self.moe.layer_ids,
             num_layers_total=self.num_layers,
             max_tokens=max_tokens,
-            top_k=self.top_k,
-            num_experts=self.num_experts,
+            top_k=self.moe.top_k,
+            num_experts=self.moe.num_experts,
         )
 
 

@@ -72,7 +72,7 @@ def _norm_rope_store_kernel(
 
 
 class TritonLayerOps:
-    """See `LayerOps`. Head widths are powers of two; `Qwen3MoeForCausalLM` checks that."""
+    """See `LayerOps`. Head widths are powers of two; `load_model` checks that."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty_like(hidden)

@@ -1,16 +1,47 @@
-"""Which model file serves which `model_type`, and how a checkpoint becomes a loaded model."""
+"""Which model file serves which `model_type`, and how a checkpoint becomes a loaded model.
+
+A family is one entry of `FAMILIES`; nothing outside this folder names a model class.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from . import qwen3_moe
+from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors, load_weights
 from .model_config import ModelConfig, read_hf_config
-from .qwen3_moe import ModelContext, Qwen3MoeForCausalLM
+from .model_context import ModelContext
 
-MODEL_FILES = {"qwen3_moe": qwen3_moe}
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """How one `model_type` is served.
+
+    `parse_config(hf_config, model_path, dtype)` raises `ValueError` for what the model file does not compute.
+    `build(context, num_positions)` makes this rank's part with uninitialised weights.
+    """
+
+    parse_config: Callable[[Any, str, str], ModelConfig]
+    build: Callable[[ModelContext, int], CausalLM]
+
+
+FAMILIES = {"qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.Qwen3MoeForCausalLM)}
+
+
+def family_of(model_type: str) -> ModelFamily:
+    """
+    Raises:
+        ValueError: no model file serves it.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def load_model_config(config: EngineConfig) -> ModelConfig:
@@ -20,20 +51,24 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
         ValueError: no checkpoint at `model_path`, or one that no model file serves.
     """
     hf_config = read_hf_config(config.model_path)
-    if hf_config.model_type not in MODEL_FILES:
-        raise ValueError(f"model_type={hf_config.model_type!r}: must be one of {', '.join(MODEL_FILES)}")
-    return MODEL_FILES[hf_config.model_type].parse_config(hf_config, config.model_path, config.dtype)
+    return family_of(hf_config.model_type).parse_config(hf_config, config.model_path, config.dtype)
+
+
+def build_model(context: ModelContext, num_positions: int) -> CausalLM:
+    """This rank's part of a model, its weights uninitialised."""
+    return family_of(context.config.model_type).build(context, num_positions)
 
 
 def load_model(
     config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh, clock: SyncClock
-) -> Qwen3MoeForCausalLM:
+) -> CausalLM:
     """Build this rank's part of the model and fill it from the checkpoint. `clock` runs while ranks meet in MoE layers."""
-    if mesh.device.type == "cuda" and model_config.head_dim & (model_config.head_dim - 1):
-        raise ValueError(f"head_dim={model_config.head_dim}: must be a power of two on CUDA")
+    head_dim = model_config.attention.head_dim
+    if mesh.device.type == "cuda" and head_dim & (head_dim - 1):
+        raise ValueError(f"head_dim={head_dim}: must be a power of two on CUDA")
     context = ModelContext(model_config, mesh, config.moe_split, config.experts_backend, config.moe_dispatcher, clock)
-    model = MODEL_FILES[model_config.model_type].Qwen3MoeForCausalLM(context, num_positions)
+    model = build_model(context, num_positions)
     weights, checkpoint = model.sharded_weights(), Checkpoint(config.model_path)
     check_tensors(weights, checkpoint, model.ignored_weights)
     load_weights(weights, checkpoint, model.ignored_weights)
-    return model.eval()
+    return model

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from ...parallel.mesh import ParallelMesh
 from ..io_struct import ReceiveWeightsReq, WeightUpdate
+from ..models.causal_lm import CausalLM
 from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
-from ..models.qwen3_moe import Qwen3MoeForCausalLM
 from .group_registry import GroupRegistry
 from .manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
@@ -32,7 +32,7 @@ MAX_LOGGED = 500
 class WeightReceiver:
     """This rank's weights as an update sees them."""
 
-    def __init__(self, model: Qwen3MoeForCausalLM, mesh: ParallelMesh, groups: GroupRegistry) -> None:
+    def __init__(self, model: CausalLM, mesh: ParallelMesh, groups: GroupRegistry) -> None:
         self._mesh = mesh
         self._groups = groups
         self.weights = model.sharded_weights()

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..linear import shard_size
 from ..mesh import Axis
-from ..weights import Piece, ShardedWeight, empty_weight
+from ..weight_format import WeightFormat
+from ..weights import Piece, ShardedWeight
 from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
@@ -102,8 +103,7 @@ class Experts(nn.Module):
         *,
         split: str,
         backend: str,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
         super().__init__()
         whole = split == "ep"
@@ -113,8 +113,8 @@ class Experts(nn.Module):
         self._first_column = 0 if whole else axis.rank * self._width
         self._num_experts = num_experts
         self._full = (intermediate_size, hidden_size)
-        self.gate_up = empty_weight(self._num_local, 2 * self._width, hidden_size, dtype=dtype, device=device)
-        self.down = empty_weight(self._num_local, hidden_size, self._width, dtype=dtype, device=device)
+        self.gate_up = weight_format.empty(self._num_local, 2 * self._width, hidden_size)
+        self.down = weight_format.empty(self._num_local, hidden_size, self._width)
         self._function = select_experts_function(backend, self.down)
 
     def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:

@@ -1,8 +1,5 @@
 """The router: which experts a token goes to, and with which weights. Arithmetic as in `transformers`' Qwen3-MoE.
 
-Recording and replaying routes are two policies of the seam `select`: it turns dense scores into ids; the weights are
-always gathered from the dense scores and renormalised afterwards.
-
 Legend: T tokens, D hidden, E experts, K experts per token.
 """
 
@@ -14,11 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..linear import select_linear
-from ..weights import ShardedWeight, empty_weight
+from ..weight_format import WeightFormat
+from ..weights import ShardedWeight
 
-# Dense scores [T, E] float32 -> ids [T, K] int64.
-Select = Callable[[torch.Tensor], torch.Tensor]
 # See `choose_torch`.
 Choose = Callable[[torch.Tensor, int, bool, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
@@ -41,32 +36,22 @@ class TopKRouter(nn.Module):
         top_k: int,
         *,
         norm_topk_prob: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight_format: WeightFormat,
     ) -> None:
         super().__init__()
         self.top_k = top_k
         self._norm_topk_prob = norm_topk_prob
-        self._choose = select_choose(device)
-        self._linear = select_linear(device)
-        self.weight = empty_weight(num_experts, hidden_size, dtype=dtype, device=device)
+        self._choose = select_choose(weight_format.device)
+        self._linear = weight_format.linear()
+        self.weight = weight_format.empty(num_experts, hidden_size)
 
     def sharded_weight(self) -> ShardedWeight:
         return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
 
-    def forward(
-        self, hidden: torch.Tensor, select: Select | None = None, record: torch.Tensor | None = None
-    ) -> RouterOutput:
+    def forward(self, hidden: torch.Tensor, record: torch.Tensor | None = None) -> RouterOutput:
         """Route hidden states [T, D]; the ids are also written to `record` [T, K], of any integer dtype."""
         logits = self._linear(hidden, self.weight, None)
-        if select is None:
-            return RouterOutput(*self._choose(logits, self.top_k, self._norm_topk_prob, record))
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        ids = select(scores)
-        if record is not None:
-            record.copy_(ids)
-        weights = renormalise(scores.gather(1, ids), self._norm_topk_prob)
-        return RouterOutput(ids, weights.to(hidden.dtype))
+        return RouterOutput(*self._choose(logits, self.top_k, self._norm_topk_prob, record))
 
 
 def renormalise(weights: torch.Tensor, norm_topk_prob: bool) -> torch.Tensor:

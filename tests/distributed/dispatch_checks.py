@@ -30,6 +30,7 @@ from waybill.parallel.moe.dispatch import (
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
 from waybill.parallel.moe.router import RouterOutput, TopKRouter
+from waybill.parallel.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
 NUM_EXPERTS = 8
@@ -238,9 +239,11 @@ def make_layer(
     dispatcher: Dispatcher,
 ) -> MoeLayer:
     hidden, width = weights["down"].shape[1:]
-    router = TopKRouter(hidden, NUM_EXPERTS, top_k, norm_topk_prob=True, dtype=dtype, device=CPU)
+    router = TopKRouter(hidden, NUM_EXPERTS, top_k, norm_topk_prob=True, weight_format=WeightFormat(dtype, CPU))
     router.sharded_weight().load(weights["router"])
-    experts = Experts(NUM_EXPERTS, hidden, width, axis, split=split, backend="auto", dtype=dtype, device=CPU)
+    experts = Experts(
+        NUM_EXPERTS, hidden, width, axis, split=split, backend="auto", weight_format=WeightFormat(dtype, CPU)
+    )
     for expert_id, part in itertools.product(range(NUM_EXPERTS), ("gate", "up", "down")):
         experts.sharded_weight(expert_id, part).load(weights[part][expert_id])
     return MoeLayer(index, router, dispatcher, experts)

@@ -18,9 +18,10 @@ from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
 from waybill.parallel.moe.router import TopKRouter
+from waybill.parallel.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
-OPTIONS = {"dtype": torch.float32, "device": CPU}
+OPTIONS = {"weight_format": WeightFormat(torch.float32, CPU)}
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
 
 

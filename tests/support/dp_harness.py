@@ -275,6 +275,7 @@ def mesh_of(config: EngineConfig) -> ParallelMesh:
         axis("world", config.world_size),
         axis("dp", config.dp_size),
         axis("tp", config.tp_size),
+        axis("ep", config.world_size),
         axis("node", config.world_size),
     )
 

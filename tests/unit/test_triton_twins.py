@@ -86,7 +86,7 @@ def test_decode_attention(dtype: torch.dtype, page_size: int, kv_lens: list[int]
     batch = AttentionBatch([1] * len(kv_lens), kv_lens, table.to(DEVICE), rows.to(DEVICE), page_size)
     results = []
     for backend in (TorchReferenceAttention(), TritonPagedAttention()):
-        results.append(backend.forward(query, *cache, backend.plan(batch), width**-0.5))
+        results.append(backend.forward(query, dict(zip("kv", cache, strict=True)), backend.plan(batch), width**-0.5))
     torch.testing.assert_close(results[1], results[0], **TOLERANCE[dtype])
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from waybill.parallel import embedding
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding, VocabShard
 from waybill.parallel.mesh import Axis
+from waybill.parallel.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,9 @@ def test_shards_cover_the_vocabulary_once_and_pad_with_zeros() -> None:
     weight = torch.randn(5, 3)
     shards = []
     for rank in range(4):
-        shard = VocabShard(5, 3, Axis("tp", rank, 4, None, (0, 1, 2, 3)), dtype=torch.float32, device=CPU)
+        shard = VocabShard(
+            5, 3, Axis("tp", rank, 4, None, (0, 1, 2, 3)), weight_format=WeightFormat(torch.float32, CPU)
+        )
         shard.sharded_weight().load(weight)
         shards.append(shard.weight)
     assert torch.equal(torch.cat(shards), F.pad(weight, (0, 0, 0, 3)))
@@ -32,7 +35,7 @@ def test_nan_in_a_row_reaches_nobody_elses_token(monkeypatch: pytest.MonkeyPatch
     ids = torch.tensor([0, 2, 3, 4, 5, 7])
     total = torch.zeros(6, 3)
     for rank in range(2):
-        shard = VocabParallelEmbedding(8, 3, Axis("tp", rank, 2, None, (0, 1)), dtype=torch.float32, device=CPU)
+        shard = VocabParallelEmbedding(8, 3, Axis("tp", rank, 2, None, (0, 1)), weight_format=WeightFormat(torch.float32, CPU))
         shard.sharded_weight().load(weight)
         total += shard(ids)
     assert torch.equal(total.isnan().any(dim=1), torch.tensor([False, False, True, True, False, False]))
@@ -41,9 +44,9 @@ def test_nan_in_a_row_reaches_nobody_elses_token(monkeypatch: pytest.MonkeyPatch
 
 def test_on_one_rank_they_are_plain_lookup_and_product() -> None:
     weight, x = torch.randn(7, 4), torch.randn(2, 4)
-    table = VocabParallelEmbedding(7, 4, Axis.single(), dtype=torch.float32, device=CPU)
+    table = VocabParallelEmbedding(7, 4, Axis.single(), weight_format=WeightFormat(torch.float32, CPU))
     table.sharded_weight().load(weight)
-    head = ParallelLMHead(7, 4, Axis.single(), dtype=torch.float32, device=CPU)
+    head = ParallelLMHead(7, 4, Axis.single(), weight_format=WeightFormat(torch.float32, CPU))
     head.tie(table)
     assert torch.equal(table(torch.tensor([6, 0, 6])), weight[[6, 0, 6]])
     assert torch.equal(head(x), F.linear(x, weight))

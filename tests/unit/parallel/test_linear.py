@@ -20,10 +20,11 @@ from waybill.parallel.linear import (
     RowParallelLinear,
 )
 from waybill.parallel.mesh import Axis, ParallelMesh
+from waybill.parallel.weight_format import WeightFormat
 from waybill.parallel.weights import SafetensorsSource
 
 CPU = torch.device("cpu")
-OPTIONS: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
+OPTIONS: dict[str, Any] = {"weight_format": WeightFormat(torch.float32, CPU)}
 
 
 def place(rank: int, size: int) -> Axis:

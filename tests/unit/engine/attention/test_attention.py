@@ -35,7 +35,7 @@ def make_case(lengths: list[tuple[int, int]], page_size: int, seed: int) -> tupl
 def run(name: str, batch: AttentionBatch, tensors: list[torch.Tensor]) -> torch.Tensor:
     backend = make_attention_backend(name, torch.device("cpu"))
     query, keys, values = tensors
-    return backend.forward(query, keys, values, backend.plan(batch), WIDTH**-0.5)
+    return backend.forward(query, {"k": keys, "v": values}, backend.plan(batch), WIDTH**-0.5)
 
 
 @settings(max_examples=40, deadline=None)

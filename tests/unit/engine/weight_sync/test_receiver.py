@@ -17,7 +17,8 @@ from transformers import Qwen3MoeConfig
 
 from waybill.engine.io_struct import InitWeightsGroupReq, LoadWeightsReq, ReceiveWeightsReq, WeightOptions
 from waybill.engine.models.checkpoint import Checkpoint
-from waybill.engine.models.qwen3_moe import ModelContext, Qwen3MoeForCausalLM, parse_config
+from waybill.engine.models.model_context import ModelContext
+from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
 from waybill.engine.weight_sync import transfer
 from waybill.engine.weight_sync.checksum import checksum
 from waybill.engine.weight_sync.group_registry import GroupRegistry

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
-from waybill.engine.models.qwen3_moe import ModelContext, Qwen3MoeForCausalLM, parse_config
+from waybill.engine.models.model_context import ModelContext
+from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
 from waybill.engine.weight_sync.checksum import checksum
 from waybill.engine.weight_sync.inspection import bounds_of, first_rows, join_checksums, join_rows, piece_checksums
 from waybill.parallel.mesh import Axis, ParallelMesh
@@ -47,6 +48,7 @@ def make_ranks(dp_size: int, tp_size: int, split: str, *, tied: bool = False) ->
             Axis("world", rank, len(world), None, world),
             Axis("dp", rank // tp_size, dp_size, None, world[rank % tp_size :: tp_size]),
             Axis("tp", rank % tp_size, tp_size, None, world[rank - rank % tp_size :][:tp_size]),
+            Axis("ep", rank, len(world), None, world),
             Axis("node", rank, len(world), None, world),
         )
         models.append(Qwen3MoeForCausalLM(ModelContext(config, mesh, split), 8))

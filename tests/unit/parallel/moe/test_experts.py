@@ -21,6 +21,7 @@ from waybill.parallel.moe.experts import (
     experts_torch_reference,
     select_experts_function,
 )
+from waybill.parallel.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 3, 96, 64
@@ -188,7 +189,9 @@ def test_partial_results_of_both_splits_add_up(split: str, size: int) -> None:
     total = torch.zeros_like(hidden)
     for rank in range(size):
         axis = Axis("tp", rank, size, None, tuple(range(size)))
-        experts = Experts(NUM_EXPERTS, HIDDEN, WIDTH, axis, split=split, backend="auto", dtype=hidden.dtype, device=CPU)
+        experts = Experts(
+            NUM_EXPERTS, HIDDEN, WIDTH, axis, split=split, backend="auto", weight_format=WeightFormat(hidden.dtype, CPU)
+        )
         for expert_id in range(NUM_EXPERTS):
             gate, up = gate_up[expert_id].chunk(2)
             for part, weight in (("gate", gate), ("up", up), ("down", down[expert_id])):
@@ -202,11 +205,11 @@ def test_partial_results_of_both_splits_add_up(split: str, size: int) -> None:
 def test_sizes_that_the_axis_does_not_divide_are_refused(split: str, name: str) -> None:
     axis = Axis("tp", 0, 2, None, (0, 1))
     with pytest.raises(ValueError, match=name):
-        Experts(5, 32, 33, axis, split=split, backend="auto", dtype=torch.float32, device=CPU)
+        Experts(5, 32, 33, axis, split=split, backend="auto", weight_format=WeightFormat(torch.float32, CPU))
 
 
 def test_a_wrong_shape_is_refused_also_for_an_expert_of_another_rank() -> None:
     axis = Axis("tp", 1, 2, None, (0, 1))
-    experts = Experts(4, 32, 64, axis, split="ep", backend="auto", dtype=torch.float32, device=CPU)
+    experts = Experts(4, 32, 64, axis, split="ep", backend="auto", weight_format=WeightFormat(torch.float32, CPU))
     with pytest.raises(ValueError, match=r"shape \(64, 32\): must be \(32, 64\)"):
         experts.sharded_weight(0, "down").load(torch.zeros(64, 32))

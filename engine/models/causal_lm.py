@@ -1,0 +1,65 @@
+"""What the engine knows of a model: the protocol of every class in this folder that serves a `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...parallel.moe.layer import RouteRecorder
+from ...parallel.weights import ShardedWeight
+from ..attention.backend import AttentionBackend
+from ..forward_batch import ForwardBatch
+from ..kv_cache.kv_store import KVStore, KVTensorSpec
+from .fused_weights import FusedWeight
+from .model_config import ModelConfig
+
+
+class CausalLM(Protocol):
+    """The model of one rank: token ids in, hidden states and logits out.
+
+    Legend: T tokens of a step, N rows whose logits are wanted, D hidden, V vocabulary.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def __call__(
+        self,
+        batch: ForwardBatch[Any],
+        backend: AttentionBackend[Any],
+        kv_store: KVStore,
+        recorder: RouteRecorder | None,
+    ) -> torch.Tensor:
+        """A step's tokens to hidden states [T, D]; every MoE layer tells `recorder` the ids it chose."""
+        ...
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[N, D] -> [N, V] on tp rank 0, None elsewhere; every tp rank must call it."""
+        ...
+
+    @property
+    def attention_shape(self) -> tuple[int, int]:
+        """What attention gives for one token on this rank: heads and their width."""
+        ...
+
+    def kv_specs(self) -> list[KVTensorSpec]:
+        """What a layer keeps of every token on this rank."""
+        ...
+
+    def sharded_weights(self) -> dict[str, ShardedWeight]:
+        """Every tensor that a checkpoint must have, by its name there, and this rank's part of it."""
+        ...
+
+    def fused_weights(self) -> dict[str, FusedWeight]:
+        """Other names under which several of these tensors may come as one."""
+        ...
+
+    @property
+    def ignored_weights(self) -> frozenset[str]:
+        """Names that a checkpoint may have and the model does not need."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...

@@ -1,0 +1,30 @@
+"""Root-mean-square norm as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...parallel.weights import ShardedWeight
+from .model_context import ModelContext
+from .norm_rope import select_layer_ops
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim, alone or of a sum."""
+
+    def __init__(self, width: int, context: ModelContext) -> None:
+        super().__init__()
+        self.weight = context.weight_format.empty(width)
+        self._eps = context.config.rms_norm_eps
+        self._ops = select_layer_ops(context.mesh.device)
+
+    def sharded_weight(self) -> ShardedWeight:
+        return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._ops.rms_norm(hidden, self.weight, self._eps)
+
+    def add(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `hidden + residual`, and that sum, which may overwrite `residual`."""
+        return self._ops.add_rms_norm(hidden, residual, self.weight, self._eps)

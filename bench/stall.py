@@ -142,8 +142,9 @@ def main() -> int:
     bench.close()
     Console(width=140).print(text, markup=False, highlight=False)
     if options.write and not options.quick:
-        plot(bench.segments, scores, RESULTS / "stall.png")
+        plot(scores, RESULTS / "stall.png")
         write_result("stall.md", text)
+        write_result("stall.json", json.dumps(as_json(scores)) + "\n")
     if options.json:
         sys.stdout.write(json.dumps(as_json(scores)) + "\n")
     return 0

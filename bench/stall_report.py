@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,11 @@ from stall_scores import (
     undisturbed,
     worst_of,
 )
-from stall_segment import BUSY_RANK, DELTA, FULL, OFF, STEADY_RANK, VARIANTS, Segment
+from stall_segment import BUSY_RANK, DELTA, FULL, OFF, STEADY_RANK, Segment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 COLOURS = {
     "off": "#555555",
@@ -37,7 +37,8 @@ COLOURS = {
     "full": "#1f6fb2",
     "delta": "#2a9d57",
 }
-PLOT_SECONDS = 20.0
+# `off2` lies on `off`.
+STYLES = {"off2": "--"}
 
 
 @dataclass
@@ -97,6 +98,7 @@ def as_json(scores: dict[str, VariantScores]) -> dict[str, Any]:
             "p99_ms": round(p99(of.all_worst), 3),
             "max_ms": round(float(of.all_worst.max()), 3),
             "finishes": of.num_finishes,
+            "worst_ms": [round(value, 3) for value in of.all_worst.tolist()],
         }
         for variant, of in scores.items()
     }
@@ -197,57 +199,28 @@ longest; and the CPU time that a turn costs beside the ranks, more than with rou
 
 {remains_text(scores)}
 
-![latency over time](stall.png)
+![ECDF of the longest step after a finish, by variant](stall.png)
 
 Made by `{command}`.
 """
 
 
-def plot(segments: dict[str, list[Segment]], scores: dict[str, VariantScores], file: Path) -> None:
-    """Rank 1's latency over the time of each variant's segments, joined; finishes are marked."""
-    figure, axes = plt.subplots(len(VARIANTS), 1, figsize=(11, 11), sharex=True, sharey=True, layout="constrained")
-    for axis, variant in zip(axes, VARIANTS, strict=True):
-        times, latencies, marks = joined(variant, segments[variant])
-        axis.plot(times, latencies, color=COLOURS[variant], linewidth=1.0)
-        for mark in marks:
-            axis.axvline(mark, ymax=0.06, color="black", linewidth=1.0)
-        worst = scores[variant].all_worst
-        axis.set_title(
-            f"{variant}: {median(worst):.0f} ms median, {p99(worst):.0f} ms p99 around a finish",
-            loc="left",
-            fontsize=10,
-            color=COLOURS[variant],
-            fontweight="bold",
-        )
-        axis.set_yscale("log")
-        axis.grid(True, which="both", axis="y", color="#e4e4e4", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    ticks = [20, 50, 100, 200, 500]
-    axes[0].set_yticks(ticks, [str(tick) for tick in ticks])
-    axes[0].minorticks_off()
-    axes[0].set_xlim(0, PLOT_SECONDS)
-    figure.supylabel("time between two tokens of rank 1, ms")
-    figure.supxlabel("seconds of the variant's own segments, joined; black marks: a request finishes on rank 0")
+def plot(scores: dict[str, VariantScores], file: Path) -> None:
+    """The share of finishes after which rank 1's longest step was at most so long, all variants in one picture."""
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for variant, of in scores.items():
+        worst = of.all_worst
+        label = f"{variant}: median {median(worst):.0f} ms, p99 {p99(worst):.0f} ms"
+        axis.ecdf(worst, color=COLOURS[variant], label=label, linewidth=1.8, linestyle=STYLES.get(variant, "-"))
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(f"longest of rank 1's {WINDOW} steps after a finish on rank 0, ms")
+    axis.set_ylabel("share of finishes")
+    axis.set_title("What a finish on one rank does to the steps of another", loc="left")
+    axis.grid(True, color="#e4e4e4", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def joined(variant: str, segments: list[Segment]) -> tuple[list[float], list[float], list[float]]:
-    """Times and latencies of rank 1's steps while the conversation runs, and the times of finishes on rank 0."""
-    times: list[float] = []
-    latencies: list[float] = []
-    marks: list[float] = []
-    offset = 0.0
-    for segment in segments:
-        finishes = set(finish_steps(segment.steps[BUSY_RANK], variant + RID_SEPARATOR))
-        steady = [entry for entry in segment.steps[STEADY_RANK] if entry.step <= max(finishes) + WINDOW]
-        began = steady[0].committed_s
-        for before, entry in itertools.pairwise(steady):
-            times.append(offset + entry.committed_s - began)
-            latencies.append(MILLI * (entry.committed_s - before.committed_s))
-            if entry.step in finishes:
-                marks.append(times[-1])
-        offset = times[-1]
-        if offset > PLOT_SECONDS:
-            break
-    return times, latencies, marks

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-SIOCGIFADDR = 0x8915
-INTERFACE_NAME_BYTES = 16
-# struct ifreq: the name, then a sockaddr_in, whose address stands behind family and port.
-REQUEST_BYTES = 40
-ADDRESS_OFFSET = INTERFACE_NAME_BYTES + 4
+import psutil
+
 GLOO_VARIABLE = "GLOO_SOCKET_IFNAME"
 VARIABLES = (GLOO_VARIABLE, "NCCL_SOCKET_IFNAME")
 LOOPBACK = "lo"
@@ -44,28 +38,13 @@ def collectives_on_loopback() -> Iterator[None]:
 
 
 def interface_of(address: str) -> str | None:
-    """The interface's name; None where none has the address as its first one."""
-    wanted = ipaddress.ip_address(address)
+    """The interface's name; None where none has the address."""
+    wanted = ipaddress.ip_address(address.partition("%")[0])
     if wanted.is_loopback:
         return LOOPBACK
-    if wanted.version == 6:
-        return _interface_of_ipv6(wanted.packed.hex())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack(f"{REQUEST_BYTES}s", name.encode())
-            try:
-                reply = fcntl.ioctl(probe, SIOCGIFADDR, request)
-            except OSError:
-                # It has no IPv4 address.
-                continue
-            if reply[ADDRESS_OFFSET : ADDRESS_OFFSET + 4] == wanted.packed:
-                return name
-    return None
-
-
-def _interface_of_ipv6(digits: str) -> str | None:
-    for line in Path("/proc/net/if_inet6").read_text().splitlines():
-        fields = line.split()
-        if fields[0] == digits:
-            return fields[-1]
+    for name, addresses in psutil.net_if_addrs().items():
+        hosts = [found.address for found in addresses if found.family in (socket.AF_INET, socket.AF_INET6)]
+        # A link-local IPv6 address has its interface behind it.
+        if any(ipaddress.ip_address(host.partition("%")[0]) == wanted for host in hosts):
+            return name
     return None

@@ -121,7 +121,8 @@ def check_attention_heads(axis: Axis, num_kv_heads: int) -> None:
     for part, weight in (("q", q), ("k", k), ("v", v)):
         layer.sharded_weight(part).load(weight)
     x = torch.randn(3, hidden)
-    local = [out.view(3, -1, width) for out in layer.split(layer(x))]
+    sizes = [layer.num_local_heads, layer.num_local_kv_heads, layer.num_local_kv_heads]
+    local = layer(x).view(3, -1, width).split(sizes, dim=1)
     queries_per_kv = layer.num_local_heads // layer.num_local_kv_heads
     repeated = num_heads // num_kv_heads
     for weight, out, repeats, copies in (

@@ -35,7 +35,9 @@ def test_nan_in_a_row_reaches_nobody_elses_token(monkeypatch: pytest.MonkeyPatch
     ids = torch.tensor([0, 2, 3, 4, 5, 7])
     total = torch.zeros(6, 3)
     for rank in range(2):
-        shard = VocabParallelEmbedding(8, 3, Axis("tp", rank, 2, None, (0, 1)), weight_format=WeightFormat(torch.float32, CPU))
+        shard = VocabParallelEmbedding(
+            8, 3, Axis("tp", rank, 2, None, (0, 1)), weight_format=WeightFormat(torch.float32, CPU)
+        )
         shard.sharded_weight().load(weight)
         total += shard(ids)
     assert torch.equal(total.isnan().any(dim=1), torch.tensor([False, False, True, True, False, False]))

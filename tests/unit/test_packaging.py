@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import waybill
+
 ROOT = Path(__file__).parents[2]
 NOT_PACKAGED = ("tests/", "bench/", "docs/", "scripts/", "build/", ".venv/")
 ASSETS = ("py.typed", "parallel/moe/experts_bf16.cpp", "examples/tiny_moe/checkpoint/model.safetensors")
@@ -33,6 +35,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*command, str(work / "source")], check=True, capture_output=True)
     (built,) = work.glob("*.whl")
     return built
+
+
+def test_the_version_has_one_place(wheel: Path) -> None:
+    assert wheel.name.startswith(f"waybill-{waybill.__version__}-")
 
 
 def test_every_package_and_asset_is_in_the_wheel(wheel: Path) -> None:

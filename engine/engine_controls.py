@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -43,6 +44,10 @@ CONTROL_TIMEOUT_S = 30.0
 ANSWER_MARGIN_S = 10.0
 PAUSE_MODES = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("weights", "kv_cache")
+
+
+class StorageError(RuntimeError):
+    """The host has no room for what a caller sent; the message says where."""
 
 
 class EngineControls:
@@ -152,9 +157,19 @@ class EngineControls:
     async def update_weights_from_bytes(
         self, data: bytes, options: WeightOptions, *, abort_all_requests: bool = False
     ) -> ControlReply:
-        """As `update_weights_from_file`, with the file's bytes; the ranks must run on this host."""
-        with memory_file() as (descriptor, path):
-            await asyncio.to_thread(write_all, descriptor, data)
+        """As `update_weights_from_file`, with the file's bytes; the ranks must run on this host.
+
+        Raises:
+            StorageError: there is no room for the file.
+        """
+        with ExitStack() as stack:
+            try:
+                descriptor, path = stack.enter_context(memory_file())
+                await asyncio.to_thread(write_all, descriptor, data)
+            except OSError as error:
+                raise StorageError(
+                    f"safetensors: {len(data)} bytes cannot be written to memory: {error.strerror}"
+                ) from error
             return await self.update_weights_from_file(path, options, abort_all_requests=abort_all_requests)
 
     async def init_weights_update_group(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import msgspec
@@ -18,12 +17,9 @@ from ..engine.config import (
     EngineConfig,
 )
 from .node_options import NodeOptions, node_options, node_parser, run_secret
+from .serve_options import ServeCommand, add_serve_options, serve_command
 from .topology import Layout
 
-API_KEY_VARIABLE = "WAYBILL_API_KEY"
-# torchrun gives the ranks 30 seconds.
-MAX_SHUTDOWN_TIMEOUT_S = 25.0
-MAX_HEALTH_TIMEOUT_S = 3600.0
 # Fields of the engine's configuration that only a server's command line has.
 SERVE_ENGINE_OPTIONS = {
     "max_waiting_requests": "max_waiting_requests",
@@ -54,33 +50,6 @@ class RolloutCommand(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"--temperature {self.temperature}: must be at least 0")
-
-
-class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of the HTTP service."""
-
-    host: str
-    port: int
-    api_key: str | None
-    served_model_name: str
-    max_body_bytes: int
-    health_timeout_s: float
-    shutdown_timeout_s: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"--port {self.port}: must lie in 0 .. {2**16 - 1}; 0 takes a free one")
-        if self.max_body_bytes < 1:
-            raise ValueError(f"--max-body-bytes {self.max_body_bytes}: must be at least 1")
-        if not 0 < self.health_timeout_s <= MAX_HEALTH_TIMEOUT_S:
-            raise ValueError(
-                f"--health-timeout {self.health_timeout_s}: must be above 0 and at most {MAX_HEALTH_TIMEOUT_S}"
-            )
-        if not 0 <= self.shutdown_timeout_s <= MAX_SHUTDOWN_TIMEOUT_S:
-            raise ValueError(
-                f"--shutdown-timeout {self.shutdown_timeout_s}: must lie in 0 .. {MAX_SHUTDOWN_TIMEOUT_S}; "
-                "torchrun ends the ranks by force some seconds later"
-            )
 
 
 class WorkerCommand(msgspec.Struct, frozen=True):
@@ -128,6 +97,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_serve_options(serve)
+    add_serve_engine_options(serve)
     add_engine_options(serve)
     # A line per request.
     serve.set_defaults(log_level="info")
@@ -177,17 +147,8 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="out", help="folder for the picture of the expert load")
 
 
-def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
-    parser.add_argument(
-        "--enable-return-routed-experts", action="store_true", help="record routes, for requests that ask for them"
-    )
-    parser.add_argument("--api-key", default=None, help=f"asked of every client; better set {API_KEY_VARIABLE}")
-    parser.add_argument(
-        "--served-model-name", default=None, help="as /v1/models lists it; the folder's name if not set"
-    )
-    parser.add_argument("--max-body-bytes", type=int, default=64 << 20, help="longest request body")
+def add_serve_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Of the engine, on a server's command line alone."""
     parser.add_argument("--max-waiting-requests", type=int, default=4096, help="more than these are refused with 503")
     parser.add_argument("--claim-ttl", type=float, default=600.0, help="seconds that routes by reference are kept")
     parser.add_argument("--claim-budget-bytes", type=int, default=1 << 30, help="bytes of routes by reference kept")
@@ -207,12 +168,6 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="HOST,...",
         help="names, addresses and networks that update groups may be joined at; anywhere if not given",
-    )
-    parser.add_argument(
-        "--health-timeout", type=float, default=20.0, help="seconds that /health_generate waits for a step"
-    )
-    parser.add_argument(
-        "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"
     )
 
 
@@ -293,18 +248,6 @@ def engine_config(options: argparse.Namespace, *, routing: bool) -> EngineConfig
         log_level=options.log_level,
         enable_return_routed_experts=routing,
         **{name: getattr(options, flag) for name, flag in SERVE_ENGINE_OPTIONS.items() if hasattr(options, flag)},
-    )
-
-
-def serve_command(options: argparse.Namespace) -> ServeCommand:
-    return ServeCommand(
-        host=options.host,
-        port=options.port,
-        api_key=options.api_key or os.environ.get(API_KEY_VARIABLE) or None,
-        served_model_name=options.served_model_name or Path(options.model).resolve().name,
-        max_body_bytes=options.max_body_bytes,
-        health_timeout_s=options.health_timeout,
-        shutdown_timeout_s=options.shutdown_timeout,
     )
 
 

@@ -8,20 +8,44 @@ from __future__ import annotations
 import os
 import sys
 
+from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
 from .node_options import split_command_line
 from .run_dir import RunDir
 from .supervisor import threads_per_rank, torchrun_arguments
 from .topology import Layout
 
+EXIT_USAGE = 2
+
+
+def hide_key() -> None:
+    """Begin again without `--api-key`, which every user of the host can read in a command line, and with the key in the
+    environment, which they cannot and the children inherit.
+
+    Raises:
+        ValueError: what stands there is no key.
+    """
+    command, key = split_key(sys.orig_argv)
+    if key is not None:
+        os.execve(sys.executable, [sys.executable, *command[1:]], os.environ | {API_KEY_VARIABLE: key})
+
 
 def main() -> int:
+    try:
+        hide_key()
+    except ValueError as error:
+        return refuse(error)
     node_arguments, rest = split_command_line(sys.argv[1:])
     arguments = [*rest, *node_arguments]
     # A mistake is said once, before any rank starts - and before torch is imported.
     command = parse_worker_args(arguments)
     if command.config is None:
         raise ValueError("engine: is started by waybill.Engine alone")
+    if command.serve is not None and command.nodes.node_rank == 0:
+        try:
+            read_api_keys(command.serve.api_key_file)
+        except ValueError as error:
+            return refuse(error)
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(command.config, ranks_here)))
     from .agent import run_agent  # noqa: PLC0415
@@ -31,6 +55,11 @@ def main() -> int:
         return run_agent(run_dir.path, torchrun_arguments(command.nodes, ranks_here, run_dir.path, arguments))
     finally:
         run_dir.remove()
+
+
+def refuse(error: ValueError) -> int:
+    print(f"torchrun.sh serve: error: {error}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 if __name__ == "__main__":

@@ -10,51 +10,59 @@ import argparse
 import asyncio
 import ipaddress
 import logging
-import math
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import uvicorn
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..engine.chat_template import load_chat_template
 from ..engine.config import EngineConfig
 from ..engine.detokenizer import load_tokenizer
+from ..engine.entrypoints.api_keys import ApiKeys
+from ..engine.entrypoints.bounded_server import SPARE_CONNECTIONS, BoundedServer
 from ..engine.entrypoints.http_server import make_app
 from ..engine.entrypoints.json_log import log_json_lines
+from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.lifeline import watch_lifeline
 from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
 from ..engine.vital import EXIT_PART_FAILED, end_process
-from .args import ServeCommand
+from .api_key import read_api_keys
+from .open_files import connections_within_limit
 from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct
+from .serve_options import ServeCommand
 from .topology import Addresses
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0
-KEEP_ALIVE_S = 30
 # For aborted requests to answer.
 ABORT_GRACE_S = 2.0
 EXIT_NO_ENGINE = 2
 EXIT_STOPPED = 130
 
 
-class HttpServer(uvicorn.Server):
-    """Signals belong to `Frontend`."""
+@dataclass(frozen=True)
+class Entrance:
+    """Where clients come in, with which keys, and how many at once."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    listener: socket.socket
+    keys: Sequence[str]
+    max_connections: int
 
 
 class Frontend:
     """One server's HTTP side, from listening to the end."""
 
-    def __init__(self, addresses: Addresses, config: EngineConfig, options: ServeCommand) -> None:
+    def __init__(
+        self,
+        addresses: Addresses,
+        config: EngineConfig,
+        options: ServeCommand,
+        entrance: Entrance,
+    ) -> None:
         model_path = config.tokenizer_path or config.model_path
         self._options = options
         metrics = ServiceMetrics()
@@ -69,29 +77,30 @@ class Frontend:
         )
         app = make_app(
             self._manager,
-            load_chat_template(model_path, max_chars=options.max_body_bytes),
+            load_chat_template(model_path, max_chars=options.limits.max_body_bytes),
             metrics,
             model_name=options.served_model_name,
-            api_key=options.api_key,
-            max_body_bytes=options.max_body_bytes,
+            api_keys=ApiKeys(entrance.keys),
+            allowed_hosts=allowed_hosts(options, entrance.listener),
+            allowed_origins=options.allowed_origins,
+            limits=options.limits,
             health_timeout_s=options.health_timeout_s,
         )
-        self._server = HttpServer(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=math.ceil(options.shutdown_timeout_s + ABORT_GRACE_S),
-            )
+        self._url = url_of(entrance.listener)
+        self._server = BoundedServer(
+            app,
+            entrance.listener,
+            options.limits,
+            max_connections=entrance.max_connections,
+            shutdown_timeout_s=options.shutdown_timeout_s + ABORT_GRACE_S,
         )
 
-    async def run(self, listener: socket.socket) -> int:
+    async def run(self) -> int:
         """Serve until told to stop; the process' exit status."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        serving = asyncio.create_task(self._server.serve([listener]), name="http")
+        serving = asyncio.create_task(self._server.serve(), name="http")
         starting = asyncio.create_task(self._manager.start(START_TIMEOUT_S), name="start")
         await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -106,7 +115,7 @@ class Frontend:
             self._server.should_exit = True
             await serving
             return EXIT_PART_FAILED if isinstance(error, EngineDeadError) else EXIT_NO_ENGINE
-        print(f"waybill is ready: {url_of(listener)}", flush=True)
+        print(f"waybill is ready: {self._url}", flush=True)
         await serving
         await self._manager.stop_engine()
         self._manager.close()
@@ -135,7 +144,14 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def listen(options: ServeCommand) -> socket.socket:
+def allowed_hosts(options: ServeCommand, listener: socket.socket) -> AllowedHosts:
+    """The address that is listened on, the name by which it was given, those of this machine, and what is allowed."""
+    machine = socket.gethostname()
+    names = (options.host, machine, machine.partition(".")[0], *options.allowed_hosts)
+    return AllowedHosts(listener.getsockname()[0], names)
+
+
+def listen(options: ServeCommand, *, has_key: bool) -> socket.socket:
     """
     Raises:
         OSError: the address cannot be had.
@@ -143,7 +159,7 @@ def listen(options: ServeCommand) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
     if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        key = "an API key is asked for" if options.api_key else "anybody who reaches it may use it; set an API key"
+        key = "an API key is asked for" if has_key else "anybody who reaches it may use it; set an API key"
         logger.warning("listening on %s, not on loopback: %s", options.host, key)
     return listener
 
@@ -162,17 +178,22 @@ def main() -> int:
     log_json_lines(config.log_level)
     Heartbeat(table_of_this_run(), "frontend", config.heartbeat_timeout_s)
     try:
-        listener = listen(options)
+        keys = read_api_keys(options.api_key_file)
+        max_connections = connections_within_limit(options.limits.max_connections, config.world_size, SPARE_CONNECTIONS)
+        entrance = Entrance(listen(options, has_key=bool(keys)), keys, max_connections)
+    except ValueError as error:
+        print(f"waybill: {error}", file=sys.stderr)
+        return EXIT_NO_ENGINE
     except OSError as error:
         print(f"waybill: --host {options.host} --port {options.port}: {error.strerror or error}", file=sys.stderr)
         return EXIT_NO_ENGINE
     try:
-        frontend = Frontend(addresses, config, options)
+        frontend = Frontend(addresses, config, options, entrance)
     except ValueError as error:
         # The tokenizer cannot be read.
         print(f"waybill: {error}", file=sys.stderr)
         return EXIT_NO_ENGINE
-    return asyncio.run(frontend.run(listener))
+    return asyncio.run(frontend.run())
 
 
 if __name__ == "__main__":

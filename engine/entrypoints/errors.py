@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -12,22 +13,29 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..answer import GenerationError
+from ..engine_controls import StorageError
 from ..generate_request import describe
 from ..generation_gate import UnavailableError
 from ..tokenizer_manager import EngineDeadError, OverloadedError
+from .json_log import FIELDS
 from .service_metrics import ServiceMetrics
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+# Under which a request's scope carries its rid, for the log.
+RID_KEY = "waybill.rid"
 STATUS_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     410: "GoneError",
     413: "RequestTooLargeError",
     503: "ServiceUnavailableError",
+    507: "InsufficientStorageError",
 }
 
 
@@ -54,9 +62,14 @@ def error_body(message: str, status: int) -> dict[str, Any]:
     }
 
 
-def error_response(message: str, status: int) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    return json_response(error_body(message, status), status, headers)
+def error_response(
+    message: str, status: int, *, close: bool = False, headers: Mapping[str, str] | None = None
+) -> Response:
+    """With `close` the connection ends behind it."""
+    more = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
+    if close:
+        more["Connection"] = "close"
+    return json_response(error_body(message, status), status, {**more, **(headers or {})})
 
 
 def abort_reason(message: str) -> dict[str, Any]:
@@ -99,4 +112,15 @@ def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
-        return error_response(str(error.detail), error.status_code)
+        return error_response(str(error.detail), error.status_code, headers=error.headers)
+
+    @app.exception_handler(StorageError)
+    async def full(_: Request, error: StorageError) -> Response:
+        return error_response(str(error), 507)
+
+    @app.exception_handler(Exception)
+    async def fault(http: Request, error: Exception) -> Response:
+        # The traceback comes from uvicorn, to which the exception goes on.
+        fields = {"method": http.method, "path": http.scope["path"], "rid": http.scope.get(RID_KEY)}
+        logger.error("a fault of the server: %s", type(error).__name__, extra={FIELDS: fields})
+        return error_response("an unexpected error in the server; its log says more", 500, close=True)

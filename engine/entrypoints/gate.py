@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .api_keys import ApiKeys
+from .bounded_body import BodyBudget, BoundedBody, attach, too_large
 from .errors import error_response
+from .http_limits import HttpLimits
 
 # Asked by load balancers and scrapers, which hold no key.
 OPEN_PATHS = ("/health", "/metrics")
@@ -18,53 +19,48 @@ class Gate:
     """An ASGI middleware; it never holds a body."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, not_ready: Callable[[], str | None]
+        self, app: ASGIApp, *, api_keys: ApiKeys, limits: HttpLimits, not_ready: Callable[[], str | None]
     ) -> None:
         self._app = app
-        self._api_key = api_key
-        self._max_body_bytes = max_body_bytes
+        self._api_keys = api_keys
+        self._limits = limits
+        self._budget = BodyBudget(limits.max_inflight_body_bytes)
         self._not_ready = not_ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await error_response(*refusal)(scope, receive, send)
-            return
-        await self._app(scope, self._limited(receive), send)
-
-    def _refusal(self, scope: Scope) -> tuple[str, int] | None:
         headers = dict(scope["headers"])
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            # Where a body may follow of which nobody can say how long it is, or whether it will come, nothing may follow.
+            close = is_ambiguous(headers) or b"expect" in headers
+            await error_response(*refusal, close=close)(scope, receive, send)
+            return
+        body = BoundedBody(receive, self._limits, self._budget)
+        attach(scope, body)
+        try:
+            await self._app(scope, body, send)
+        finally:
+            body.release()
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[str, int] | None:
+        if is_ambiguous(headers):
+            return "Content-Length, Transfer-Encoding: must not be given together", 400
         if scope["path"] in OPEN_PATHS:
             return None
-        if self._api_key is not None and not secrets.compare_digest(
-            headers.get(b"authorization", b""), b"Bearer " + self._api_key.encode()
-        ):
+        if self._api_keys and not self._api_keys.are_held_by(scope):
             return "Authorization: must be 'Bearer' and the server's API key", 401
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return "Content-Length: must be a number", 400
-        if int(length) > self._max_body_bytes:
-            return self._too_large()
+        if int(length) > self._limits.max_body_bytes:
+            return too_large(self._limits), 413
         reason = self._not_ready()
         return None if reason is None else (reason, 503)
 
-    def _too_large(self) -> tuple[str, int]:
-        return f"the body is too large: must be at most {self._max_body_bytes} bytes (--max-body-bytes)", 413
 
-    def _limited(self, receive: Receive) -> Receive:
-        received = 0
-
-        async def count() -> Message:
-            nonlocal received
-            event = await receive()
-            received += len(event.get("body", b""))
-            if received > self._max_body_bytes:
-                # FastAPI answers with it; any other exception it takes for a body that it cannot parse.
-                message, status = self._too_large()
-                raise HTTPException(status, message)
-            return event
-
-        return count
+def is_ambiguous(headers: dict[bytes, bytes]) -> bool:
+    """Two servers in a row may read the end of such a body differently, and so what the next request is."""
+    return b"content-length" in headers and b"transfer-encoding" in headers

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..chat_template import ChatTemplate
 from ..tokenizer_manager import TokenizerManager
+from .api_keys import ApiKeys
 from .control import control_router
 from .errors import install_error_handlers
 from .gate import Gate
+from .http_limits import HttpLimits
 from .info import info_router
-from .native import native_router
+from .native import META_HEADER, native_router
 from .openai.protocol import ChatCompletionRequest, CompletionRequest
 from .openai.serving_chat import ChatServing
 from .openai.serving_completions import CompletionServing
+from .origin_guard import AllowedHosts, OriginGuard
 from .service_metrics import ServiceMetrics
 
 
@@ -24,14 +30,27 @@ def make_app(
     metrics: ServiceMetrics,
     *,
     model_name: str,
-    api_key: str | None,
-    max_body_bytes: int,
+    api_keys: ApiKeys,
+    allowed_hosts: AllowedHosts,
+    allowed_origins: Sequence[str],
+    limits: HttpLimits,
     health_timeout_s: float,
 ) -> FastAPI:
     """The application over a manager, which may still be starting."""
-    app = FastAPI(title="Waybill", docs_url=None, redoc_url=None)
+    # A redirect would lead where the `Host` header says.
+    app = FastAPI(title="Waybill", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app, metrics)
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, not_ready=manager.not_ready)
+    # The last one added is the first to see a request.
+    app.add_middleware(Gate, api_keys=api_keys, limits=limits, not_ready=manager.not_ready)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+            expose_headers=[META_HEADER],
+        )
+    app.add_middleware(OriginGuard, api_keys=api_keys, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
     app.include_router(native_router(manager))
     app.include_router(control_router(manager))
     app.include_router(info_router(manager, metrics, model_name, health_timeout_s))

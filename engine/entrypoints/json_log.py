@@ -7,6 +7,8 @@ import time
 
 import msgspec
 
+from ..log_rate import LogRateLimit
+
 # The name under which a record carries its fields: `logger.info("...", extra={FIELDS: {...}})`.
 FIELDS = "fields"
 
@@ -31,6 +33,7 @@ def log_json_lines(level: str) -> None:
     """Everything that this process logs, to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
+    handler.addFilter(LogRateLimit())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     # Its life is ours: we say when we listen and stop.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

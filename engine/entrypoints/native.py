@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import aclosing
 from typing import Any
@@ -12,9 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from ..generate_request import MAX_NAME_CHARS, GenerateReqInput, SampleRequest
+from ..io_struct import RoutedExpertsMeta
 from ..routing.claims import ClaimError
 from ..tokenizer_manager import TokenizerManager
-from .errors import abort_reason, error_response, json_response
+from .errors import RID_KEY, abort_reason, error_response, json_response
 from .json_log import FIELDS
 from .responses import (
     CLIENT_GONE,
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 SESSION_HEADER = "X-SMG-Routing-Key"
 META_HEADER = "X-Routed-Experts-Meta"
+# Clients and proxies refuse a response whose head is longer than some 8 to 16 KiB.
+MAX_META_HEADER_CHARS = 6 << 10
 
 
 class AbortRequestInput(BaseModel):
@@ -57,9 +61,29 @@ class DetokenizeInput(BaseModel):
     model: str | None = None
 
 
+def meta_header(meta: RoutedExpertsMeta) -> str:
+    """The envelope for a header, in ASCII. Without the weight versions where their names would make it longer than clients
+    take; they stand in the answer as well."""
+    fields = msgspec.to_builtins(meta)
+    text = json.dumps(fields)
+    return text if len(text) <= MAX_META_HEADER_CHARS else json.dumps({**fields, "weight_versions": []})
+
+
+def session_key(http: Request) -> str | None:
+    """A header has bytes; those of a name that is not ASCII are UTF-8, as in a body."""
+    key = http.headers.get(SESSION_HEADER)
+    if key is None:
+        return None
+    try:
+        return key.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return key
+
+
 def with_session(request: GenerateReqInput, http: Request) -> GenerateReqInput:
     """The header names the session where the body does not."""
-    key = http.headers.get(SESSION_HEADER)
+    http.scope[RID_KEY] = request.rid
+    key = session_key(http)
     if key is not None and not 1 <= len(key) <= MAX_NAME_CHARS:
         raise ValueError(f"{SESSION_HEADER}: must have 1 to {MAX_NAME_CHARS} characters")
     return request if key is None or request.session_id else request.model_copy(update={"session_id": key})
@@ -110,8 +134,7 @@ def native_router(manager: TokenizerManager) -> APIRouter:
             routed = await manager.fetch_routed_experts(claim)
         except ClaimError as error:
             return error_response(str(error), 410)
-        meta = msgspec.json.encode(routed.meta).decode("ascii")
-        headers = {META_HEADER: meta}
+        headers = {META_HEADER: meta_header(routed.meta)}
         return PiecewiseResponse(bytes(routed.frame), headers=headers, media_type="application/octet-stream")
 
     @router.post("/tokenize")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from support.server_process import ServerProcess
 
-from waybill.client import EngineControl
+from waybill.client import Client, EngineControl
 from waybill.engine.weight_sync.checksum import checksum
 from waybill.engine.weight_sync.sender import WeightSender, free_port
 from waybill.engine.weight_sync.update_group import UpdateGroup
@@ -101,9 +101,14 @@ def test_tensors_as_bytes_or_as_a_file(
     assert reply.status_code == 200 and reply.json()["success"], reply.text
     assert control.checksum_weights() == sums(other)
     save_file(base, tmp_path / "base.safetensors")
-    control.update_weights_from_file(str(tmp_path / "base.safetensors"), weight_version="file")
+    # A header, as of a claim, takes ASCII alone.
+    name = "poids-é-重み\n"
+    control.update_weights_from_file(str(tmp_path / "base.safetensors"), weight_version=name)
     assert control.checksum_weights() == sums(base)
-    assert http.get("/get_weight_version").json() == {"weight_version": "file"}
+    assert http.get("/get_weight_version").json() == {"weight_version": name}
+    with Client(str(http.base_url)) as client:
+        claimed = client.generate([5, 6, 7], GREEDY, delivery="reference")
+    assert claimed.meta is not None and {run[0] for run in claimed.meta.weight_versions} == {name}
     control.update_weights_from_file(str(tmp_path / "base.safetensors"))
     assert http.get("/get_weight_version").json()["weight_version"].startswith("update-")
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from support.server_process import ROOT, ServerProcess
 
 LONG = {"temperature": 0.0, "max_new_tokens": 2000, "ignore_eos": True}
-KEY = {"Authorization": "Bearer secret"}
+SECRET = "key-of-the-limits-test"
+KEY = {"Authorization": f"Bearer {SECRET}"}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def guarded() -> Iterator[ServerProcess]:
     server = ServerProcess(
         *("--tp", "1", "--max-running-requests", "2", "--max-waiting-requests", "1", "--max-body-bytes", "4096"),
         *("--host", "127.0.0.2", "--kv-cache-tokens", "8192", "--claim-ttl", "0.1"),
-        environment=os.environ | {"WAYBILL_API_KEY": "secret"},
+        *("--api-key", SECRET, "--header-timeout", "1.5", "--max-connections", "20", "--allow-host", "waybill.example"),
     )
     yield server
     server.stop()
@@ -35,6 +38,46 @@ def test_a_key_is_asked_for(guarded: ServerProcess) -> None:
         assert reply.status_code == 401 and reply.json()["error"]["type"] == "AuthenticationError"
     assert httpx.get(f"{guarded.url}/health").status_code == 200
     assert httpx.get(f"{guarded.url}/model_info", headers=KEY).status_code == 200
+
+
+def test_a_key_is_seen_by_nobody_else(guarded: ServerProcess) -> None:
+    """It was given on the command line."""
+    processes = [psutil.Process(guarded.process.pid), *guarded.descendants()]
+    assert len(processes) >= 4
+    for process in processes:
+        assert SECRET not in " ".join(process.cmdline())
+    folders = {
+        part
+        for process in processes
+        for argument in process.cmdline()
+        for part in (Path(argument), Path(argument).parent)
+        if Path(argument).is_absolute() and part.name.startswith("waybill-")
+    }
+    assert folders
+    for folder in folders:
+        assert folder.stat().st_mode & 0o077 == 0
+        assert not [file for file in folder.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert SECRET not in httpx.get(f"{guarded.url}/get_server_info", headers=KEY).text
+    assert not any(SECRET in line for line in guarded.lines)
+
+
+def test_bounds_of_the_command_line_hold(guarded: ServerProcess) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    clients = [socket.create_connection((host, int(port)), timeout=30) for _ in range(20)]
+    reply = httpx.get(f"{guarded.url}/v1/models", headers=KEY)
+    assert reply.status_code == 503 and "--max-connections" in reply.json()["error"]["message"]
+    for client in clients:
+        assert client.recv(1) == b""
+        client.close()
+    assert httpx.get(f"{guarded.url}/v1/models", headers=KEY).status_code == 200
+
+
+def test_pages_and_names_of_others_are_refused(guarded: ServerProcess) -> None:
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+        assert httpx.post(f"{guarded.url}/flush_cache", headers=headers).status_code == 403
+        assert httpx.get(f"{guarded.url}/metrics", headers=headers).status_code == 403
+        assert httpx.post(f"{guarded.url}/flush_cache", headers=KEY | headers).status_code == 200
+    assert httpx.get(f"{guarded.url}/health", headers={"Host": "waybill.example"}).status_code == 200
 
 
 def test_large_bodies_are_refused_with_and_without_a_stated_length(guarded: ServerProcess) -> None:
@@ -124,6 +167,8 @@ def test_what_outlasts_the_bound_is_aborted_and_answers() -> None:
     [
         (["--port", "70000"], "--port 70000"),
         (["--max-body-bytes", "0"], "--max-body-bytes 0"),
+        (["--api-key-file", "/nowhere"], "--api-key-file /nowhere: No such file"),
+        (["--api-key", ""], "--api-key"),
         (["--shutdown-timeout", "99"], "--shutdown-timeout 99.0: must lie in 0 .. 25.0"),
     ],
 )

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pytest
 
-from waybill.launch.args import ServeCommand
-from waybill.launch.frontend import listen, url_of
+from waybill.launch.frontend import allowed_hosts, listen, url_of
+from waybill.launch.serve_options import ServeCommand
 
 
-def options(host: str, api_key: str | None = None) -> ServeCommand:
-    return ServeCommand(
-        host=host,
-        port=0,
-        api_key=api_key,
-        served_model_name="m",
-        max_body_bytes=1,
-        health_timeout_s=1.0,
-        shutdown_timeout_s=1.0,
-    )
+def options(host: str, *allowed: str) -> ServeCommand:
+    return ServeCommand(host=host, port=0, allowed_hosts=allowed, served_model_name="m", shutdown_timeout_s=1.0)
 
 
 def test_loopback_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), listen(options("127.0.0.1")) as listener:
+    with caplog.at_level(logging.WARNING), listen(options("127.0.0.1"), has_key=False) as listener:
         assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("api_key", "words"), [(None, "set an API key"), ("k", "an API key is asked for")])
-def test_anything_else_is_warned_of(caplog: pytest.LogCaptureFixture, api_key: str | None, words: str) -> None:
-    with caplog.at_level(logging.WARNING), listen(options("0.0.0.0", api_key)):
+@pytest.mark.parametrize(("has_key", "words"), [(False, "set an API key"), (True, "an API key is asked for")])
+def test_anything_else_is_warned_of(caplog: pytest.LogCaptureFixture, has_key: bool, words: str) -> None:
+    with caplog.at_level(logging.WARNING), listen(options("0.0.0.0"), has_key=has_key):
         assert words in caplog.text
+
+
+def test_a_server_goes_by_its_own_names_and_those_that_are_allowed() -> None:
+    command = options("localhost", "waybill.example")
+    with listen(command, has_key=False) as listener:
+        hosts = allowed_hosts(command, listener)
+    for name in ("localhost:1", "127.0.0.1:1", socket.gethostname(), "waybill.example:80"):
+        assert name in hosts
+    assert "example" not in hosts

@@ -7,7 +7,9 @@ hostile values meet them one by one.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from waybill.client import EngineControl
+from waybill.engine.config import EngineConfig
+from waybill.engine.engine_controls import EngineControls
 from waybill.engine.entrypoints.control import control_router
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
@@ -167,3 +171,35 @@ def test_the_trainers_client_says_what_it_is_told() -> None:
     client, _ = client_of(REFUSED)
     with pytest.raises(RuntimeError, match="HTTP 400: weights: a transfer was torn"):
         EngineControl("http://testserver", transport=through(client)).continue_generation()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_an_upload_for_which_there_is_no_room_is_507_with_the_reason(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a part of the file, too, and nothing is left of it."""
+    num_calls = 0
+
+    def write(fd: int, data: bytes) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise OSError(number, os.strerror(number))
+        return 1
+
+    monkeypatch.setattr("waybill.engine.weight_sync.memory_file.os.write", write)
+    nothing: Any = None
+    controls = EngineControls(EngineConfig(model_path=""), nothing, nothing, nothing, nothing)
+    app = FastAPI()
+    install_error_handlers(app, ServiceMetrics())
+    manager: Any = SimpleNamespace(controls=controls)
+    app.include_router(control_router(manager))
+    reply = TestClient(app).post("/update_weights_from_tensor", json={"safetensors": "YWJjZA=="})
+    assert reply.status_code == 507 and num_calls == 2
+    assert os.strerror(number) in reply.json()["error"]["message"]
+    files = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{fd}")
+    ]
+    assert not [file for file in files if "waybill-weights" in file]

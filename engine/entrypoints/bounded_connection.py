@@ -67,7 +67,11 @@ class BoundedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._await(self._missing())
+        missing = self._missing()
+        if self._is_surplus and missing is Awaited.NEXT:
+            self._close()
+        else:
+            self._await(missing)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._await(None)
@@ -93,10 +97,10 @@ class BoundedConnection(H11Protocol):
             # What the client has not taken yet keeps the socket open.
             self._await(None)
             self._start_write_timer()
-        elif self._is_surplus:
-            self._close()
         elif self._missing() is Awaited.REST:
             self._await(Awaited.REST)
+        elif self._is_surplus:
+            self._close()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -185,4 +189,4 @@ class Surplus:
             await self._app(scope, receive, send)
             return
         message = f"more than {self._max_connections} connections (--max-connections); try again later"
-        await error_response(message, 503, close=True)(scope, receive, send)
+        await error_response(message, 503)(scope, receive, send)

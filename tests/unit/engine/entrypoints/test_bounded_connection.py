@@ -240,6 +240,9 @@ def test_connections_beyond_the_bound_are_told_so_and_health_is_answered() -> No
         assert reply.status_code == 503 and "Retry-After" in reply.headers
         assert "--max-connections" in reply.json()["error"]["message"]
         assert httpx.get(f"{service.url}/health").text == "well"
+        # An upload is read to its end, so that the answer arrives.
+        assert httpx.post(f"{service.url}/size", content=b"x" * (8 << 20)).status_code == 503
+        wait_until(lambda: service.num_open == 3, "none of these stays")
         idle.pop().close()
         wait_until(lambda: service.num_open <= 2, "one is gone")
         assert httpx.post(f"{service.url}/size", content=b"abc").text == "3"
@@ -285,7 +288,7 @@ def test_without_file_descriptors_the_log_does_not_fill() -> None:
     assert process.stdout is not None
     port = int(process.stdout.readline())
     clients = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(100)]
-    time.sleep(3)
+    time.sleep(2)
     for client in clients:
         client.close()
     reply = httpx.get(f"http://127.0.0.1:{port}/", timeout=20)

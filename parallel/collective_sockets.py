@@ -8,12 +8,15 @@ node, where the kernel knows whose a connection is, all must be this user's.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import socket
 import stat
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # Of <linux/filter.h>, <asm-generic/socket.h> and <net/tcp_states.h>.
 SO_ATTACH_FILTER = 26
@@ -63,12 +66,16 @@ def is_listening(descriptor: int) -> bool:
 
 def take_in_nobody_else(listeners: Iterable[int]) -> None:
     """Let the kernel drop every further attempt to connect. The sockets stay open, as gloo owns and polls them; connections
-    that stand are as they were."""
+    that stand are as they were. Where the kernel takes no filter (its memory for them is shared by all users), the log
+    says so and the sockets stay as they are."""
     drop = (BpfInstruction * 1)(BpfInstruction(BPF_RETURN_CONSTANT, 0, 0, 0))
     program = bytes(BpfProgram(len(drop), drop))
     for descriptor in listeners:
         with socket.socket(fileno=os.dup(descriptor)) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+            except OSError as error:
+                logger.warning("others on this host can still connect to a socket of the collectives: %s", error)
 
 
 def check_whose_connections(listeners: Iterable[int]) -> None:

@@ -65,6 +65,16 @@ def test_a_sealed_listener_keeps_who_is_in_and_takes_nobody_else() -> None:
     del device
 
 
+def test_a_kernel_that_takes_no_filter_is_no_reason_not_to_start(caplog: pytest.LogCaptureFixture) -> None:
+    """As where its memory for filters is used up. Here: a filter that is locked."""
+    so_lock_filter = 44
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        take_in_nobody_else([listener.fileno()])
+        listener.setsockopt(socket.SOL_SOCKET, so_lock_filter, 1)
+        take_in_nobody_else([listener.fileno()])
+    assert "can still connect" in caplog.text
+
+
 def test_only_sockets_that_listen_on_tcp_are_counted() -> None:
     before = listening_sockets()
     with (

@@ -11,7 +11,6 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from .rare_log import RareLog
 from .sockets import ZAP_DOMAIN, CurveKeys, Endpoint
 from .vital import start_vital_thread
 
@@ -23,12 +22,11 @@ class _KnowsOneKey:
 
     def __init__(self, keys: CurveKeys) -> None:
         self._keys = keys
-        self._log = RareLog(logger)
 
     def callback(self, domain: str, key: bytes) -> bool:
         known = hmac.compare_digest(key, self._keys.client_public)
         if not known:
-            self._log.warning("refused a connection: its key is not this run's")
+            logger.warning("refused a connection: its key is not this run's")
         return known
 
 

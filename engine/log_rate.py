@@ -1,4 +1,4 @@
-"""Keeps what clients can cause at will from filling the log."""
+"""What a process logs, to standard error, and how often: whoever can send it something can cause warnings at will."""
 
 from __future__ import annotations
 
@@ -77,6 +77,14 @@ class LogRateLimit(logging.Filter):
             }
         if len(self._windows) >= MAX_KINDS:
             self._windows.clear()
+
+
+def log_to_stderr(level: str, formatter: logging.Formatter) -> None:
+    """Everything that this process logs, at a bounded rate."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    handler.addFilter(LogRateLimit())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def kind_of(record: logging.LogRecord) -> Kind:

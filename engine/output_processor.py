@@ -34,6 +34,7 @@ from .io_struct import (
     StepRecord,
 )
 from .lifeline import watch_lifeline
+from .log_rate import log_to_stderr
 from .output_processor_config import OutputProcessorConfig
 from .priority import give_way
 from .query_server import QueryServer
@@ -225,7 +226,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_dir = Path(config.lifeline_path).parent
     watch_lifeline(config.lifeline_path, on_death=lambda: shutil.rmtree(run_dir, ignore_errors=True))
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s output-processor %(message)s")
+    log_to_stderr(config.log_level, logging.Formatter("%(levelname)s output-processor %(message)s"))
     give_way(config.nice)
     # Before the first beat: it holds the interpreter, for seconds if it is large.
     decoder = load_token_decoder(config.tokenizer_path)

@@ -17,7 +17,6 @@ import msgspec
 import zmq
 
 from .io_struct import ClaimReply, CountersReply, FetchClaimReq, OutputQuery, OutputReply
-from .rare_log import RareLog
 from .routing.claims import ClaimError, ClaimStore
 from .sockets import Endpoint, open_socket
 
@@ -72,7 +71,6 @@ class QueryServer:
         self._unread = UnreadReplies(max_unread_bytes)
         self._decoder: msgspec.msgpack.Decoder[OutputQuery] = msgspec.msgpack.Decoder(OutputQuery)
         self._encoder = msgspec.msgpack.Encoder()
-        self._log = RareLog(logger)
         self.num_malformed = 0
         self.num_undelivered = 0
 
@@ -91,7 +89,7 @@ class QueryServer:
             reply, rows = self._reply(self._decode(parts))
         except ValueError as error:
             self.num_malformed += 1
-            self._log.warning("a malformed question was refused: %s", error)
+            logger.warning("a malformed question was refused: %s", error)
             reply, rows = ClaimReply("", error=str(error)), []
         self._send(envelope, reply, rows)
 
@@ -130,6 +128,6 @@ class QueryServer:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             self.num_undelivered += 1
-            self._log.warning("an answer was dropped, its peer has left or does not read: %s", error)
+            logger.warning("an answer was dropped, its peer has left or does not read: %s", error)
             return
         self._unread.add(tracker, sum(memoryview(frame).nbytes for frame in rows))

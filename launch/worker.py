@@ -26,6 +26,7 @@ from ..engine.config import EngineConfig
 from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.io_struct import BackendMessage, ControlReply
 from ..engine.lifeline import EXIT_ORPHANED, watch_lifeline
+from ..engine.log_rate import log_to_stderr
 from ..engine.replica import ReplicaEndpoints, run_replica
 from ..engine.sockets import Sender
 from ..parallel.collective_sockets import check_whose_connections, listening_sockets, take_in_nobody_else
@@ -70,7 +71,7 @@ def main() -> int:
     config = command.config or read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
     heartbeat = start_heartbeat(config, run_dir)
     store, rank, world_size = open_store(run_dir, world)
-    logging.basicConfig(level=config.log_level.upper(), format=f"%(levelname)s rank {rank} %(message)s")
+    log_to_stderr(config.log_level, logging.Formatter(f"%(levelname)s rank {rank} %(message)s"))
     if world_size != config.world_size:
         raise ValueError(f"torchrun started {world_size} ranks; tp_size * dp_size = {config.world_size}")
     node = meet(command, config, world, store, rank)

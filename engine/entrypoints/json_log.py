@@ -7,7 +7,7 @@ import time
 
 import msgspec
 
-from ..log_rate import LogRateLimit
+from ..log_rate import log_to_stderr
 
 # The name under which a record carries its fields: `logger.info("...", extra={FIELDS: {...}})`.
 FIELDS = "fields"
@@ -31,9 +31,6 @@ class JsonLines(logging.Formatter):
 
 def log_json_lines(level: str) -> None:
     """Everything that this process logs, to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    handler.addFilter(LogRateLimit())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    log_to_stderr(level, JsonLines())
     # Its life is ours: we say when we listen and stop.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

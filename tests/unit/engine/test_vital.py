@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from waybill.engine.rare_log import RareLog
 from waybill.engine.vital import EXIT_PART_FAILED, start_vital_thread
 
 PROCESS = """
@@ -36,16 +34,3 @@ def test_a_thread_whose_work_is_done_ends_nothing_and_an_owner_may_take_the_fail
     start_vital_thread(lambda: 1 / 0, "baker", failures.append).join()
     assert failures == ["the baker thread has failed: ZeroDivisionError('division by zero')"]
     assert threading.main_thread().is_alive()
-
-
-def test_warnings_that_a_peer_can_cause_come_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
-    now = 0.0
-    rare = RareLog(logging.getLogger("rare"), 10.0, lambda: now)
-    for second in range(25):
-        now = float(second)
-        rare.warning("refused %d", second)
-    assert [record.getMessage() for record in caplog.records] == [
-        "refused 0",
-        "refused 10 (and 9 such before)",
-        "refused 20 (and 9 such before)",
-    ]

@@ -12,6 +12,8 @@ MAX_BLOCKS = 200_000
 BLOCK_TOKENS = 64
 BLOCK_BYTES = 4 * BLOCK_TOKENS
 DIGEST_BYTES = 16
+# Blocks of a prompt that are looked at: its first 65,536 tokens tell ranks apart, and hashing runs on the event loop.
+MAX_PROMPT_BLOCKS = 1024
 # A prefix does not draw a request to a rank that has so many more than the least loaded one.
 MAX_IMBALANCE = 8
 
@@ -21,8 +23,8 @@ def digest_of(data: bytes) -> bytes:
 
 
 class PrefixDirectory:
-    """Which dp rank was sent which prompts, by chained hashes of their blocks of 64 tokens. What a rank has evicted since
-    it does not know: it chooses a rank, it promises nothing."""
+    """Which dp rank was sent which prompts, by chained hashes of their first blocks of 64 tokens. What a rank has
+    evicted since it does not know: it chooses a rank, it promises nothing."""
 
     def __init__(self, dp_size: int) -> None:
         self._dp_size = dp_size
@@ -55,7 +57,8 @@ class PrefixDirectory:
     @staticmethod
     def _blocks(input_ids: bytes, extra_key: str) -> Iterator[bytes]:
         digest = digest_of(extra_key.encode())
-        for first in range(0, len(input_ids) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        end = min(len(input_ids), MAX_PROMPT_BLOCKS * BLOCK_BYTES)
+        for first in range(0, end - BLOCK_BYTES + 1, BLOCK_BYTES):
             block = input_ids[first : first + BLOCK_BYTES]
             digest = digest_of(digest + block)
             yield digest

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from .field_error import FieldError
 from .io_struct import SamplingParams
 from .request_limits import (
     EngineLimits,
@@ -24,20 +26,19 @@ from .request_limits import (
     check_sampling,
     resolve_max_new_tokens,
 )
-from .sampling_input import Number, SamplingParamsInput, drop_dialect_fields, has_surrogate, make_sampling_params
+from .request_model import AnyNumber, Name, Number, PerPrompt, RequestModel, validate
+from .sampling_input import SamplingParamsInput, make_sampling_params
+from .token_ids import NESTED_SCHEMA, Ids, Prompts, as_prompts
 
-MAX_NAME_CHARS = 512
+# What a sample costs to make, beside its prompt's length.
+SAMPLE_COST_US = 30.0
+# Text is tokenised; ids are looked at.
+CHAR_COST_US, ID_COST_US = 1.0, 0.02
 
 
-def check_utf8(name: str) -> str:
-    if has_surrogate(name):
-        raise ValueError("must be text that UTF-8 can encode")
-    return name
+def parse_input_ids(value: Any) -> Prompts:
+    return as_prompts(value, "input_ids")
 
-
-# Prompts are long: checked by pydantic's core, an item at a time.
-TokenId = Annotated[int, Field(strict=True)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)]
 
 # Fields of the dialect that change the result and are not implemented: legal at the value that means "off".
 NEUTRAL_FIELDS: dict[str, Any] = {
@@ -62,55 +63,48 @@ IGNORED_FIELDS = (
 )
 
 
-class GenerateReqInput(BaseModel):
+class GenerateReqInput(RequestModel):
     """One request of the native API: one prompt or a batch of prompts. Fields that may be lists have one entry an item."""
 
-    model_config = ConfigDict(extra="forbid")
+    neutral_fields = NEUTRAL_FIELDS
+    ignored_fields = IGNORED_FIELDS
+    id_fields = ("input_ids",)
 
-    text: str | list[str] | None = None
-    input_ids: list[TokenId] | list[list[TokenId]] | None = None
-    sampling_params: SamplingParamsInput | list[SamplingParamsInput] = SamplingParamsInput()
-    return_logprob: bool | list[bool] = False
-    logprob_start_len: Number | list[Number] = -1
-    top_logprobs_num: Number | list[Number] = 0
+    text: str | PerPrompt[str] | None = None
+    input_ids: Annotated[Any, BeforeValidator(parse_input_ids), WithJsonSchema(NESTED_SCHEMA)] = None
+    sampling_params: SamplingParamsInput | PerPrompt[SamplingParamsInput] = SamplingParamsInput()
+    return_logprob: bool | PerPrompt[bool] = False
+    logprob_start_len: Number | PerPrompt[Number] = -1
+    top_logprobs_num: Number | PerPrompt[Number] = 0
     stream: bool = False
-    rid: Name | list[Name] | None = None
+    rid: Name | PerPrompt[Name] | None = None
     session_id: Name | None = None
     priority: Number = Field(0, ge=-(2**31), lt=2**31)
     extra_key: Name | None = None
     routed_dp_rank: Number | None = None
-    return_routed_experts: bool | list[bool] = False
-    routed_experts_start_len: Number | list[Number] = 0
+    return_routed_experts: bool | PerPrompt[bool] = False
+    # Checked only where routes are asked for.
+    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
     return_text_in_logprobs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_dialect_fields(cls, data: Any) -> Any:
-        return drop_dialect_fields(data, NEUTRAL_FIELDS, IGNORED_FIELDS)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.text is None) == (self.input_ids is None):
             raise ValueError("text, input_ids: give exactly one of them")
         if self.rid is not None and not self.rid:
-            raise ValueError("rid: must not be empty")
+            raise FieldError("rid: must not be empty", "rid")
         if self.stream_routed_experts and not (self.stream and self.routed_experts_delivery == "inline"):
-            raise ValueError("stream_routed_experts: needs stream=true and routed_experts_delivery='inline'")
-        texts = [self.text] if isinstance(self.text, str) else self.text or []
-        if any(map(has_surrogate, texts)):
-            raise ValueError("text: must be text that UTF-8 can encode")
+            raise FieldError(
+                "stream_routed_experts: needs stream=true and routed_experts_delivery='inline'", "stream_routed_experts"
+            )
         return self
 
     @property
     def is_batch(self) -> bool:
-        if self.text is not None:
-            return isinstance(self.text, list)
-        assert self.input_ids is not None
-        # An empty list is one empty prompt, refused as such.
-        return bool(self.input_ids) and isinstance(self.input_ids[0], list)
+        return isinstance(self.input_ids if self.text is None else self.text, list)
 
     @property
     def num_samples(self) -> int:
@@ -119,10 +113,16 @@ class GenerateReqInput(BaseModel):
         return sum(p.n for p in params) if isinstance(params, list) else params.n * len(self.prompts)
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str] | list[Ids]:
         """The items, as text or as ids."""
         items: Any = self.text if self.text is not None else self.input_ids
         return items if self.is_batch else [items]
+
+    @property
+    def cost_us(self) -> float:
+        """About what `expand` takes."""
+        each = ID_COST_US if self.text is None else CHAR_COST_US
+        return SAMPLE_COST_US * self.num_samples + each * sum(map(len, self.prompts))
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class SampleRequest:
 
     rid: str
     item: int
-    input_ids: list[int]
+    input_ids: Ids
     sampling_params: SamplingParams
     return_logprob: bool
     logprob_start_len: int
@@ -145,33 +145,7 @@ def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
     Raises:
         ValueError: a field is unknown, unsupported, of the wrong type or out of range; the message names it.
     """
-    try:
-        return GenerateReqInput.model_validate(fields)
-    except ValidationError as error:
-        raise ValueError(
-            describe(error.errors(include_url=False, include_context=False, include_input=False))
-        ) from None
-
-
-# What pydantic adds to a field's place for the branches of a union.
-BRANCHES = ("body", "SamplingParamsInput", "int", "str", "bool", "float")
-
-
-def describe(errors: Sequence[Any]) -> str:
-    """The first of pydantic's errors, in the form of our own messages: the field, then what is wrong."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return f"body: must be JSON: {first['ctx']['error']}"
-    if tuple(first["loc"]) == ("body",) and first["type"] in ("model_attributes_type", "dict_type"):
-        return "body: must be a JSON object, sent with Content-Type: application/json"
-    parts = [part for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part not in BRANCHES)]
-    if first["type"] == "extra_forbidden" and first["loc"][-1] not in parts:
-        parts.append(repr(first["loc"][-1]))
-    where = ".".join(map(str, parts))
-    if first["type"] == "extra_forbidden":
-        return f"{where}: is no field of this request"
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {reason}" if where else reason
+    return validate(GenerateReqInput, fields)
 
 
 def expand(
@@ -182,9 +156,11 @@ def expand(
     Raises:
         ValueError: an item does not fit the engine; nothing of the list is taken then.
     """
-    prompts: list[str] | list[list[int]] = request.prompts
+    prompts: list[str] | list[Ids] = request.prompts
     if not prompts:
-        raise ValueError("the batch is empty: give at least one prompt")
+        raise FieldError(
+            "the batch is empty: give at least one prompt", "text" if request.text is not None else "input_ids"
+        )
     num = len(prompts)
     rids = _rids(request, num)
     columns = {
@@ -199,18 +175,20 @@ def expand(
         )
     }
     if request.routed_dp_rank is not None and not 0 <= request.routed_dp_rank < limits.dp_size:
-        raise ValueError(f"routed_dp_rank={request.routed_dp_rank}: must lie in 0 .. {limits.dp_size - 1}")
+        raise FieldError(
+            f"routed_dp_rank={request.routed_dp_rank}: must lie in 0 .. {limits.dp_size - 1}", "routed_dp_rank"
+        )
     samples = []
     for index in range(num):
         fields = {name: column[index] for name, column in columns.items()}
         try:
             samples.append(_expand_item(rids[index], index, prompts[index], fields, limits, encode))
-        except ValueError as error:
-            raise ValueError(f"item {index}: {error}" if request.is_batch else str(error)) from None
+        except FieldError as error:
+            raise (error.of_item(index) if request.is_batch else error) from None
     taken: set[str] = set()
     for sample in (sample for group in samples for sample in group):
         if sample.rid in taken:
-            raise ValueError(f"rid: {sample.rid!r} names two samples of this request")
+            raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
     return samples
 
@@ -222,7 +200,7 @@ def _rids(request: GenerateReqInput, num: int) -> list[str]:
         return [request.rid] if not request.is_batch else [f"{request.rid}_{i}" for i in range(num)]
     rids = _per_item("rid", request.rid, num)
     if len(set(rids)) != num:
-        raise ValueError("rid: the entries must differ")
+        raise FieldError("rid: the entries must differ", "rid")
     return rids
 
 
@@ -231,23 +209,23 @@ def _per_item(name: str, value: Any, num: int) -> list[Any]:
     if not isinstance(value, list):
         return [value] * num
     if len(value) != num:
-        raise ValueError(f"{name}: has {len(value)} entries, must have one per prompt, {num}")
+        raise FieldError(f"{name}: has {len(value)} entries, must have one per prompt, {num}", name)
     return value
 
 
 def _expand_item(
     rid: str,
     index: int,
-    prompt: str | list[int],
+    prompt: str | Ids,
     fields: dict[str, Any],
     limits: EngineLimits,
     encode: Callable[[str], list[int]],
 ) -> list[SampleRequest]:
     if isinstance(prompt, str) and not limits.has_tokenizer:
-        raise ValueError("text: the checkpoint has no tokenizer; give input_ids")
-    input_ids = encode(prompt) if isinstance(prompt, str) else prompt
+        raise FieldError("text: the checkpoint has no tokenizer; give token ids", "text")
+    input_ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
     params: SamplingParamsInput = fields["sampling_params"]
-    check_prompt(input_ids, limits)
+    check_prompt(input_ids, limits, "text" if isinstance(prompt, str) else "input_ids")
     max_new_tokens = resolve_max_new_tokens(params, len(input_ids), limits)
     check_sampling(params, limits)
     check_logprobs(fields, len(input_ids), limits)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from .field_error import FieldError
 from .sampling_input import SamplingParamsInput
+from .token_ids import Ids
 
 MAX_TOP_LOGPROBS = 100
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -25,17 +25,20 @@ class EngineLimits:
     routed_experts: bool
 
 
-def check_prompt(input_ids: list[int], limits: EngineLimits) -> None:
-    if not input_ids:
-        raise ValueError("the prompt is empty: must have at least one token")
-    if len(input_ids) > limits.context_length:
-        raise ValueError(
-            f"the prompt has {len(input_ids)} tokens: must have at most {limits.context_length} (context_length)"
+def check_prompt(input_ids: Ids, limits: EngineLimits, field: str) -> None:
+    """`field` is the one that the caller gave the prompt in."""
+    if not len(input_ids):
+        raise FieldError("the prompt is empty: must have at least one token", field)
+    num, most = len(input_ids), limits.context_length
+    if num > most:
+        raise FieldError(f"the prompt has {num} tokens: must have at most {most} (context_length)", field)
+    if num > limits.kv_cache_tokens:
+        raise FieldError(
+            f"the prompt has {num} tokens: must have at most {limits.kv_cache_tokens} (kv_cache_tokens)", field
         )
-    ids = np.asarray(input_ids)
-    if ids.min() < 0 or ids.max() >= limits.vocab_size:
-        bad = int(ids[(ids < 0) | (ids >= limits.vocab_size)][0])
-        raise ValueError(f"input_ids: {bad} is no token, ids lie in 0 .. {limits.vocab_size - 1}")
+    if input_ids.min() < 0 or input_ids.max() >= limits.vocab_size:
+        bad = int(input_ids[(input_ids < 0) | (input_ids >= limits.vocab_size)][0])
+        raise FieldError(f"{field}: {bad} is no token, ids lie in 0 .. {limits.vocab_size - 1}", field)
 
 
 def resolve_max_new_tokens(params: SamplingParamsInput, num_prompt: int, limits: EngineLimits) -> int:
@@ -43,26 +46,25 @@ def resolve_max_new_tokens(params: SamplingParamsInput, num_prompt: int, limits:
     room = limits.context_length - num_prompt
     # The last token is sampled and never becomes an input, so it needs no KV slot.
     kv_room = limits.kv_cache_tokens - num_prompt + 1
-    if kv_room < 1:
-        raise ValueError(
-            f"the prompt has {num_prompt} tokens: must have at most {limits.kv_cache_tokens} (kv_cache_tokens)"
-        )
     if params.max_new_tokens is None:
         most = min(room, kv_room)
         if params.min_new_tokens > most:
-            raise ValueError(
-                f"min_new_tokens={params.min_new_tokens} with {num_prompt} prompt tokens: must be at most {most}"
+            raise FieldError(
+                f"min_new_tokens={params.min_new_tokens} with {num_prompt} prompt tokens: must be at most {most}",
+                "min_new_tokens",
             )
         return max(min(DEFAULT_MAX_NEW_TOKENS, most), params.min_new_tokens)
     if params.max_new_tokens > room:
-        raise ValueError(
+        raise FieldError(
             f"max_new_tokens={params.max_new_tokens} with {num_prompt} prompt tokens: together they must be at most "
-            f"{limits.context_length} (context_length)"
+            f"{limits.context_length} (context_length)",
+            "max_new_tokens",
         )
     if params.max_new_tokens > kv_room:
-        raise ValueError(
+        raise FieldError(
             f"max_new_tokens={params.max_new_tokens} with {num_prompt} prompt tokens: together they must be at most "
-            f"{limits.kv_cache_tokens + 1} (kv_cache_tokens + 1)"
+            f"{limits.kv_cache_tokens + 1} (kv_cache_tokens + 1)",
+            "max_new_tokens",
         )
     return params.max_new_tokens
 
@@ -71,34 +73,40 @@ def check_sampling(params: SamplingParamsInput, limits: EngineLimits) -> None:
     for name, ids in (("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids or [])):
         bad = [token for token in ids if not 0 <= token < limits.vocab_size]
         if bad:
-            raise ValueError(f"{name}: {bad[0]} is no token, ids lie in 0 .. {limits.vocab_size - 1}")
+            raise FieldError(f"{name}: {bad[0]} is no token, ids lie in 0 .. {limits.vocab_size - 1}", name)
     if params.stop_strings and not limits.has_tokenizer:
-        raise ValueError("stop: the checkpoint has no tokenizer; give stop_token_ids")
+        raise FieldError("stop: the checkpoint has no tokenizer; give stop_token_ids", "stop")
 
 
 def check_logprobs(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> None:
     start, top = fields["logprob_start_len"], fields["top_logprobs_num"]
     if not -1 <= start <= num_prompt:
-        raise ValueError(f"logprob_start_len={start}: must lie in -1 (output only) .. {num_prompt} (prompt tokens)")
+        raise FieldError(
+            f"logprob_start_len={start}: must lie in -1 (output only) .. {num_prompt} (prompt tokens)",
+            "logprob_start_len",
+        )
     most = min(MAX_TOP_LOGPROBS, limits.vocab_size)
     if not 0 <= top <= most:
-        raise ValueError(f"top_logprobs_num={top}: must lie in 0 .. {most}")
+        raise FieldError(f"top_logprobs_num={top}: must lie in 0 .. {most}", "top_logprobs_num")
 
 
 def check_routed_experts(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> None:
     """Only for those who opted in; the wording is what clients of the field look for."""
     if not fields["return_routed_experts"]:
         return
-    start = fields["routed_experts_start_len"]
+    name = "routed_experts_start_len"
+    start = fields[name]
     if not limits.routed_experts:
-        raise ValueError(
+        raise FieldError(
             "return_routed_experts: the engine was started without routing; start it with "
-            "--enable-return-routed-experts (enable_return_routed_experts=True)"
+            "--enable-return-routed-experts (enable_return_routed_experts=True)",
+            "return_routed_experts",
         )
     if start < 0:
-        raise ValueError(f"routed_experts_start_len={start} is lower than 0: must lie in 0 .. {num_prompt}")
+        raise FieldError(f"routed_experts_start_len={start} is lower than 0: must lie in 0 .. {num_prompt}", name)
     if start > num_prompt:
-        raise ValueError(
+        raise FieldError(
             f"routed_experts_start_len={start} is higher than the number of input tokens ({num_prompt}): must lie in "
-            f"0 .. {num_prompt}"
+            f"0 .. {num_prompt}",
+            name,
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from .field_error import FieldError
 from .io_struct import SamplingParams
+from .request_model import Items, Number, Real, RequestModel, has_surrogate
 
 # Bounds on what one request may ask of every step's host work.
 MAX_STOP_STRINGS = 64
@@ -33,36 +35,20 @@ NEUTRAL_SAMPLING_FIELDS: dict[str, Any] = {
     "custom_params": None,
     "beam_width": None,
 }
+# Fields of the dialect that change nothing in the result: tokenizers of this kind put no spaces of their own between
+# tokens, and streams are cumulative.
 IGNORED_SAMPLING_FIELDS = ("spaces_between_special_tokens", "stream_interval")
 
 
-def drop_dialect_fields(data: Any, neutral: dict[str, Any], ignored: tuple[str, ...]) -> Any:
-    """Accept known fields that are off or change nothing; refuse the others by name."""
-    if not isinstance(data, dict):
-        return data
-    # Null means the default, as everywhere in this API.
-    kept = {name: value for name, value in data.items() if value is not None}
-    for name, off in neutral.items():
-        if name in kept and kept.pop(name) not in (None, off):
-            raise ValueError(f"{name} is not supported: must be {off!r} or absent")
-    for name in ignored:
-        kept.pop(name, None)
-    return kept
+def check_size(bias: Any) -> Any:
+    """Before any entry is looked at."""
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"must have at most {MAX_LOGIT_BIAS} entries, not {len(bias)}")
+    return bias
 
 
-def has_surrogate(text: str) -> bool:
-    """Whether text has half of a UTF-16 pair, which JSON can express and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"must be an integer, not {str(value).lower()}")
-    return value
+def none_if_off(seed: int) -> int | None:
+    return None if seed == -1 else seed
 
 
 def check_temperature(value: float) -> float:
@@ -72,59 +58,49 @@ def check_temperature(value: float) -> float:
     return value
 
 
-# JSON's true is no 1, and what travels as a message has 64 bits.
-Number = Annotated[int, BeforeValidator(refuse_bool), Field(ge=-(2**63), lt=2**63)]
-
-
-class SamplingParamsInput(BaseModel):
+class SamplingParamsInput(RequestModel):
     """`sampling_params` of a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    neutral_fields = NEUTRAL_SAMPLING_FIELDS
+    ignored_fields = IGNORED_SAMPLING_FIELDS
 
     max_new_tokens: Annotated[Number, Field(ge=0)] | None = None
     min_new_tokens: Number = Field(0, ge=0)
-    temperature: Annotated[float, AfterValidator(check_temperature)] = 1.0
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    temperature: Annotated[Real, AfterValidator(check_temperature)] = 1.0
+    top_p: Real = Field(1.0, gt=0.0, le=1.0)
     top_k: Number = Field(-1, ge=-1, le=MAX_TOP_K)
-    min_p: float = Field(0.0, ge=0.0, le=1.0)
-    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(1.0, ge=MIN_REPETITION_PENALTY, le=2.0)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Number] | None = None
+    min_p: Real = Field(0.0, ge=0.0, le=1.0)
+    frequency_penalty: Real = Field(0.0, ge=-2.0, le=2.0)
+    presence_penalty: Real = Field(0.0, ge=-2.0, le=2.0)
+    repetition_penalty: Real = Field(1.0, ge=MIN_REPETITION_PENALTY, le=2.0)
+    stop: str | Annotated[Items[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[Items[Number], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
-    logit_bias: dict[Number, float] | None = None
-    sampling_seed: Number | None = Field(None, ge=0, le=MAX_SEED)
+    logit_bias: Annotated[dict[Number, Real], BeforeValidator(check_size)] | None = None
+    # As in other engines, -1 means none.
+    sampling_seed: Annotated[Number, Field(ge=-1, le=MAX_SEED), AfterValidator(none_if_off)] | None = None
     n: Number = Field(1, ge=1, le=MAX_SAMPLES)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_dialect_fields(cls, data: Any) -> Any:
-        return drop_dialect_fields(data, NEUTRAL_SAMPLING_FIELDS, IGNORED_SAMPLING_FIELDS)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_k == 0:
-            raise ValueError("top_k=0: must be -1 (off) or at least 1")
+            raise FieldError("top_k=0: must be -1 (off) or at least 1", "top_k")
         if "" in self.stop_strings:
-            raise ValueError("stop: an empty string would stop everything")
-        if len(self.stop_strings) > MAX_STOP_STRINGS or any(len(stop) > MAX_STOP_CHARS for stop in self.stop_strings):
-            raise ValueError(f"stop: must be at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_CHARS} characters")
+            raise FieldError("stop: an empty string would stop everything", "stop")
+        if any(len(stop) > MAX_STOP_CHARS for stop in self.stop_strings):
+            raise FieldError(f"stop: a string must have at most {MAX_STOP_CHARS} characters", "stop")
         if any(map(has_surrogate, self.stop_strings)):
-            raise ValueError("stop: must be text that UTF-8 can encode")
-        bias = self.logit_bias or {}
+            raise FieldError("stop: must be text that UTF-8 can encode", "stop")
         # NaN fails the comparison, too.
-        if len(bias) > MAX_LOGIT_BIAS or not all(abs(value) <= MAX_LOGIT_BIAS_VALUE for value in bias.values()):
-            raise ValueError(
-                f"logit_bias: must be at most {MAX_LOGIT_BIAS} numbers of at most {MAX_LOGIT_BIAS_VALUE:g}"
-            )
-        if len(self.stop_token_ids or []) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids: must be at most {MAX_STOP_TOKEN_IDS}")
+        if not all(abs(value) <= MAX_LOGIT_BIAS_VALUE for value in (self.logit_bias or {}).values()):
+            raise FieldError(f"logit_bias: must be numbers of at most {MAX_LOGIT_BIAS_VALUE:g}", "logit_bias")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens={self.max_new_tokens}"
+            raise FieldError(
+                f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens={self.max_new_tokens}",
+                "min_new_tokens",
+                mentions=("max_new_tokens",),
             )
         return self
 

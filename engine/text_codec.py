@@ -6,42 +6,64 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from .sampling_input import has_surrogate
+from .field_error import FieldError
+from .request_model import has_surrogate
+from .text_bound import text_bound
 from .token_decoder import TextStream, TokenDecoder
+from .token_ids import Ids
+
+# `Tokenizer.encode` holds the interpreter's lock from end to end, and so keeps every thread waiting; batches do not, and
+# without offsets they are several times faster, but need threads of a pool that others may have taken.
+MAX_HELD_CHARS = 2_000
+DECODE_COST_US = 2.0
 
 
 class TextCodec:
-    """A checkpoint's tokenizer, or the lack of one."""
+    """A checkpoint's tokenizer, or the lack of one. May be used from several threads."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self._bound = None if tokenizer is None else text_bound(tokenizer)
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
 
     @property
     def is_there(self) -> bool:
         return self._tokenizer is not None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """
         Raises:
-            ValueError: there is no tokenizer, or UTF-8 cannot encode the text.
+            ValueError: there is no tokenizer, UTF-8 cannot encode the text, or it has more than `max_tokens`. Where its
+                length alone says so it is not tokenised.
         """
         if self._tokenizer is None:
-            raise ValueError("text: the checkpoint has no tokenizer; give input_ids")
+            raise FieldError("text: the checkpoint has no tokenizer; give token ids", "text")
+        if max_tokens is not None and self._bound is not None and self._bound.min_tokens(text) > max_tokens:
+            raise FieldError(
+                f"the prompt has {len(text)} characters, so at least {self._bound.min_tokens(text)} tokens: must have at "
+                f"most {max_tokens}",
+                "text",
+            )
         if has_surrogate(text):
-            raise ValueError("text: must be text that UTF-8 can encode")
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            raise FieldError("text: must be text that UTF-8 can encode", "text")
+        if len(text) <= MAX_HELD_CHARS:
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise FieldError(f"the prompt has {len(encoding)} tokens: must have at most {max_tokens}", "text")
+        return encoding.ids
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int] | Ids, *, skip_special_tokens: bool) -> str:
         """Ids of the model's vocabulary; those that the tokenizer does not have are no text.
 
         Raises:
             ValueError: there is no tokenizer.
         """
         if self._decoder is None:
-            raise ValueError("tokens: the checkpoint has no tokenizer")
+            raise FieldError("tokens: the checkpoint has no tokenizer", "tokens")
         stream = TextStream(self._decoder, skip_special_tokens=skip_special_tokens)
-        return stream.push(token_ids) + stream.close()
+        return stream.push(list(map(int, token_ids))) + stream.close()
 
     def offsets(self, *, skip_special_tokens: bool, start: int = 0) -> TextOffsets:
         """Positions of tokens in a text that begins at character `start`."""

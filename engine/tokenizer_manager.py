@@ -8,24 +8,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import msgspec
-import numpy as np
 import zmq
 import zmq.asyncio
 from tokenizers import Tokenizer
 
+from .admission import Admission
 from .answer import Answer, GenerationError, RoutesForm
 from .config import EngineConfig
 from .curve import CurveGuard
 from .dp_router import DpRouter
 from .engine_controls import CONTROL_TIMEOUT_S, EngineControls
 from .engine_state import add_counters, merge_states
-from .generate_request import GenerateReqInput, SampleRequest, expand
+from .field_error import FieldError
+from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate, UnavailableError
 from .io_struct import (
     AbortReq,
@@ -41,11 +43,13 @@ from .io_struct import (
     OutputReply,
     RequestOutput,
     ShutdownReq,
-    TokenizedGenerateReqInput,
 )
+from .lanes import Lanes
 from .leader_link import LeaderLink
+from .preparation import Preparation, PreparedRequest, tokenized_request
 from .reply_box import ReplyBox
 from .request_limits import EngineLimits
+from .request_model import MAX_NAME_CHARS
 from .request_observer import NoObserver, RequestObserver
 from .routing.claims import ClaimError, processor_of
 from .routing.wire import RoutedExperts, decode
@@ -60,14 +64,12 @@ MAX_UNREAD_OUTPUTS = 8192
 UNREAD_CHECK = 1024
 # Claims fetched at once.
 MAX_FETCHES = 16
+# A sample of a batch has a longer name than its request.
+MAX_RID_CHARS = MAX_NAME_CHARS + 16
 
 
 class EngineDeadError(RuntimeError):
     """The engine's processes have ended; the message says what is known of why."""
-
-
-class OverloadedError(RuntimeError):
-    """Too many requests wait already."""
 
 
 class EngineStartError(RuntimeError):
@@ -117,6 +119,9 @@ class TokenizerManager:
         self.num_outputs = 0
         self._replies = ReplyBox()
         self._observer: RequestObserver = observer or NoObserver()
+        self.lanes = Lanes()
+        self._admission = Admission(config.max_running_requests + config.max_waiting_requests)
+        self._preparation = Preparation(self.text, self.lanes, self._admission, self._observer)
         self._dp_router = DpRouter(config.dp_size)
         self._gate = GenerationGate(config.weight_sync_timeout_s, lambda: len(self._at_engine))
         self.controls = EngineControls(config, self._link, self._replies, self._gate, self._dp_router)
@@ -179,6 +184,7 @@ class TokenizerManager:
         self._link.send_to_all(ShutdownReq)
 
     def close(self) -> None:
+        self.lanes.close()
         for task in self._tasks:
             task.cancel()
         self._link.close(1.0)
@@ -193,56 +199,61 @@ class TokenizerManager:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that run or wait."""
-        return len(self._events)
+        """Samples that run, wait or are prepared."""
+        return self._admission.num_taken
 
-    def prepare(self, request: GenerateReqInput) -> list[SampleRequest]:
-        """A request's samples, checked against the engine.
+    async def prepare(self, request: GenerateReqInput) -> PreparedRequest:
+        """A request's samples, checked against the engine, with places for them.
 
         Raises:
             ValueError: it does not fit; the message names the field and its range.
-            OverloadedError, EngineDeadError.
+            OverloadedError, UnavailableError, EngineDeadError.
         """
         assert self.limits is not None, "start was not awaited"
         if self._death is not None:
             raise self._death
         if self._gate.refusal is not None:
             raise UnavailableError(self._gate.refusal)
+        prepared = await self._preparation.prepare(request, self.limits)
         try:
-            self._check_capacity(request.num_samples)
-            samples = [sample for group in expand(request, self.limits, self.text.encode) for sample in group]
-            self._check_rids(samples)
-        except OverloadedError:
-            self._observer.on_refusal("overloaded")
-            raise
+            self._check_rids(prepared.samples)
         except ValueError:
+            prepared.release()
             self._observer.on_refusal("refused")
             raise
-        return samples
+        return prepared
 
     async def generate(
         self,
-        request: GenerateReqInput,
-        samples: Sequence[SampleRequest] | None = None,
+        asked: GenerateReqInput | PreparedRequest,
         *,
         form: RoutesForm = "base64",
     ) -> AsyncIterator[dict[str, Any] | list[Any]]:
         """Answers in the API's form; with `stream` one item per step and request, else one item in all.
 
         A single prompt with one sample gives a dict. A batch, or `n` samples, gives a list in order; streamed, its items
-        carry `index`. Leaving the iterator early aborts what still runs. `samples` are those of `prepare`, if it was
-        called before.
+        carry `index`. Leaving the iterator early aborts what still runs. What was not prepared before is prepared.
 
         Raises:
             ValueError: the request does not fit the engine; nothing was sent.
             GenerationError: the engine failed a single request without streaming; any other has it as its finish reason.
-            OverloadedError, EngineDeadError.
+            OverloadedError, UnavailableError, EngineDeadError.
         """
-        if samples is None:
-            samples = self.prepare(request)
-        await self._gate.enter()
-        # Others may have come between `prepare` and here.
-        self._check_rids(samples)
+        prepared = asked if isinstance(asked, PreparedRequest) else await self.prepare(asked)
+        try:
+            await self._gate.enter()
+            # Others may have come between `prepare` and here.
+            self._check_rids(prepared.samples)
+            async with aclosing(self._generate(prepared, form)) as results:
+                async for result in results:
+                    yield result
+        finally:
+            prepared.release()
+
+    async def _generate(
+        self, prepared: PreparedRequest, form: RoutesForm
+    ) -> AsyncGenerator[dict[str, Any] | list[Any], None]:
+        request, samples = prepared.request, prepared.samples
         num_layers = int(self.facts["num_layers"])
         answers = {
             sample.rid: Answer(sample, request, num_layers, form=form, token_text=self.text.token_text)
@@ -256,7 +267,7 @@ class TokenizerManager:
             for _, group in groupby(samples, key=lambda sample: sample.item):
                 self._dispatch(request, list(group))
             single = not request.is_batch and len(samples) == 1
-            async for result in self._collect(request, list(answers.values()), queue, single):
+            async for result in self._collect(prepared, list(answers.values()), queue, single):
                 yield result
         except EngineDeadError:
             outcome = "error"
@@ -272,8 +283,9 @@ class TokenizerManager:
                         self._abort_exactly(rid)
 
     async def _collect(
-        self, request: GenerateReqInput, answers: list[Answer], queue: asyncio.Queue[Event], single: bool
+        self, prepared: PreparedRequest, answers: list[Answer], queue: asyncio.Queue[Event], single: bool
     ) -> AsyncIterator[dict[str, Any] | list[Any]]:
+        request = prepared.request
         by_rid = {answer.rid: (index, answer) for index, answer in enumerate(answers)}
         num_running = len(answers)
         while num_running:
@@ -288,6 +300,7 @@ class TokenizerManager:
                 num_running -= 1
                 # Its rid is free again, for whoever gets this output.
                 self._events.pop(output.rid, None)
+                prepared.places.give_back(1)
                 self._observer.on_end(answer, answer.outcome)
             if request.stream:
                 chunk = await answer.render()
@@ -317,18 +330,11 @@ class TokenizerManager:
     def _check_rids(self, samples: Sequence[SampleRequest]) -> None:
         for sample in samples:
             if sample.rid in self._events or sample.rid in self._at_engine:
-                raise ValueError(f"rid: {sample.rid!r} is in use by a request that has not finished")
-
-    def _check_capacity(self, num_samples: int) -> None:
-        most = self.config.max_running_requests + self.config.max_waiting_requests
-        if num_samples > most:
-            raise ValueError(f"n: {num_samples} samples in one request, at most {most} may run and wait")
-        if len(self._events) + num_samples > most:
-            raise OverloadedError(f"{len(self._events)} requests run or wait, at most {most} may; try again later")
+                raise FieldError(f"rid: {sample.rid!r} is in use by a request that has not finished", "rid")
 
     def _dispatch(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
         """Send the samples of one prompt to one dp rank."""
-        input_ids = np.asarray(samples[0].input_ids, dtype="<i4").tobytes()
+        input_ids = samples[0].input_ids.astype("<i4", copy=False).tobytes()
         dp_rank = self._dp_router.choose(
             input_ids,
             request.extra_key or "",
@@ -337,30 +343,8 @@ class TokenizerManager:
             num_samples=len(samples),
         )
         for sample in samples:
-            self._link.send(dp_rank, partial(self._tokenized, request, sample, input_ids))
+            self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
             self._at_engine[sample.rid] = dp_rank
-
-    @staticmethod
-    def _tokenized(
-        request: GenerateReqInput, sample: SampleRequest, input_ids: bytes, dispatch: int
-    ) -> TokenizedGenerateReqInput:
-        return TokenizedGenerateReqInput(
-            dispatch=dispatch,
-            rid=sample.rid,
-            input_ids=input_ids,
-            sampling_params=sample.sampling_params,
-            return_routed_experts=sample.return_routed_experts,
-            routed_experts_start_len=sample.routed_experts_start_len,
-            routed_experts_format=request.routed_experts_format,
-            routed_experts_delivery=request.routed_experts_delivery,
-            stream_routed_experts=request.stream_routed_experts and sample.return_routed_experts,
-            return_logprob=sample.return_logprob,
-            logprob_start_len=sample.logprob_start_len,
-            top_logprobs_num=sample.top_logprobs_num,
-            stream=request.stream,
-            priority=request.priority,
-            extra_key=request.extra_key or "",
-        )
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -371,7 +355,9 @@ class TokenizerManager:
             ValueError: neither is given.
         """
         if not rid and not abort_all:
-            raise ValueError("rid: must not be empty, unless abort_all is true")
+            raise FieldError("rid: must not be empty, unless abort_all is true", "rid", mentions=("abort_all",))
+        if len(rid) > MAX_RID_CHARS:
+            raise FieldError(f"rid: has {len(rid)} characters, must have at most {MAX_RID_CHARS}", "rid")
         self._link.send_to_all(lambda number: AbortReq(number, rid, abort_all))
 
     def _limit_unread(self, queue: asyncio.Queue[Event]) -> None:

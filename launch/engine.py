@@ -99,7 +99,8 @@ class Engine:
     ) -> Result | Iterator[Result]:
         """Answer a prompt, or a list of prompts.
 
-        Takes every request field of the native API: `input_ids` instead of `prompt`, `return_logprob`,
+        Takes every request field of the native API: `input_ids` instead of `prompt` (lists or numpy arrays of integers, a
+        2-D array or a list of either being a batch), `return_logprob`,
         `logprob_start_len`, `top_logprobs_num`, `return_routed_experts`, `routed_experts_start_len`,
         `routed_experts_format` ("compact", here a numpy array, or "int32"), `routed_experts_delivery`, `rid`,
         `priority`, `extra_key`. With `stream`, returns an iterator of partial answers.

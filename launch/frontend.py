@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -171,6 +172,8 @@ def main() -> int:
     # The ranks ignore these, and children inherit that; until `Frontend` has its own handlers they end the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+    # Else texts are tokenised on one pool of the library, in which short ones wait for long ones; `Lanes` has threads.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     addresses = read_struct(run_dir, ADDRESSES, Addresses)
     watch_lifeline(addresses.lifeline)
     config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)

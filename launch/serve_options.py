@@ -102,6 +102,12 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.max_inflight_body_bytes,
         help="bytes of all bodies that have arrived and are not yet parsed",
     )
+    parser.add_argument(
+        "--max-body-values",
+        type=int,
+        default=defaults.max_body_values,
+        help="most JSON values in one field of a body, token ids not counted",
+    )
     for name, text in (
         ("header-timeout", "seconds for a request head to arrive"),
         ("body-timeout", "seconds for a request body to arrive"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from starlette.responses import Response
 
+from ..field_error import FieldError
 from ..io_struct import ControlReply, WeightOptions
-from ..sampling_input import drop_dialect_fields, has_surrogate
+from ..request_model import Items, Number, RequestModel, check_utf8
 from ..tokenizer_manager import TokenizerManager
+from .bodies import BodyReader
 from .errors import error_body, error_response, json_response
 
 DEFAULT_GROUP = "weight_update_group"
@@ -23,29 +25,18 @@ NEUTRAL_FIELDS: dict[str, Any] = {
     "recapture_cuda_graph": False,
     "manifest": None,
 }
+DISK_NEUTRAL_FIELDS = {**NEUTRAL_FIELDS, "load_format": "auto"}
 # Fields of the dialect that change nothing in the result.
 IGNORED_FIELDS = ("torch_empty_cache", "token_step")
 
 
-def refuse_surrogates(text: str) -> str:
-    if has_surrogate(text):
-        raise ValueError("must be text that UTF-8 can express")
-    return text
-
-
 # What fits the messages to the ranks.
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(refuse_surrogates)]
+Count = Annotated[Number, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_utf8)]
 
 
-class ControlInput(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    neutral_fields: ClassVar[dict[str, Any]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_dialect_fields(cls, data: Any) -> Any:
-        return drop_dialect_fields(data, cls.neutral_fields, IGNORED_FIELDS)
+class ControlInput(RequestModel):
+    ignored_fields = IGNORED_FIELDS
 
 
 class WeightUpdateInput(ControlInput):
@@ -62,14 +53,14 @@ class WeightUpdateInput(ControlInput):
 
 
 class UpdateFromDiskInput(WeightUpdateInput):
-    neutral_fields = {**NEUTRAL_FIELDS, "load_format": "auto"}
+    neutral_fields = DISK_NEUTRAL_FIELDS
 
     model_path: Name
 
 
 class InitGroupInput(ControlInput):
     master_address: Name
-    master_port: int = Field(ge=1, lt=2**16)
+    master_port: Number = Field(ge=1, lt=2**16)
     rank_offset: Count
     world_size: Count
     group_name: Name = DEFAULT_GROUP
@@ -81,9 +72,9 @@ class DestroyGroupInput(ControlInput):
 
 
 class UpdateFromDistributedInput(WeightUpdateInput):
-    names: list[Name]
-    dtypes: list[Name]
-    shapes: list[list[Count]]
+    names: Items[Name]
+    dtypes: Items[Name]
+    shapes: Items[Items[Count]]
     group_name: Name = DEFAULT_GROUP
     load_format: Name | None = None
     is_last: bool = False
@@ -100,9 +91,10 @@ class UpdateFromTensorInput(WeightUpdateInput):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.serialized_named_tensors is not None:
-            raise ValueError(
+            raise FieldError(
                 "serialized_named_tensors: pickled tensors are not taken; send path (a safetensors file) or safetensors "
-                "(its bytes, base64)"
+                "(its bytes, base64)",
+                "serialized_named_tensors",
             )
         if (self.path is None) == (self.safetensors is None):
             raise ValueError("path, safetensors: give exactly one of them")
@@ -112,7 +104,7 @@ class UpdateFromTensorInput(WeightUpdateInput):
         try:
             return base64.b64decode(self.safetensors or "", validate=True)
         except binascii.Error:
-            raise ValueError("safetensors: must be base64") from None
+            raise FieldError("safetensors: must be base64", "safetensors") from None
 
 
 class GetWeightsInput(ControlInput):
@@ -129,7 +121,7 @@ class PauseInput(ControlInput):
 
 
 class MemoryInput(ControlInput):
-    tags: list[Literal["weights", "kv_cache"]] | None = None
+    tags: Items[Literal["weights", "kv_cache"]] | None = None
 
 
 class EmptyInput(ControlInput):
@@ -150,9 +142,9 @@ def status_response(reply: ControlReply) -> Response:
     return json_response({"status": "ok", "message": reply.message})
 
 
-def control_router(manager: TokenizerManager) -> APIRouter:
+def control_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
     """Routes that change the engine."""
-    router = APIRouter()
+    router = APIRouter(route_class=bodies.route_class())
     add_generation_routes(router, manager)
     add_update_routes(router, manager)
     add_inspection_routes(router, manager)

@@ -12,9 +12,10 @@ import time
 from contextlib import aclosing
 from typing import Any
 
+from ..admission import OverloadedError
 from ..generate_request import parse_generate_request
 from ..generation_gate import UnavailableError
-from ..tokenizer_manager import OverloadedError, TokenizerManager
+from ..tokenizer_manager import TokenizerManager
 
 POLL_S = 0.05
 # How long an idle engine's token is waited for before it is looked whether others came first and steps are made.

@@ -8,17 +8,16 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ..admission import OverloadedError
 from ..answer import GenerationError
 from ..engine_controls import StorageError
-from ..generate_request import describe
+from ..field_error import FieldError
 from ..generation_gate import UnavailableError
-from ..tokenizer_manager import EngineDeadError, OverloadedError
+from ..tokenizer_manager import EngineDeadError
 from .json_log import FIELDS
-from .service_metrics import ServiceMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +47,10 @@ def printable(message: str) -> str:
     return message.encode("ascii", "backslashreplace").decode()
 
 
-def error_body(message: str, status: int) -> dict[str, Any]:
-    """`param` is the field that a message begins with, if it does."""
-    message = printable(message)
-    field = message.split(":", 1)[0].split("=", 1)[0]
+def error_body(refusal: str | Exception, status: int) -> dict[str, Any]:
+    """`param` is the field that is wrong: the one that a `FieldError` has, or that a message begins with, if it does."""
+    message = printable(str(refusal))
+    field = refusal.field if isinstance(refusal, FieldError) else message.split(":", 1)[0].split("=", 1)[0]
     return {
         "error": {
             "message": message,
@@ -63,13 +62,13 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 
 def error_response(
-    message: str, status: int, *, close: bool = False, headers: Mapping[str, str] | None = None
+    refusal: str | Exception, status: int, *, close: bool = False, headers: Mapping[str, str] | None = None
 ) -> Response:
     """With `close` the connection ends behind it."""
     more = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
     if close:
         more["Connection"] = "close"
-    return json_response(error_body(message, status), status, {**more, **(headers or {})})
+    return json_response(error_body(refusal, status), status, {**more, **(headers or {})})
 
 
 def abort_reason(message: str) -> dict[str, Any]:
@@ -77,17 +76,12 @@ def abort_reason(message: str) -> dict[str, Any]:
     return {"type": "abort", "message": printable(message), "status_code": 400, "err_type": "BadRequestError"}
 
 
-def install_error_handlers(app: FastAPI, metrics: ServiceMetrics) -> None:
+def install_error_handlers(app: FastAPI) -> None:
     """Every exception that a handler may raise, as an answer; anything else is a fault of ours and logged as such."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        metrics.on_refusal("refused")
-        return error_response(describe(error.errors()), 400)
 
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> Response:
-        return error_response(str(error), 400)
+        return error_response(error, 400)
 
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> Response:

@@ -18,12 +18,14 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     header_timeout_s: float = 10.0
     max_body_bytes: int = 64 << 20
     max_inflight_body_bytes: int = 256 << 20
+    # JSON values in one field of a body, token ids not counted.
+    max_body_values: int = 1 << 18
     body_timeout_s: float = 60.0
     keep_alive_timeout_s: float = 30.0
     write_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("max_connections", "max_body_bytes"):
+        for name in ("max_connections", "max_body_bytes", "max_body_values"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_of(name)} {value}: must be at least 1")

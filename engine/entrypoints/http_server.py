@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..chat_template import ChatTemplate
 from ..tokenizer_manager import TokenizerManager
 from .api_keys import ApiKeys
+from .bodies import BodyReader
 from .control import control_router
 from .errors import install_error_handlers
 from .gate import Gate
@@ -39,7 +40,7 @@ def make_app(
     """The application over a manager, which may still be starting."""
     # A redirect would lead where the `Host` header says.
     app = FastAPI(title="Waybill", docs_url=None, redoc_url=None, redirect_slashes=False)
-    install_error_handlers(app, metrics)
+    install_error_handlers(app)
     # The last one added is the first to see a request.
     app.add_middleware(Gate, api_keys=api_keys, limits=limits, not_ready=manager.not_ready)
     if allowed_origins:
@@ -51,18 +52,22 @@ def make_app(
             expose_headers=[META_HEADER],
         )
     app.add_middleware(OriginGuard, api_keys=api_keys, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
-    app.include_router(native_router(manager))
-    app.include_router(control_router(manager))
+    bodies = BodyReader(manager.lanes, limits.max_body_values, metrics)
+    app.include_router(native_router(manager, bodies))
+    app.include_router(control_router(manager, bodies))
     app.include_router(info_router(manager, metrics, model_name, health_timeout_s))
     chat = ChatServing(manager, template, model_name)
     completions = CompletionServing(manager, model_name)
 
-    @app.post("/v1/chat/completions")
+    openai = APIRouter(route_class=bodies.route_class())
+
+    @openai.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         return await chat.create(body, http)
 
-    @app.post("/v1/completions")
+    @openai.post("/v1/completions")
     async def create_completion(body: CompletionRequest, http: Request) -> Response:
         return await completions.create(body, http)
 
+    app.include_router(openai)
     return app

@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import aclosing
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
-from ..generate_request import MAX_NAME_CHARS, GenerateReqInput, SampleRequest
+from ..field_error import FieldError
+from ..generate_request import CHAR_COST_US, GenerateReqInput
 from ..io_struct import RoutedExpertsMeta
+from ..preparation import PreparedRequest
+from ..request_model import MAX_NAME_CHARS, PerPrompt, RequestModel
 from ..routing.claims import ClaimError
-from ..tokenizer_manager import TokenizerManager
-from .errors import RID_KEY, abort_reason, error_response, json_response
+from ..text_codec import DECODE_COST_US, TextCodec
+from ..token_ids import NESTED_SCHEMA, Prompts, as_prompts
+from ..tokenizer_manager import MAX_RID_CHARS, TokenizerManager
+from .bodies import CLIENT_GONE, BodyReader
+from .bounded_body import release_body
+from .errors import RID_KEY, abort_reason, error_response
 from .json_log import FIELDS
 from .responses import (
-    CLIENT_GONE,
     ClientGoneError,
     EventStream,
     PiecewiseResponse,
@@ -31,32 +38,34 @@ from .responses import (
 logger = logging.getLogger(__name__)
 
 SESSION_HEADER = "X-SMG-Routing-Key"
+# Tokens of a text that `/tokenize` takes at most, where the context is shorter.
+MAX_TOKENIZED = 1 << 17
 META_HEADER = "X-Routed-Experts-Meta"
 # Clients and proxies refuse a response whose head is longer than some 8 to 16 KiB.
 MAX_META_HEADER_CHARS = 6 << 10
 
 
-class AbortRequestInput(BaseModel):
+class AbortRequestInput(RequestModel):
     """Requests whose rid starts with `rid`, or all."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    rid: str = ""
+    rid: Annotated[str, Field(max_length=MAX_RID_CHARS)] = ""
     abort_all: bool = False
 
 
-class TokenizeInput(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str | list[str]
+class TokenizeInput(RequestModel):
+    prompt: str | PerPrompt[str]
     add_special_tokens: bool = True
     model: str | None = None
 
 
-class DetokenizeInput(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+def parse_tokens(value: Any) -> Prompts:
+    return as_prompts(value, "tokens")
 
-    tokens: list[int] | list[list[int]]
+
+class DetokenizeInput(RequestModel):
+    id_fields = ("tokens",)
+
+    tokens: Annotated[Any, BeforeValidator(parse_tokens), WithJsonSchema(NESTED_SCHEMA)]
     skip_special_tokens: bool = True
     model: str | None = None
 
@@ -85,43 +94,55 @@ def with_session(request: GenerateReqInput, http: Request) -> GenerateReqInput:
     http.scope[RID_KEY] = request.rid
     key = session_key(http)
     if key is not None and not 1 <= len(key) <= MAX_NAME_CHARS:
-        raise ValueError(f"{SESSION_HEADER}: must have 1 to {MAX_NAME_CHARS} characters")
+        raise FieldError(f"{SESSION_HEADER}: must have 1 to {MAX_NAME_CHARS} characters", SESSION_HEADER)
     return request if key is None or request.session_id else request.model_copy(update={"session_id": key})
 
 
 async def first_answer(
-    manager: TokenizerManager, request: GenerateReqInput, samples: list[SampleRequest]
+    manager: TokenizerManager, request: GenerateReqInput | PreparedRequest
 ) -> dict[str, Any] | list[Any]:
     """The whole answer of a request without streaming."""
-    async with aclosing(manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
+    async with aclosing(manager.generate(request, form="json")) as answers:  # type: ignore[type-var]
         return await anext(answers)
 
 
-def native_router(manager: TokenizerManager) -> APIRouter:
+def is_large(prepared: PreparedRequest) -> bool:
+    """Whether an answer may be, and so is encoded on a thread."""
+    return any(sample.return_routed_experts or sample.return_logprob for sample in prepared.samples)
+
+
+def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
     """Routes of the native API over `manager`."""
-    router = APIRouter()
+    router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/generate")
     @router.put("/generate", include_in_schema=False)
     async def generate(body: GenerateReqInput, http: Request) -> Response:
         request = with_session(body, http)
 
-        def refusal(message: str) -> dict[str, Any]:
-            return refused_event(request, message)
+        def refusal(error: Exception) -> dict[str, Any]:
+            return refused_event(request, str(error))
 
         try:
-            samples = manager.prepare(request)
+            prepared = await unless_disconnected(http, manager.prepare(request), PreparedRequest.release)
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE)
         except ValueError as error:
             if not request.stream:
                 raise
-            return EventStream(only(refusal(str(error))), refusal)
+            return EventStream(only(refusal(error)), refusal)
+        finally:
+            # Tokens have taken its place.
+            release_body(http)
         if request.stream:
-            return EventStream(manager.generate(request, samples, form="json"), refusal)
+            return EventStream(manager.generate(prepared, form="json"), refusal, on_end=prepared.release)
         try:
-            answer = await unless_disconnected(http, first_answer(manager, request, samples))
+            answer = await unless_disconnected(http, first_answer(manager, prepared))
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
-        return await encode_json(answer, large=any(sample.return_routed_experts for sample in samples))
+        finally:
+            prepared.release()
+        return await encode_json(answer, large=is_large(prepared))
 
     @router.post("/abort_request")
     async def abort_request(body: AbortRequestInput) -> Response:
@@ -139,31 +160,65 @@ def native_router(manager: TokenizerManager) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeInput) -> Response:
-        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        ids = [manager.text.encode(prompt, add_special_tokens=body.add_special_tokens) for prompt in prompts]
-        counts = [len(tokens) for tokens in ids]
-        single = isinstance(body.prompt, str)
-        return json_response(
-            {
-                "tokens": ids[0] if single else ids,
-                "count": counts[0] if single else counts,
-                "max_model_len": manager.facts["context_length"],
-            }
-        )
+        assert manager.limits is not None
+        num_chars = len(body.prompt) if isinstance(body.prompt, str) else sum(map(len, body.prompt))
+        work = partial(tokenized, body, manager.text, manager.limits.context_length)
+        return json_bytes(await manager.lanes.run(CHAR_COST_US * num_chars, work))
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeInput) -> Response:
-        nested = bool(body.tokens) and isinstance(body.tokens[0], list)
-        lists: list[Any] = body.tokens if nested else [body.tokens]
         assert manager.limits is not None
-        vocab_size = manager.limits.vocab_size
-        bad = [token for tokens in lists for token in tokens if not 0 <= token < vocab_size]
-        if bad:
-            raise ValueError(f"tokens: {bad[0]} is no token, ids lie in 0 .. {vocab_size - 1}")
-        texts = [manager.text.decode(tokens, skip_special_tokens=body.skip_special_tokens) for tokens in lists]
-        return json_response({"text": texts if nested else texts[0]})
+        num_ids = sum(map(len, body.tokens)) if isinstance(body.tokens, list) else len(body.tokens)
+        work = partial(detokenized, body, manager.text, manager.limits.vocab_size)
+        return json_bytes(await manager.lanes.run(DECODE_COST_US * num_ids, work))
 
     return router
+
+
+def json_bytes(content: bytes) -> Response:
+    return PiecewiseResponse(content, media_type="application/json")
+
+
+def tokenized(body: TokenizeInput, codec: TextCodec, context_length: int) -> bytes:
+    """The answer to `/tokenize`.
+
+    Raises:
+        ValueError: a text is far longer than the context, or there is no tokenizer.
+    """
+    most = max(context_length, MAX_TOKENIZED)
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    ids = []
+    for index, prompt in enumerate(prompts):
+        try:
+            ids.append(codec.encode(prompt, add_special_tokens=body.add_special_tokens, max_tokens=most))
+        except FieldError as error:
+            error = error.renamed({"text": "prompt"})
+            raise (error if isinstance(body.prompt, str) else error.of_item(index)) from None
+    counts = list(map(len, ids))
+    single = isinstance(body.prompt, str)
+    return msgspec.json.encode(
+        {
+            "tokens": ids[0] if single else ids,
+            "count": counts[0] if single else counts,
+            "max_model_len": context_length,
+        }
+    )
+
+
+def detokenized(body: DetokenizeInput, codec: TextCodec, vocab_size: int) -> bytes:
+    """The answer to `/detokenize`.
+
+    Raises:
+        ValueError: an id is none of the vocabulary, or there is no tokenizer.
+    """
+    nested = isinstance(body.tokens, list)
+    texts = []
+    for ids in body.tokens if nested else [body.tokens]:
+        bad = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(bad):
+            raise FieldError(f"tokens: {bad[0]} is no token, ids lie in 0 .. {vocab_size - 1}", "tokens")
+        texts.append(codec.decode(ids, skip_special_tokens=body.skip_special_tokens))
+    return msgspec.json.encode({"text": texts if nested else texts[0]})
 
 
 def refused_event(request: GenerateReqInput, message: str) -> dict[str, Any]:

@@ -13,16 +13,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..admission import OverloadedError
 from ..generation_gate import UnavailableError
-from ..tokenizer_manager import EngineDeadError, OverloadedError
+from ..tokenizer_manager import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PIECE_BYTES = 256 << 10
-# The status that proxies log for it; nobody reads it.
-CLIENT_GONE = 499
 
 
 class ClientGoneError(Exception):
@@ -34,38 +33,52 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves.
+async def unless_disconnected(
+    request: Request, work: Coroutine[Any, Any, T], drop: Callable[[T], None] | None = None
+) -> T:
+    """The result of `work`, which is cancelled when the client leaves. `drop` gets a result that nobody takes any more.
 
     Raises:
         ClientGoneError: it left.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(wait_for_disconnect(request.receive))
+    is_taken = False
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientGoneError
+        is_taken = True
         return working.result()
     finally:
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+        if drop is not None and not is_taken and not working.cancelled() and working.exception() is None:
+            drop(working.result())
 
 
 class EventStream(Response):
     """`data: {json}` events, ended by `data: [DONE]`. Closes its source whatever ends it.
 
-    What the source raises once the stream has begun is told in band, by the event that `refusal` makes of its message.
+    What the source raises once the stream has begun is told in band, by the event that `refusal` makes of it. `on_end` is
+    called in any case, also when the source has never begun.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Any], refusal: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[Any],
+        refusal: Callable[[Exception], Any],
+        *,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._refusal = refusal
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.create_task(self._write(send))
@@ -75,7 +88,11 @@ class EventStream(Response):
         finally:
             for task in (writing, leaving):
                 task.cancel()
-            results = await asyncio.gather(writing, leaving, return_exceptions=True)
+            try:
+                results = await asyncio.gather(writing, leaving, return_exceptions=True)
+            finally:
+                if self._on_end is not None:
+                    self._on_end()
         if isinstance(results[0], Exception):
             raise results[0]
 
@@ -89,7 +106,7 @@ class EventStream(Response):
                 async for event in events:
                     await put(b"data: " + msgspec.json.encode(event) + b"\n\n")
             except (ValueError, OverloadedError, UnavailableError, EngineDeadError) as error:
-                await put(b"data: " + msgspec.json.encode(self._refusal(str(error))) + b"\n\n")
+                await put(b"data: " + msgspec.json.encode(self._refusal(error)) + b"\n\n")
         await put(b"data: [DONE]\n\n", more=False)
 
 

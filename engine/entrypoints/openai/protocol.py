@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from ...generate_request import MAX_NAME_CHARS, Name, check_utf8
-from ...sampling_input import MAX_SAMPLES, drop_dialect_fields
+from ...field_error import FieldError
+from ...request_model import MAX_NAME_CHARS, AnyNumber, Items, Name, Number, PerPrompt, Real, RequestModel, check_utf8
+from ...sampling_input import MAX_SAMPLES, check_size
+from ...token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as_ids, as_prompts
 
 MAX_TOP_LOGPROBS = 20
 
@@ -15,7 +17,7 @@ MAX_TOP_LOGPROBS = 20
 NEUTRAL_FIELDS: dict[str, Any] = {
     "audio": None,
     "best_of": 1,
-    "function_call": "none",
+    "function_call": ("none", "auto"),
     "functions": [],
     "modalities": ["text"],
     "prediction": None,
@@ -23,6 +25,8 @@ NEUTRAL_FIELDS: dict[str, Any] = {
     "response_format": {"type": "text"},
     "suffix": "",
     "tools": [],
+    # Without tools these are the same; others ask for a call.
+    "tool_choice": ("none", "auto"),
     "verbosity": None,
     "web_search_options": None,
     "lora_path": None,
@@ -31,7 +35,7 @@ NEUTRAL_FIELDS: dict[str, Any] = {
     "json_schema": None,
     "return_hidden_states": False,
 }
-# Change nothing in the result.
+# Change nothing in the result: notes of the caller's, and hints for caches, schedulers and parsers that are not there.
 IGNORED_FIELDS = (
     "metadata",
     "parallel_tool_calls",
@@ -41,70 +45,68 @@ IGNORED_FIELDS = (
     "service_tier",
     "store",
     "stream_reasoning",
-    "tool_choice",
     "user",
 )
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(RequestModel):
     include_usage: bool = False
     continuous_usage_stats: Literal[False] = False
-    include_obfuscation: bool = False
+    # Padding against who watches the sizes of packets.
+    include_obfuscation: Literal[False] = False
 
 
-class OpenAIRequest(BaseModel):
+class OpenAIRequest(RequestModel):
     """What both endpoints share."""
 
-    model_config = ConfigDict(extra="forbid")
+    neutral_fields = NEUTRAL_FIELDS
+    ignored_fields = IGNORED_FIELDS
 
     # Stands in every answer.
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)] = ""
-    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    n: Number = Field(1, ge=1, le=MAX_SAMPLES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    max_tokens: Annotated[Number, Field(ge=0)] | None = None
+    temperature: Real | None = None
+    top_p: Real | None = None
+    stop: str | Items[str] | None = None
+    seed: Number | None = None
+    presence_penalty: Real | None = None
+    frequency_penalty: Real | None = None
+    logit_bias: Annotated[dict[int, Real], BeforeValidator(check_size)] | None = None
     # Extensions of the field.
-    top_k: int | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    top_k: Number | None = None
+    min_p: Real | None = None
+    min_tokens: Number | None = None
+    repetition_penalty: Real | None = None
+    stop_token_ids: Items[Number] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     rid: Name | None = None
     session_id: Name | None = None
-    priority: int = 0
+    priority: Number = 0
     extra_key: Name | None = None
-    routed_dp_rank: int | None = None
+    routed_dp_rank: Number | None = None
     return_routed_experts: bool = False
-    routed_experts_start_len: int | list[int] = 0
+    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_dialect_fields(cls, data: Any) -> Any:
-        return drop_dialect_fields(data, NEUTRAL_FIELDS, IGNORED_FIELDS)
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: needs stream=true")
+            raise FieldError("stream_options: needs stream=true", "stream_options", mentions=("stream",))
         return self
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def names(self) -> dict[str, str]:
+        """What the fields of a `GenerateReqInput` are called here, for its refusals."""
+        return {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
     def generate_fields(self, max_new_tokens: int | None) -> dict[str, Any]:
         """The fields of a `GenerateReqInput`, without its prompt."""
@@ -146,28 +148,57 @@ class OpenAIRequest(BaseModel):
         }
 
 
+def parse_prompt(value: Any) -> str | list[str] | Prompts:
+    """One branch is tried: the one that the first item asks for."""
+    if isinstance(value, str):
+        return value
+    if not (isinstance(value, list) and value and isinstance(value[0], str)):
+        return as_prompts(value, "prompt")
+    if len(value) > MAX_PROMPTS:
+        raise FieldError(f"prompt: must be at most {MAX_PROMPTS} prompts", "prompt")
+    odd = next((index for index, item in enumerate(value) if not isinstance(item, str)), None)
+    if odd is not None:
+        raise FieldError(f"prompt.{odd}: must be text, as the items before it", "prompt")
+    return value
+
+
+PROMPT_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, *NESTED_SCHEMA["anyOf"]],
+}
+
+
 class CompletionRequest(OpenAIRequest):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    id_fields = ("prompt",)
+
+    prompt: Annotated[Any, BeforeValidator(parse_prompt), WithJsonSchema(PROMPT_SCHEMA)]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.prompt, str) or (
+            isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], str)
+        )
+
+    def names(self) -> dict[str, str]:
+        prompt = {"text": "prompt", "input_ids": "prompt"}
+        return {**super().names(), **prompt, "top_logprobs_num": "logprobs", "logprob_start_len": "echo"}
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(RequestModel):
     """One message; what a template needs beyond role and content is passed on to it."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
 
     def for_template(self) -> dict[str, Any]:
         content = self.content
@@ -176,15 +207,21 @@ class ChatMessage(BaseModel):
         return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
 
 
+def parse_ids_of_one(value: Any) -> Ids:
+    return as_ids(value, "input_ids")
+
+
 class ChatCompletionRequest(OpenAIRequest):
     """`/v1/chat/completions`. With `input_ids` these are the prompt, token in and token out, and no template is used."""
 
-    messages: list[ChatMessage] = []
-    input_ids: list[int] | None = None
-    max_completion_tokens: int | None = Field(None, ge=0)
+    id_fields = ("input_ids",)
+
+    messages: Items[ChatMessage] = Field([])
+    input_ids: Annotated[Any, BeforeValidator(parse_ids_of_one), WithJsonSchema(NESTED_SCHEMA["anyOf"][0])] = None
+    max_completion_tokens: Annotated[Number, Field(ge=0)] | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    chat_template_kwargs: dict[str, Any] = {}
+    top_logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] = Field({})
     add_generation_prompt: bool = True
     continue_final_message: Literal[False] = False
     return_meta_info: bool = False
@@ -192,10 +229,21 @@ class ChatCompletionRequest(OpenAIRequest):
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if not self.messages and self.input_ids is None:
-            raise ValueError("messages: must have at least one message, or input_ids must be given")
+            raise FieldError("messages: must have at least one message, or input_ids must be given", "messages")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs=true")
+            raise FieldError("top_logprobs: needs logprobs=true", "top_logprobs")
         reserved = {"messages", "add_generation_prompt"} & self.chat_template_kwargs.keys()
         if reserved:
-            raise ValueError(f"chat_template_kwargs: must not have {sorted(reserved)[0]!r}")
+            raise FieldError(f"chat_template_kwargs: must not have {min(reserved)!r}", "chat_template_kwargs")
         return self
+
+    def names(self) -> dict[str, str]:
+        asked = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        prompt = "messages" if self.input_ids is None else "input_ids"
+        return {
+            **super().names(),
+            "max_new_tokens": asked,
+            "text": prompt,
+            "input_ids": prompt,
+            "top_logprobs_num": "top_logprobs",
+        }

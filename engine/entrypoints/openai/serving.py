@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...generate_request import GenerateReqInput, SampleRequest
+from ...field_error import FieldError
+from ...generate_request import GenerateReqInput
+from ...preparation import PreparedRequest
 from ...tokenizer_manager import TokenizerManager
+from ..bodies import CLIENT_GONE
+from ..bounded_body import release_body
 from ..errors import abort_reason, error_body
-from ..native import first_answer, with_session
-from ..responses import CLIENT_GONE, ClientGoneError, EventStream, encode_json, only, unless_disconnected
+from ..native import first_answer, is_large, with_session
+from ..responses import ClientGoneError, EventStream, encode_json, only, unless_disconnected
 from .protocol import OpenAIRequest
 
 ROUTE_FIELDS = (
@@ -101,24 +105,14 @@ def as_list(answer: Answer | list[Any]) -> list[Answer]:
     return answer if isinstance(answer, list) else [answer]
 
 
-async def whole(
-    manager: TokenizerManager, http: Request, request: GenerateReqInput, samples: list[SampleRequest]
-) -> list[Answer] | None:
-    """All answers of a request without streaming; None if its client left."""
-    try:
-        return as_list(await unless_disconnected(http, first_answer(manager, request, samples)))
-    except ClientGoneError:
-        return None
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """What one endpoint makes of one request: the engine's request, the whole answer, and the events of a stream. An answer
     `is_costly` where making it takes long enough to hold up others."""
 
-    to_generate: Callable[[], GenerateReqInput]
-    answer: Callable[[list[SampleRequest], list[Answer]], dict[str, Any]]
-    stream: Callable[[GenerateReqInput, list[SampleRequest]], AsyncIterator[dict[str, Any]]]
+    to_generate: Callable[[], Awaitable[GenerateReqInput]]
+    answer: Callable[[PreparedRequest, list[Answer]], dict[str, Any]]
+    stream: Callable[[PreparedRequest], AsyncIterator[dict[str, Any]]]
     is_costly: bool = False
 
 
@@ -127,35 +121,44 @@ async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request,
     Raises:
         ValueError: the request does not fit the engine, and has no stream to say so in.
     """
+
+    def refusal(error: Exception) -> dict[str, Any]:
+        return refused_event(in_words_of(body, error))
+
+    async def prepare() -> PreparedRequest:
+        prepared = await manager.prepare(with_session(await endpoint.to_generate(), http))
+        # Tokens have taken its place.
+        release_body(http)
+        return prepared
+
     try:
-        request = with_session(endpoint.to_generate(), http)
-        samples = manager.prepare(request)
+        prepared = await unless_disconnected(http, prepare(), PreparedRequest.release)
+        if body.stream:
+            return EventStream(endpoint.stream(prepared), refusal, on_end=prepared.release)
+        try:
+            answers = as_list(await unless_disconnected(http, first_answer(manager, prepared)))
+        finally:
+            prepared.release()
+    except ClientGoneError:
+        return Response(status_code=CLIENT_GONE)
     except ValueError as error:
         if not body.stream:
-            raise
-        return stream_of(only(refused_event(str(error))))
-    if body.stream:
-        return stream_of(endpoint.stream(request, samples))
-    answers = await whole(manager, http, request, samples)
-    if answers is None:
-        content = None
-    elif endpoint.is_costly:
-        content = await asyncio.to_thread(endpoint.answer, samples, answers)
+            raise in_words_of(body, error) from None
+        return EventStream(only(refusal(error)), refusal)
+    if endpoint.is_costly:
+        content = await asyncio.to_thread(endpoint.answer, prepared, answers)
     else:
-        content = endpoint.answer(samples, answers)
-    return await whole_response(content, large=body.return_routed_experts)
+        content = endpoint.answer(prepared, answers)
+    return await encode_json(content, large=is_large(prepared))
 
 
-async def whole_response(content: dict[str, Any] | None, *, large: bool) -> Response:
-    return Response(status_code=CLIENT_GONE) if content is None else await encode_json(content, large=large)
+def in_words_of(body: OpenAIRequest, error: Exception) -> Exception:
+    """A refusal of the engine with the names that fields have here."""
+    return error.renamed(body.names()) if isinstance(error, FieldError) else error
 
 
-def refused_event(message: str) -> dict[str, Any]:
+def refused_event(error: Exception) -> dict[str, Any]:
     """The event of a stream that says why there is none."""
-    body = error_body(message, 400)
-    body["error"]["finish_reason"] = abort_reason(message)
+    body = error_body(error, 400)
+    body["error"]["finish_reason"] = abort_reason(str(error))
     return body
-
-
-def stream_of(events: AsyncIterator[dict[str, Any]]) -> EventStream:
-    return EventStream(events, refused_event)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...chat_template import ChatTemplate
-from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
+from ...field_error import FieldError
+from ...generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
+from ...preparation import PreparedRequest
 from ...tokenizer_manager import TokenizerManager
 from . import serving
 from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head, Sent
+
+# What a template takes for a message.
+MESSAGE_COST_US = 50.0
 
 
 class ChatServing:
@@ -33,25 +39,18 @@ class ChatServing:
         """
         head = Head("chat.completion", body.model or self._model_name)
         endpoint = serving.Endpoint(
-            to_generate=lambda: self._to_generate(body),
-            answer=lambda samples, answers: self._answer(body, head, answers),
-            stream=lambda request, samples: self._stream(body, head, request, samples),
+            to_generate=lambda: self._to_generate(body, http.state.body_bytes),
+            answer=lambda _, answers: self._answer(body, head, answers),
+            stream=lambda prepared: self._stream(body, head, prepared),
             is_costly=body.logprobs,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
-    def _to_generate(self, body: ChatCompletionRequest) -> GenerateReqInput:
+    async def _to_generate(self, body: ChatCompletionRequest, num_bytes: int) -> GenerateReqInput:
         ids = body.input_ids
         if ids is None:
-            if self._template is None:
-                raise ValueError("messages: the checkpoint has no chat template; give input_ids")
-            text = self._template.render(
-                [message.for_template() for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt,
-                **body.chat_template_kwargs,
-            )
-            # The template writes the special tokens that there are.
-            ids = self._manager.text.encode(text, add_special_tokens=False)
+            cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * num_bytes
+            ids = await self._manager.lanes.run(cost_us, partial(self._rendered_ids, body))
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         most = self._manager.room_for(len(ids)) if asked is None else asked
         return parse_generate_request(
@@ -62,6 +61,23 @@ class ChatServing:
                 "top_logprobs_num": body.top_logprobs or 0,
             }
         )
+
+    def _rendered_ids(self, body: ChatCompletionRequest) -> list[int]:
+        """The messages as the template writes them, tokenised.
+
+        Raises:
+            ValueError: there is no template, it refuses the messages, or they do not fit.
+        """
+        if self._template is None:
+            raise FieldError("messages: the checkpoint has no chat template; give input_ids", "messages")
+        text = self._template.render(
+            [message.for_template() for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt,
+            **body.chat_template_kwargs,
+        )
+        assert self._manager.limits is not None
+        # The template writes the special tokens that there are.
+        return self._manager.text.encode(text, add_special_tokens=False, max_tokens=self._manager.limits.context_length)
 
     # --- whole ------------------------------------------------------------------------------------------------------
 
@@ -94,13 +110,14 @@ class ChatServing:
     # --- streams ----------------------------------------------------------------------------------------------------
 
     async def _stream(
-        self, body: ChatCompletionRequest, head: Head, request: GenerateReqInput, samples: list[SampleRequest]
+        self, body: ChatCompletionRequest, head: Head, prepared: PreparedRequest
     ) -> AsyncIterator[dict[str, Any]]:
+        samples = prepared.samples
         sent = [Sent() for _ in samples]
         last: list[Answer] = [{} for _ in samples]
         for index in range(len(samples)):
             yield self._chunk(head, index, {"role": "assistant", "content": ""}, None)
-        async with aclosing(self._manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
+        async with aclosing(self._manager.generate(prepared, form="json")) as answers:  # type: ignore[type-var]
             async for item in answers:
                 answer: Answer = dict(item)
                 index = answer.pop("index", 0)

@@ -10,7 +10,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...field_error import FieldError
 from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
+from ...preparation import PreparedRequest
 from ...tokenizer_manager import TokenizerManager
 from . import serving
 from .logprobs import CompletionLogprobs
@@ -36,22 +38,20 @@ class CompletionServing:
         head = Head("text_completion", body.model or self._model_name)
         endpoint = serving.Endpoint(
             to_generate=lambda: self._to_generate(body),
-            answer=lambda samples, answers: self._answer(body, head, samples, answers),
-            stream=lambda request, samples: self._stream(body, head, request, samples),
+            answer=lambda prepared, answers: self._answer(body, head, prepared, answers),
+            stream=lambda prepared: self._stream(body, head, prepared),
             is_costly=body.echo or body.logprobs is not None,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
-    def _to_generate(self, body: CompletionRequest) -> GenerateReqInput:
+    async def _to_generate(self, body: CompletionRequest) -> GenerateReqInput:
         if body.echo and not self._manager.text.is_there:
-            raise ValueError("echo: the checkpoint has no tokenizer")
-        prompt = body.prompt
-        is_text = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], str))
+            raise FieldError("echo: the checkpoint has no tokenizer", "echo")
         fields = body.generate_fields(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
         return parse_generate_request(
             {
                 **fields,
-                "text" if is_text else "input_ids": prompt,
+                "text" if body.is_text else "input_ids": body.prompt,
                 "return_logprob": body.logprobs is not None,
                 "top_logprobs_num": body.logprobs or 0,
                 "logprob_start_len": 0 if body.echo and body.logprobs is not None else -1,
@@ -59,15 +59,17 @@ class CompletionServing:
         )
 
     def _answer(
-        self, body: CompletionRequest, head: Head, samples: list[SampleRequest], answers: list[Answer]
+        self, body: CompletionRequest, head: Head, prepared: PreparedRequest, answers: list[Answer]
     ) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(answers):
-            prompt_text = self._echo(body, samples[index])
+            prompt_text = self._echo(body, prepared.samples[index])
             choice = {
                 "index": index,
                 "text": prompt_text + answer["text"],
-                "logprobs": None if body.logprobs is None else self._logprobs(body, samples[index]).take(answer),
+                "logprobs": None
+                if body.logprobs is None
+                else self._logprobs(body, prepared.samples[index]).take(answer),
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
@@ -88,16 +90,17 @@ class CompletionServing:
         return CompletionLogprobs(
             self._manager.text,
             skip_special_tokens=sample.sampling_params.skip_special_tokens,
-            prompt_ids=sample.input_ids if body.echo else None,
+            prompt_ids=sample.input_ids.tolist() if body.echo else None,
         )
 
     async def _stream(
-        self, body: CompletionRequest, head: Head, request: GenerateReqInput, samples: list[SampleRequest]
+        self, body: CompletionRequest, head: Head, prepared: PreparedRequest
     ) -> AsyncIterator[dict[str, Any]]:
+        samples = prepared.samples
         sent = [Sent() for _ in samples]
         last: list[Answer] = [{} for _ in samples]
         logprobs: dict[int, CompletionLogprobs] = {}
-        async with aclosing(self._manager.generate(request, samples, form="json")) as answers:  # type: ignore[type-var]
+        async with aclosing(self._manager.generate(prepared, form="json")) as answers:  # type: ignore[type-var]
             async for item in answers:
                 answer: Answer = dict(item)
                 index = answer.pop("index", 0)

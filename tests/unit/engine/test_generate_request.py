@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ def take_one(**fields: Any) -> SampleRequest:
         ({"input_ids": [1] * 21}, "the prompt has 21 tokens: must have at most 20"),
         ({"input_ids": [1] * 18}, "at most 16 .kv_cache_tokens"),
         ({"input_ids": "no"}, "input_ids"),
-        ({"input_ids": [True]}, "input_ids.*valid integer"),
+        ({"input_ids": [True]}, "input_ids.0: must be an integer"),
         ({"text": "a", "routed_dp_rank": True}, "routed_dp_rank: must be an integer, not true"),
         ({"text": "a", "routed_experts_start_len": False}, "routed_experts_start_len: must be an integer, not false"),
         ({"input_ids": [1], "colour": "red"}, "colour: is no field of this request"),
@@ -72,6 +73,12 @@ def test_bad_requests_are_refused_by_name(fields: dict[str, Any], words: str) ->
         ({"max_new_tokens": 16}, "together they must be at most 17 .kv_cache_tokens"),
         ({"min_new_tokens": 3, "max_new_tokens": 2}, "min_new_tokens=3: must be at most max_new_tokens=2"),
         ({"temperature": -0.1}, "temperature"),
+        ({"temperature": True}, "temperature: must be a number, not true"),
+        ({"logit_bias": {"1": True}}, "must be a number, not true"),
+        ({"sampling_seed": -2}, "sampling_seed"),
+        ({"stop": ["a"] * 65}, "stop.*at most 64"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids.*at most 128"),
+        ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias: must have at most 4096 entries"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
@@ -115,9 +122,7 @@ def test_no_integer_of_the_sampling_params_leaves_the_range_of_messages(name: st
         take(input_ids=[1], sampling_params={name: value})
 
 
-@pytest.mark.parametrize(
-    "name", ["logprob_start_len", "top_logprobs_num", "priority", "routed_dp_rank", "routed_experts_start_len"]
-)
+@pytest.mark.parametrize("name", ["logprob_start_len", "top_logprobs_num", "priority", "routed_dp_rank"])
 @pytest.mark.parametrize("value", BAD_INTEGERS)
 def test_no_integer_leaves_the_range_of_messages(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
@@ -144,6 +149,22 @@ def test_neither_do_entries(params: dict[str, Any]) -> None:
 def test_the_range_of_temperatures_is_told(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"temperature: must lie in 0 \.\. 1e\+06"):
         take(input_ids=[1], sampling_params={"temperature": temperature})
+
+
+@pytest.mark.parametrize("value", BAD_INTEGERS)
+def test_nor_does_a_start_that_somebody_reads(value: float) -> None:
+    with pytest.raises(ValueError, match="routed_experts_start_len"):
+        take(input_ids=[1], return_routed_experts=True, routed_experts_start_len=value)
+
+
+def test_a_seed_of_minus_one_is_none_and_arrays_are_ids() -> None:
+    seeds = {take_one(input_ids=[1], sampling_params={"sampling_seed": -1}).sampling_params.sampling_seed for _ in "ab"}
+    assert len(seeds) == 2 and min(seeds) >= 0
+    assert take_one(input_ids=np.array([1, 2])).input_ids.tolist() == [1, 2]
+    groups = take(input_ids=np.array([[1, 2], [3, 4]]))
+    assert [group[0].input_ids.tolist() for group in groups] == [[1, 2], [3, 4]]
+    with pytest.raises(ValueError, match="item 1: input_ids: 100 is no token"):
+        take(input_ids=[np.array([1]), np.array([100])])
 
 
 def test_known_fields_that_are_off_or_change_nothing_are_accepted() -> None:

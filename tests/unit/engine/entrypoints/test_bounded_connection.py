@@ -20,7 +20,6 @@ from waybill.engine.entrypoints.api_keys import ApiKeys
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.gate import Gate
 from waybill.engine.entrypoints.http_limits import HttpLimits
-from waybill.engine.entrypoints.service_metrics import ServiceMetrics
 
 HOST = b"Host: h\r\n"
 SHORT = 0.2
@@ -36,7 +35,7 @@ LIMITS = {
 
 def application(limits: HttpLimits, *, keys: tuple[str, ...] = ()) -> FastAPI:
     app = FastAPI(redirect_slashes=False)
-    install_error_handlers(app, ServiceMetrics())
+    install_error_handlers(app)
     app.add_middleware(Gate, api_keys=ApiKeys(keys), limits=limits, not_ready=lambda: None)
     app.state.num_calls = 0
 

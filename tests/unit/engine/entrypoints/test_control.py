@@ -22,10 +22,12 @@ from starlette.testclient import TestClient
 from waybill.client import EngineControl
 from waybill.engine.config import EngineConfig
 from waybill.engine.engine_controls import EngineControls
+from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.control import control_router
 from waybill.engine.entrypoints.errors import install_error_handlers
-from waybill.engine.entrypoints.service_metrics import ServiceMetrics
 from waybill.engine.io_struct import ControlReply
+from waybill.engine.lanes import Lanes
+from waybill.engine.request_observer import NoObserver
 
 TENSORS: dict[str, Any] = {"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]], "group_name": "g"}
 VALID: dict[str, dict[str, Any]] = {
@@ -76,8 +78,9 @@ class FakeControls:
 def client_of(reply: ControlReply) -> tuple[TestClient, FakeControls]:
     controls = FakeControls(reply)
     app = FastAPI()
-    install_error_handlers(app, ServiceMetrics())
-    app.include_router(control_router(SimpleNamespace(controls=controls)))  # type: ignore[arg-type]
+    install_error_handlers(app)
+    bodies = BodyReader(Lanes(), 1000, NoObserver())
+    app.include_router(control_router(SimpleNamespace(controls=controls), bodies))  # type: ignore[arg-type]
     return TestClient(app, raise_server_exceptions=False), controls
 
 
@@ -191,9 +194,9 @@ def test_an_upload_for_which_there_is_no_room_is_507_with_the_reason(
     nothing: Any = None
     controls = EngineControls(EngineConfig(model_path=""), nothing, nothing, nothing, nothing)
     app = FastAPI()
-    install_error_handlers(app, ServiceMetrics())
+    install_error_handlers(app)
     manager: Any = SimpleNamespace(controls=controls)
-    app.include_router(control_router(manager))
+    app.include_router(control_router(manager, BodyReader(Lanes(), 1000, NoObserver())))
     reply = TestClient(app).post("/update_weights_from_tensor", json={"safetensors": "YWJjZA=="})
     assert reply.status_code == 507 and num_calls == 2
     assert os.strerror(number) in reply.json()["error"]["message"]

@@ -16,14 +16,13 @@ from waybill.engine.entrypoints.bounded_body import BodyBudget, BoundedBody, att
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.gate import Gate
 from waybill.engine.entrypoints.http_limits import HttpLimits
-from waybill.engine.entrypoints.service_metrics import ServiceMetrics
 
 LIMITS = HttpLimits(max_body_bytes=10, max_inflight_body_bytes=15, body_timeout_s=0.2)
 
 
 def ask(method: str, path: str, *keys: str, reason: str | None = None, **request: Any) -> httpx.Response:
     app = FastAPI()
-    install_error_handlers(app, ServiceMetrics())
+    install_error_handlers(app)
     app.add_middleware(Gate, api_keys=ApiKeys(keys), limits=LIMITS, not_ready=lambda: reason)
 
     @app.post("/size")

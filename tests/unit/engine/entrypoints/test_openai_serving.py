@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from waybill.engine.chat_template import ChatTemplate
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from waybill.engine.entrypoints.openai.serving_chat import ChatServing
 from waybill.engine.entrypoints.openai.serving_completions import CompletionServing
+from waybill.engine.lanes import Lanes
 from waybill.engine.text_codec import TextCodec
 
 BROKEN = ChatTemplate({"default": "{% nonsense %}"}, {})
@@ -18,8 +20,9 @@ MESSAGES = [{"role": "user", "content": "a"}]
 
 
 def to_generate(template: ChatTemplate | None, **fields: Any) -> Any:
-    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5)
-    return ChatServing(manager, template, "m")._to_generate(ChatCompletionRequest(**fields))
+    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5, lanes=Lanes())
+    body = ChatCompletionRequest(**fields)
+    return asyncio.run(ChatServing(manager, template, "m")._to_generate(body, num_bytes=100))
 
 
 @pytest.mark.parametrize(
@@ -29,12 +32,13 @@ def to_generate(template: ChatTemplate | None, **fields: Any) -> Any:
 def test_messages_are_refused_and_ids_taken(template: ChatTemplate | None, words: str) -> None:
     with pytest.raises(ValueError, match=rf"^messages: .*{words}.*; give input_ids$"):
         to_generate(template, messages=MESSAGES)
-    assert to_generate(template, input_ids=[1, 2]).input_ids == [1, 2]
+    assert to_generate(template, input_ids=[1, 2]).input_ids.tolist() == [1, 2]
 
 
 def test_without_a_tokenizer_nothing_is_echoed() -> None:
     manager: Any = SimpleNamespace(text=TextCodec(None))
     serving = CompletionServing(manager, "m")
-    assert serving._to_generate(CompletionRequest(prompt=[1, 2])).input_ids == [1, 2]
+    request = asyncio.run(serving._to_generate(CompletionRequest(prompt=[1, 2])))
+    assert request.input_ids.tolist() == [1, 2]
     with pytest.raises(ValueError, match="echo: the checkpoint has no tokenizer"):
-        serving._to_generate(CompletionRequest(prompt=[1, 2], echo=True))
+        asyncio.run(serving._to_generate(CompletionRequest(prompt=[1, 2], echo=True)))

@@ -17,6 +17,7 @@ from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
+from waybill.engine.lanes import Lanes
 
 LOOPBACK = AllowedHosts("127.0.0.1", ("localhost", "box", "waybill.example", "*.cluster.local"))
 OPEN = AllowedHosts("0.0.0.0", ("box",))
@@ -43,7 +44,9 @@ class FakeControls:
 @lru_cache
 def application(hosts: AllowedHosts, origins: tuple[str, ...], keys: tuple[str, ...]) -> tuple[FastAPI, FakeControls]:
     controls = FakeControls()
-    manager: Any = SimpleNamespace(controls=controls, not_ready=lambda: None, get_state=None, config=None)
+    manager: Any = SimpleNamespace(
+        controls=controls, lanes=Lanes(), not_ready=lambda: None, get_state=None, config=None
+    )
     app = make_app(
         manager,
         None,

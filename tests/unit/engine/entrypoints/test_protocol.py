@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -27,6 +28,20 @@ def test_null_means_the_default() -> None:
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
         {"suffix": "x"},
+        {"best_of": True},
+        *(
+            {"tool_choice": choice}
+            for choice in ("required", {"type": "function", "function": {"name": "f"}}, "", [], 1)
+        ),
+        {"function_call": {"name": "f"}},
+        *(
+            {name: True}
+            for name in ("n", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "priority")
+        ),
+        *({name: True} for name in ("temperature", "top_p", "routed_dp_rank", "routed_experts_start_len")),
+        {"logprobs": True, "top_logprobs": True},
+        {"stop_token_ids": [True]},
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
         {"best_of": 3},
         {"colour": "red"},
         {"n": 0},
@@ -46,9 +61,12 @@ def test_refused(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
         {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False},
         {"messages": [], "input_ids": [1]},
+        {"messages": [], "input_ids": np.array([1])},
+        *({"tool_choice": choice} for choice in ("none", "auto", None)),
+        {"seed": -1},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}], "name": "n"}]},
     ],
 )
@@ -64,7 +82,8 @@ def test_parts_are_joined_and_extras_reach_the_template() -> None:
 
 def test_prompts_of_every_kind() -> None:
     for prompt in ("x", ["x", "y"], [1, 2], [[1], [2]]):
-        assert CompletionRequest(prompt=prompt).prompt == prompt
+        found = CompletionRequest(prompt=prompt).prompt
+        assert (found if isinstance(found, str) else [x if isinstance(x, str) else x.tolist() for x in found]) == prompt
 
 
 def test_a_prompt_counts_once_however_many_samples_it_has() -> None:

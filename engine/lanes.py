@@ -1,0 +1,39 @@
+"""Work that grows with what a client sends, kept off the event loop.
+
+Small work is done at once: a hop to a thread would cost more. The rest goes to one of two lanes of few threads each, so
+that a text of 10,000 characters never waits behind one of 20 MB, and long ones hold no more than one lane's threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# What may hold up the event loop, and what may hold up short work of others.
+MAX_INLINE_US = 2_000
+MAX_SHORT_US = 100_000
+THREADS_PER_LANE = 2
+
+
+class Lanes:
+    """Lives on one event loop. A caller that is cancelled takes work that has not begun out of its lane."""
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(THREADS_PER_LANE, "short work")
+        self._long = ThreadPoolExecutor(THREADS_PER_LANE, "long work")
+
+    async def run(self, cost_us: float, work: Callable[[], T]) -> T:
+        """The result of `work`, which is expected to take about `cost_us` microseconds; raises what it raises."""
+        if cost_us <= MAX_INLINE_US:
+            return work()
+        lane = self._short if cost_us <= MAX_SHORT_US else self._long
+        return await asyncio.get_running_loop().run_in_executor(lane, work)
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        for lane in (self._short, self._long):
+            lane.shutdown(wait=False, cancel_futures=True)

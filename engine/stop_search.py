@@ -60,8 +60,8 @@ class GrowingText:
 class StopSearch:
     """Looks for stop strings in the text that the caller gets, and in the same text with its special tokens.
 
-    Of several matches that one token completes the one that begins first counts, then the one that stands first in
-    the request.
+    Of several matches that one token completes the one that begins first counts, then one in the caller's text, then the
+    one that stands first in the request.
     """
 
     def __init__(self, decoder: TokenDecoder, stops: Sequence[str], *, skip_special_tokens: bool) -> None:
@@ -78,7 +78,9 @@ class StopSearch:
         """Add a token; returns the match that ends within its text."""
         self._text.push(token_id)
         found = [
-            (start, order) for order, stop in enumerate(self._stops) if (start := self._text.find(stop)) is not None
+            (start, False, order)
+            for order, stop in enumerate(self._stops)
+            if (start := self._text.find(stop)) is not None
         ]
         if self._whole is not None:
             self._whole.push(token_id)
@@ -86,13 +88,13 @@ class StopSearch:
             # Most of the time there is no special token in sight.
             if (self._whole.window, self._whole.first_new) != (self._text.window, self._text.first_new):
                 found += [
-                    (self._in_text(start), order)
+                    (self._in_text(start), True, order)
                     for order, stop in enumerate(self._stops)
                     if (start := self._whole.find(stop)) is not None
                 ]
         if not found:
             return None
-        start, order = min(found)
+        start, _, order = min(found)
         return StopMatch(self._stops[order], start)
 
     def _note_lengths(self, whole: GrowingText) -> None:

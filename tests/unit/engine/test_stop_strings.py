@@ -159,6 +159,13 @@ def test_the_first_stop_string_that_a_token_completes_ends_a_request(
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_match_in_the_callers_text_comes_before_one_that_needs_a_special_token() -> None:
+    """`<s> STOP` has a space that the caller's text, whose first one is stripped, has not."""
+    ids = [special("metaspace", "<s>"), *encode("metaspace", "STOP")]
+    done = run("metaspace", ids, (" ", "STOP"))
+    assert (done.num_tokens, done.reason.matched, done.reason.text_length) == (2, "STOP", 0)
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_a_match_before_min_new_tokens_ends_nothing_later(kind: str) -> None:
     ids = [*encode(kind, "a STOP"), *encode(kind, "b"), *encode(kind, "b"), *encode(kind, "a STOP"), *encode(kind, "b")]

@@ -27,6 +27,7 @@ def mesh_of(rank: int) -> ParallelMesh:
         Axis("world", rank, DP * TP, None, tuple(range(DP * TP))),
         Axis("dp", rank // TP, DP, None, tuple(range(rank % TP, DP * TP, TP))),
         Axis("tp", rank % TP, TP, None, tuple(range(rank - rank % TP, rank - rank % TP + TP))),
+        Axis("ep", rank, DP * TP, None, tuple(range(DP * TP))),
         Axis("node", rank - first, NODE, None, tuple(range(first, first + NODE))),
     )
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from waybill import Engine, EngineDeadError
 
+# What `Engine` itself raises for a request that it refuses.
+USER_ERRORS = (ValueError, TypeError, RuntimeError)
+
 
 class EngineProgram:
     """One engine, and the commands of a trial."""
@@ -40,7 +43,8 @@ class EngineProgram:
             self._tell({"id": command["id"], "gone": str(error)})
         except Exception as error:
             # Whatever it was, the trial that asked judges it.
-            self._tell({"id": command["id"], "refused": f"{type(error).__name__}: {error}"})
+            refused = f"{type(error).__name__}: {error}"
+            self._tell({"id": command["id"], "refused": refused, "is_users": isinstance(error, USER_ERRORS)})
 
     def generate(self, command: dict[str, Any]) -> Any:
         return self._portable(self._engine.generate(**command["request"]))

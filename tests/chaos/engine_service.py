@@ -22,8 +22,6 @@ from .service import HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneErro
 
 TESTS = Path(__file__).parents[1]
 LOG_BYTES = 3000
-# What `Engine` itself raises for a request that it refuses.
-USER_ERRORS = ("ValueError", "TypeError", "RuntimeError")
 
 
 class EngineService:
@@ -113,7 +111,7 @@ class EngineService:
         if "gone" in message:
             raise GoneError(message["gone"])
         if "refused" in message:
-            raise RefusedError(400 if message["refused"].startswith(USER_ERRORS) else 500, message["refused"])
+            raise RefusedError(400 if message["is_users"] else 500, message["refused"])
         return message.get("result")
 
     def tell_to_stop(self) -> None:

@@ -81,8 +81,8 @@ async def hold_connection(scene: Scene, name: str, data: bytes, hold_s: float, e
             scene.faults.append(f"{name}: answered {answered[:80]!r}")
         if name == "length and chunks" and answered.count(b"HTTP/1.1 ") > 1:
             scene.faults.append(f"{name}: {answered.count(b'HTTP/1.1 ')} responses to one request")
-    except ConnectionError:
-        # A server may cut off what is no request.
+    except OSError:
+        # A server may cut off what is no request, and then there is no socket any more.
         pass
     finally:
         writer.close()

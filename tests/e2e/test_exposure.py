@@ -42,7 +42,7 @@ def test_only_the_http_port_takes_connections(server: ServerProcess) -> None:
     found = listeners(server)
     assert (url.hostname, url.port) in found
     assert not any(process.net_connections(kind="udp") for process in everything(server))
-    num_fds = {process.pid: process.num_fds() for process in everything(server)}
+    before = rank_connections(server)
     expected = httpx.post(f"{server.url}/generate", json=PROMPT, timeout=TIMEOUT_S).json()["output_ids"]
     for (host, port), process in found.items():
         assert host == "127.0.0.1"
@@ -51,9 +51,17 @@ def test_only_the_http_port_takes_connections(server: ServerProcess) -> None:
         assert "waybill.launch.worker" in process.cmdline(), f"{process.cmdline()} listens on {host}:{port}"
         knock(host, port)
     assert httpx.post(f"{server.url}/generate", json=PROMPT, timeout=TIMEOUT_S).json()["output_ids"] == expected
-    for process in everything(server):
-        if "waybill.launch.worker" in process.cmdline():
-            assert process.num_fds() <= num_fds[process.pid]
+    assert rank_connections(server) == before, "a stranger holds a connection to a rank"
+
+
+def rank_connections(server: ServerProcess) -> set[tuple[int, int]]:
+    """Every socket on TCP that a rank has: process and descriptor."""
+    return {
+        (process.pid, connection.fd)
+        for process in everything(server)
+        if "waybill.launch.worker" in process.cmdline()
+        for connection in process.net_connections(kind="tcp")
+    }
 
 
 def knock(host: str, port: int) -> None:

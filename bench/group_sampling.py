@@ -66,6 +66,16 @@ class Case:
     num_prompt: int
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a case. `cpu_s` is the processor time of the leader's process, which what else the machine does hardly
+    touches."""
+
+    steps: int
+    seconds: float
+    cpu_s: float
+
+
 class Bench:
     """A leader of its own device, whose rule of admission is changed between two idle moments."""
 
@@ -82,8 +92,8 @@ class Bench:
         self._num_sent = 0
         self._rng = np.random.default_rng(0)
 
-    def run(self, case: Case, rule: type[SharedPrefills]) -> tuple[int, float]:
-        """Steps, and seconds, from the arrival of all samples until all have ended; each prompt is new."""
+    def run(self, case: Case, rule: type[SharedPrefills]) -> Run:
+        """From the arrival of all samples until all have ended; each prompt is new."""
         pages: PageManager = self.scheduler._pages
         self.scheduler._planner._shared_prefills = rule(pages)
         prompt = self._rng.integers(*TOKENS, case.num_prompt).astype("<i4").tobytes()
@@ -91,10 +101,10 @@ class Bench:
             self._send(prompt)
         while len(self.scheduler.queues) < case.num_samples:
             self.scheduler.receive()
-        num_steps, began = self._num_steps, time.perf_counter()
+        num_steps, began, cpu_began = self._num_steps, time.perf_counter(), time.process_time()
         while not self.scheduler.is_idle:
             self.scheduler.step()
-        return self._num_steps - num_steps, time.perf_counter() - began
+        return Run(self._num_steps - num_steps, time.perf_counter() - began, time.process_time() - cpu_began)
 
     @property
     def _num_steps(self) -> int:
@@ -108,9 +118,9 @@ class Bench:
         )
 
 
-def measure(bench: Bench, rounds: int) -> dict[tuple[Case, str], list[tuple[int, float]]]:
-    """By case and rule, steps and seconds of every round; the rules take turns."""
-    found: dict[tuple[Case, str], list[tuple[int, float]]] = defaultdict(list)
+def measure(bench: Bench, rounds: int) -> dict[tuple[Case, str], list[Run]]:
+    """By case and rule, every round's run; the rules take turns."""
+    found: dict[tuple[Case, str], list[Run]] = defaultdict(list)
     cases = [Case(num_samples, num_prompt) for num_prompt in PROMPTS for num_samples in NUM_SAMPLES]
     for case in cases:
         bench.run(case, SharedPrefills)
@@ -121,22 +131,35 @@ def measure(bench: Bench, rounds: int) -> dict[tuple[Case, str], list[tuple[int,
     return found
 
 
-def report(found: dict[tuple[Case, str], list[tuple[int, float]]], model: str, rounds: int) -> str:
-    table = Table("prompt", "n", "rule", "steps", "tokens/s", "times one a step", box=box.MARKDOWN)
+def report(found: dict[tuple[Case, str], list[Run]], model: str, rounds: int) -> str:
+    table = Table(
+        "prompt",
+        "n",
+        "rule",
+        "steps",
+        "tokens/s",
+        "seconds, all rounds",
+        "CPU s",
+        "CPU s / one a step",
+        box=box.MARKDOWN,
+    )
     for (case, name), runs in found.items():
-        seconds = statistics.median(seconds for _, seconds in runs)
-        before = statistics.median(seconds for _, seconds in found[case, "one a step"])
-        (steps,) = {steps for steps, _ in runs}
+        seconds = statistics.median(run.seconds for run in runs)
+        cpu_s = statistics.median(run.cpu_s for run in runs)
+        before = statistics.median(run.cpu_s for run in found[case, "one a step"])
+        (steps,) = {run.steps for run in runs}
         table.add_row(
             str(case.num_prompt),
             str(case.num_samples),
             name,
             str(steps),
             f"{case.num_samples * NUM_NEW / seconds:.0f}",
-            f"{before / seconds:.2f}",
+            " ".join(f"{run.seconds:.2f}" for run in runs),
+            f"{cpu_s:.2f}",
+            f"{cpu_s / before:.2f}",
         )
     text = StringIO()
-    Console(file=text, width=100).print(table)
+    Console(file=text, width=160).print(table)
     return "\n".join(
         [
             "# Samples of one prompt",
@@ -148,6 +171,10 @@ def report(found: dict[tuple[Case, str], list[tuple[int, float]]], model: str, r
             "",
             "`shared` is the engine's rule: the samples wait until the first one's prompt is in the prefix cache, then run",
             "together. `one a step` is the rule before it, `not shared` how equal prompts of a batch ran before it.",
+            "",
+            "Steps are exact. Where the rounds of a row differ widely the machine was busy with something else; then the",
+            "medians of seconds say little, and CPU seconds (which also count threads that wait for each other) only",
+            "somewhat more.",
             "",
             "Made by `python bench/group_sampling.py --write`.",
             "",

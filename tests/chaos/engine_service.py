@@ -21,7 +21,7 @@ from .run_place import RunPlace
 from .service import HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneError, RefusedError, Shape
 
 TESTS = Path(__file__).parents[1]
-LOG_BYTES = 3000
+LOG_BYTES = 2000
 
 
 class EngineService:

@@ -17,8 +17,8 @@ from .service import HEARTBEAT_S, START_BOUND_S, WEIGHT_SYNC_S, Answer, GoneErro
 
 PATIENCE_S = 120.0
 # Of the log, where something is wrong.
-MAX_LINES = 40
-MAX_LINE = 300
+MAX_LINES = 12
+MAX_LINE = 200
 KEPT_CONNECTIONS = 4
 OPTIONS = (
     *("--dtype", "float32", "--kv-cache-tokens", "8192", "--chunked-prefill-size", "64"),
@@ -118,7 +118,8 @@ class HttpService:
             raise TimeoutError from None
 
     def last_words(self) -> str:
-        return "\n".join(line[:MAX_LINE] for line in self._server.lines[-MAX_LINES:])
+        telling = [line[:MAX_LINE] for line in self._server.lines if '"level":"info"' not in line]
+        return "\n".join(telling[-MAX_LINES:])
 
 
 def answer_of(body: dict[str, Any]) -> Answer:

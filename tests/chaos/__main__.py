@@ -58,6 +58,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/chaos.md")
     options = parser.parse_args()
     trials = trials_of(options)
+    if not trials:
+        parser.error(f"none of these seeds means {options.only!r}; --seed N --only KIND makes one that does")
     began = time.monotonic()
     judge = Judge(SerialRun.of(make_questions()))
     campaign = Campaign(judge, show, deadline=began + 60 * options.minutes)

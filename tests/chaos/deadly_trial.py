@@ -13,7 +13,7 @@ from .callers import Callers
 from .catalogue import SHORT
 from .deck import Trial
 from .outcome import Outcome
-from .run_place import RunPlace, may_mount
+from .run_place import RunPlace, may_change_user, may_mount
 from .service import HEARTBEAT_S, GoneError, RefusedError, Service
 from .shared_services import make_service
 from .strikes import STRIKES, Struck
@@ -52,12 +52,12 @@ class DeadlyTrial:
 
     async def run(self) -> Outcome:
         began = time.monotonic()
-        needs_root = self._trial.kind in ("full disk", "thread limit")
-        if needs_root and not may_mount():
+        small_disk, unprivileged = self._trial.kind == "full disk", self._trial.kind == "thread limit"
+        if (small_disk and not may_mount()) or (unprivileged and not may_change_user()):
             self._outcome.skipped = True
-            self._outcome.what = "needs a machine where this user may mount and change users"
+            self._outcome.what = "needs a user who may mount and start processes of others"
             return self._outcome
-        place = RunPlace(small_disk=self._trial.kind == "full disk", unprivileged=self._trial.kind == "thread limit")
+        place = RunPlace(small_disk=small_disk, unprivileged=unprivileged)
         try:
             service = make_service(self._trial.shape, place)
             try:

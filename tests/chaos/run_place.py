@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ POLL_S = 0.05
 DISK_BYTES = 4 << 20
 # A user without privileges, to whom limits of threads apply.
 NOBODY = 65534
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", "--clear-groups")
 # torch keeps it for later runs of the same user: nothing that a run leaves.
 TORCH_CACHE = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_chaos_{os.getuid()}"}
 ROLES = {
@@ -43,7 +45,7 @@ class RunPlace:
         if unprivileged:
             os.chown(self.folder, NOBODY, NOBODY)
         # How the service's first process is started.
-        self.prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups") if unprivileged else ()
+        self.prefix = AS_NOBODY if unprivileged else ()
         self._mark = secrets.token_hex(8)
         self._shared_before = set(os.listdir(SHARED_MEMORY))
 
@@ -102,10 +104,19 @@ class RunPlace:
 
 
 def may_mount() -> bool:
-    """Whether a folder can be a file system of its own, and a service belong to another user."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+    """Whether a folder can be a file system of its own."""
+    return os.geteuid() == 0 and succeeds("unshare", "--mount", "true")
+
+
+def may_change_user() -> bool:
+    """Whether a service can belong to a user without privileges, who can read the interpreter and its packages."""
+    return os.geteuid() == 0 and succeeds(*AS_NOBODY, sys.executable, "-c", "import torch, waybill")
+
+
+def succeeds(*command: str) -> bool:
+    if shutil.which(command[0]) is None:
         return False
-    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def role_of(process: psutil.Process) -> str:

@@ -186,11 +186,25 @@ def strip(text: str, content: str, start: int, stop: int) -> str:
     return text[first:end]
 
 
+class DecoderError(RuntimeError):
+    """A decoder of the `tokenizers` library failed on what a model has sampled."""
+
+
 def library_decode(spec: dict[str, Any]) -> Decode:
     """The library's own decoder, from its form in `tokenizer.json`."""
     model = {"type": "BPE", "vocab": {}, "merges": []}
     decoder = Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, "decoder": spec})).decoder
-    return lambda elements: decoder.decode(list(elements))
+
+    def decode(elements: Sequence[str]) -> str:
+        try:
+            return decoder.decode(list(elements))
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            # A panic in the library is no `Exception`.
+            raise DecoderError(f"a decoder of the tokenizer failed: {error}") from error
+
+    return decode
 
 
 def make_stages(spec: dict[str, Any] | None) -> list[MakeStage]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .decoder_stages import DecoderError
 from .io_struct import FinishReason, ReqFinished, Segment, TokenOutput, TopLogprobs
 from .page_manager import PageManager
 from .request_queues import RequestQueues
@@ -102,12 +103,20 @@ class StepCommitter:
                 committed.outputs.append(output)
             prefill_only = req.params.max_new_tokens == 0 and req.num_committed == req.num_prompt_tokens
             if item.scheduled.sample or prefill_only:
-                req.finish_reason = self._stop_checker.check(req)
+                req.finish_reason = self._check_stop(req)
             if req.finish_reason is None:
                 self._pages.offer_full_pages(req)
             else:
                 committed.finished.append(self.finish(req))
         return committed
+
+    def _check_stop(self, req: Req) -> FinishReason | None:
+        """Stop strings are searched in text that a library makes of whatever was sampled: if it fails, the request does."""
+        try:
+            return self._stop_checker.check(req)
+        except DecoderError as error:
+            logger.error("%s: its stop strings cannot be searched", req.rid, exc_info=error)
+            return FinishReason.failed(str(error))
 
     def _fail(self, req: Req, message: str) -> ReqFinished:
         logger.warning("%s failed at position %d: %s", req.rid, req.num_committed, message)

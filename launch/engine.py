@@ -140,6 +140,10 @@ class Engine:
             async for item in self._manager.generate(request, form="array"):
                 put(item)
             put(None)
+        except asyncio.CancelledError:
+            # By the caller, who takes nothing any more, or by a shutdown.
+            put(EngineDeadError("the engine was shut down"))
+            raise
         except Exception as error:
             # Not swallowed: it is raised where the items are taken.
             put(error)

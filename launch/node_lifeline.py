@@ -127,7 +127,10 @@ class NodeLifeline:
         self._selector.unregister(connection)
 
     def _hear_stranger(self, connection: socket.socket) -> None:
-        said = self._strangers[connection]
+        said = self._strangers.get(connection)
+        if said is None:
+            # Dropped for a later one since it was seen to have something to say.
+            return
         part = receive(connection, len(self._token) - len(said))
         said += part
         if part and len(said) < len(self._token):

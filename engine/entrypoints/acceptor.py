@@ -15,8 +15,8 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-# The machine has no room, whatever our own bound says.
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# The listening socket is of no use any more. Whatever else `accept` says - no room, a network or a firewall - may pass.
+BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
 RETRY_S = 1.0
 # So many are taken before anything else has its turn.
 BATCH = 64
@@ -67,7 +67,7 @@ class Acceptor:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                if error.errno not in EXHAUSTED:
+                if error.errno in BROKEN:
                     raise
                 logger.warning("no connection can be taken: %s", error.strerror)
                 self._released.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from typing import Annotated, Any, Literal, Self
@@ -222,7 +223,7 @@ def add_update_routes(router: APIRouter, manager: TokenizerManager) -> None:
             )
         else:
             reply = await controls.update_weights_from_bytes(
-                body.data(), options, abort_all_requests=body.abort_all_requests
+                await asyncio.to_thread(body.data), options, abort_all_requests=body.abort_all_requests
             )
         return weight_response(reply)
 

@@ -30,11 +30,11 @@ NUM_TRIALS = 200
 
 
 def trials_of(options: argparse.Namespace) -> list[Trial]:
-    """The trials that were asked for. With `--only` and one seed, that kind under that seed."""
+    """The trials that were asked for. With `--only` and one seed, those kinds under that seed."""
     if options.seed is not None:
-        return [deal(options.seed, options.only) if options.only else draw(options.seed)]
+        return [deal(options.seed, kind) for kind in options.only] or [draw(options.seed)]
     trials = [draw(seed) for seed in range(options.first, options.first + options.trials)]
-    return [trial for trial in trials if options.only in (None, trial.kind)]
+    return [trial for trial in trials if not options.only or trial.kind in options.only]
 
 
 def show(outcome: Outcome) -> None:
@@ -53,13 +53,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="one trial, that of this seed")
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help="as many, of seeds in a row")
     parser.add_argument("--first", type=int, default=0, help="the first of these seeds")
-    parser.add_argument("--only", choices=kinds(), metavar="KIND", help=f"trials of one kind: {', '.join(kinds())}")
+    parser.add_argument(
+        "--only", choices=kinds(), metavar="KIND", nargs="+", default=[], help=f"of these kinds: {', '.join(kinds())}"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="no trial begins later")
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/chaos.md")
     options = parser.parse_args()
     trials = trials_of(options)
     if not trials:
-        parser.error(f"none of these seeds means {options.only!r}; --seed N --only KIND makes one that does")
+        parser.error(f"none of these seeds means {', '.join(options.only)}; --seed N --only KIND makes one that does")
     began = time.monotonic()
     judge = Judge(SerialRun.of(make_questions()))
     campaign = Campaign(judge, show, deadline=began + 60 * options.minutes)

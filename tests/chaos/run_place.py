@@ -21,6 +21,8 @@ POLL_S = 0.05
 DISK_BYTES = 4 << 20
 # A user without privileges, to whom limits of threads apply.
 NOBODY = 65534
+# An interpreter in a home folder may run as another user and yet not start again.
+STARTS_ANOTHER = "import subprocess, sys, torch, waybill; subprocess.run([sys.executable, '-c', ''], check=True)"
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", "--clear-groups")
 # torch keeps it for later runs of the same user: nothing that a run leaves.
 TORCH_CACHE = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_chaos_{os.getuid()}"}
@@ -110,7 +112,7 @@ def may_mount() -> bool:
 
 def may_change_user() -> bool:
     """Whether a service can belong to a user without privileges, who can read the interpreter and its packages."""
-    return os.geteuid() == 0 and succeeds(*AS_NOBODY, sys.executable, "-c", "import torch, waybill")
+    return os.geteuid() == 0 and succeeds(*AS_NOBODY, sys.executable, "-c", STARTS_ANOTHER)
 
 
 def succeeds(*command: str) -> bool:

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from support.replica_harness import EOS, Replica, expected_output
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import AbortReq, ControlReply, FlushCacheReq, SamplingParams
+from waybill.engine.decoder_stages import DecoderError
+from waybill.engine.io_struct import AbortReq, ControlReply, FinishReason, FlushCacheReq, SamplingParams
+from waybill.engine.schedule_batch import Req
+from waybill.engine.stop_checker import StopChecker
 
 
 def make_config(**fields: object) -> EngineConfig:
@@ -205,3 +208,22 @@ def test_any_arrival_pattern(
         else:
             assert replica.outputs[rid] == expected
             assert replica.num_rows[rid] == max(len(prompt), len(prompt) + len(expected) - 1)
+
+
+def test_a_decoder_that_fails_on_one_requests_tokens_fails_that_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader searches stop strings in what the tokenizer's library makes of sampled tokens."""
+    check = StopChecker.check
+
+    def fail_one(self: StopChecker, req: Req) -> FinishReason | None:
+        if req.rid == "bad" and len(req.output_ids) == 3:
+            raise DecoderError("a decoder of the tokenizer failed")
+        return check(self, req)
+
+    monkeypatch.setattr(StopChecker, "check", fail_one)
+    replica = Replica(make_config(), num_pages=64)
+    prompts = {rid: [number] * 6 for number, rid in enumerate(("bad", "good"), 1)}
+    for rid, prompt in prompts.items():
+        replica.submit(rid, prompt, SamplingParams(max_new_tokens=20))
+    replica.run_until_idle()
+    assert replica.finished["bad"].reason.is_failure
+    assert replica.outputs["good"] == expected_output(prompts["good"], 20)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from waybill.engine.byte_stages import MAX_OPEN_BYTES, Bytes, make_to_bytes
-from waybill.engine.decoder_stages import make_stages
+from waybill.engine.decoder_stages import DecoderError, library_decode, make_stages
 from waybill.engine.token_decoder import TextStream, TokenDecoder, join_all
 
 DECODERS = {name: TokenDecoder(tokenizer) for name, tokenizer in KINDS.items()}
@@ -182,3 +182,11 @@ def test_a_strip_that_makes_the_library_panic() -> None:
     stream = TextStream(TokenDecoder(tokenizer), skip_special_tokens=False)
     assert [stream.push([token]) for token in [1, 1, 2, 1, 2, 1, 1]] == ["", "", " a", "", " a", "", " "]
     assert stream.close() == ""
+
+
+def test_a_panic_in_the_library_is_an_error_that_can_be_caught() -> None:
+    """It is no `Exception` of its own."""
+    strip = library_decode({"type": "Strip", "content": "a", "start": 0, "stop": 3})
+    assert strip(["baaa"]) == "b"
+    with pytest.raises(DecoderError, match="a decoder of the tokenizer failed"):
+        strip(["aa"])

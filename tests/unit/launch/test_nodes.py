@@ -25,7 +25,7 @@ from waybill.launch.exchange import (
     share_secrets,
 )
 from waybill.launch.network_interface import interface_of
-from waybill.launch.node_lifeline import MAX_STRANGERS
+from waybill.launch.node_lifeline import MAX_STRANGERS, NodeLifeline
 from waybill.launch.node_options import LOCAL_ENDPOINT, NodeOptions, run_secret, split_command_line
 from waybill.launch.topology import Addresses, Layout
 
@@ -329,6 +329,16 @@ def test_strangers_who_stay_are_few_and_leave_no_room_taken(tmp_path: Path) -> N
         stranger.close()
     for leaving in (third, second, members.first):
         members.say_farewell(leaving)
+
+
+def test_a_stranger_who_was_dropped_before_it_is_heard_ends_nothing() -> None:
+    """The selector may name it in the same look in which a later one takes its place."""
+    lifeline = NodeLifeline(b"t" * 32, lambda: None, 5.0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        lifeline._hear_stranger(ours)
+        assert ours.recv(1) == b"x", "nothing was taken from it"
 
 
 def test_strangers_come_and_go(tmp_path: Path) -> None:

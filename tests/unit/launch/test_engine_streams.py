@@ -1,0 +1,47 @@
+"""What a stream's reader gets of how the stream ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from waybill.engine.tokenizer_manager import EngineDeadError
+from waybill.launch.engine import Engine
+
+
+async def items(*given: Any) -> AsyncIterator[Any]:
+    for item in given:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+def pump(*given: Any) -> list[Any]:
+    """What a reader is given of a stream that yields these items, or raises them."""
+    taken: list[Any] = []
+    manager = SimpleNamespace(generate=lambda request, form: items(*given))
+
+    async def run() -> None:
+        await Engine._pump(SimpleNamespace(_manager=manager), None, taken.append)  # type: ignore[arg-type]
+
+    if any(isinstance(item, asyncio.CancelledError) for item in given):
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+    return taken
+
+
+def test_the_end_and_an_error_are_told() -> None:
+    assert pump(1, 2) == [1, 2, None]
+    error = ValueError("no")
+    assert pump(1, error) == [1, error]
+
+
+def test_a_stream_that_is_cancelled_by_a_shutdown_does_not_leave_its_reader_waiting() -> None:
+    taken = pump(1, asyncio.CancelledError())
+    assert taken[0] == 1 and isinstance(taken[1], EngineDeadError)

@@ -500,6 +500,8 @@ class ClaimReply(msgspec.Struct, frozen=True, tag="claim"):
     op_id: str
     meta: RoutedExpertsMeta | None = None
     error: str | None = None
+    # The rows are there, and may be had later.
+    is_busy: bool = False
 
 
 class CountersReply(msgspec.Struct, frozen=True, tag="counters"):

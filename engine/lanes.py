@@ -31,7 +31,15 @@ class Lanes:
         if cost_us <= MAX_INLINE_US:
             return work()
         lane = self._short if cost_us <= MAX_SHORT_US else self._long
-        return await asyncio.get_running_loop().run_in_executor(lane, work)
+        # An executor keeps what was cancelled until its turn comes, and that keeps this frame; what the work holds must not
+        # stay for so long.
+        held = [work]
+        del work
+        try:
+            return await asyncio.get_running_loop().run_in_executor(lane, lambda: held.pop()())
+        except asyncio.CancelledError:
+            held.clear()
+            raise
 
     def close(self) -> None:
         """Drop what has not begun."""

@@ -117,7 +117,9 @@ class QueryServer:
         except ClaimError as error:
             return ClaimReply(query.op_id, error=str(error)), []
         if not self._unread.has_room(routed.rows.nbytes):
-            return ClaimReply(query.op_id, error="too many replies wait to be read; fetch it again later"), []
+            return ClaimReply(
+                query.op_id, error="too many replies wait to be read; fetch it again later", is_busy=True
+            ), []
         return ClaimReply(query.op_id, meta=routed.meta), [routed.frame]
 
     def _send(self, envelope: list[bytes], reply: OutputReply, rows: list[bytes | memoryview]) -> None:

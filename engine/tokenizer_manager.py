@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 from tokenizers import Tokenizer
 
-from .admission import Admission
+from .admission import Admission, OverloadedError
 from .answer import Answer, GenerationError, RoutesForm
 from .config import EngineConfig
 from .curve import CurveGuard
@@ -395,12 +395,15 @@ class TokenizerManager:
 
         Raises:
             ClaimError: the claim is unknown or has expired.
+            OverloadedError: too many rows are on their way already.
             ValueError: what arrived is damaged.
         """
         processor = processor_of(claim, len(self._queries))
         async with self._fetches:
             reply, frames = await self._query(processor, lambda op_id: FetchClaimReq(op_id, claim))
         assert not isinstance(reply, CountersReply)
+        if reply.is_busy:
+            raise OverloadedError(str(reply.error))
         if reply.meta is None:
             raise ClaimError(reply.error)
         return decode(reply.meta, frames[0])

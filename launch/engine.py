@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
+SHUT_DOWN = "the engine was shut down"
 
 Result = Any
 Prompt = str | list[str] | None
@@ -121,7 +122,12 @@ class Engine:
         request = self._parse(prompt, sampling_params, stream, fields)
         if stream:
             return self._iterate_async(request)
-        return await asyncio.wrap_future(self._submit(self._first(request)))
+        try:
+            return await asyncio.wrap_future(self._submit(self._first(request)))
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            raise EngineDeadError(SHUT_DOWN) from None
 
     def _parse(self, prompt: Prompt, sampling_params: Any, stream: bool, fields: dict[str, Any]) -> GenerateReqInput:
         given = {"routed_experts_format": "compact", **fields, "stream": stream}
@@ -142,7 +148,7 @@ class Engine:
             put(None)
         except asyncio.CancelledError:
             # By the caller, who takes nothing any more, or by a shutdown.
-            put(EngineDeadError("the engine was shut down"))
+            put(EngineDeadError(SHUT_DOWN))
             raise
         except Exception as error:
             # Not swallowed: it is raised where the items are taken.
@@ -361,11 +367,14 @@ class Engine:
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         if self._closed:
             coroutine.close()
-            raise EngineDeadError("the engine was shut down")
+            raise EngineDeadError(SHUT_DOWN)
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._submit(coroutine).result()
+        try:
+            return self._submit(coroutine).result()
+        except concurrent.futures.CancelledError:
+            raise EngineDeadError(SHUT_DOWN) from None
 
     def _run_loop(self) -> None:
         """Whatever ends the loop before its time, such as a `SystemExit` in a callback, ends the engine; the loop goes on
@@ -404,6 +413,7 @@ class Engine:
                 self._processes.wait(STOP_TIMEOUT_S)
             self._call(self._close_manager())
         self._closed = True
+        asyncio.run_coroutine_threadsafe(end_tasks(), self._loop).result()
         atexit.unregister(self.shutdown)
         self._processes.terminate()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -411,7 +421,7 @@ class Engine:
         self._loop.close()
 
     async def _close_manager(self) -> None:
-        self._manager.fail_all("the engine was shut down")
+        self._manager.fail_all(SHUT_DOWN)
         self._manager.close()
 
     def __enter__(self) -> Engine:
@@ -419,3 +429,11 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
+
+
+async def end_tasks() -> None:
+    """Cancel whatever else the running loop has to do, so that nobody waits for a loop that is gone."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

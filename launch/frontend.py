@@ -179,7 +179,6 @@ def main() -> int:
     config = read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
     options = read_struct(run_dir, SERVE_OPTIONS, ServeCommand)
     log_json_lines(config.log_level)
-    Heartbeat(table_of_this_run(), "frontend", config.heartbeat_timeout_s)
     try:
         keys = read_api_keys(options.api_key_file)
         max_connections = connections_within_limit(options.limits.max_connections, config.world_size, SPARE_CONNECTIONS)
@@ -196,6 +195,8 @@ def main() -> int:
         # The tokenizer cannot be read.
         print(f"waybill: {error}", file=sys.stderr)
         return EXIT_NO_ENGINE
+    # From now on: reading a large tokenizer holds the interpreter for seconds.
+    Heartbeat(table_of_this_run(), "frontend", config.heartbeat_timeout_s)
     return asyncio.run(frontend.run())
 
 

@@ -51,6 +51,8 @@ class ChatServing:
         if ids is None:
             cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * num_bytes
             ids = await self._manager.lanes.run(cost_us, partial(self._rendered_ids, body))
+        # What a template leaves out is not bounded by the prompt's tokens, and would stay until the answer ends.
+        body.messages, body.chat_template_kwargs = [], {}
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         most = self._manager.room_for(len(ids)) if asked is None else asked
         return parse_generate_request(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
+from functools import partial
 
 from waybill.engine.lanes import MAX_INLINE_US, MAX_SHORT_US, THREADS_PER_LANE, Lanes
 
@@ -42,6 +45,31 @@ def test_work_that_nobody_waits_for_is_taken_out() -> None:
         await asyncio.gather(*holding)
         await lanes.run(LONG, here)
         assert not begun
+        lanes.close()
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_holds_no_memory_until_its_turn_comes() -> None:
+    class Text:
+        """Something that a request brought."""
+
+    async def run() -> None:
+        lanes, may_end = Lanes(), threading.Event()
+        holding = [asyncio.ensure_future(lanes.run(LONG, lambda: may_end.wait(30))) for _ in range(THREADS_PER_LANE)]
+        await asyncio.sleep(0)
+        text = Text()
+        seen = weakref.ref(text)
+        given_up = asyncio.ensure_future(lanes.run(LONG, partial(id, text)))
+        del text
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        del given_up
+        gc.collect()
+        assert seen() is None
+        may_end.set()
+        await asyncio.gather(*holding)
         lanes.close()
 
     asyncio.run(run())

@@ -156,6 +156,7 @@ def test_who_does_not_read_gets_no_more_rows_and_others_are_served(make: Callabl
     replies = [lazy.recv_multipart() for _ in range(asked)]
     refused = [frames for frames in replies if len(frames) == 1]
     assert refused and b"too many replies wait to be read" in refused[0][0]
+    assert msgspec.msgpack.decode(refused[0][0], type=ClaimReply).is_busy
     service.check_it_lives()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import threading
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from waybill.engine.tokenizer_manager import EngineDeadError
-from waybill.launch.engine import Engine
+from waybill.launch.engine import Engine, end_tasks
 
 
 async def items(*given: Any) -> AsyncIterator[Any]:
@@ -45,3 +47,18 @@ def test_the_end_and_an_error_are_told() -> None:
 def test_a_stream_that_is_cancelled_by_a_shutdown_does_not_leave_its_reader_waiting() -> None:
     taken = pump(1, asyncio.CancelledError())
     assert taken[0] == 1 and isinstance(taken[1], EngineDeadError)
+
+
+def test_nobody_waits_for_a_loop_that_ends() -> None:
+    """Also whoever waits for work on a thread that goes on."""
+    loop, may_end = asyncio.new_event_loop(), threading.Event()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    waiting = asyncio.run_coroutine_threadsafe(asyncio.to_thread(may_end.wait, 30), loop)
+    asyncio.run_coroutine_threadsafe(end_tasks(), loop).result(10)
+    with pytest.raises(concurrent.futures.CancelledError):
+        waiting.result(10)
+    may_end.set()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()

@@ -35,6 +35,14 @@ def test_messages_are_refused_and_ids_taken(template: ChatTemplate | None, words
     assert to_generate(template, input_ids=[1, 2]).input_ids.tolist() == [1, 2]
 
 
+def test_what_a_template_may_leave_out_does_not_stay_until_the_answer_ends() -> None:
+    """The budget of bodies has its bytes back by then."""
+    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5, lanes=Lanes())
+    body = ChatCompletionRequest(messages=MESSAGES, input_ids=[1], chat_template_kwargs={"x": "y" * 1000})
+    asyncio.run(ChatServing(manager, None, "m")._to_generate(body, num_bytes=1000))
+    assert (body.messages, body.chat_template_kwargs) == ([], {})
+
+
 def test_without_a_tokenizer_nothing_is_echoed() -> None:
     manager: Any = SimpleNamespace(text=TextCodec(None))
     serving = CompletionServing(manager, "m")

@@ -441,7 +441,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
     # With a finish reason: the output processor failed the request, and the engine still runs it. Whoever reads this aborts
-    # it there; nothing more is heard of it.
+    # it there; of its end there only `OutputBatch.left` tells.
     is_at_engine: bool = False
 
 
@@ -449,6 +449,8 @@ class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
     """Outputs of one step. A frame of rows follows, in order, for every output with meta and without a claim."""
 
     outputs: list[RequestOutput]
+    # Of requests that were told to have failed while they were `is_at_engine`, those that the engine has ended since.
+    left: list[str] = []
 
 
 class SyncWait(msgspec.Struct, frozen=True, array_like=True):

@@ -119,16 +119,19 @@ class Shipper:
         """Detokenise, encode and send one step's outputs as one message."""
         outputs: list[RequestOutput] = []
         frames: list[memoryview] = []
+        left: list[str] = []
         for started in order.started:
             self._start(order, started, outputs)
         for progress in order.progress:
             parcel = self._parcels[progress.rid]
             if parcel.detokenizer is not None:
                 self._add_output(order, progress, parcel, parcel.detokenizer, outputs, frames)
+            elif progress.finish_reason is not None:
+                left.append(progress.rid)
             if progress.finish_reason is not None:
                 del self._parcels[progress.rid]
-        if outputs:
-            self._sender.send(OutputBatch(outputs), frames)
+        if outputs or left:
+            self._sender.send(OutputBatch(outputs, left), frames)
 
     def _start(self, order: ShipmentOrder, started: ReqStarted, outputs: list[RequestOutput]) -> None:
         parcel = self._parcels[started.rid] = _Parcel(started, None)

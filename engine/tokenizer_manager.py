@@ -64,6 +64,8 @@ MAX_UNREAD_OUTPUTS = 8192
 UNREAD_CHECK = 1024
 # Claims fetched at once.
 MAX_FETCHES = 16
+# Prompts' bytes that are sent to leaders in one go.
+MAX_SENT_BYTES = 4 << 20
 # A sample of a batch has a longer name than its request.
 MAX_RID_CHARS = MAX_NAME_CHARS + 16
 
@@ -265,7 +267,7 @@ class TokenizerManager:
             for sample in samples:
                 self._events[sample.rid] = queue
             for _, group in groupby(samples, key=lambda sample: sample.item):
-                self._dispatch(request, list(group))
+                await self._dispatch(request, list(group))
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(prepared, list(answers.values()), queue, single):
                 yield result
@@ -332,8 +334,8 @@ class TokenizerManager:
             if sample.rid in self._events or sample.rid in self._at_engine:
                 raise FieldError(f"rid: {sample.rid!r} is in use by a request that has not finished", "rid")
 
-    def _dispatch(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
-        """Send the samples of one prompt to one dp rank."""
+    async def _dispatch(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
+        """Send the samples of one prompt to one dp rank; other requests have their turn after some megabytes."""
         input_ids = samples[0].input_ids.astype("<i4", copy=False).tobytes()
         dp_rank = self._dp_router.choose(
             input_ids,
@@ -342,9 +344,21 @@ class TokenizerManager:
             routed_dp_rank=request.routed_dp_rank,
             num_samples=len(samples),
         )
-        for sample in samples:
-            self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
-            self._at_engine[sample.rid] = dp_rank
+        num_sent = num_bytes = 0
+        try:
+            for sample in samples:
+                self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
+                self._at_engine[sample.rid] = dp_rank
+                num_sent += 1
+                num_bytes += len(input_ids)
+                if num_bytes >= MAX_SENT_BYTES:
+                    num_bytes = 0
+                    await asyncio.sleep(0)
+                    # What was sent may have ended, and an update of weights begun.
+                    await self._gate.enter()
+        finally:
+            for _ in range(len(samples) - num_sent):
+                self._dp_router.release(dp_rank)
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -447,12 +461,16 @@ class TokenizerManager:
         for output, has_rows in zip(batch.outputs, have_rows, strict=True):
             self.num_outputs += bool(output.token_ids)
             event = self._verified(output, next(remaining)) if has_rows else (output, None)
-            if output.finish_reason is not None:
-                self._on_finish(output)
+            if output.is_at_engine:
+                self._abort_exactly(output.rid)
+            elif output.finish_reason is not None:
+                self._on_end_at_engine(output.rid)
             queue = self._events.get(output.rid)
             if queue is not None:
                 queue.put_nowait(event)
                 self._limit_unread(queue)
+        for rid in batch.left:
+            self._on_end_at_engine(rid)
 
     @staticmethod
     def _verified(output: RequestOutput, frame: memoryview) -> Event:
@@ -463,12 +481,10 @@ class TokenizerManager:
             logger.error("%s: %s", output.rid, error)
             return msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None
 
-    def _on_finish(self, output: RequestOutput) -> None:
-        dp_rank = self._at_engine.pop(output.rid, None)
+    def _on_end_at_engine(self, rid: str) -> None:
+        dp_rank = self._at_engine.pop(rid, None)
         if dp_rank is None:
             # Every request is at the engine until its one finish is told.
-            logger.error("%s: an end was told of a request that is not at the engine", output.rid)
+            logger.error("%s: an end was told of a request that is not at the engine", rid)
             return
         self._dp_router.release(dp_rank)
-        if output.is_at_engine:
-            self._abort_exactly(output.rid)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -29,13 +31,13 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 def main() -> int:
     """The agent of a calling program's engine, which may be gone already."""
     run_dir, *arguments = sys.argv[1:]
+    watch_signals(run_dir)
     watch_lifeline(caller_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
     return run_agent(run_dir, arguments)
 
 
 def run_agent(run_dir: str, arguments: list[str]) -> int:
-    """The shell's status for an end by signal, or torchrun's own."""
-    watch_signals(run_dir)
+    """The shell's status for an end by signal, or torchrun's own. Whoever made the folder has called `watch_signals`."""
     start_heartbeat()
     register()
     # torch makes this one when parts of it are imported, by default in the temporary folder and for good.
@@ -63,27 +65,39 @@ def start_heartbeat() -> None:
     Heartbeat(table, "torchrun's agent", timeout_s=None)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """A signal that comes meanwhile takes effect afterwards."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+
+
 def watch_signals(run_dir: str) -> None:
-    """Until torchrun has handlers of its own, a signal would end this process with its folder left behind. A handler in
-    Python does not run while the main thread waits inside torch's store for other nodes: so a thread ends the process."""
+    """Until torchrun has handlers of its own, a signal would end this process with its folder left behind.
+
+    The handler here ends it in order. It does not run while the main thread waits inside torch's store for other nodes, so
+    a thread does the same. The thread may come late, when torchrun's handlers are in place; then, too, somebody has acted.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in END_SIGNALS:
-        signal.signal(number, leave_to_watcher)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def end(number: int, frame: FrameType | None = None) -> None:
+        remove_run_dir(run_dir)
+        os._exit(SIGNAL_EXIT_BASE + number)
 
     def watch() -> None:
         while True:
             (number,) = os.read(reader, 1)
-            if signal.getsignal(number) is leave_to_watcher:
-                remove_run_dir(run_dir)
-                os._exit(SIGNAL_EXIT_BASE + number)
+            if signal.getsignal(number) is end:
+                end(number)
 
+    for number in END_SIGNALS:
+        signal.signal(number, end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     start_vital_thread(watch, "signals")
-
-
-def leave_to_watcher(number: int, frame: FrameType | None) -> None:
-    """Its presence alone keeps the signal from ending the process."""
 
 
 if __name__ == "__main__":

@@ -48,9 +48,11 @@ def main() -> int:
             return refuse(error)
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(command.config, ranks_here)))
-    from .agent import run_agent  # noqa: PLC0415
+    from .agent import holding_signals, run_agent, watch_signals  # noqa: PLC0415
 
-    run_dir = RunDir()
+    with holding_signals():
+        run_dir = RunDir()
+        watch_signals(run_dir.path)
     try:
         return run_agent(run_dir.path, torchrun_arguments(command.nodes, ranks_here, run_dir.path, arguments))
     finally:

@@ -52,9 +52,11 @@ class Mailbox:
 
     outputs: list[RequestOutput] = field(default_factory=list)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
     def send(self, batch: OutputBatch, frames: list[memoryview]) -> None:
         remaining = iter(frames)
+        self.left += batch.left
         for output in batch.outputs:
             self.outputs.append(output)
             if output.routed_experts is not None and output.routed_experts_claim is None:
@@ -352,7 +354,9 @@ def test_a_request_whose_text_cannot_be_made_fails_and_no_other(
         segments=[Segment("bad", 1, 1, int32(2)), Segment("good", 1, 1, int32(3))],
         outputs=[TokenOutput("bad", [7]), TokenOutput("good", [7])],
     )
+    assert engine.mailbox.left == []
     engine.step(after=[ReqFinished("bad", FinishReason("abort", message="aborted by request"))])
+    assert engine.mailbox.left == ["bad"]
     assert [output.rid for output in engine.mailbox.outputs[2:]] == ["good"], "nothing more of the one that failed"
     assert engine.processor.counters()["outputs_failed"] == 1
     finish_at_once(engine, "bad", (4, 5))

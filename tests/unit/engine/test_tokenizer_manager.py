@@ -103,7 +103,7 @@ def ask(wiring: Wiring, rid: str) -> asyncio.Task[object]:
     return asyncio.create_task(first())
 
 
-def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_free(tmp_path: Path) -> None:
+def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_free_later(tmp_path: Path) -> None:
     async def check(wiring: Wiring) -> None:
         answer = ask(wiring, "a")
         assert isinstance(await wiring.hear(), TokenizedGenerateReqInput)
@@ -113,12 +113,41 @@ def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_
             await answer
         abort = await wiring.hear()
         assert isinstance(abort, AbortReq) and (abort.rid, abort.exact) == ("a", True)
+        # On another dp rank it could begin before it has ended on this one.
+        with pytest.raises(ValueError, match="in use by a request that has not finished"):
+            await ask(wiring, "a")
+        witness = ask(wiring, "b")
+        await wiring.hear()
+        wiring.say(OutputBatch([output("b", finish_reason=FinishReason("length", length=1))], ["a"]))
+        await witness
         again = ask(wiring, "a")
         message = await wiring.hear()
         assert isinstance(message, TokenizedGenerateReqInput) and message.dispatch > abort.dispatch
         wiring.say(OutputBatch([output("a", finish_reason=FinishReason("length", length=1))]))
         assert (await again)["meta_info"]["finish_reason"]["type"] == "length"
         assert wiring.failures == []
+
+    with_wiring(tmp_path, check)
+
+
+def test_many_samples_of_a_long_prompt_are_sent_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between them others have their turn; and a caller who leaves meanwhile leaves no load behind on the rank."""
+    monkeypatch.setattr("waybill.engine.tokenizer_manager.MAX_SENT_BYTES", 12)
+
+    async def check(wiring: Wiring) -> None:
+        request = parse_generate_request({"input_ids": [1, 2], "sampling_params": {"n": 5, "temperature": 1.0}})
+        answers = asyncio.create_task(anext(wiring.manager.generate(request)))
+        counts = []
+        while len(wiring.manager._at_engine) < 4:
+            await asyncio.sleep(0)
+            counts.append(len(wiring.manager._at_engine))
+        assert {2, 4} <= set(counts) <= {0, 2, 4}
+        assert wiring.manager._dp_router.load == [5]
+        answers.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answers
+        assert wiring.manager._dp_router.load == [4], "those that were sent"
+        assert wiring.manager.num_unfinished == 0
 
     with_wiring(tmp_path, check)
 

@@ -1,4 +1,4 @@
-"""An agent that is told to end while it waits for the other nodes."""
+"""An agent that is told to end before torchrun's own handlers are in place."""
 
 from __future__ import annotations
 
@@ -37,6 +37,34 @@ def test_its_folder_goes_with_it(tmp_path: Path, number: int) -> None:
     agent.send_signal(number)
     assert agent.wait(END_S) == 128 + number
     assert os.listdir(tmp_path) == []
+
+
+LATE_WATCHER = """
+import os, signal, sys, time
+from waybill.launch import agent
+
+agent.start_vital_thread = lambda watch, name: None
+with agent.holding_signals():
+    agent.watch_signals(sys.argv[1])
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("held", flush=True)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("lost")
+"""
+
+
+def test_a_signal_is_not_lost_where_the_thread_comes_after_torchruns_handlers(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    agent = subprocess.run(
+        [sys.executable, "-c", LATE_WATCHER, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    assert (agent.stdout, agent.returncode) == ("held\n", 128 + signal.SIGTERM)
+    assert not folder.exists()
 
 
 def is_listening(port: int) -> bool:

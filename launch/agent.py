@@ -84,7 +84,7 @@ def watch_signals(run_dir: str) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    def end(number: int, frame: FrameType | None = None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         remove_run_dir(run_dir)
         os._exit(SIGNAL_EXIT_BASE + number)
 
@@ -92,7 +92,7 @@ def watch_signals(run_dir: str) -> None:
         while True:
             (number,) = os.read(reader, 1)
             if signal.getsignal(number) is end:
-                end(number)
+                end(number, None)
 
     for number in END_SIGNALS:
         signal.signal(number, end)

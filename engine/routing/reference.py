@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +66,18 @@ class RouterTap:
         return logits, weights, ids
 
 
-class Reference:
-    """A checkpoint under `transformers`."""
+@dataclass(frozen=True)
+class Forward:
+    """What a forward without forced routes has shown: logits [T, V], and every router's logits [T, E] and choice [T, K]."""
 
-    def __init__(self, model_path: str, device: str = "cpu") -> None:
+    logits: torch.Tensor
+    routers: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Reference:
+    """A checkpoint under `transformers`. The last `num_kept` forwards are not computed again for the same tokens."""
+
+    def __init__(self, model_path: str, device: str = "cpu", *, num_kept: int = 0) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval().to(device)
         self._taps: list[RouterTap] = []
         for layer in self._model.model.layers:
@@ -76,11 +85,26 @@ class Reference:
                 self._taps.append(RouterTap())
                 layer.mlp.gate.register_forward_hook(self._taps[-1])
         assert self._taps, "the model has no router"
+        self._num_kept = num_kept
+        self._kept: OrderedDict[tuple[int, ...], Forward] = OrderedDict()
 
-    @torch.inference_mode()
     def _forward(self, tokens: list[int]) -> torch.Tensor:
         """Logits [T, V]; the taps hold the routers'."""
-        return self._model(torch.tensor([tokens], device=self._model.device)).logits[0].cpu()
+        key = tuple(tokens)
+        is_free = not any(tap.forced for tap in self._taps)
+        kept = self._kept.get(key) if is_free else None
+        if kept is None:
+            with torch.inference_mode():
+                logits = self._model(torch.tensor([tokens], device=self._model.device)).logits[0].cpu()
+            if is_free and self._num_kept:
+                self._kept[key] = Forward(logits, [(tap.logits, tap.ids) for tap in self._taps])
+                if len(self._kept) > self._num_kept:
+                    self._kept.popitem(last=False)
+            return logits
+        self._kept.move_to_end(key)
+        for tap, (router_logits, ids) in zip(self._taps, kept.routers, strict=True):
+            tap.logits, tap.ids = router_logits, ids
+        return kept.logits
 
     def check_routes(self, tokens: list[int], routes: np.ndarray, start: int = 0) -> tuple[torch.Tensor, Agreement]:
         """Compare `routes` [rows, moe_layers, top_k], the routing of `tokens[start : start + rows]`, under the rule.

@@ -69,7 +69,8 @@ class ServerProcess:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self) -> int:
-        """SIGTERM, as an operator sends it; the exit status. Nothing may be left."""
+        """SIGTERM, as an operator sends it; the exit status. It must have run until now, and nothing may be left."""
+        assert self.process.poll() is None, "the server has ended:\n" + "\n".join(self.lines)
         started = self.descendants()
         self.process.terminate()
         status = self.process.wait(STOP_TIMEOUT_S)

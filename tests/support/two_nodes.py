@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -76,11 +77,13 @@ class TwoNodes:
         if not self.has_namespaces:
             yield
             return
-        set_namespace(f"/proc/{self._holders[node].pid}/ns/net")
-        try:
-            yield
-        finally:
-            set_namespace(f"/proc/{os.getpid()}/ns/net")
+        # Opened before: what it names is the namespace in which the thread is.
+        with open("/proc/thread-self/ns/net") as here, open(f"/proc/{self._holders[node].pid}/ns/net") as there:
+            set_namespace(there)
+            try:
+                yield
+            finally:
+                set_namespace(here)
 
     def options(self, node: int, port: int) -> list[str]:
         options = ["--nnodes", "2", "--node-rank", str(node), "--rdzv-endpoint", f"{self.addresses[0]}:{port}"]
@@ -104,12 +107,11 @@ def namespace_of(process: subprocess.Popen[bytes]) -> str | None:
         return None
 
 
-def set_namespace(path: str) -> None:
+def set_namespace(namespace: IO[str]) -> None:
     """Move this thread, and no other, into a network namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with open(path) as file:
-        if libc.setns(file.fileno(), CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"setns {path}")
+    if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), f"setns {namespace.name}")
 
 
 class TwoNodeServer:

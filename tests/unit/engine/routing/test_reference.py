@@ -1,0 +1,58 @@
+"""The judge itself: what is kept of a forward does not change a judgement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from waybill.engine.routing.reference import Difference, Reference
+
+CHECKPOINT = Path(__file__).parents[4] / "examples" / "tiny_moe" / "checkpoint"
+SEQUENCES = [list(b"add 21"), list(b"start with 12"), list(b"x")]
+
+
+class CountingReference(Reference):
+    """Counts forwards, and tells the routes that it finds."""
+
+    def __init__(self, num_kept: int) -> None:
+        super().__init__(str(CHECKPOINT), num_kept=num_kept)
+        self.num_forwards = 0
+        self._model.register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.num_forwards += 1
+
+    def routes(self, tokens: list[int]) -> np.ndarray:
+        self._forward(tokens)
+        return torch.stack([tap.ids for tap in self._taps], dim=1).numpy()
+
+
+def test_a_forward_is_kept_as_long_as_there_is_room() -> None:
+    plain, keeping = CountingReference(0), CountingReference(2)
+    routes = [plain.routes(tokens) for tokens in SEQUENCES]
+    before = plain.num_forwards
+    for _ in range(2):
+        for tokens, own in zip(SEQUENCES[:2], routes[:2], strict=True):
+            logits, agreement = keeping.check_routes(tokens, own)
+            expected, _ = plain.check_routes(tokens, own)
+            assert torch.equal(logits, expected)
+            assert (agreement.num_rows, agreement.forced_routes) == (len(tokens), 0)
+    assert (keeping.num_forwards, plain.num_forwards - before) == (2, 4)
+    keeping.check_routes(SEQUENCES[2], routes[2])
+    keeping.check_routes(SEQUENCES[0], routes[0])
+    assert keeping.num_forwards == 4, "the oldest had to go"
+
+
+def test_a_wrong_route_is_seen_in_what_was_kept_too() -> None:
+    keeping = CountingReference(2)
+    routes = keeping.routes(SEQUENCES[0])
+    wrong = routes.copy()
+    wrong[3, 2] = wrong[3, 2][::-1]
+    for _ in range(2):
+        with pytest.raises(Difference, match="position 3, MoE layer 2"):
+            keeping.check_routes(SEQUENCES[0], wrong)
+        keeping.check_routes(SEQUENCES[0], routes)
+    assert keeping.num_forwards == 1

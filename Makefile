@@ -6,10 +6,11 @@ PYTEST := $(PYTHON) -m pytest
 venv:
 	@scripts/venv.sh
 
-# Ranks need cores: what starts them runs alone, everything else on two workers.
+# On two workers, of which each runs whole files; then what is sensitive to others on the machine.
 test: venv
 	$(PYTEST) tests/unit -n 2 -q -m "not matrix and not gpu" --durations=5
-	$(PYTEST) tests/distributed tests/e2e -q -m "not matrix and not gpu and not nodes" --durations=10
+	$(PYTEST) tests/distributed tests/e2e -n 2 --dist loadscope -q -m "not matrix and not gpu and not nodes and not alone" --durations=10
+	$(PYTEST) tests/e2e -q -m "alone and not gpu" --durations=5
 
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv

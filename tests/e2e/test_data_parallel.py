@@ -309,6 +309,7 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
+@pytest.mark.alone
 def test_idle_ranks_use_no_cpu(engine: Engine) -> None:
     engine.generate(input_ids=ids("the last one"), sampling_params=greedy(3))
     at_rest(engine)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.schedule_batch import Req
 from waybill.engine.scheduler import Scheduler
 

@@ -79,7 +79,7 @@ def play_live(dp_size: int, variant: str, forward_ms: int, decoder: TokenDecoder
     tape = engine.record()
     engine.warm_up()
     run = engine.run(variant, LIVE_STEPS)
-    setups, shape = engine.leaders.setups, engine.leaders.shape
+    setups, geometry = engine.leaders.setups, engine.leaders.geometry
     close(engine)
     forward_s = forward_ms / 1e3
     return {
@@ -88,7 +88,7 @@ def play_live(dp_size: int, variant: str, forward_ms: int, decoder: TokenDecoder
         "forward_ms": forward_ms,
         "virtual": asdict(replay(run.steps, forward_s, RING_SLOTS)),
         "virtual_two_locks": asdict(replay(run.steps, forward_s, RING_SLOTS, one_lock=False)),
-        "live": asdict(play(tape, setups, shape, str(TOKENIZER), forward_s)),
+        "live": asdict(play(tape, setups, geometry, str(TOKENIZER), forward_s)),
     }
 
 

@@ -23,6 +23,8 @@ from typing import get_args
 
 import msgspec
 
+from .routing.geometry import RouteGeometry
+
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are chosen. Validated at the edge; the names are those of the field's `/generate`."""
@@ -357,26 +359,22 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     input_top_logprobs: list[TopLogprobs | None] = []
 
 
-class RingGeometry(msgspec.Struct, frozen=True, array_like=True):
-    """Shape of the ring; see `routing.ring.RouteGeometry`."""
+class RingPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a ring is, for `RouteRing.attach`."""
 
+    path: str
     num_slots: int
-    layer_ids: tuple[int, ...]
-    num_layers_total: int
-    max_tokens: int
-    top_k: int
-    num_experts: int
 
 
 class RoutingSetup(msgspec.Struct, frozen=True, array_like=True, tag="routing_setup"):
-    """First message of a dp rank: the sizes of its KV pool and, with routing on, the shape of the ring; from the rank that
-    records also where the ring is."""
+    """First message of a dp rank: the sizes of its KV pool and, with routing on, the shape of a step's routing; from the
+    rank that records also where the ring is."""
 
     dp_rank: int
     num_pages: int
     page_size: int
-    geometry: RingGeometry | None = None
-    ring_path: str | None = None
+    geometry: RouteGeometry | None = None
+    ring: RingPlace | None = None
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True, tag="step"):

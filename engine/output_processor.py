@@ -41,7 +41,7 @@ from .query_server import QueryServer
 from .record_line import MAX_QUEUED_RECORDS
 from .routing.claims import ClaimStore
 from .routing.ledger import MissingRoutesError, RouteLedger
-from .routing.ring import RouteGeometry, RouteRing
+from .routing.ring import RouteRing
 from .shipper import Progress, Routes, ShipmentOrder, Shipper
 from .sockets import Receiver, Sender
 from .step_joiner import StepJoiner
@@ -95,16 +95,13 @@ class OutputProcessor:
 
     def _set_up(self, setup: RoutingSetup) -> None:
         self._page_size = setup.page_size
-        shape = setup.geometry
-        if shape is None:
+        geometry = setup.geometry
+        if geometry is None:
             return
-        geometry = RouteGeometry(
-            shape.layer_ids, shape.num_layers_total, shape.max_tokens, shape.top_k, shape.num_experts
-        )
         self._ledgers[setup.dp_rank] = RouteLedger(setup.num_pages, setup.page_size, geometry)
         self._shipper.geometry = geometry
-        if setup.ring_path is not None:
-            self._ring = RouteRing.attach(setup.ring_path, geometry, shape.num_slots)
+        if setup.ring is not None:
+            self._ring = RouteRing.attach(setup.ring.path, geometry, setup.ring.num_slots)
 
     def _give_slots_back(self) -> None:
         for seq in self._joiner.take_done():

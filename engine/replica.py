@@ -22,7 +22,7 @@ from .config import EngineConfig
 from .curve import CurveGuard
 from .detokenizer import load_token_decoder
 from .dp_meeting import DpMeeting
-from .io_struct import BackendMessage, ControlReply, FrontendMessage, RingGeometry, RoutingSetup
+from .io_struct import BackendMessage, ControlReply, FrontendMessage, RingPlace, RoutingSetup
 from .kv_cache.kv_store import KVStore
 from .leader_place import DpPlace, Endpoints
 from .memory import kv_pool_pages, peak_rss_bytes
@@ -33,8 +33,9 @@ from .page_manager import PageManager
 from .rank_operations import RankOperations
 from .record_line import RecordLine
 from .routing.capturer import RoutedExpertsCapturer
+from .routing.geometry import RouteGeometry
 from .routing.late_gather import LateRouteGather
-from .routing.ring import RouteGeometry, RouteRing
+from .routing.ring import RouteRing
 from .schedule_batch import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
 from .scheduler import Scheduler
@@ -241,19 +242,8 @@ def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context
 
 
 def _routing_setup(rank: Rank) -> RoutingSetup:
-    config, geometry = rank.config, rank.geometry
-    shape = None
-    if geometry is not None:
-        shape = RingGeometry(
-            num_slots=config.routing_ring_slots,
-            layer_ids=geometry.layer_ids,
-            num_layers_total=geometry.num_layers_total,
-            max_tokens=geometry.max_tokens,
-            top_k=geometry.top_k,
-            num_experts=geometry.num_experts,
-        )
-    ring_path = None if rank.ring is None else rank.ring.path
-    return RoutingSetup(rank.mesh.dp.rank, rank.num_pages, config.page_size, shape, ring_path)
+    ring = None if rank.ring is None else RingPlace(rank.ring.path, rank.ring.num_slots)
+    return RoutingSetup(rank.mesh.dp.rank, rank.num_pages, rank.config.page_size, rank.geometry, ring)
 
 
 def _facts(

@@ -21,8 +21,8 @@ from .io_struct import (
     TopLogprobs,
 )
 from .routing.claims import ClaimError, ClaimStore
+from .routing.geometry import RouteGeometry
 from .routing.ledger import RouteSlice
-from .routing.ring import RouteGeometry
 from .routing.wire import RoutedExperts, encode
 from .sockets import Sender
 from .token_decoder import TokenDecoder

@@ -15,7 +15,7 @@ import zmq
 
 from waybill.engine.agreement import Agreement, from_rows, to_row
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import BackendMessage, FrontendMessage, RingGeometry, RoutingSetup
+from waybill.engine.io_struct import BackendMessage, FrontendMessage, RingPlace, RoutingSetup
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.page_manager import PageManager
@@ -145,16 +145,8 @@ class Leaders:
         # The simulation reads when it likes, on this thread.
         records = RecordLine(context, RECORDS, max_queued=0)
         frontend: Sender[BackendMessage] = Sender(context, FRONTEND)
-        self.shape = RingGeometry(
-            RING_SLOTS,
-            self.geometry.layer_ids,
-            self.geometry.num_layers_total,
-            self.geometry.max_tokens,
-            self.geometry.top_k,
-            self.geometry.num_experts,
-        )
-        ring_path = self.ring.path if dp_rank == 0 else None
-        self.setups.append(RoutingSetup(dp_rank, self._kv_tokens, self.config.page_size, self.shape, ring_path))
+        place = RingPlace(self.ring.path, self.ring.num_slots) if dp_rank == 0 else None
+        self.setups.append(RoutingSetup(dp_rank, self._kv_tokens, self.config.page_size, self.geometry, place))
         records.send(self.setups[-1])
         pages = PageManager(self._kv_tokens, self.config.page_size, self.config.enable_prefix_cache)
         runner = RuleRunner(dp_rank, rule, self.capture)

@@ -18,9 +18,10 @@ import numpy as np
 import zmq
 
 from waybill.engine.detokenizer import load_token_decoder
-from waybill.engine.io_struct import OutputBatch, OutputRecord, RingGeometry, RoutingSetup
+from waybill.engine.io_struct import OutputBatch, OutputRecord, RingPlace, RoutingSetup
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.routing.claims import ClaimStore
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.shipper import Shipper
 from waybill.engine.sockets import Receiver, Sender
@@ -104,10 +105,12 @@ def drop_answers(context: zmq.Context[Any], address: str) -> None:
         socket.recv_multipart(copy=False)
 
 
-def play(tape: Tape, setups: list[RoutingSetup], shape: RingGeometry, tokenizer_path: str, forward_s: float) -> LiveLag:
+def play(
+    tape: Tape, setups: list[RoutingSetup], geometry: RouteGeometry, tokenizer_path: str, forward_s: float
+) -> LiveLag:
     """The taped steps, those in the middle once every `forward_s`."""
     rule = Rule()
-    ring = RouteRing.create(rule.geometry(shape.max_tokens), RING_SLOTS)
+    ring = RouteRing.create(rule.geometry(geometry.max_tokens), RING_SLOTS)
     spawn = multiprocessing.get_context("spawn")
     cpu_s = spawn.Value("d", 0.0)
     with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
@@ -120,8 +123,8 @@ def play(tape: Tape, setups: list[RoutingSetup], shape: RingGeometry, tokenizer_
         socket.connect(f"ipc://{folder}/records")
         try:
             for setup in setups:
-                path = ring.path if setup.ring_path is not None else None
-                socket.send(msgspec.msgpack.encode(msgspec.structs.replace(setup, ring_path=path)))
+                place = RingPlace(ring.path, ring.num_slots) if setup.ring is not None else None
+                socket.send(msgspec.msgpack.encode(msgspec.structs.replace(setup, ring=place)))
             return _play_steps(Player(ring, rule, socket), tape, forward_s, cpu_s)
         finally:
             process.terminate()

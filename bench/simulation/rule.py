@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 
 NUM_LAYERS, TOP_K, NUM_EXPERTS = 48, 8, 128
 TABLE_ROWS = 1 << 16

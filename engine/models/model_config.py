@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from ..routing.ring import RouteGeometry
+from ..routing.geometry import RouteGeometry
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

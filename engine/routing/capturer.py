@@ -13,7 +13,8 @@ import weakref
 
 import torch
 
-from .ring import RouteGeometry, RouteRing
+from .geometry import RouteGeometry
+from .ring import RouteRing
 
 ACQUIRE_TIMEOUT_S = 60.0
 

@@ -13,7 +13,7 @@ import torch
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import Axis
 from .capturer import RoutedExpertsCapturer, check_asked
-from .ring import RouteGeometry
+from .geometry import RouteGeometry
 
 
 class LateRouteGather:

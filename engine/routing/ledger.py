@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..io_struct import Segment
-from .ring import RouteGeometry
+from .geometry import RouteGeometry
 from .wire import version_runs
 
 NEVER_WRITTEN = -1

@@ -14,9 +14,10 @@ import logging
 import mmap
 import os
 import time
-from dataclasses import dataclass
 
 import numpy as np
+
+from .geometry import RouteGeometry
 
 logger = logging.getLogger(__name__)
 
@@ -24,37 +25,7 @@ PAGE_BYTES = 4096
 # Header words: how many steps were filed, then each slot's number of rows.
 FILED_WORD = 0
 FIRST_ROWS_WORD = 1
-MAX_UINT8_EXPERTS = 256
 POLL_S = 0.0002
-
-
-@dataclass(frozen=True)
-class RouteGeometry:
-    """Shape of one step's routing. `layer_ids` are the layers of the model that route, in order."""
-
-    layer_ids: tuple[int, ...]
-    num_layers_total: int
-    max_tokens: int
-    top_k: int
-    num_experts: int
-
-    @property
-    def num_moe_layers(self) -> int:
-        return len(self.layer_ids)
-
-    @property
-    def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
-        """The narrowest type that holds every expert id."""
-        return np.dtype(np.uint8) if self.num_experts <= MAX_UINT8_EXPERTS else np.dtype("<u2")
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token's routing."""
-        return self.num_moe_layers * self.top_k * self.dtype.itemsize
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.row_bytes * self.max_tokens
 
 
 def header_bytes(num_slots: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..io_struct import RoutedExpertsMeta
-from .ring import RouteGeometry
+from .geometry import RouteGeometry
 
 # Encoded at once: about a millisecond.
 BLOCK_BYTES = 1 << 20

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.late_gather import LateRouteGather
-from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.ring import RouteRing
 from waybill.parallel.collectives import all_gather
 from waybill.parallel.dp_attention import ScatteredTokens, rows_per_rank
 from waybill.parallel.mesh import Axis, ParallelMesh

@@ -26,7 +26,7 @@ from waybill.engine.io_struct import (
     FrontendMessage,
     GetInternalStateReq,
     OutputBatch,
-    RingGeometry,
+    RingPlace,
     RoutingSetup,
     SamplingParams,
     ShutdownReq,
@@ -39,7 +39,8 @@ from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.page_manager import PageManager
 from waybill.engine.replica import slot_rows
 from waybill.engine.routing.claims import ClaimStore
-from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.geometry import RouteGeometry
+from waybill.engine.routing.ring import RouteRing
 from waybill.engine.routing.wire import decode
 from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
@@ -294,12 +295,9 @@ class DpGroup:
         self.frontend = Frontend([leader.wire for leader in self.leaders])
         self.shipper = Shipper(self.frontend, None, ClaimStore(1 << 20, 10.0, lambda: 0.0))
         self.processor = OutputProcessor(self.shipper, config.dp_size)
-        shape = RingGeometry(
-            config.routing_ring_slots, geometry.layer_ids, NUM_LAYERS, rows, TOP_K, geometry.num_experts
-        )
         for leader in self.leaders:
-            path = self.ring.path if leader.dp_rank == 0 else None
-            self.processor.handle(RoutingSetup(leader.dp_rank, num_pages, config.page_size, shape, path))
+            place = RingPlace(self.ring.path, self.ring.num_slots) if leader.dp_rank == 0 else None
+            self.processor.handle(RoutingSetup(leader.dp_rank, num_pages, config.page_size, geometry, place))
 
     def try_to_agree(self) -> None:
         """All leaders are at the meeting: they agree, and go on."""

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.wire import RoutedExperts, encode
 
 NUM_EXPERTS, TOP_K, VOCAB = 8, 3, 64

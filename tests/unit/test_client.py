@@ -17,7 +17,7 @@ import pytest
 
 from waybill.client import AsyncClient, Client, Generation, History, RoutesError, ServerError
 from waybill.engine.routing import wire
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 
 GEOMETRY = RouteGeometry(layer_ids=(1, 2, 4), num_layers_total=5, max_tokens=8, top_k=2, num_experts=64)
 URL = "http://waybill.test/prefix"

@@ -25,7 +25,7 @@ from tapped_engine import tap
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import SamplingParams
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.launch.supervisor import agent_command
 
 STEP_S, STALL_S = 0.05, 0.2

@@ -23,7 +23,7 @@ from waybill.engine.io_struct import (
     ReqRetracted,
     ReqStarted,
     RequestOutput,
-    RingGeometry,
+    RingPlace,
     RoutingSetup,
     Segment,
     StepRecord,
@@ -33,7 +33,8 @@ from waybill.engine.lifeline import Lifeline
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.output_processor_config import OutputProcessorConfig
 from waybill.engine.routing.claims import ClaimStore
-from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.geometry import RouteGeometry
+from waybill.engine.routing.ring import RouteRing
 from waybill.engine.routing.wire import decode
 from waybill.engine.shipper import Shipper
 from waybill.engine.vital import EXIT_PART_FAILED
@@ -73,8 +74,7 @@ class Engine:
         self.shipper = Shipper(self.mailbox, None, self.claims)
         self.processor = OutputProcessor(self.shipper)
         self.ring = RouteRing.create(GEOMETRY, 4)
-        shape = RingGeometry(4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts)
-        setup = RoutingSetup(0, 16, 1, shape if routing else None, self.ring.path if routing else None)
+        setup = RoutingSetup(0, 16, 1, GEOMETRY, RingPlace(self.ring.path, 4)) if routing else RoutingSetup(0, 16, 1)
         self.processor.handle(setup)
         self.steps = 0
         self.routing = routing
@@ -288,9 +288,8 @@ def test_the_output_processor_of_a_node_serves_its_own_dp_ranks() -> None:
     shipper = Shipper(mailbox, None, ClaimStore(1000, 10.0, lambda: 0.0))
     processor = OutputProcessor(shipper, 2, first_dp_rank=2)
     ring = RouteRing.create(GEOMETRY, 4)
-    shape = RingGeometry(4, (1, 2), 3, 8, GEOMETRY.top_k, GEOMETRY.num_experts)
-    for dp_rank, path in ((2, ring.path), (3, None)):
-        processor.handle(RoutingSetup(dp_rank, 16, 1, shape, path))
+    for dp_rank, place in ((2, RingPlace(ring.path, 4)), (3, None)):
+        processor.handle(RoutingSetup(dp_rank, 16, 1, GEOMETRY, place))
     seq = ring.acquire(1.0)
     ring.slot(seq, 4)[:] = np.arange(4)[None, :, None] * 2 + [0, 1]
     for dp_rank in (3, 2):

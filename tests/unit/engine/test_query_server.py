@@ -15,7 +15,7 @@ import zmq
 from waybill.engine.io_struct import ClaimReply, CountersReply, FetchClaimReq, GetCountersReq, OutputReply
 from waybill.engine.query_server import MAX_QUERY_BYTES, QueryServer
 from waybill.engine.routing.claims import ClaimStore
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.wire import decode, encode
 
 GEOMETRY = RouteGeometry(layer_ids=(0,), num_layers_total=1, max_tokens=8, top_k=2, num_experts=16)

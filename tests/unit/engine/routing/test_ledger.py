@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from waybill.engine.io_struct import Segment
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ledger import MissingRoutesError, RouteLedger
-from waybill.engine.routing.ring import RouteGeometry
 
 GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=64, top_k=2, num_experts=256)
 

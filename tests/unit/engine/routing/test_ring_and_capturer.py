@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.late_gather import LateRouteGather
-from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.ring import RouteRing
 from waybill.parallel.mesh import Axis
 
 GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=4, top_k=2, num_experts=16)
 
 READER = """
 import sys
-from waybill.engine.routing.ring import RouteGeometry, RouteRing
+from waybill.engine.routing.geometry import RouteGeometry
+from waybill.engine.routing.ring import RouteRing
 ring = RouteRing.attach(sys.argv[1], RouteGeometry((1, 2), 3, 4, 2, 16), 2)
 print(ring.rows(0, 0, 3).tolist())
 ring.mark_filed(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from waybill.engine.routing.claims import ENTRY_BYTES, RUN_BYTES, ClaimError, ClaimStore, claim_prefix, processor_of
-from waybill.engine.routing.ring import RouteGeometry
+from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.wire import (
     RoutedExperts,
     decode,

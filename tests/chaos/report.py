@@ -18,7 +18,7 @@ from .service import HEARTBEAT_S, WEIGHT_SYNC_S
 from .shared_services import MAX_GROWTH_BYTES, MAX_MORE_FDS
 
 MIB = 1 << 20
-WIDTH = 120
+WIDTH = 160
 
 
 def summary_table(campaign: Campaign) -> Table:

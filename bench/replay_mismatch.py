@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from waybill import Engine
 from waybill.engine.routing.replay import RoutedExpertsBatch, replay_routing, routes_from_answer
 from waybill.engine.routing.wire import RoutedExperts
-from waybill.launch.dialogues import Turn, make_dialogue
+from waybill.rollout.dialogues import Turn, make_dialogue
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 NUM_TURNS = 8

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 
 from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
@@ -16,6 +17,8 @@ from .supervisor import threads_per_rank, torchrun_arguments
 from .topology import Layout
 
 EXIT_USAGE = 2
+# Beside what a server needs; see pyproject.toml.
+ROLLOUT_NEEDS = ("matplotlib", "rich")
 
 
 def hide_key() -> None:
@@ -46,6 +49,8 @@ def main() -> int:
             read_api_keys(command.serve.api_key_file)
         except ValueError as error:
             return refuse(error)
+    if command.rollout is not None and (missing := [name for name in ROLLOUT_NEEDS if find_spec(name) is None]):
+        return refuse(ValueError(f"rollouts need {' and '.join(missing)}: pip install 'waybill[rollout]'"))
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(command.config, ranks_here)))
     from .agent import holding_signals, run_agent, watch_signals  # noqa: PLC0415
@@ -60,7 +65,7 @@ def main() -> int:
 
 
 def refuse(error: ValueError) -> int:
-    print(f"torchrun.sh serve: error: {error}", file=sys.stderr)
+    print(f"torchrun.sh: error: {error}", file=sys.stderr)
     return EXIT_USAGE
 
 

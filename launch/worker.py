@@ -174,7 +174,7 @@ def start_children(command: WorkerCommand, config: EngineConfig, node: Node) -> 
         return children
     write_struct(addresses.run_dir, ADDRESSES, addresses)
     write_struct(addresses.run_dir, ENGINE_CONFIG, config)
-    module = "waybill.launch.rollout" if command.rollout is not None else "waybill.launch.frontend"
+    module = "waybill.rollout" if command.rollout is not None else "waybill.launch.frontend"
     if command.rollout is not None:
         write_struct(addresses.run_dir, ROLLOUT_OPTIONS, command.rollout)
     if command.serve is not None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv, or brings it up to date: the dependencies of pyproject.toml at the versions of constraints.txt, and a link
-# that makes this folder importable as `waybill`. Does nothing when both files are as they were.
+# Makes .venv, or brings it up to date: the dependencies of pyproject.toml, those of rollouts and tests too, at the versions
+# of constraints.txt, and a link that makes this folder importable as `waybill`. Does nothing when both files are as they were.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -21,7 +21,7 @@ echo "setting up $venv (once, about a minute) ..." >&2
 "$python" - "$root/pyproject.toml" > "$venv/requirements.txt" <<'PY'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-print("\n".join(project["dependencies"] + project["optional-dependencies"]["test"]))
+print("\n".join(project["dependencies"] + project["optional-dependencies"]["rollout"] + project["optional-dependencies"]["test"]))
 PY
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" -r "$venv/requirements.txt" >&2
 # The package is this folder, whatever the clone is called; type checkers follow the link, too.

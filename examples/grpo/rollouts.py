@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from waybill import Engine
 from waybill.engine.io_struct import RoutedExpertsMeta
 from waybill.engine.routing.wire import RoutedExperts, raw_bytes
-from waybill.launch.dialogues import Turn, make_dialogue
+from waybill.rollout.dialogues import Turn, make_dialogue
 
 END_OF_TURN = "<|end|>"
 MAX_ANSWER_TOKENS = 5

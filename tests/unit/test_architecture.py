@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Each part may import those before it.
-ORDER = ("parallel", "engine", "launch")
+ORDER = ("parallel", "engine", "client", "launch", "rollout")
 LIGHT = [
     "waybill",
     "waybill.client",
@@ -28,11 +28,11 @@ LIGHT = [
     "waybill.launch.args",
     "waybill.launch.engine",
     "waybill.launch.frontend",
-    "waybill.launch.rollout",
+    "waybill.rollout.conversations",
     "waybill.launch.topology",
 ]
 # Render chat templates with the renderer of transformers, which imports no torch.
-WITH_TRANSFORMERS = {"waybill.engine.chat_template", "waybill.launch.frontend", "waybill.launch.rollout"}
+WITH_TRANSFORMERS = {"waybill.engine.chat_template", "waybill.launch.frontend", "waybill.rollout.conversations"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "misc.py", "base.py", "helpers.py"}
 
 

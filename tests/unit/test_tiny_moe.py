@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from waybill.launch.dialogues import MAX_NUMBER, calculations, is_held_out, make_dialogue
+from waybill.rollout.dialogues import MAX_NUMBER, calculations, is_held_out, make_dialogue
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny_moe"
 CHECKPOINT = FOLDER / "checkpoint"

@@ -33,11 +33,11 @@ from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.lifeline import watch_lifeline
 from ..engine.routing.wire import stitch
 from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
-from .args import RolloutCommand
+from ..launch.args import RolloutCommand
+from ..launch.run_dir import ADDRESSES, ENGINE_CONFIG, ROLLOUT_OPTIONS, read_struct
+from ..launch.topology import Addresses
 from .dialogues import Turn, make_dialogue
-from .rollout_report import RolloutReport, TurnReport, print_report, report_json, save_expert_load
-from .run_dir import ADDRESSES, ENGINE_CONFIG, ROLLOUT_OPTIONS, read_struct
-from .topology import Addresses
+from .report import RolloutReport, TurnReport, print_report, report_json, save_expert_load
 
 START_TIMEOUT_S = 600.0
 EXIT_WRONG_ROUTES = 1
@@ -290,7 +290,3 @@ def main() -> int:
     options = read_struct(run_dir, ROLLOUT_OPTIONS, RolloutCommand)
     Heartbeat(table_of_this_run(), "frontend", config.heartbeat_timeout_s)
     return asyncio.run(hold_rollout(addresses, config, options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

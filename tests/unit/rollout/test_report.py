@@ -12,7 +12,7 @@ from rich.console import Console
 
 from waybill.engine.config import EngineConfig
 from waybill.launch.args import parse_worker_args
-from waybill.launch.rollout_report import RolloutReport, TurnReport, print_report, report_json, save_expert_load
+from waybill.rollout.report import RolloutReport, TurnReport, print_report, report_json, save_expert_load
 
 TURNS = [
     TurnReport(0, 0, "start with 12", "12", "12", 14, 3, 0, 0, 16, 384),

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engine.config import EngineConfig
-from .args import RolloutCommand
+from ..launch.args import RolloutCommand
 
 matplotlib.use("Agg")
 

@@ -32,6 +32,7 @@ from rich.table import Table
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
     OutputBatch,
+    OutputOptions,
     SamplingParams,
     TokenizedGenerateReqInput,
 )
@@ -107,8 +108,7 @@ class Bench:
                 rid=f"r{self.num_sent}",
                 input_ids=prompt.astype("<i4").tobytes(),
                 sampling_params=SamplingParams(max_new_tokens=NUM_NEW, temperature=0.0, ignore_eos=True),
-                return_routed_experts=True,
-                routed_experts_start_len=start_len,
+                output_options=OutputOptions(return_routed_experts=True, routed_experts_start_len=start_len),
             )
         )
         while self.scheduler.is_idle:

@@ -16,7 +16,7 @@ from output_side import Surroundings
 from transformers import Qwen3MoeConfig
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import OutputBatch, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams, TokenizedGenerateReqInput
 from waybill.engine.kv_cache.kv_store import KVStore
 from waybill.engine.model_runner import ModelRunner
 from waybill.engine.models.model_context import ModelContext
@@ -130,7 +130,7 @@ class Leader:
                 rid=f"r{self._num_sent}",
                 input_ids=self._rng.integers(0, vocab_size, prompt_tokens).astype("<i4").tobytes(),
                 sampling_params=params,
-                return_routed_experts=routed,
+                output_options=OutputOptions(return_routed_experts=routed),
             )
         )
 

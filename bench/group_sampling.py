@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputOptions, SamplingParams, TokenizedGenerateReqInput
 from waybill.engine.page_manager import PageManager
 from waybill.engine.replica import build_leader
 from waybill.engine.schedule_batch import Req
@@ -40,6 +40,7 @@ from waybill.parallel.mesh import ParallelMesh
 NUM_SAMPLES = (1, 8, 64)
 PROMPTS = (16, 512)
 NUM_NEW = 32
+ROUTED = OutputOptions(return_routed_experts=True)
 # Below are special tokens in most vocabularies; above, none of the embedded model's.
 TOKENS = (0, 256)
 
@@ -114,7 +115,7 @@ class Bench:
         self._num_sent += 1
         params = SamplingParams(max_new_tokens=NUM_NEW, temperature=1.0, ignore_eos=True, sampling_seed=self._num_sent)
         self.surroundings.outbox.send(
-            TokenizedGenerateReqInput(self._num_sent, f"r{self._num_sent}", prompt, params, return_routed_experts=True)
+            TokenizedGenerateReqInput(self._num_sent, f"r{self._num_sent}", prompt, params, ROUTED)
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from .generate_request import GenerateReqInput, SampleRequest
+from .generate_request import SampleRequest
 from .io_struct import FinishReason, RequestOutput
 from .routing.wire import RoutedExperts, to_base64
 
@@ -44,18 +44,16 @@ class Answer:
     def __init__(
         self,
         sample: SampleRequest,
-        request: GenerateReqInput,
         num_layers_total: int,
         *,
         form: RoutesForm,
         token_text: TokenText | None,
     ) -> None:
         self.rid = sample.rid
-        self._sample = sample
-        self._format = request.routed_experts_format
-        self._form: RoutesForm = "base64" if form == "array" and self._format == "int32" else form
-        self._token_text = token_text if request.return_text_in_logprobs else None
-        self._stream_routes = request.stream_routed_experts
+        self.prompt_tokens = len(sample.input_ids)
+        self._options = sample.output_options
+        self._form = form
+        self._token_text = token_text if self._options.return_text_in_logprobs else None
         self._num_layers_total = num_layers_total
         self.began = time.perf_counter()
         self._text = ""
@@ -84,10 +82,6 @@ class Answer:
         return reason.message if reason is not None and reason.is_failure else None
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self._sample.input_ids)
-
-    @property
     def cached_tokens(self) -> int:
         return 0 if self._last is None else self._last.cached_tokens
 
@@ -105,7 +99,7 @@ class Answer:
         first = len(self._output_ids)
         self._output_ids += output.token_ids
         ids = self._output_ids[first:]
-        if self._sample.return_logprob:
+        if self._options.return_logprob:
             self._logprobs += self._triples(zip(output.output_logprobs, ids, strict=True))
             self._top_logprobs += [self._triples(pairs) for pairs in output.output_top_logprobs]
             self._input_logprobs += self._triples(output.input_logprobs)
@@ -131,15 +125,15 @@ class Answer:
             "dp_rank": last.dp_rank,
             "num_retractions": last.num_retractions,
         }
-        if self._sample.return_logprob:
+        if self._options.return_logprob:
             meta["output_token_logprobs"] = list(self._logprobs)
-            if self._sample.logprob_start_len >= 0:
+            if self._options.logprob_start_len >= 0:
                 meta["input_token_logprobs"] = list(self._input_logprobs)
-            if self._sample.top_logprobs_num:
+            if self._options.top_logprobs_num:
                 meta["output_top_logprobs"] = list(self._top_logprobs)
-                if self._sample.logprob_start_len >= 0:
+                if self._options.logprob_start_len >= 0:
                     meta["input_top_logprobs"] = list(self._input_top_logprobs)
-        if self._sample.return_routed_experts and (self.is_finished or self._stream_routes):
+        if self._options.return_routed_experts and (self.is_finished or self._options.stream_routed_experts):
             meta.update(await self._render_routes(last))
         return {"text": self._text, "output_ids": list(self._output_ids), "meta_info": meta}
 
@@ -147,7 +141,8 @@ class Answer:
         """Rows in the asked form beside their envelope, a claim in their place, or the reason why there are none."""
         envelope = last.routed_experts
         reason = last.finish_reason
-        if reason is not None and reason.type == "abort" and not self._output_ids and self._format == "int32":
+        is_int32 = self._options.routed_experts_format == "int32"
+        if reason is not None and reason.type == "abort" and not self._output_ids and is_int32:
             # Readers of this form count on the rows of all tokens but the last, or on none.
             return {}
         if envelope is None:
@@ -155,15 +150,15 @@ class Answer:
         fields: dict[str, Any] = {
             "routed_experts_meta": msgspec.to_builtins(envelope),
             "routed_experts_start_len": envelope.start,
-            "routed_experts_dtype": "int32" if self._format == "int32" else envelope.dtype,
+            "routed_experts_dtype": "int32" if is_int32 else envelope.dtype,
         }
         if last.routed_experts_claim is not None:
             return fields | {"routed_experts_claim": last.routed_experts_claim}
         assert self._routed is not None
-        if self._form == "array":
+        if self._form == "array" and not is_int32:
             return fields | {"routed_experts": self._routed.rows}
         # Encoding 32k rows takes a quarter of a second: not on the event loop.
-        num_layers = self._num_layers_total if self._format == "int32" else None
+        num_layers = self._num_layers_total if is_int32 else None
         encoded = await asyncio.to_thread(to_base64, self._routed, num_layers)
         return fields | {"routed_experts": as_json(encoded) if self._form == "json" else encoded.decode("ascii")}
 

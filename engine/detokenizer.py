@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .io_struct import FinishReason
+from .io_struct import FinishReason, OutputOptions
 from .token_decoder import TextStream, TokenDecoder
 
 
@@ -43,11 +43,10 @@ def load_token_decoder(path: str) -> TokenDecoder | None:
 class Detokenizer:
     """The text of one request's output."""
 
-    def __init__(
-        self, decoder: TokenDecoder | None, *, skip_special_tokens: bool, no_stop_trim: bool, stop: Sequence[str]
-    ) -> None:
-        self._stream = None if decoder is None else TextStream(decoder, skip_special_tokens=skip_special_tokens)
-        self._no_stop_trim = no_stop_trim
+    def __init__(self, decoder: TokenDecoder | None, options: OutputOptions, stop: Sequence[str]) -> None:
+        skip = options.skip_special_tokens
+        self._stream = None if decoder is None else TextStream(decoder, skip_special_tokens=skip)
+        self._no_stop_trim = options.no_stop_trim
         self._num_held_back = max(map(len, stop), default=1) - 1
         self._waiting = ""
         self._num_emitted = 0

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+import msgspec
 import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from .field_error import FieldError
-from .io_struct import SamplingParams
+from .io_struct import OutputOptions, SamplingParams
 from .request_limits import (
     EngineLimits,
     check_logprobs,
@@ -133,11 +134,12 @@ class SampleRequest:
     item: int
     input_ids: Ids
     sampling_params: SamplingParams
-    return_logprob: bool
-    logprob_start_len: int
-    top_logprobs_num: int
-    return_routed_experts: bool
-    routed_experts_start_len: int
+    output_options: OutputOptions
+
+
+# Options of the output have the same names in a request, or in its `sampling_params`.
+OPTION_NAMES = OutputOptions.__struct_fields__
+PER_ITEM = ("sampling_params", *(name for name in OPTION_NAMES if name in GenerateReqInput.model_fields))
 
 
 def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
@@ -163,17 +165,7 @@ def expand(
         )
     num = len(prompts)
     rids = _rids(request, num)
-    columns = {
-        name: _per_item(name, getattr(request, name), num)
-        for name in (
-            "sampling_params",
-            "return_logprob",
-            "logprob_start_len",
-            "top_logprobs_num",
-            "return_routed_experts",
-            "routed_experts_start_len",
-        )
-    }
+    columns = {name: _per_item(name, getattr(request, name), num) for name in PER_ITEM}
     if request.routed_dp_rank is not None and not 0 <= request.routed_dp_rank < limits.dp_size:
         raise FieldError(
             f"routed_dp_rank={request.routed_dp_rank}: must lie in 0 .. {limits.dp_size - 1}", "routed_dp_rank"
@@ -228,8 +220,7 @@ def _expand_item(
     check_prompt(input_ids, limits, "text" if isinstance(prompt, str) else "input_ids")
     max_new_tokens = resolve_max_new_tokens(params, len(input_ids), limits)
     check_sampling(params, limits)
-    check_logprobs(fields, len(input_ids), limits)
-    check_routed_experts(fields, len(input_ids), limits)
+    options = _output_options(fields, len(input_ids), limits)
     seed = params.sampling_seed if params.sampling_seed is not None else secrets.randbits(63)
     return [
         SampleRequest(
@@ -237,12 +228,20 @@ def _expand_item(
             item=index,
             input_ids=input_ids,
             sampling_params=make_sampling_params(params, max_new_tokens, seed + sample),
-            return_logprob=fields["return_logprob"],
-            logprob_start_len=fields["logprob_start_len"],
-            top_logprobs_num=fields["top_logprobs_num"],
-            return_routed_experts=fields["return_routed_experts"],
-            # Unchecked where nobody opted in, so it goes no further.
-            routed_experts_start_len=fields["routed_experts_start_len"] if fields["return_routed_experts"] else 0,
+            output_options=options,
         )
         for sample in range(params.n)
     ]
+
+
+def _output_options(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> OutputOptions:
+    params = fields["sampling_params"]
+    options = OutputOptions(
+        **{name: fields[name] if name in fields else getattr(params, name) for name in OPTION_NAMES}
+    )
+    check_logprobs(options, num_prompt, limits)
+    check_routed_experts(options, num_prompt, limits)
+    if options.return_routed_experts:
+        return options
+    # Unchecked where nobody opted in, so it goes no further.
+    return msgspec.structs.replace(options, routed_experts_start_len=0, stream_routed_experts=False)

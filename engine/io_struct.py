@@ -19,7 +19,7 @@ Directions:
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -41,11 +41,36 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    no_stop_trim: bool = False
     logit_bias: dict[int, float] = {}
     # The frontend draws one where the caller gives none, so that a retracted request samples the same tokens again.
     sampling_seed: int = 0
+
+
+class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one request's answer has in it, and how it comes. It travels as one value from the edge, which validates it, to
+    the output processor; the names are those of the field's `/generate`."""
+
+    stream: bool = False
+    # What the text is made of.
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    return_logprob: bool = False
+    # -1: none of the prompt's.
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    return_text_in_logprobs: bool = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
+    # "int32" has the rows that readers of the dialect count on, "compact" those of every token that was an input.
+    routed_experts_format: Literal["int32", "compact"] = "int32"
+    # "reference" leaves the rows with the output processor and answers with a claim.
+    routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    # Every output of a stream carries the rows that became available since the last one.
+    stream_routed_experts: bool = False
+
+    @property
+    def returns_prompt_logprobs(self) -> bool:
+        return self.return_logprob and self.logprob_start_len >= 0
 
 
 # --- frontend -> leader ---------------------------------------------------------------------------------------------
@@ -58,18 +83,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
     rid: str
     input_ids: bytes  # int32, little-endian
     sampling_params: SamplingParams
-    return_routed_experts: bool = False
-    routed_experts_start_len: int = 0
-    # "int32" has the rows that readers of the dialect count on, "compact" those of every token that was an input.
-    routed_experts_format: str = "int32"
-    # "reference" leaves the rows with the output processor and answers with a claim.
-    routed_experts_delivery: str = "inline"
-    # Every output of a stream carries the rows that became available since the last one.
-    stream_routed_experts: bool = False
-    return_logprob: bool = False
-    logprob_start_len: int = -1
-    top_logprobs_num: int = 0
-    stream: bool = False
+    output_options: OutputOptions = OutputOptions()
     priority: int = 0
     extra_key: str = ""
 
@@ -287,16 +301,8 @@ class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
 
     rid: str
     num_prompt_tokens: int
-    skip_special_tokens: bool = True
-    no_stop_trim: bool = False
+    options: OutputOptions = OutputOptions()
     stop: tuple[str, ...] = ()
-    stream: bool = False
-    return_logprob: bool = False
-    return_routed_experts: bool = False
-    routed_experts_start_len: int = 0
-    routed_experts_format: str = "int32"
-    routed_experts_delivery: str = "inline"
-    stream_routed_experts: bool = False
 
 
 class ReqAdmitted(msgspec.Struct, frozen=True, tag="admitted"):

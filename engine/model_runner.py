@@ -125,7 +125,7 @@ class ModelRunner:
 
     def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
         """Leader: the request on `row` changes; nothing of the one before survives."""
-        sampling_row = SamplingRow(req.params, tuple(stop_ids), req.recv.top_logprobs_num, req.recv.return_logprob)
+        sampling_row = SamplingRow(req.params, req.options, tuple(stop_ids))
         known = np.frombuffer(bytes(req.tokens), dtype="<i4")
         start_counts(sampling_row, known, req.num_prompt_tokens, self.model.config.vocab_size, self._mesh.device)
         sampling_row.position = len(req.output_ids)
@@ -277,7 +277,7 @@ class ModelRunner:
                 req = self._reqs[scheduled.row]
                 ids = np.frombuffer(req.token_bytes(position, position + len(block)), dtype="<i4").astype(np.int64)
                 targets = torch.from_numpy(ids).to(logits.device)
-                block_logprobs, block_top = score_tokens(logits, targets, req.recv.top_logprobs_num)
+                block_logprobs, block_top = score_tokens(logits, targets, req.options.top_logprobs_num)
                 logprobs += block_logprobs
                 top += block_top
             position += len(block)

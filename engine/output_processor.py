@@ -122,7 +122,7 @@ class OutputProcessor:
             state = self._reqs[output.rid]
             state.num_output += len(output.token_ids)
             routes = None
-            if state.started.stream_routed_experts and state.num_output and output.rid not in done:
+            if state.started.options.stream_routed_experts and state.num_output and output.rid not in done:
                 routes = self.maybe_collect_routed_experts(state)
             progress[output.rid] = Progress(
                 output.rid, output, state.cached_tokens, state.num_retractions, routes=routes
@@ -135,9 +135,9 @@ class OutputProcessor:
 
     def _before(self, event: BeforeEvent, dp_rank: int, ledger: RouteLedger | None) -> None:
         if isinstance(event, ReqStarted):
-            self._reqs[event.rid] = _ReqState(event, dp_rank, next_row=event.routed_experts_start_len)
+            self._reqs[event.rid] = _ReqState(event, dp_rank, next_row=event.options.routed_experts_start_len)
             if ledger is not None:
-                ledger.start(event.rid, keep=event.return_routed_experts)
+                ledger.start(event.rid, keep=event.options.return_routed_experts)
         elif isinstance(event, ReqAdmitted):
             state = self._reqs[event.rid]
             if not state.admitted:
@@ -183,9 +183,10 @@ class OutputProcessor:
         An aborted request gets the rows it has; in int32 none where it has no token, as readers of that form count on the
         rows of all tokens but the last. A row that is missing fails the slice: the reason goes in its place.
         """
-        rid, is_compact = state.started.rid, state.started.routed_experts_format == "compact"
+        rid, options = state.started.rid, state.started.options
+        is_compact = options.routed_experts_format == "compact"
         aborted = reason is not None and reason.type == "abort"
-        if not state.started.return_routed_experts or (aborted and not state.num_output and not is_compact):
+        if not options.return_routed_experts or (aborted and not state.num_output and not is_compact):
             return None
         ledger = self._ledgers[state.dp_rank]
         seqlen = state.started.num_prompt_tokens + state.num_output

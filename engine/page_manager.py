@@ -38,8 +38,8 @@ class PageManager:
         """Most tokens that a request may have from the cache: at least one is left to compute, and with prompt
         log-probabilities every position that scores one."""
         limit = req.seqlen - 1
-        if req.recv.return_logprob and req.recv.logprob_start_len >= 0:
-            limit = min(limit, max(0, max(req.recv.logprob_start_len, req.num_scored) - 1))
+        if req.options.returns_prompt_logprobs:
+            limit = min(limit, max(0, max(req.options.logprob_start_len, req.num_scored) - 1))
         return limit
 
     def match(self, req: Req) -> None:

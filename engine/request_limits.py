@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .field_error import FieldError
+from .io_struct import OutputOptions
 from .sampling_input import SamplingParamsInput
 from .token_ids import Ids
 
@@ -78,8 +78,8 @@ def check_sampling(params: SamplingParamsInput, limits: EngineLimits) -> None:
         raise FieldError("stop: the checkpoint has no tokenizer; give stop_token_ids", "stop")
 
 
-def check_logprobs(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> None:
-    start, top = fields["logprob_start_len"], fields["top_logprobs_num"]
+def check_logprobs(options: OutputOptions, num_prompt: int, limits: EngineLimits) -> None:
+    start, top = options.logprob_start_len, options.top_logprobs_num
     if not -1 <= start <= num_prompt:
         raise FieldError(
             f"logprob_start_len={start}: must lie in -1 (output only) .. {num_prompt} (prompt tokens)",
@@ -90,12 +90,12 @@ def check_logprobs(fields: dict[str, Any], num_prompt: int, limits: EngineLimits
         raise FieldError(f"top_logprobs_num={top}: must lie in 0 .. {most}", "top_logprobs_num")
 
 
-def check_routed_experts(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> None:
+def check_routed_experts(options: OutputOptions, num_prompt: int, limits: EngineLimits) -> None:
     """Only for those who opted in; the wording is what clients of the field look for."""
-    if not fields["return_routed_experts"]:
+    if not options.return_routed_experts:
         return
     name = "routed_experts_start_len"
-    start = fields[name]
+    start = options.routed_experts_start_len
     if not limits.routed_experts:
         raise FieldError(
             "return_routed_experts: the engine was started without routing; start it with "

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .io_struct import SamplingParams, TopLogprobs
+from .io_struct import OutputOptions, SamplingParams, TopLogprobs
 from .transfer import to_device
 
 GREEDY_TEMPERATURE = 1e-5
@@ -33,10 +33,9 @@ class SamplingRow:
     """What the sampler needs to know of one request. `counts` belong to it while it runs, on the logits' device."""
 
     params: SamplingParams
+    options: OutputOptions
     # Tokens that end the request; not sampled before `min_new_tokens` are out.
     stop_ids: tuple[int, ...]
-    top_logprobs_num: int
-    return_logprob: bool
     # Index of the token to sample, counted from the first output token.
     position: int = 0
     # How often each token stands in the output, and whether it stands in prompt or output: [V] float32 / bool.
@@ -192,7 +191,7 @@ def _with_logprobs(
     scores: torch.Tensor, token_ids: torch.Tensor, outcomes: torch.Tensor, rows: Sequence[SamplingRow]
 ) -> Sampled:
     """Log-probabilities of the model's own distribution: before bias, penalties, temperature and filters."""
-    asking = [i for i, row in enumerate(rows) if row.return_logprob]
+    asking = [i for i, row in enumerate(rows) if row.options.return_logprob]
     if not asking:
         return Sampled(token_ids, outcomes)
     where = to_device(asking, scores.device)
@@ -201,8 +200,8 @@ def _with_logprobs(
     taken[where] = logprobs.gather(1, token_ids[where, None]).squeeze(1)
     top: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(rows)
     for line, i in zip(logprobs, asking, strict=True):
-        if rows[i].top_logprobs_num:
-            values, ids = line.topk(rows[i].top_logprobs_num)
+        if rows[i].options.top_logprobs_num:
+            values, ids = line.topk(rows[i].options.top_logprobs_num)
             top[i] = (values, ids)
     return Sampled(token_ids, outcomes, taken, top)
 

@@ -125,8 +125,6 @@ def make_sampling_params(params: SamplingParamsInput, max_new_tokens: int, seed:
         stop=params.stop_strings,
         stop_token_ids=tuple(params.stop_token_ids or ()),
         ignore_eos=params.ignore_eos,
-        skip_special_tokens=params.skip_special_tokens,
-        no_stop_trim=params.no_stop_trim,
         logit_bias=params.logit_bias or {},
         sampling_seed=seed,
     )

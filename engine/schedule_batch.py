@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from .io_struct import FinishReason, RankOperation, ReqStarted, SamplingParams, TokenizedGenerateReqInput
+from .io_struct import FinishReason, OutputOptions, RankOperation, ReqStarted, SamplingParams, TokenizedGenerateReqInput
 from .kv_cache.page_pool import Pages, no_pages
 from .kv_cache.radix_cache import Node
 
@@ -114,6 +114,10 @@ class Req:
         return self.recv.sampling_params
 
     @property
+    def options(self) -> OutputOptions:
+        return self.recv.output_options
+
+    @property
     def num_prompt_tokens(self) -> int:
         return self.recv.num_prompt_tokens
 
@@ -149,21 +153,7 @@ class Req:
 
     def started(self) -> ReqStarted:
         """What the output processor has to know of it."""
-        recv = self.recv
-        return ReqStarted(
-            rid=self.rid,
-            num_prompt_tokens=self.num_prompt_tokens,
-            skip_special_tokens=self.params.skip_special_tokens,
-            no_stop_trim=self.params.no_stop_trim,
-            stop=self.params.stop,
-            stream=recv.stream,
-            return_logprob=recv.return_logprob,
-            return_routed_experts=recv.return_routed_experts,
-            routed_experts_start_len=recv.routed_experts_start_len,
-            routed_experts_format=recv.routed_experts_format,
-            routed_experts_delivery=recv.routed_experts_delivery,
-            stream_routed_experts=recv.stream_routed_experts,
-        )
+        return ReqStarted(self.rid, self.num_prompt_tokens, self.options, self.params.stop)
 
     def token_bytes(self, start: int, end: int) -> bytes:
         return bytes(self.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES])

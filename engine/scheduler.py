@@ -299,7 +299,7 @@ class Scheduler(Generic[LaunchedT]):
 
     def _on_generate(self, message: TokenizedGenerateReqInput) -> None:
         req = Req(message, arrival=self._num_received, tokens=bytearray(message.input_ids))
-        req.num_scored = max(0, message.logprob_start_len)
+        req.num_scored = max(0, req.options.logprob_start_len)
         self._num_received += 1
         self.queues.add(req)
         self._before.append(req.started())

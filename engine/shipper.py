@@ -136,18 +136,10 @@ class Shipper:
     def _start(self, order: ShipmentOrder, started: ReqStarted, outputs: list[RequestOutput]) -> None:
         parcel = self._parcels[started.rid] = _Parcel(started, None)
         try:
-            parcel.detokenizer = self._make_detokenizer(started)
+            parcel.detokenizer = Detokenizer(self._decoder, started.options, started.stop)
         except Exception as error:
             # See `_add_output`.
             outputs.append(self._fail(order, Progress(started.rid), parcel, error))
-
-    def _make_detokenizer(self, started: ReqStarted) -> Detokenizer:
-        return Detokenizer(
-            self._decoder,
-            skip_special_tokens=started.skip_special_tokens,
-            no_stop_trim=started.no_stop_trim,
-            stop=started.stop,
-        )
 
     def _add_output(
         self,
@@ -162,7 +154,7 @@ class Shipper:
         that fails it fails this request, whose caller is told, and no other."""
         if progress.output is not None:
             parcel.add(progress.output)
-        if progress.finish_reason is None and not (parcel.started.stream and parcel.token_ids):
+        if progress.finish_reason is None and not (parcel.started.options.stream and parcel.token_ids):
             return
         frame: list[memoryview] = []
         try:
@@ -226,7 +218,7 @@ class Shipper:
             return msgspec.structs.replace(output, routed_experts_error=routes.error), []
         assert self.geometry is not None
         routed = encode(routes.rows.rows, routes.rows.start, self.geometry, routes.rows.weight_versions)
-        if started.routed_experts_delivery == "inline":
+        if started.options.routed_experts_delivery == "inline":
             self._count(routed)
             return msgspec.structs.replace(output, routed_experts=routed.meta), [routed.frame]
         try:

@@ -144,9 +144,9 @@ class StepCommitter:
             token_ids = [result.token_ids[position]]
             req.output_ids.extend(token_ids)
             req.tokens += np.array(token_ids, dtype="<i4").tobytes()
-            if req.recv.return_logprob:
+            if req.options.return_logprob:
                 logprobs = [result.logprobs[position]]
-                top = [result.top_logprobs[position]] if req.recv.top_logprobs_num else []
+                top = [result.top_logprobs[position]] if req.options.top_logprobs_num else []
         input_logprobs, input_top = _input_logprobs(req, item, result.prompt_scores.get(index))
         if not token_ids and not input_logprobs:
             return None
@@ -159,8 +159,8 @@ def _input_logprobs(
     """Scored prompt tokens of this step, the unscorable first one included: (logprob, token id) each."""
     pairs: list[tuple[float | None, int]] = []
     top: list[TopLogprobs | None] = []
-    asked = req.recv.return_logprob and req.recv.logprob_start_len >= 0
-    if asked and req.recv.logprob_start_len == 0 and req.num_scored == 0 and item.scheduled.start == 0:
+    asked = req.options.returns_prompt_logprobs
+    if asked and req.options.logprob_start_len == 0 and req.num_scored == 0 and item.scheduled.start == 0:
         pairs.append((None, int(np.frombuffer(req.token_bytes(0, 1), dtype="<i4")[0])))
         top.append(None)
         req.num_scored = 1
@@ -170,4 +170,4 @@ def _input_logprobs(
         pairs.extend(zip(scores.logprobs, ids, strict=True))
         top.extend(scores.top)
         req.num_scored = first + len(scores.logprobs)
-    return pairs, top if req.recv.top_logprobs_num else []
+    return pairs, top if req.options.top_logprobs_num else []

@@ -178,9 +178,9 @@ class StepPlanner:
     @staticmethod
     def _rows_to_score(req: Req, start: int, end: int) -> tuple[int, int]:
         """Rows of this chunk, counted from its start, whose logits score a prompt token: position p scores p + 1."""
-        if not req.recv.return_logprob or req.recv.logprob_start_len < 0:
+        if not req.options.returns_prompt_logprobs:
             return 0, 0
-        first = max(start, max(req.recv.logprob_start_len, req.num_scored, 1) - 1)
+        first = max(start, max(req.options.logprob_start_len, req.num_scored, 1) - 1)
         last = min(end, req.num_prompt_tokens - 1)
         return (first - start, last - first) if first < last else (0, 0)
 

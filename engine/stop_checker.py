@@ -53,6 +53,6 @@ class StopChecker:
         search = self._searches.get(req)
         if search is None:
             assert self._decoder is not None, "stop strings are refused at the edge where there is no tokenizer"
-            search = StopSearch(self._decoder, params.stop, skip_special_tokens=params.skip_special_tokens)
+            search = StopSearch(self._decoder, params.stop, skip_special_tokens=req.options.skip_special_tokens)
             self._searches[req] = search
         return search.push(req.output_ids[-1])

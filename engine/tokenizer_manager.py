@@ -258,8 +258,7 @@ class TokenizerManager:
         request, samples = prepared.request, prepared.samples
         num_layers = int(self.facts["num_layers"])
         answers = {
-            sample.rid: Answer(sample, request, num_layers, form=form, token_text=self.text.token_text)
-            for sample in samples
+            sample.rid: Answer(sample, num_layers, form=form, token_text=self.text.token_text) for sample in samples
         }
         queue: asyncio.Queue[Event] = asyncio.Queue()
         outcome = "cancelled"

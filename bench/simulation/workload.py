@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from waybill.engine.io_struct import AbortReq, RequestOutput, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.io_struct import AbortReq, OutputOptions, RequestOutput, SamplingParams, TokenizedGenerateReqInput
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.routing.wire import decode
 
@@ -116,6 +116,9 @@ class Conversations:
         self._num_turns += 1
         self._turns[rid] = Turn(dp_rank, prompt, start_len, [])
         params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+        options = OutputOptions(
+            stream=self.variant == "stream", return_routed_experts=True, routed_experts_start_len=start_len
+        )
         began = time.thread_time()
         self._link.send(
             dp_rank,
@@ -124,9 +127,7 @@ class Conversations:
                 rid,
                 prompt.tobytes(),
                 params,
-                return_routed_experts=True,
-                routed_experts_start_len=start_len,
-                stream=self.variant == "stream",
+                options,
             ),
         )
         self.link_s += time.thread_time() - began

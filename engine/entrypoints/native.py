@@ -108,7 +108,8 @@ async def first_answer(
 
 def is_large(prepared: PreparedRequest) -> bool:
     """Whether an answer may be, and so is encoded on a thread."""
-    return any(sample.return_routed_experts or sample.return_logprob for sample in prepared.samples)
+    options = [sample.output_options for sample in prepared.samples]
+    return any(one.return_routed_experts or one.return_logprob for one in options)
 
 
 def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:

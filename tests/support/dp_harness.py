@@ -26,6 +26,7 @@ from waybill.engine.io_struct import (
     FrontendMessage,
     GetInternalStateReq,
     OutputBatch,
+    OutputOptions,
     RingPlace,
     RoutingSetup,
     SamplingParams,
@@ -146,12 +147,14 @@ class Frontend:
                 rid,
                 np.array(prompt, dtype="<i4").tobytes(),
                 SamplingParams(**params),
-                return_routed_experts=True,
-                routed_experts_start_len=start,
-                # An abort before the first token has its rows in this form.
-                routed_experts_format="compact",
-                stream=stream,
-                stream_routed_experts=stream,
+                OutputOptions(
+                    stream=stream,
+                    return_routed_experts=True,
+                    routed_experts_start_len=start,
+                    # An abort before the first token has its rows in this form.
+                    routed_experts_format="compact",
+                    stream_routed_experts=stream,
+                ),
             ),
         )
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ...field_error import FieldError
+from ...generate_request import GenerateReqInput
 from ...request_model import MAX_NAME_CHARS, AnyNumber, Items, Name, Number, PerPrompt, Real, RequestModel, check_utf8
-from ...sampling_input import MAX_SAMPLES, check_size
+from ...sampling_input import MAX_SAMPLES, SamplingParamsInput, check_size
 from ...token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as_ids, as_prompts
 
 MAX_TOP_LOGPROBS = 20
@@ -110,42 +111,23 @@ class OpenAIRequest(RequestModel):
 
     def generate_fields(self, max_new_tokens: int | None) -> dict[str, Any]:
         """The fields of a `GenerateReqInput`, without its prompt."""
-        params = {
-            "n": self.n,
+        params = {name: getattr(self, name) for name in SAMPLING_NAMES}
+        params |= {
             "max_new_tokens": max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "stop": self.stop,
-            "sampling_seed": self.seed,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self.logit_bias,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
             "min_new_tokens": self.min_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "stop_token_ids": self.stop_token_ids,
+            "sampling_seed": self.seed,
         }
         return {
             # Null means the default, as everywhere in this API.
-            "sampling_params": {name: value for name, value in params.items() if value is not None}
-            | {
-                "ignore_eos": self.ignore_eos,
-                "skip_special_tokens": self.skip_special_tokens,
-                "no_stop_trim": self.no_stop_trim,
-            },
-            "stream": self.stream,
-            "rid": self.rid,
-            "session_id": self.session_id,
-            "priority": self.priority,
-            "extra_key": self.extra_key,
-            "routed_dp_rank": self.routed_dp_rank,
-            "return_routed_experts": self.return_routed_experts,
-            "routed_experts_start_len": self.routed_experts_start_len,
-            "routed_experts_format": self.routed_experts_format,
-            "routed_experts_delivery": self.routed_experts_delivery,
+            "sampling_params": {name: value for name, value in params.items() if value is not None},
+            **{name: getattr(self, name) for name in GENERATE_NAMES},
             "return_text_in_logprobs": True,
         }
+
+
+# Fields of both endpoints that the native API has under the same name.
+SAMPLING_NAMES = OpenAIRequest.model_fields.keys() & SamplingParamsInput.model_fields.keys()
+GENERATE_NAMES = OpenAIRequest.model_fields.keys() & GenerateReqInput.model_fields.keys()
 
 
 def parse_prompt(value: Any) -> str | list[str] | Prompts:

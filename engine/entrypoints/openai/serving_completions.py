@@ -89,7 +89,7 @@ class CompletionServing:
     def _logprobs(self, body: CompletionRequest, sample: SampleRequest) -> CompletionLogprobs:
         return CompletionLogprobs(
             self._manager.text,
-            skip_special_tokens=sample.sampling_params.skip_special_tokens,
+            skip_special_tokens=sample.output_options.skip_special_tokens,
             prompt_ids=sample.input_ids.tolist() if body.echo else None,
         )
 

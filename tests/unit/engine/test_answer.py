@@ -5,27 +5,21 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 
 from waybill.engine.answer import Answer
 from waybill.engine.entrypoints.openai.serving import routes_of
-from waybill.engine.generate_request import SampleRequest, parse_generate_request
-from waybill.engine.io_struct import FinishReason, RequestOutput, SamplingParams
+from waybill.engine.generate_request import SampleRequest
+from waybill.engine.io_struct import FinishReason, OutputOptions, RequestOutput, SamplingParams
 
 
 def answer_to(
     form: str, delivery: str, reason: FinishReason, token_ids: list[int], error: str | None
 ) -> dict[str, Any]:
-    request = parse_generate_request(
-        {
-            "input_ids": [1, 2],
-            "return_routed_experts": True,
-            "routed_experts_format": form,
-            "routed_experts_delivery": delivery,
-        }
-    )
-    sample = SampleRequest("r", 0, [1, 2], SamplingParams(), False, -1, 0, True, 0)
-    answer = Answer(sample, request, 2, form="json", token_text=None)
+    options = OutputOptions(return_routed_experts=True, routed_experts_format=form, routed_experts_delivery=delivery)
+    sample = SampleRequest("r", 0, np.array([1, 2]), SamplingParams(), options)
+    answer = Answer(sample, 2, form="json", token_text=None)
     answer.add(
         RequestOutput("r", "", token_ids, 2, len(token_ids), 0, 0, "v", 0, reason, routed_experts_error=error), None
     )

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.generate_request import SampleRequest, expand, parse_generate_request
+from waybill.engine.io_struct import OutputOptions
 from waybill.engine.request_limits import EngineLimits
+from waybill.engine.sampling_input import SamplingParamsInput
 
 LIMITS = EngineLimits(
     context_length=20, kv_cache_tokens=16, vocab_size=100, dp_size=1, has_tokenizer=True, routed_experts=True
@@ -178,6 +180,38 @@ def test_known_fields_that_are_off_or_change_nothing_are_accepted() -> None:
     assert sample.sampling_params.max_new_tokens == 1
 
 
+OPTIONS: dict[str, Any] = {
+    "stream": True,
+    "skip_special_tokens": False,
+    "no_stop_trim": True,
+    "return_logprob": True,
+    "logprob_start_len": 1,
+    "top_logprobs_num": 2,
+    "return_text_in_logprobs": True,
+    "return_routed_experts": True,
+    "routed_experts_start_len": 1,
+    "routed_experts_format": "compact",
+    "routed_experts_delivery": "reference",
+    "stream_routed_experts": True,
+}
+
+
+@pytest.mark.parametrize("name", OutputOptions.__struct_fields__)
+def test_every_option_of_the_output_arrives_and_no_other_changes(name: str) -> None:
+    # Those that say something only of routes, or of streams.
+    needed = {"stream": True} if name == "stream_routed_experts" else {}
+    needed |= {"return_routed_experts": True} if name in ("routed_experts_start_len", "stream_routed_experts") else {}
+    asked = {**needed, name: OPTIONS[name]}
+    params = {option: asked[option] for option in asked if option in SamplingParamsInput.model_fields}
+    fields = {option: asked[option] for option in asked if option not in params}
+    assert take_one(input_ids=[1], sampling_params=params, **fields).output_options == OutputOptions(**asked)
+
+
+def test_what_says_how_routes_come_goes_no_further_where_nobody_asked_for_routes() -> None:
+    sample = take_one(input_ids=[1], stream=True, stream_routed_experts=True, routed_experts_start_len=2**100)
+    assert sample.output_options == OutputOptions(stream=True)
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -213,8 +247,8 @@ def test_lists_give_each_item_its_own() -> None:
     )
     assert [[sample.rid for sample in group] for group in groups] == [["x"], ["y_0", "y_1"]]
     assert [group[0].sampling_params.max_new_tokens for group in groups] == [1, 2]
-    assert [group[0].return_routed_experts for group in groups] == [True, False]
-    assert groups[0][0].routed_experts_start_len == 2
+    assert [group[0].output_options.return_routed_experts for group in groups] == [True, False]
+    assert groups[0][0].output_options.routed_experts_start_len == 2
     # Samples of one prompt differ by seed.
     first, second = groups[1]
     assert first.sampling_params.sampling_seed != second.sampling_params.sampling_seed

@@ -12,7 +12,13 @@ import torch
 from support.replica_harness import FakeInbox, FakeSender
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import FinishReason, FlushCacheReq, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.io_struct import (
+    FinishReason,
+    FlushCacheReq,
+    OutputOptions,
+    SamplingParams,
+    TokenizedGenerateReqInput,
+)
 from waybill.engine.leader_place import Endpoints
 from waybill.engine.replica import load_rank, make_scheduler
 from waybill.parallel.mesh import ParallelMesh
@@ -53,15 +59,12 @@ class Leader:
 
     def run(self, texts: tuple[str, ...] = TEXTS, *, logprob_start_len: int = -1, max_new: int = 8) -> list[Result]:
         self._records.sent.clear()
+        options = OutputOptions(return_logprob=True, logprob_start_len=logprob_start_len)
         for i, text in enumerate(texts):
             self._num_sent += 1
             ids = np.frombuffer(text.encode(), dtype=np.uint8).astype("<i4").tobytes()
             params = SamplingParams(max_new_tokens=max_new, ignore_eos=True, **WAYS[i % len(WAYS)])
-            self._inbox.messages.append(
-                TokenizedGenerateReqInput(
-                    self._num_sent, f"r{i}", ids, params, return_logprob=True, logprob_start_len=logprob_start_len
-                )
-            )
+            self._inbox.messages.append(TokenizedGenerateReqInput(self._num_sent, f"r{i}", ids, params, options))
         self._rest()
         return [self._read(f"r{i}") for i in range(len(texts))]
 

@@ -18,6 +18,7 @@ from waybill.engine.io_struct import (
     CacheFlushed,
     FinishReason,
     OutputBatch,
+    OutputOptions,
     ReqAdmitted,
     ReqFinished,
     ReqRetracted,
@@ -98,7 +99,7 @@ def engine() -> Engine:
 
 def started(rid: str, num_prompt: int, **fields: object) -> ReqStarted:
     opted_in = {"return_routed_experts": True, "routed_experts_format": "compact"}
-    return ReqStarted(rid, num_prompt, **{**opted_in, **fields})
+    return ReqStarted(rid, num_prompt, OutputOptions(**{**opted_in, **fields}))
 
 
 def finish_at_once(engine: Engine, rid: str, pages: tuple[int, ...], first_row: int = 0, **fields: object) -> None:

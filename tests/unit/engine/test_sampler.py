@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.io_struct import SamplingParams
+from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.sampler import (
     MIN_LOGPROB,
     NO_TOKEN,
@@ -23,10 +24,11 @@ from waybill.engine.sampler import (
 from waybill.engine.step_committer import PromptScores
 
 V = 12
+TOP_2 = OutputOptions(return_logprob=True, top_logprobs_num=2)
 
 
 def row(position: int = 0, stop_ids: tuple[int, ...] = (), **params: object) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), stop_ids, top_logprobs_num=0, return_logprob=False, position=position)
+    return SamplingRow(SamplingParams(**params), OutputOptions(), stop_ids, position=position)
 
 
 def logits_of(*values: float) -> torch.Tensor:
@@ -97,7 +99,7 @@ def test_penalties_count_prompt_and_output_as_defined() -> None:
 
 def test_logprobs_are_those_of_the_model() -> None:
     logits = torch.randn(2, V)
-    asking = SamplingRow(SamplingParams(temperature=0.5, top_k=2, logit_bias={3: 50.0}), (), 2, True)
+    asking = SamplingRow(SamplingParams(temperature=0.5, top_k=2, logit_bias={3: 50.0}), TOP_2, ())
     result = sample(logits, [asking, row(temperature=0.0)])
     expected = torch.log_softmax(logits[0], dim=-1)
     assert result.token_ids[0] == 3
@@ -153,7 +155,7 @@ WAYS: dict[str, dict[str, object]] = {
 
 def bad_row_of(name: str, way: str, device: torch.device) -> tuple[list[float], SamplingRow]:
     params = WAYS[way] | ({"min_new_tokens": 5} if "where it is banned" in name else {})
-    bad = SamplingRow(SamplingParams(sampling_seed=9, **params), (0,), 2, True)
+    bad = SamplingRow(SamplingParams(sampling_seed=9, **params), TOP_2, (0,))
     start_counts(bad, np.array([1, 1, 3], dtype="<i4"), 1, 4, device)
     return BAD_ROWS[name], bad
 
@@ -168,7 +170,7 @@ def test_a_row_without_a_choice_is_told_and_changes_no_other(name: str, way: str
     values, bad = bad_row_of(name, way, cpu)
 
     def rows() -> list[SamplingRow]:
-        made = [SamplingRow(SamplingParams(sampling_seed=i, **p), (0,), 2, True) for i, p in enumerate(WAYS.values())]
+        made = [SamplingRow(SamplingParams(sampling_seed=i, **p), TOP_2, (0,)) for i, p in enumerate(WAYS.values())]
         for one in made:
             start_counts(one, np.array([1, 2, 3], dtype="<i4"), 1, 4, cpu)
         return made
@@ -206,7 +208,9 @@ def test_every_legal_value_leaves_a_choice(way: str, scale: float) -> None:
 
 def test_probability_zero_has_a_log_probability_that_json_can_hold() -> None:
     logits = logits_of(0.0, -INF, -1e38)
-    biased = SamplingRow(SamplingParams(temperature=0.0, logit_bias={2: 1e30}), (), 3, True)
+    biased = SamplingRow(
+        SamplingParams(temperature=0.0, logit_bias={2: 1e30}), msgspec.structs.replace(TOP_2, top_logprobs_num=3), ()
+    )
     values, top = score_tokens(logits, torch.tensor([1]), 3)
     assert values == [MIN_LOGPROB]
     assert [value for value, _ in top[0]] == [0.0, MIN_LOGPROB, MIN_LOGPROB]
@@ -252,7 +256,7 @@ def test_on_a_gpu_samples_as_on_a_cpu_and_never_waits() -> None:
     ]
     results = []
     for device in (torch.device("cpu"), torch.device("cuda")):
-        rows = [SamplingRow(SamplingParams(**way), (5, 6), 2, return_logprob=True) for way in ways]
+        rows = [SamplingRow(SamplingParams(**way), TOP_2, (5, 6)) for way in ways]
         for one in rows:
             start_counts(one, np.array([1, 2, 2, 7], dtype="<i4"), 1, 4096, device)
         on_device = logits.to(device)

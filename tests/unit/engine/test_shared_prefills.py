@@ -9,7 +9,7 @@ from support.dp_harness import DpGroup
 from support.replica_harness import Replica, expected_output
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import AbortReq, SamplingParams
+from waybill.engine.io_struct import AbortReq, OutputOptions, SamplingParams
 
 PROMPT = [index % 47 + 1 for index in range(64)]
 
@@ -83,8 +83,8 @@ def test_prompts_of_different_keys_share_nothing_and_do_not_wait() -> None:
 def test_prompt_logprobs_wait_only_for_what_they_may_take() -> None:
     replica = Replica(make_config(), num_pages=4096)
     replica.submit("first", PROMPT, greedy(2))
-    replica.submit("all", PROMPT, greedy(2), return_logprob=True, logprob_start_len=0)
-    replica.submit("last", PROMPT, greedy(2), return_logprob=True, logprob_start_len=60)
+    replica.submit("all", PROMPT, greedy(2), output_options=OutputOptions(return_logprob=True, logprob_start_len=0))
+    replica.submit("last", PROMPT, greedy(2), output_options=OutputOptions(return_logprob=True, logprob_start_len=60))
     replica.turn()
     assert [req.rid for req in replica.scheduler.queues.running] == ["first", "all"]
     replica.run_until_idle()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.small_tokenizers import ADDED, KINDS, SPECIAL
 
 from waybill.engine.detokenizer import Detokenizer
-from waybill.engine.io_struct import FinishReason, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.io_struct import FinishReason, OutputOptions, SamplingParams, TokenizedGenerateReqInput
 from waybill.engine.schedule_batch import Req
 from waybill.engine.stop_checker import StopChecker
 from waybill.engine.stop_search import StopSearch
@@ -20,6 +20,7 @@ from waybill.engine.token_decoder import TokenDecoder
 DECODERS = {name: TokenDecoder(tokenizer) for name, tokenizer in KINDS.items()}
 EOS = 1
 LENGTH = 10_000
+PLAIN = OutputOptions()
 
 
 class Run(NamedTuple):
@@ -31,17 +32,12 @@ class Run(NamedTuple):
     streamed: str
 
 
-def run(kind: str, ids: list[int], stop: tuple[str, ...], **params: object) -> Run:
+def run(kind: str, ids: list[int], stop: tuple[str, ...], options: OutputOptions = PLAIN, **params: object) -> Run:
     """The leader's checks and the output processor's text, token by token."""
     sampling = SamplingParams(**{"max_new_tokens": LENGTH, "stop": stop, "ignore_eos": True, **params})  # type: ignore[arg-type]
-    req = Req(TokenizedGenerateReqInput(0, "r", b"", sampling), 0, bytearray())
+    req = Req(TokenizedGenerateReqInput(0, "r", b"", sampling, options), 0, bytearray())
     checker = StopChecker((EOS,), DECODERS[kind])
-    stream = Detokenizer(
-        DECODERS[kind],
-        skip_special_tokens=sampling.skip_special_tokens,
-        no_stop_trim=sampling.no_stop_trim,
-        stop=sampling.stop,
-    )
+    stream = Detokenizer(DECODERS[kind], options, sampling.stop)
     streamed = ""
     for num, token in enumerate(ids, 1):
         req.output_ids.append(token)
@@ -137,7 +133,7 @@ def test_the_first_stop_string_that_a_token_completes_ends_a_request(
     stops = tuple(data.draw(st.lists(st.sampled_from([*PIECES, "P S", "\ufffd", "a a"]), min_size=1, max_size=3)))
     if not ids:
         return
-    done = run(kind, ids, stops, skip_special_tokens=skip, min_new_tokens=least, no_stop_trim=no_trim)
+    done = run(kind, ids, stops, OutputOptions(skip_special_tokens=skip, no_stop_trim=no_trim), min_new_tokens=least)
     expected = first_match(kind, ids, stops, skip, least)
     whole = KINDS[kind].decode(ids[: done.num_tokens], skip_special_tokens=skip)
     if expected is None:
@@ -200,9 +196,9 @@ def test_a_stop_string_may_reach_over_special_tokens(stop: str) -> None:
 def test_with_special_tokens_in_the_text_they_are_found_once() -> None:
     kind = "byte_level"
     ids = [*encode(kind, "a"), special(kind, "<|user|>"), *encode(kind, "b")]
-    done = run(kind, ids, ("user|>",), skip_special_tokens=False)
+    done = run(kind, ids, ("user|>",), OutputOptions(skip_special_tokens=False))
     assert (done.num_tokens, done.text) == (len(ids) - 1, "a<|")
-    kept = run(kind, ids, ("user|>",), skip_special_tokens=False, no_stop_trim=True)
+    kept = run(kind, ids, ("user|>",), OutputOptions(skip_special_tokens=False, no_stop_trim=True))
     assert kept.text == "a<|user|>"
 
 
@@ -251,7 +247,7 @@ def test_of_several_matches_the_one_that_begins_first_counts() -> None:
         done = run(kind, [one, one], stops)
         assert (done.num_tokens, done.reason.matched, done.text) == (1, matched, text)
         # As the dialect has it: the text of all tokens, also of what the last one brought behind the match.
-        assert run(kind, [one, one], stops, no_stop_trim=True).text == ADDED
+        assert run(kind, [one, one], stops, OutputOptions(no_stop_trim=True)).text == ADDED
 
 
 def test_the_space_that_begins_a_sentencepiece_text_is_not_there() -> None:
@@ -266,7 +262,9 @@ def test_the_space_that_begins_a_sentencepiece_text_is_not_there() -> None:
 def test_a_stop_token_wins_over_a_string_and_its_text_is_cut() -> None:
     kind = "byte_level"
     end = special(kind, "<|end|>")
-    done = run(kind, [*encode(kind, "ab"), end], ("<|end|>",), stop_token_ids=(end,), skip_special_tokens=False)
+    done = run(
+        kind, [*encode(kind, "ab"), end], ("<|end|>",), OutputOptions(skip_special_tokens=False), stop_token_ids=(end,)
+    )
     assert (done.reason.matched, done.text) == (end, "ab")
 
 

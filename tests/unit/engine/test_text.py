@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.detokenizer import Detokenizer, load_tokenizer
-from waybill.engine.io_struct import FinishReason
+from waybill.engine.io_struct import FinishReason, OutputOptions
 from waybill.engine.token_decoder import TokenDecoder
 from waybill.launch.args import EMBEDDED_MODEL
 
@@ -25,7 +25,8 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
 
 def make(stop: tuple[str, ...] = (), *, no_stop_trim: bool = False, skip: bool = True) -> Detokenizer:
     assert TOKENIZER is not None
-    return Detokenizer(TokenDecoder(TOKENIZER), skip_special_tokens=skip, no_stop_trim=no_stop_trim, stop=stop)
+    options = OutputOptions(skip_special_tokens=skip, no_stop_trim=no_stop_trim)
+    return Detokenizer(TokenDecoder(TOKENIZER), options, stop)
 
 
 @settings(max_examples=100, deadline=None)

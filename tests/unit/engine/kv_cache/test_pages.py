@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from waybill.engine.io_struct import SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputOptions, SamplingParams, TokenizedGenerateReqInput
 from waybill.engine.kv_cache.page_pool import PagePool, no_pages
 from waybill.engine.kv_cache.radix_cache import RadixCache
 from waybill.engine.page_manager import PageManager
@@ -207,9 +207,8 @@ def test_prompt_logprobs_leave_their_positions_to_compute() -> None:
     first.num_committed = 4
     pages.offer_full_pages(first)
     pages.release(first)
-    recv = TokenizedGenerateReqInput(
-        0, "s", id_bytes([1, 2, 3, 4]), SamplingParams(), return_logprob=True, logprob_start_len=2
-    )
+    options = OutputOptions(return_logprob=True, logprob_start_len=2)
+    recv = TokenizedGenerateReqInput(0, "s", id_bytes([1, 2, 3, 4]), SamplingParams(), options)
     second = Req(recv, 0, bytearray(recv.input_ids))
     pages.match(second)
     assert second.num_cached == 1, "position 1 scores token 2, so it is computed"

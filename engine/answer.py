@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import msgspec
 
+from .answer_logprobs import AnswerLogprobs, TokenText
 from .generate_request import SampleRequest
-from .io_struct import FinishReason, RequestOutput
+from .io_struct import FinishReason, Logprobs, RequestOutput
 from .routing.wire import RoutedExperts, to_base64
 
-LogprobTriple = tuple[float | None, int, str | None]
 # How rows stand in an answer: a numpy array, base64 text, or that text as JSON, which is written out as it is.
 RoutesForm = Literal["array", "base64", "json"]
-TokenText = Callable[[int], str]
 
 
 def finish_reason_dict(reason: FinishReason) -> dict[str, Any]:
@@ -53,15 +51,11 @@ class Answer:
         self.prompt_tokens = len(sample.input_ids)
         self._options = sample.output_options
         self._form = form
-        self._token_text = token_text if self._options.return_text_in_logprobs else None
         self._num_layers_total = num_layers_total
         self.began = time.perf_counter()
         self._text = ""
         self._output_ids: list[int] = []
-        self._logprobs: list[LogprobTriple] = []
-        self._top_logprobs: list[list[LogprobTriple]] = []
-        self._input_logprobs: list[LogprobTriple] = []
-        self._input_top_logprobs: list[list[LogprobTriple] | None] = []
+        self._logprobs = AnswerLogprobs(self._options, token_text) if self._options.return_logprob else None
         self._last: RequestOutput | None = None
         self._routed: RoutedExperts | None = None
 
@@ -96,19 +90,10 @@ class Answer:
     def add(self, output: RequestOutput, routed: RoutedExperts | None) -> None:
         self._last = output
         self._text += output.text
-        first = len(self._output_ids)
         self._output_ids += output.token_ids
-        ids = self._output_ids[first:]
-        if self._options.return_logprob:
-            self._logprobs += self._triples(zip(output.output_logprobs, ids, strict=True))
-            self._top_logprobs += [self._triples(pairs) for pairs in output.output_top_logprobs]
-            self._input_logprobs += self._triples(output.input_logprobs)
-            self._input_top_logprobs += [None if p is None else self._triples(p) for p in output.input_top_logprobs]
+        if self._logprobs is not None:
+            self._logprobs.add(output.logprobs or Logprobs(), output.token_ids)
         self._routed = routed
-
-    def _triples(self, pairs: Iterable[tuple[float | None, int]]) -> list[LogprobTriple]:
-        text = self._token_text
-        return [(value, token, None if text is None else text(token)) for value, token in pairs]
 
     async def render(self) -> dict[str, Any]:
         """The answer so far: `{text, output_ids, meta_info}`."""
@@ -125,14 +110,8 @@ class Answer:
             "dp_rank": last.dp_rank,
             "num_retractions": last.num_retractions,
         }
-        if self._options.return_logprob:
-            meta["output_token_logprobs"] = list(self._logprobs)
-            if self._options.logprob_start_len >= 0:
-                meta["input_token_logprobs"] = list(self._input_logprobs)
-            if self._options.top_logprobs_num:
-                meta["output_top_logprobs"] = list(self._top_logprobs)
-                if self._options.logprob_start_len >= 0:
-                    meta["input_top_logprobs"] = list(self._input_top_logprobs)
+        if self._logprobs is not None:
+            meta.update(self._logprobs.render())
         if self._options.return_routed_experts and (self.is_finished or self._options.stream_routed_experts):
             meta.update(await self._render_routes(last))
         return {"text": self._text, "output_ids": list(self._output_ids), "meta_info": meta}

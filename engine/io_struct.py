@@ -347,22 +347,37 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     discarded: bool = False
 
 
-# Parallel lists, one entry a position: a position's log-probability, and (logprob, token id) pairs of the top ones.
+# (logprob, token id) of the likeliest tokens of one position.
 TopLogprobs = list[tuple[float, int]]
 
 
-class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens that a step committed for one request; a run of one or more, so that speculative decoding fits.
+class Logprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities of one request that belong to the same piece of its output. Only who asks has one: the others have
+    None in its place, at no cost for each of their tokens.
 
-    `input_logprobs` are those of prompt positions computed in this step: (logprob or None at position 0, token id).
+    `output` has one entry a token, `input` one a prompt position that was scored: (logprob or None at position 0, token
+    id). The top ones, where they are asked for, are parallel to them.
     """
+
+    output: list[float] = []
+    output_top: list[TopLogprobs] = []
+    input: list[tuple[float | None, int]] = []
+    input_top: list[TopLogprobs | None] = []
+
+    def extend(self, more: Logprobs) -> None:
+        self.output.extend(more.output)
+        self.output_top.extend(more.output_top)
+        self.input.extend(more.input)
+        self.input_top.extend(more.input_top)
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that a step committed for one request; a run of one or more, so that speculative decoding fits. A prefill that
+    scores prompt positions may have none."""
 
     rid: str
     token_ids: list[int]
-    logprobs: list[float] = []
-    top_logprobs: list[TopLogprobs] = []
-    input_logprobs: list[tuple[float | None, int]] = []
-    input_top_logprobs: list[TopLogprobs | None] = []
+    logprobs: Logprobs | None = None
 
 
 class RingPlace(msgspec.Struct, frozen=True, array_like=True):
@@ -424,7 +439,8 @@ class RoutedExpertsMeta(msgspec.Struct, frozen=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True):
-    """Progress of one request. `text` and the lists are what is new since its last output; the rest is the state now."""
+    """Progress of one request. Text, tokens and log-probabilities are what is new since its last output; the rest is the
+    state now."""
 
     rid: str
     text: str
@@ -436,10 +452,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     weight_version: str
     dp_rank: int
     finish_reason: FinishReason | None = None
-    output_logprobs: list[float] = []
-    output_top_logprobs: list[TopLogprobs] = []
-    input_logprobs: list[tuple[float | None, int]] = []
-    input_top_logprobs: list[TopLogprobs | None] = []
+    logprobs: Logprobs | None = None
     routed_experts: RoutedExpertsMeta | None = None
     # Set when the rows stay with the output processor; then no frame follows for them.
     routed_experts_claim: str | None = None

@@ -12,14 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from .detokenizer import Detokenizer
-from .io_struct import (
-    FinishReason,
-    OutputBatch,
-    ReqStarted,
-    RequestOutput,
-    TokenOutput,
-    TopLogprobs,
-)
+from .io_struct import FinishReason, Logprobs, OutputBatch, ReqStarted, RequestOutput, TokenOutput
 from .routing.claims import ClaimError, ClaimStore
 from .routing.geometry import RouteGeometry
 from .routing.ledger import RouteSlice
@@ -70,23 +63,18 @@ class _Parcel:
     detokenizer: Detokenizer | None
     num_output: int = 0
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    input_logprobs: list[tuple[float | None, int]] = field(default_factory=list)
-    input_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
+    logprobs: Logprobs | None = None
 
     def add(self, output: TokenOutput) -> None:
         self.num_output += len(output.token_ids)
         self.token_ids += output.token_ids
-        if output.logprobs or output.input_logprobs:
-            self.logprobs += output.logprobs
-            self.top_logprobs += output.top_logprobs
-            self.input_logprobs += output.input_logprobs
-            self.input_top_logprobs += output.input_top_logprobs
+        if output.logprobs is not None:
+            if self.logprobs is None:
+                self.logprobs = Logprobs()
+            self.logprobs.extend(output.logprobs)
 
     def clear(self) -> None:
-        self.token_ids, self.logprobs, self.top_logprobs = [], [], []
-        self.input_logprobs, self.input_top_logprobs = [], []
+        self.token_ids, self.logprobs = [], None
 
 
 class Shipper:
@@ -204,10 +192,7 @@ class Shipper:
             weight_version=order.weight_version,
             dp_rank=order.dp_rank,
             finish_reason=progress.finish_reason,
-            output_logprobs=parcel.logprobs,
-            output_top_logprobs=parcel.top_logprobs,
-            input_logprobs=parcel.input_logprobs,
-            input_top_logprobs=parcel.input_top_logprobs,
+            logprobs=parcel.logprobs,
         )
 
     def _attach_routes(

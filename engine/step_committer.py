@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .decoder_stages import DecoderError
-from .io_struct import FinishReason, ReqFinished, Segment, TokenOutput, TopLogprobs
+from .io_struct import FinishReason, Logprobs, ReqFinished, Segment, TokenOutput, TopLogprobs
 from .page_manager import PageManager
 from .request_queues import RequestQueues
-from .schedule_batch import Req
+from .schedule_batch import Req, ScheduledReq
 from .step_planner import PlannedReq
 from .stop_checker import StopChecker
 
@@ -138,36 +138,34 @@ class StepCommitter:
     def _collect(req: Req, item: PlannedReq, result: StepResult, index: int, position: int) -> TokenOutput | None:
         """Append the sampled token to the request; None if the step yielded nothing to tell."""
         token_ids: list[int] = []
-        logprobs: list[float] = []
-        top: list[TopLogprobs] = []
         if item.scheduled.sample:
             token_ids = [result.token_ids[position]]
             req.output_ids.extend(token_ids)
             req.tokens += np.array(token_ids, dtype="<i4").tobytes()
-            if req.options.return_logprob:
-                logprobs = [result.logprobs[position]]
-                top = [result.top_logprobs[position]] if req.options.top_logprobs_num else []
-        input_logprobs, input_top = _input_logprobs(req, item, result.prompt_scores.get(index))
-        if not token_ids and not input_logprobs:
+        logprobs = _logprobs(req, item.scheduled, result, index, position) if req.options.return_logprob else None
+        if not token_ids and (logprobs is None or not logprobs.input):
             return None
-        return TokenOutput(req.rid, token_ids, logprobs, top, input_logprobs, input_top)
+        return TokenOutput(req.rid, token_ids, logprobs)
 
 
-def _input_logprobs(
-    req: Req, item: PlannedReq, scores: PromptScores | None
-) -> tuple[list[tuple[float | None, int]], list[TopLogprobs | None]]:
-    """Scored prompt tokens of this step, the unscorable first one included: (logprob, token id) each."""
-    pairs: list[tuple[float | None, int]] = []
-    top: list[TopLogprobs | None] = []
-    asked = req.options.returns_prompt_logprobs
-    if asked and req.options.logprob_start_len == 0 and req.num_scored == 0 and item.scheduled.start == 0:
-        pairs.append((None, int(np.frombuffer(req.token_bytes(0, 1), dtype="<i4")[0])))
-        top.append(None)
+def _logprobs(req: Req, scheduled: ScheduledReq, result: StepResult, index: int, position: int) -> Logprobs:
+    """Those of the sampled token, and of the prompt tokens that this step scored, the unscorable first one included."""
+    logprobs, with_top = Logprobs(), req.options.top_logprobs_num > 0
+    if req.options.logprob_start_len == 0 and req.num_scored == 0 and scheduled.start == 0:
+        logprobs.input.append((None, int(np.frombuffer(req.token_bytes(0, 1), dtype="<i4")[0])))
+        if with_top:
+            logprobs.input_top.append(None)
         req.num_scored = 1
+    scores = result.prompt_scores.get(index)
     if scores is not None:
-        first = item.scheduled.start + item.scheduled.prompt_logprobs_from + 1
+        first = scheduled.start + scheduled.prompt_logprobs_from + 1
         ids = np.frombuffer(req.token_bytes(first, first + len(scores.logprobs)), dtype="<i4").tolist()
-        pairs.extend(zip(scores.logprobs, ids, strict=True))
-        top.extend(scores.top)
+        logprobs.input.extend(zip(scores.logprobs, ids, strict=True))
+        if with_top:
+            logprobs.input_top.extend(scores.top)
         req.num_scored = first + len(scores.logprobs)
-    return pairs, top if req.options.top_logprobs_num else []
+    if scheduled.sample:
+        logprobs.output.append(result.logprobs[position])
+        if with_top:
+            logprobs.output_top.append(result.top_logprobs[position])
+    return logprobs

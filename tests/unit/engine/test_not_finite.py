@@ -15,6 +15,7 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
     FinishReason,
     FlushCacheReq,
+    Logprobs,
     OutputOptions,
     SamplingParams,
     TokenizedGenerateReqInput,
@@ -79,9 +80,11 @@ class Leader:
         outputs = [output for record in self._records.sent for output in record.outputs if output.rid == rid]
         (reason,) = (done.reason for record in self._records.sent for done in record.after if done.rid == rid)
         ids = [token for output in outputs for token in output.token_ids]
-        logprobs = [value for output in outputs for value in output.logprobs]
-        scored = [value for output in outputs for value, _ in output.input_logprobs]
-        return ids, reason, [*scored, *logprobs]
+        logprobs = Logprobs()
+        for output in outputs:
+            assert output.logprobs is not None
+            logprobs.extend(output.logprobs)
+        return ids, reason, [*(value for value, _ in logprobs.input), *logprobs.output]
 
     @contextmanager
     def nan_expert(self, expert: int, *, keep_cache: bool = False) -> Iterator[None]:

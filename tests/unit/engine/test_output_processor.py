@@ -17,6 +17,7 @@ from waybill.engine.detokenizer import Detokenizer
 from waybill.engine.io_struct import (
     CacheFlushed,
     FinishReason,
+    Logprobs,
     OutputBatch,
     OutputOptions,
     ReqAdmitted,
@@ -274,6 +275,30 @@ def test_a_stream_gets_its_tokens_as_they_come_and_its_rows_at_the_end(engine: E
     first, last = engine.mailbox.outputs
     assert (first.token_ids, first.finish_reason, last.token_ids) == ([5], None, [6])
     assert engine.mailbox.rows["s"][:, 0, 0].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_pile_up_until_their_output_leaves_and_others_have_none(engine: Engine, stream: bool) -> None:
+    parts = [Logprobs(input=[(None, 3), (-1.0, 4)]), Logprobs([-2.0], [[(-2.0, 5)]]), Logprobs([-3.0], [[(-3.0, 6)]])]
+    engine.step(
+        before=[
+            *(started(rid, 2, stream=stream, return_routed_experts=False) for rid in ("asks", "other")),
+            *(ReqAdmitted(rid, b"") for rid in ("asks", "other")),
+        ],
+        outputs=[TokenOutput("asks", [], parts[0])],
+    )
+    engine.step(outputs=[TokenOutput("asks", [5], parts[1]), TokenOutput("other", [5])])
+    engine.step(
+        outputs=[TokenOutput("asks", [6], parts[2]), TokenOutput("other", [6])],
+        after=[ReqFinished("asks", LENGTH), ReqFinished("other", LENGTH)],
+    )
+    shipped = [output.logprobs for output in engine.mailbox.outputs if output.rid == "asks"]
+    first = Logprobs([-2.0], [[(-2.0, 5)]], [(None, 3), (-1.0, 4)])
+    last = Logprobs([-3.0], [[(-3.0, 6)]])
+    whole = Logprobs([-2.0, -3.0], [[(-2.0, 5)], [(-3.0, 6)]], first.input)
+    assert shipped == ([first, last] if stream else [whole])
+    assert {output.logprobs for output in engine.mailbox.outputs if output.rid == "other"} == {None}
+    assert parts[1] == Logprobs([-2.0], [[(-2.0, 5)]]), "a record stays as it is"
 
 
 def test_without_routing_nothing_is_allocated_and_outputs_flow() -> None:

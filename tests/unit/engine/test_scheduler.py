@@ -9,7 +9,15 @@ from support.replica_harness import EOS, Replica, expected_output
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.decoder_stages import DecoderError
-from waybill.engine.io_struct import AbortReq, ControlReply, FinishReason, FlushCacheReq, SamplingParams
+from waybill.engine.io_struct import (
+    AbortReq,
+    ControlReply,
+    FinishReason,
+    FlushCacheReq,
+    Logprobs,
+    OutputOptions,
+    SamplingParams,
+)
 from waybill.engine.schedule_batch import Req
 from waybill.engine.stop_checker import StopChecker
 
@@ -45,6 +53,19 @@ def test_prefix_hit_covers_whole_pages_and_leaves_one_token() -> None:
         replica.run_until_idle()
     # 16 tokens are four whole pages; the last token has to be computed, so three pages are hit.
     assert replica.cached == {"r0": 0, "r1": 12}
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_only_who_asks_has_log_probabilities_in_the_records(num_top: int) -> None:
+    replica = Replica(make_config(), num_pages=64)
+    options = OutputOptions(return_logprob=True, top_logprobs_num=num_top)
+    replica.submit("asks", [1, 2, 3], SamplingParams(max_new_tokens=3, ignore_eos=True), output_options=options)
+    replica.submit("other", [1, 2, 3], SamplingParams(max_new_tokens=3, ignore_eos=True))
+    replica.run_until_idle()
+    outputs = [output for record in replica.records.sent for output in record.outputs]
+    asked = Logprobs([0.0], [[]]) if num_top else Logprobs([0.0])
+    assert [output.logprobs for output in outputs if output.rid == "asks"] == [asked] * 3
+    assert [output.logprobs for output in outputs if output.rid == "other"] == [None] * 3
 
 
 def test_extra_key_partitions_the_cache() -> None:

@@ -53,15 +53,14 @@ NEUTRAL_FIELDS: dict[str, Any] = {
     "return_hidden_states": False,
     "token_ids_logprob": None,
     "session_params": None,
+    "modalities": ["text"],
+    # They say where another engine has the prompt's keys and values.
+    "bootstrap_host": None,
+    "bootstrap_port": None,
+    "bootstrap_room": None,
 }
 # Fields of the dialect that change nothing in the result.
-IGNORED_FIELDS = (
-    "log_metrics",
-    "bootstrap_host",
-    "bootstrap_port",
-    "bootstrap_room",
-    "modalities",
-)
+IGNORED_FIELDS = ("log_metrics",)
 
 
 class GenerateReqInput(RequestModel):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from .io_struct import Hold, HoldKind
 from .kv_cache.kv_store import KVStore
 from .models.causal_lm import CausalLM
 
@@ -56,8 +57,9 @@ class DeviceMemory:
         return resumed
 
     @property
-    def hold(self) -> str | None:
+    def hold(self) -> Hold | None:
         """Why nobody may generate; None if all is there."""
         if not self.released:
             return None
-        return f"memory: {', '.join(sorted(self.released))} is released; resume_memory_occupation first"
+        what = ", ".join(sorted(self.released))
+        return Hold(HoldKind.RELEASED, f"memory: {what} is released; resume_memory_occupation first")

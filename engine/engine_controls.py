@@ -24,6 +24,8 @@ from .io_struct import (
     DestroyWeightsGroupReq,
     FlushCacheReq,
     GetWeightsReq,
+    Hold,
+    HoldKind,
     InitWeightsGroupReq,
     LoadWeightsReq,
     NumberedMessage,
@@ -97,8 +99,9 @@ class EngineControls:
         try:
             return await self._send(make, self._transfer_timeout_s, self._note_hold)
         except TimeoutError:
-            self._gate.hold = f"weights: an operation has not ended within {self._transfer_timeout_s} s"
-            raise UnavailableError(self._gate.hold) from None
+            message = f"weights: an operation has not ended within {self._transfer_timeout_s} s"
+            self._gate.hold = Hold(HoldKind.UNANSWERED, message)
+            raise UnavailableError(message) from None
 
     def _note_hold(self, reply: ControlReply) -> None:
         self._gate.hold = reply.hold

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from .io_struct import Hold, HoldKind
+
 POLL_S = 0.01
 
 
@@ -33,23 +35,22 @@ class GenerationGate:
         self._is_closed = False
         self._death: Exception | None = None
         # Why the engine holds every request, as it said last.
-        self._hold: str | None = None
+        self._hold: Hold | None = None
         self.is_paused = False
 
     @property
-    def hold(self) -> str | None:
+    def hold(self) -> Hold | None:
         return self._hold
 
     @hold.setter
-    def hold(self, hold: str | None) -> None:
+    def hold(self, hold: Hold | None) -> None:
         self._hold = hold
         self._settle()
 
     @property
     def refusal(self) -> str | None:
         """Why a request is refused at once; None if it may come in, or wait for that."""
-        waits_for_more = self._hold is None or self._hold.startswith("weights: an update is not complete")
-        return None if waits_for_more else self._hold
+        return None if self._hold is None or self._hold.kind is HoldKind.INCOMPLETE else self._hold.message
 
     def fail_all(self, death: Exception) -> None:
         """The engine is gone: whoever waits here is told."""
@@ -68,7 +69,8 @@ class GenerationGate:
         try:
             await asyncio.wait_for(self._open.wait(), self._timeout_s)
         except TimeoutError:
-            raise UnavailableError(self._hold or "weights: an update has not ended in time") from None
+            message = "weights: an update has not ended in time" if self._hold is None else self._hold.message
+            raise UnavailableError(message) from None
         if self._death is not None:
             raise self._death
         if self.refusal is not None:

@@ -19,6 +19,7 @@ Directions:
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Literal, get_args
 
 import msgspec
@@ -480,6 +481,23 @@ class SyncWait(msgspec.Struct, frozen=True, array_like=True):
     num_steps: int
 
 
+class HoldKind(Enum):
+    """What stands against generating: an update has more tensors to bring; a transfer broke off in the middle; memory is
+    released; the ranks have not said in time how an operation ended."""
+
+    INCOMPLETE = "incomplete"
+    TORN = "torn"
+    RELEASED = "released"
+    UNANSWERED = "unanswered"
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Why nobody may generate; the message is for callers, and says what ends it."""
+
+    kind: HoldKind
+    message: str
+
+
 class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     """A leader's answer to a control operation."""
 
@@ -488,7 +506,7 @@ class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     message: str = ""
     state: dict[str, int | float | str] = {}
     # Why nobody may generate after this operation; None if nothing stands against it.
-    hold: str | None = None
+    hold: Hold | None = None
     # What an operation asks for, encoded by whoever knows what it is.
     payload: bytes = b""
     sync_waits: list[SyncWait] = []

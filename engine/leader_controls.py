@@ -20,6 +20,7 @@ from .io_struct import (
     DestroyWeightsGroupReq,
     FinishReason,
     FlushCacheReq,
+    Hold,
     LoadWeightsReq,
     PauseGenerationReq,
     RankOperation,
@@ -40,7 +41,7 @@ class Operations(Protocol):
     """What this rank does when all ranks are told to."""
 
     @property
-    def hold(self) -> str | None:
+    def hold(self) -> Hold | None:
         """Why nobody may generate; None if nothing stands against it."""
         ...
 
@@ -108,7 +109,7 @@ class LeaderControls:
         }
 
     @property
-    def hold(self) -> str | None:
+    def hold(self) -> Hold | None:
         """Why nobody may generate; None if nothing stands against it."""
         return None if self._operations is None else self._operations.hold
 
@@ -123,7 +124,7 @@ class LeaderControls:
             "weight_version": self.weight_version,
             "is_paused": int(self._is_paused),
             "is_held": int(self.hold is not None),
-            "hold": self.hold or "",
+            "hold": "" if self.hold is None else self.hold.message,
             "num_weight_updates": self._num_weight_updates,
         }
 
@@ -186,9 +187,10 @@ class LeaderControls:
         self._unanswered_pauses.clear()
 
     def _on_continue(self, message: ContinueGenerationReq) -> None:
-        if self.hold is None:
+        hold = self.hold
+        if hold is None:
             self._is_paused = False
-        self._reply(message.op_id, Outcome(self.hold is None, self.hold or "generation goes on"))
+        self._reply(message.op_id, Outcome(hold is None, "generation goes on" if hold is None else hold.message))
 
     def _on_rank_operation(self, op: RankOperation) -> None:
         """Between two steps: what was launched before is committed under the weights that it ran with."""

@@ -18,6 +18,7 @@ from .io_struct import (
     ChecksumWeightsReq,
     DestroyWeightsGroupReq,
     GetWeightsReq,
+    Hold,
     InitWeightsGroupReq,
     LoadWeightsReq,
     RankOperation,
@@ -71,13 +72,18 @@ class RankOperations:
             return Outcome(False, str(error))
 
     @property
-    def hold(self) -> str | None:
+    def hold(self) -> Hold | None:
         """Why nobody may generate; None if nothing stands against it."""
         return self._memory.hold or self._receiver.progress.hold
 
+    @property
+    def _memory_message(self) -> str:
+        assert self._memory.hold is not None
+        return self._memory.hold.message
+
     def _update(self, op: LoadWeightsReq | ReceiveWeightsReq) -> Outcome:
         if "weights" in self._memory.released:
-            return Outcome(False, f"{self._memory.hold}{self._receiver.leave_group(op)}")
+            return Outcome(False, self._memory_message + self._receiver.leave_group(op))
         return self._receiver.update(op)
 
     def _agreed(self, check: Callable[[], object]) -> None:
@@ -136,7 +142,7 @@ class RankOperations:
 
     def _check_weights_are_there(self) -> None:
         if "weights" in self._memory.released:
-            raise ValueError(str(self._memory.hold))
+            raise ValueError(self._memory_message)
 
     def _release(self, op: ReleaseMemoryReq) -> Outcome:
         check_tags(op.tags)

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..io_struct import Hold, HoldKind
+
 NUM_NAMES_SHOWN = 3
 # Names of dtypes that may be sent, as torch has them, and their bytes.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -175,13 +177,14 @@ class UpdateProgress:
         self.is_base_whole = False
 
     @property
-    def hold(self) -> str | None:
+    def hold(self) -> Hold | None:
         """Why nobody may generate; None if the weights are whole."""
         if self.is_complete:
             return None
         if self.torn is not None:
-            return f"weights: a transfer was torn ({self.torn}); send one complete update: {self._lacks(self.missing)}"
-        return f"weights: an update is not complete: {self._lacks(self.missing)}"
+            words = f"a transfer was torn ({self.torn}); send one complete update"
+            return Hold(HoldKind.TORN, f"weights: {words}: {self._lacks(self.missing)}")
+        return Hold(HoldKind.INCOMPLETE, f"weights: an update is not complete: {self._lacks(self.missing)}")
 
     def _lacks(self, missing: Collection[str]) -> str:
         shown = ", ".join(sorted(missing)[:NUM_NAMES_SHOWN])

@@ -16,6 +16,8 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import (
     ContinueGenerationReq,
     DestroyWeightsGroupReq,
+    Hold,
+    HoldKind,
     LoadWeightsReq,
     PauseGenerationReq,
     RankOperation,
@@ -27,6 +29,7 @@ from waybill.engine.schedule_batch import ScheduleBatch
 from waybill.engine.weight_sync.report import Outcome
 
 PAGE = 2
+INCOMPLETE = Hold(HoldKind.INCOMPLETE, "weights: an update is not complete")
 
 
 @dataclass
@@ -34,14 +37,14 @@ class FakeOperations:
     """Notes what is asked of a rank, and when. An update of the path "open" leaves the weights incomplete."""
 
     leader: Leader
-    hold: str | None = None
+    hold: Hold | None = None
     done: list[tuple[RankOperation, int]] = field(default_factory=list)
 
     def run(self, op: RankOperation) -> Outcome | None:
         assert not self.leader.scheduler._in_flight, "a step is in flight under weights that change"
         self.done.append((op, self.leader.num_agreements))
         if isinstance(op, LoadWeightsReq):
-            self.hold = "weights: an update is not complete" if op.path == "open" else None
+            self.hold = INCOMPLETE if op.path == "open" else None
             return Outcome(True, "updated", None if self.hold else op.options.weight_version)
         return Outcome(True, "done")
 
@@ -301,7 +304,7 @@ def test_nobody_goes_on_with_weights_that_are_not_whole() -> None:
     group.go_on("too early")
     group.run_until_rest()
     replies = group.replies()
-    assert replies["open"].success and replies["open"].hold == "weights: an update is not complete"
+    assert replies["open"].success and replies["open"].hold == INCOMPLETE
     assert not replies["too early"].success and "not complete" in replies["too early"].message
     assert not group.launched
     group.update("rest", "v1")

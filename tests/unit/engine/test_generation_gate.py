@@ -16,6 +16,8 @@ from waybill.engine.io_struct import (
     AbortReq,
     ControlReply,
     DestroyWeightsGroupReq,
+    Hold,
+    HoldKind,
     LoadWeightsReq,
     ReceiveWeightsReq,
     WeightOptions,
@@ -23,8 +25,8 @@ from waybill.engine.io_struct import (
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.reply_box import ReplyBox
 
-OPEN = "weights: an update is not complete: 1 of 2 tensors are still to come"
-TORN = "weights: a transfer was torn (x)"
+OPEN = Hold(HoldKind.INCOMPLETE, "weights: an update is not complete: 1 of 2 tensors are still to come")
+TORN = Hold(HoldKind.TORN, "weights: a transfer was torn (x)")
 
 
 class Running:

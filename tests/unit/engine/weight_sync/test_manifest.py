@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waybill.engine.io_struct import Hold, HoldKind
 from waybill.engine.weight_sync.manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 
 NAMES = ("a", "b", "c", "d")
@@ -139,7 +140,8 @@ def test_hold_is_none_exactly_when_every_tensor_has_come() -> None:
     progress = UpdateProgress(frozenset(NAMES))
     assert progress.hold is None
     progress.receive({"a", "b"}, "v1")
-    assert progress.hold == "weights: an update is not complete: 2 of 4 tensors are still to come, c, d among them"
+    words = "weights: an update is not complete: 2 of 4 tensors are still to come, c, d among them"
+    assert progress.hold == Hold(HoldKind.INCOMPLETE, words)
     progress.receive({"c"}, "v1")
     assert progress.hold is not None
     progress.receive({"d"}, None)
@@ -190,7 +192,8 @@ def test_after_a_loss_only_a_whole_update_serves_in_one_call_or_many(lose: str) 
     progress = UpdateProgress(frozenset(NAMES))
     if lose == "tear":
         progress.tear("the trainer is gone")
-        assert progress.hold is not None and "torn (the trainer is gone)" in progress.hold
+        assert progress.hold is not None and progress.hold.kind is HoldKind.TORN
+        assert "torn (the trainer is gone)" in progress.hold.message
     else:
         progress.void()
     with pytest.raises(ValueError, match="is_last"):

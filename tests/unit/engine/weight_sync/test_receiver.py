@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
-from waybill.engine.io_struct import InitWeightsGroupReq, LoadWeightsReq, ReceiveWeightsReq, WeightOptions
+from waybill.engine.io_struct import (
+    Hold,
+    HoldKind,
+    InitWeightsGroupReq,
+    LoadWeightsReq,
+    ReceiveWeightsReq,
+    WeightOptions,
+)
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
@@ -148,7 +155,7 @@ def test_a_later_bucket_that_breaks_off_tears_the_update(trainer: Trainer) -> No
     assert trainer.send(names[:7], tensors).success
     outcome = trainer.send(names[7:], tensors, num_sent=4)
     assert not outcome.success and outcome.message.startswith("weights: a transfer was torn (the transfer broke off")
-    assert trainer.receiver.progress.hold == outcome.message
+    assert trainer.receiver.progress.hold == Hold(HoldKind.TORN, outcome.message)
     trainer.join()
     assert "is_last" in trainer.send(names[7:], tensors, is_last=True).message
     trainer.join()

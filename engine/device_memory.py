@@ -9,21 +9,20 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from .control_operations import MEMORY_TAGS
 from .io_struct import Hold, HoldKind
 from .kv_cache.kv_store import KVStore
 from .models.causal_lm import CausalLM
-
-TAGS = ("weights", "kv_cache")
 
 
 def check_tags(tags: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: one is none of `TAGS`.
+        ValueError: one is none of `MEMORY_TAGS`.
     """
-    unknown = [tag for tag in tags if tag not in TAGS]
+    unknown = [tag for tag in tags if tag not in MEMORY_TAGS]
     if unknown:
-        raise ValueError(f"tags: {unknown[0]!r} must be one of {', '.join(TAGS)}")
+        raise ValueError(f"tags: {unknown[0]!r} must be one of {', '.join(MEMORY_TAGS)}")
 
 
 class DeviceMemory:

@@ -10,7 +10,7 @@ Directions:
 
     frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
                                    GetInternalStateReq, without a number
-    leader -> tp peers             RankOperation, and plans, see `schedule_batch.py`
+    leader -> tp peers             operations and plans, see `schedule_batch.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step
     leader -> frontend             ControlReply
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
@@ -20,10 +20,11 @@ Directions:
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 
+from .control_operations import ControlOperation
 from .routing.geometry import RouteGeometry
 
 
@@ -102,13 +103,6 @@ class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
     exact: bool = False
 
 
-class FlushCacheReq(msgspec.Struct, frozen=True, tag="flush_cache"):
-    """Empty the prefix cache. Succeeds only when no request holds pages."""
-
-    dispatch: int
-    op_id: str
-
-
 class DispatchNotice(msgspec.Struct, frozen=True, tag="notice"):
     """The message of this number went to another leader: so that every leader knows every number."""
 
@@ -121,120 +115,12 @@ class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state")
     op_id: str
 
 
-class PauseGenerationReq(msgspec.Struct, frozen=True, tag="pause_generation"):
-    """Launch no step until told to go on. `mode` says what becomes of requests: "abort" ends them, "retract" takes the
-    pages of those that run, "in_place" leaves everything where it is."""
+class ControlReq(msgspec.Struct, frozen=True, tag="control"):
+    """Have an operation done; see `control_operations.py`."""
 
     dispatch: int
     op_id: str
-    mode: str
-
-
-class ContinueGenerationReq(msgspec.Struct, frozen=True, tag="continue_generation"):
-    """The end of a pause; refused while the weights are not whole."""
-
-    dispatch: int
-    op_id: str
-
-
-# --- what every rank does, between two steps -------------------------------------------------------------------------
-
-
-class WeightOptions(msgspec.Struct, frozen=True):
-    """What an update of weights means for what is there: whether the prefix cache is emptied, what the new weights are
-    called, and whether the update is complete with this call though it does not bring every tensor."""
-
-    flush_cache: bool = True
-    weight_version: str | None = None
-    is_last: bool = False
-
-
-class LoadWeightsReq(msgspec.Struct, frozen=True, tag="load_weights"):
-    """Read weights from a file or a checkpoint folder that every rank can open. With `whole` the folder must have every
-    tensor."""
-
-    dispatch: int
-    op_id: str
-    path: str
-    whole: bool
-    options: WeightOptions
-
-
-class InitWeightsGroupReq(msgspec.Struct, frozen=True, tag="init_weights_group"):
-    """Join the trainer's process group: the trainer is its rank 0, engine ranks follow from `rank_offset`."""
-
-    dispatch: int
-    op_id: str
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
-    group_name: str
-    backend: str
-
-
-class DestroyWeightsGroupReq(msgspec.Struct, frozen=True, tag="destroy_weights_group"):
-    dispatch: int
-    op_id: str
-    group_name: str
-
-
-class ReceiveWeightsReq(msgspec.Struct, frozen=True, tag="receive_weights"):
-    """Take tensors from the trainer, one broadcast each in this order, or all in one ("flattened_bucket")."""
-
-    dispatch: int
-    op_id: str
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    group_name: str
-    load_format: str
-    options: WeightOptions
-
-
-class GetWeightsReq(msgspec.Struct, frozen=True, tag="get_weights"):
-    """The first rows of one tensor, as numbers."""
-
-    dispatch: int
-    op_id: str
-    name: str
-    truncate_size: int
-
-
-class ChecksumWeightsReq(msgspec.Struct, frozen=True, tag="checksum_weights"):
-    """A checksum of every tensor; see `engine.weight_sync.checksum`."""
-
-    dispatch: int
-    op_id: str
-
-
-class ReleaseMemoryReq(msgspec.Struct, frozen=True, tag="release_memory"):
-    """Give the memory of `tags` ("weights", "kv_cache") back to the device; only when no request runs or waits."""
-
-    dispatch: int
-    op_id: str
-    tags: list[str]
-
-
-class ResumeMemoryReq(msgspec.Struct, frozen=True, tag="resume_memory"):
-    """Take it again: the KV pool empty, the weights to be filled by one complete update."""
-
-    dispatch: int
-    op_id: str
-    tags: list[str]
-
-
-WeightUpdate = LoadWeightsReq | ReceiveWeightsReq
-RankOperation = (
-    LoadWeightsReq
-    | InitWeightsGroupReq
-    | DestroyWeightsGroupReq
-    | ReceiveWeightsReq
-    | GetWeightsReq
-    | ChecksumWeightsReq
-    | ReleaseMemoryReq
-    | ResumeMemoryReq
-)
+    operation: ControlOperation
 
 
 class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -243,29 +129,7 @@ class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
     dispatch: int
 
 
-# What is sent to all leaders and takes effect at one step; what asks whether anybody has requests, or (the end of a pause)
-# must not overtake the answer that does.
-RANK_OPERATIONS = get_args(RankOperation)
-CONTROL_OPERATIONS = (
-    AbortReq,
-    FlushCacheReq,
-    PauseGenerationReq,
-    ContinueGenerationReq,
-    ShutdownReq,
-    *RANK_OPERATIONS,
-)
-ASKING_FOR_IDLE = (FlushCacheReq, ContinueGenerationReq, LoadWeightsReq, ReceiveWeightsReq, ReleaseMemoryReq)
-
-NumberedMessage = (
-    TokenizedGenerateReqInput
-    | DispatchNotice
-    | AbortReq
-    | FlushCacheReq
-    | PauseGenerationReq
-    | ContinueGenerationReq
-    | ShutdownReq
-    | RankOperation
-)
+NumberedMessage = TokenizedGenerateReqInput | DispatchNotice | AbortReq | ControlReq | ShutdownReq
 FrontendMessage = NumberedMessage | GetInternalStateReq
 
 

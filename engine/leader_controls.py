@@ -10,22 +10,23 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .agreement import Agreement
+from .control_operations import (
+    ContinueGeneration,
+    ControlOperation,
+    DestroyWeightsUpdateGroup,
+    FlushCache,
+    PauseGeneration,
+    ReleaseMemoryOccupation,
+    UpdateWeightsFromDistributed,
+)
 from .io_struct import (
-    RANK_OPERATIONS,
     AbortReq,
     BeforeEvent,
     CacheFlushed,
-    ContinueGenerationReq,
     ControlReply,
-    DestroyWeightsGroupReq,
+    ControlReq,
     FinishReason,
-    FlushCacheReq,
     Hold,
-    LoadWeightsReq,
-    PauseGenerationReq,
-    RankOperation,
-    ReceiveWeightsReq,
-    ReleaseMemoryReq,
     ReqFinished,
 )
 from .leader_place import DpPlace, Endpoints
@@ -45,7 +46,7 @@ class Operations(Protocol):
         """Why nobody may generate; None if nothing stands against it."""
         ...
 
-    def run(self, op: RankOperation) -> Outcome | None:
+    def run(self, op_id: str, op: ControlOperation) -> Outcome | None:
         """The outcome; None: it will be told later."""
         ...
 
@@ -64,13 +65,6 @@ class Steps(Protocol):
     def note(self, event: BeforeEvent) -> None: ...
 
     def record_idle(self, finished: list[ReqFinished]) -> None: ...
-
-
-def empties_cache(op: RankOperation) -> bool:
-    """Whether the prefix cache is empty after the operation."""
-    if isinstance(op, ReleaseMemoryReq):
-        return "kv_cache" in op.tags
-    return isinstance(op, (LoadWeightsReq, ReceiveWeightsReq)) and op.options.flush_cache
 
 
 class LeaderControls:
@@ -100,12 +94,12 @@ class LeaderControls:
         self._num_weight_updates = 0
         self._is_paused = False
         self._unanswered_pauses: list[str] = []
-        self.handlers: dict[type, Callable[..., None]] = {
-            AbortReq: self._on_abort,
-            FlushCacheReq: self._on_flush_cache,
-            PauseGenerationReq: self._on_pause,
-            ContinueGenerationReq: self._on_continue,
-            **dict.fromkeys(RANK_OPERATIONS, self._on_rank_operation),
+        self.handlers: dict[type, Callable[..., None]] = {AbortReq: self._on_abort, ControlReq: self._on_control}
+        # What leaders do by themselves; anything else is for all ranks.
+        self._own_operations: dict[type, Callable[..., None]] = {
+            FlushCache: self._on_flush_cache,
+            PauseGeneration: self._on_pause,
+            ContinueGeneration: self._on_continue,
         }
 
     @property
@@ -142,14 +136,18 @@ class LeaderControls:
             finished.append(self._committer.finish(req))
         self._steps.record_idle(finished)
 
-    def _on_flush_cache(self, message: FlushCacheReq) -> None:
+    def _on_control(self, message: ControlReq) -> None:
+        handler = self._own_operations.get(type(message.operation), self._on_rank_operation)
+        handler(message.op_id, message.operation)
+
+    def _on_flush_cache(self, op_id: str, op: FlushCache) -> None:
         """All leaders decide alike, from what the agreement says of all; the first one answers. Requests that wait, as
         after a pause that took their pages, hold none."""
         num_running = self._steps.agreement.num_running
         if num_running == 0:
             self._empty_cache()
         text = f"not flushed: {num_running} requests run" if num_running else "cache flushed"
-        self._reply(message.op_id, Outcome(num_running == 0, text))
+        self._reply(op_id, Outcome(num_running == 0, text))
 
     def _empty_cache(self) -> None:
         """Nobody runs, anywhere."""
@@ -165,20 +163,20 @@ class LeaderControls:
             reply = ControlReply(op_id, outcome.success, outcome.message, hold=self.hold, payload=outcome.payload)
             self._endpoints.frontend.send(reply)
 
-    def _on_pause(self, message: PauseGenerationReq) -> None:
+    def _on_pause(self, op_id: str, op: PauseGeneration) -> None:
         self._steps.commit_all()
         finished: list[ReqFinished] = []
-        if message.mode == "abort":
+        if op.mode == "abort":
             for req in self._queues.matching(""):
                 req.finish_reason = FinishReason("abort", message="aborted by a pause")
                 finished.append(self._committer.finish(req))
-        elif message.mode == "retract":
+        elif op.mode == "retract":
             for event in self._planner.retract_running():
                 self._steps.note(event)
         if finished or self._steps.has_notes:
             self._steps.record_idle(finished)
         self._is_paused = True
-        self._unanswered_pauses.append(message.op_id)
+        self._unanswered_pauses.append(op_id)
 
     def answer_pauses(self, agreement: Agreement) -> None:
         """After the first agreement of a pause, which says how many requests all leaders have kept."""
@@ -186,46 +184,46 @@ class LeaderControls:
             self._reply(op_id, Outcome(True, f"paused: {agreement.num_reqs} requests are kept"))
         self._unanswered_pauses.clear()
 
-    def _on_continue(self, message: ContinueGenerationReq) -> None:
+    def _on_continue(self, op_id: str, op: ContinueGeneration) -> None:
         hold = self.hold
         if hold is None:
             self._is_paused = False
-        self._reply(message.op_id, Outcome(hold is None, "generation goes on" if hold is None else hold.message))
+        self._reply(op_id, Outcome(hold is None, "generation goes on" if hold is None else hold.message))
 
-    def _on_rank_operation(self, op: RankOperation) -> None:
+    def _on_rank_operation(self, op_id: str, op: ControlOperation) -> None:
         """Between two steps: what was launched before is committed under the weights that it ran with."""
         self._steps.commit_all()
         refusal = self._refusal_of(op)
         if refusal is not None:
-            if isinstance(op, ReceiveWeightsReq):
+            if isinstance(op, UpdateWeightsFromDistributed):
                 # The trainer may have begun to send; see `GroupRegistry.discard`.
-                left = self._run_on_all_ranks(DestroyWeightsGroupReq(op.dispatch, op.op_id, op.group_name))
+                left = self._run_on_all_ranks(op_id, DestroyWeightsUpdateGroup(op.group_name))
                 if left is not None and left.success:
                     refusal += f"; group {op.group_name!r} is left, join it again"
-            self._reply(op.op_id, Outcome(False, refusal))
+            self._reply(op_id, Outcome(False, refusal))
             return
-        outcome = self._run_on_all_ranks(op)
+        outcome = self._run_on_all_ranks(op_id, op)
         if outcome is None:
             return
-        if outcome.success and empties_cache(op):
+        if outcome.success and op.empties_cache:
             self._empty_cache()
         if outcome.weight_version is not None:
             self.weight_version = outcome.weight_version
             self._num_weight_updates += 1
-        self._reply(op.op_id, outcome)
+        self._reply(op_id, outcome)
 
-    def _run_on_all_ranks(self, op: RankOperation) -> Outcome | None:
+    def _run_on_all_ranks(self, op_id: str, op: ControlOperation) -> Outcome | None:
         assert self._operations is not None
         for peer in self._endpoints.peers:
-            peer.send(PeerOperation(op))
-        return self._operations.run(op)
+            peer.send(PeerOperation(op_id, op))
+        return self._operations.run(op_id, op)
 
-    def _refusal_of(self, op: RankOperation) -> str | None:
+    def _refusal_of(self, op: ControlOperation) -> str | None:
         """Why the operation cannot be done now, by what the agreement says of all leaders."""
-        if isinstance(op, ReleaseMemoryReq) and self._steps.agreement.num_reqs:
+        if isinstance(op, ReleaseMemoryOccupation) and self._steps.agreement.num_reqs:
             return f"memory is released only when nothing runs or waits: {self._steps.agreement.num_reqs} requests do"
         num_running = self._steps.agreement.num_running
-        if empties_cache(op) and num_running:
+        if op.empties_cache and num_running:
             return (
                 f"flush_cache: must be false while requests run, {num_running} do; or pause with mode 'retract' or 'abort' "
                 "first"

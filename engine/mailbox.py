@@ -13,12 +13,16 @@ from typing import Protocol
 
 from .agreement import Agreement
 from .io_struct import (
-    ASKING_FOR_IDLE,
-    CONTROL_OPERATIONS,
+    AbortReq,
+    ControlReq,
     FrontendMessage,
     GetInternalStateReq,
     NumberedMessage,
+    ShutdownReq,
 )
+
+# What is sent to all leaders and takes effect at one step.
+ALIGNED = (AbortReq, ControlReq, ShutdownReq)
 
 
 class Inbox(Protocol):
@@ -58,8 +62,8 @@ class Mailbox:
             yield self._questions.popleft()
         while self._backlog:
             message = self._backlog[0]
-            if isinstance(message, CONTROL_OPERATIONS) and not agreement.allows(
-                message.dispatch, asks_for_idle=isinstance(message, ASKING_FOR_IDLE)
+            if isinstance(message, ALIGNED) and not agreement.allows(
+                message.dispatch, asks_for_idle=isinstance(message, ControlReq) and message.operation.asks_for_idle
             ):
                 return
             self._backlog.popleft()

@@ -13,19 +13,21 @@ import msgspec
 
 from ..parallel.mesh import ParallelMesh
 from .config import EngineConfig
-from .device_memory import DeviceMemory, check_tags
-from .io_struct import (
-    ChecksumWeightsReq,
-    DestroyWeightsGroupReq,
-    GetWeightsReq,
-    Hold,
-    InitWeightsGroupReq,
-    LoadWeightsReq,
-    RankOperation,
-    ReceiveWeightsReq,
-    ReleaseMemoryReq,
-    ResumeMemoryReq,
+from .control_operations import (
+    CheckWeights,
+    ControlOperation,
+    DestroyWeightsUpdateGroup,
+    GetWeightsByName,
+    InitWeightsUpdateGroup,
+    ReleaseMemoryOccupation,
+    ResumeMemoryOccupation,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
+    WeightUpdate,
 )
+from .device_memory import DeviceMemory, check_tags
+from .io_struct import Hold
 from .model_runner import ModelRunner
 from .weight_sync.group_registry import GroupRegistry
 from .weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
@@ -52,21 +54,24 @@ class RankOperations:
         self._groups = GroupRegistry(mesh, config.weight_sync_timeout_s, config.weight_sync_groups)
         self._receiver = WeightReceiver(runner.model, mesh, self._groups)
         self._memory = DeviceMemory(runner.model, runner.kv_store)
-        self._actions: dict[type, Callable[..., Outcome | None]] = {
-            LoadWeightsReq: self._update,
-            ReceiveWeightsReq: self._update,
-            InitWeightsGroupReq: self._init_group,
-            DestroyWeightsGroupReq: self._destroy_group,
-            GetWeightsReq: self._get_weights,
-            ChecksumWeightsReq: self._checksum,
-            ReleaseMemoryReq: self._release,
-            ResumeMemoryReq: self._resume,
+        self._actions: dict[type, Callable[..., Outcome]] = {
+            UpdateWeightsFromDisk: self._update,
+            UpdateWeightsFromTensor: self._update,
+            UpdateWeightsFromDistributed: self._update,
+            DestroyWeightsUpdateGroup: self._destroy_group,
+            GetWeightsByName: self._get_weights,
+            CheckWeights: self._checksum,
+            ReleaseMemoryOccupation: self._release,
+            ResumeMemoryOccupation: self._resume,
         }
 
-    def run(self, op: RankOperation) -> Outcome | None:
+    def run(self, op_id: str, op: ControlOperation) -> Outcome | None:
         """The outcome, the same on every rank; None: it will be told later. A `ValueError` of an action is a refusal, which
         all ranks come to alike."""
         try:
+            if isinstance(op, InitWeightsUpdateGroup):
+                self._init_group(op_id, op)
+                return None
             return self._actions[type(op)](op)
         except ValueError as error:
             return Outcome(False, str(error))
@@ -81,7 +86,7 @@ class RankOperations:
         assert self._memory.hold is not None
         return self._memory.hold.message
 
-    def _update(self, op: LoadWeightsReq | ReceiveWeightsReq) -> Outcome:
+    def _update(self, op: WeightUpdate) -> Outcome:
         if "weights" in self._memory.released:
             return Outcome(False, self._memory_message + self._receiver.leave_group(op))
         return self._receiver.update(op)
@@ -101,17 +106,16 @@ class RankOperations:
         if verdict.error is not None:
             raise ValueError(verdict.error)
 
-    def _init_group(self, op: InitWeightsGroupReq) -> Outcome | None:
+    def _init_group(self, op_id: str, op: InitWeightsUpdateGroup) -> None:
         self._agreed(lambda: self._groups.check(op))
 
         def done(error: str | None) -> None:
             if self._mesh.world.rank == 0:
-                self._answer_later(op.op_id, Outcome(error is None, error or f"group {op.group_name!r} is joined"))
+                self._answer_later(op_id, Outcome(error is None, error or f"group {op.group_name!r} is joined"))
 
         self._groups.join(op, done)
-        return None
 
-    def _destroy_group(self, op: DestroyWeightsGroupReq) -> Outcome:
+    def _destroy_group(self, op: DestroyWeightsUpdateGroup) -> Outcome:
         """Left where it was joined: after a join that failed on some ranks the others must not keep it."""
         was_joined = self._groups.discard(op.group_name)
         verdict = exchange_reports(RankReport(num_changed=int(was_joined)), self._mesh.world)
@@ -119,7 +123,7 @@ class RankOperations:
             raise ValueError(f"group_name: {op.group_name!r} was not joined")
         return Outcome(True, f"group {op.group_name!r} is left")
 
-    def _get_weights(self, op: GetWeightsReq) -> Outcome:
+    def _get_weights(self, op: GetWeightsByName) -> Outcome:
         self._check_weights_are_there()
         weight = self._receiver.known.get(op.name)
         if weight is None:
@@ -133,7 +137,7 @@ class RankOperations:
         rows = join_rows([report.payload for report in verdict.reports], weight.shape, op.truncate_size)
         return Outcome(True, payload=msgspec.json.encode(rows.tolist()))
 
-    def _checksum(self, op: ChecksumWeightsReq) -> Outcome:
+    def _checksum(self, op: CheckWeights) -> Outcome:
         self._check_weights_are_there()
         weights = self._receiver.weights
         verdict = exchange_reports(RankReport(payload=piece_checksums(weights)), self._mesh.world)
@@ -144,17 +148,17 @@ class RankOperations:
         if "weights" in self._memory.released:
             raise ValueError(self._memory_message)
 
-    def _release(self, op: ReleaseMemoryReq) -> Outcome:
-        check_tags(op.tags)
+    def _release(self, op: ReleaseMemoryOccupation) -> Outcome:
+        check_tags(op.owners)
         self._runner.drop_graphs()
-        self._memory.release(op.tags)
-        return Outcome(True, f"released {', '.join(op.tags)}")
+        self._memory.release(op.owners)
+        return Outcome(True, f"released {', '.join(op.owners)}")
 
-    def _resume(self, op: ResumeMemoryReq) -> Outcome:
-        check_tags(op.tags)
-        resumed = self._memory.resume(op.tags)
+    def _resume(self, op: ResumeMemoryOccupation) -> Outcome:
+        check_tags(op.owners)
+        resumed = self._memory.resume(op.owners)
         if "weights" in resumed:
             self._receiver.progress.void()
         if resumed and not self._memory.released:
             self._runner.make_graphs()
-        return Outcome(True, f"resumed {', '.join(op.tags)}")
+        return Outcome(True, f"resumed {', '.join(op.owners)}")

@@ -236,7 +236,7 @@ def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context
         if isinstance(message, StopPeers):
             return
         if isinstance(message, PeerOperation):
-            operations.run(message.operation)
+            operations.run(message.op_id, message.operation)
         elif isinstance(message, ScheduleBatch):
             runner.result(runner.launch(message))
 

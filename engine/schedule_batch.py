@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from .io_struct import FinishReason, OutputOptions, RankOperation, ReqStarted, SamplingParams, TokenizedGenerateReqInput
+from .control_operations import ControlOperation
+from .io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams, TokenizedGenerateReqInput
 from .kv_cache.page_pool import Pages, no_pages
 from .kv_cache.radix_cache import Node
 
@@ -67,7 +68,8 @@ class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
 class PeerOperation(msgspec.Struct, frozen=True, array_like=True, tag="operation"):
     """What every rank of the world does between two steps."""
 
-    operation: RankOperation
+    op_id: str
+    operation: ControlOperation
 
 
 PeerMessage = ScheduleBatch | PeerOperation | StopPeers

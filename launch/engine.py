@@ -12,14 +12,17 @@ import atexit
 import concurrent.futures
 import logging
 import queue
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from ..engine.config import EngineConfig
+from ..engine.control_methods import ControlMethods
+from ..engine.control_operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
 from ..engine.detokenizer import load_tokenizer
 from ..engine.generate_request import GenerateReqInput, parse_generate_request
-from ..engine.io_struct import ControlReply, WeightOptions
 from ..engine.routing.wire import RoutedExperts
 from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
 from ..engine.vital import start_vital_thread
@@ -37,7 +40,7 @@ Result = Any
 Prompt = str | list[str] | None
 
 
-class Engine:
+class Engine(ControlMethods):
     """An engine and its processes.
 
     Args:
@@ -179,14 +182,6 @@ class Engine:
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    def flush_cache(self) -> None:
-        """Empty the prefix cache. Requests that wait hold none of it, also after a pause with "retract".
-
-        Raises:
-            RuntimeError: requests run.
-        """
-        self._done(self._manager.controls.flush_cache())
-
     def abort_request(self, rid: str = "", *, abort_all: bool = False) -> None:
         """Abort requests whose rid starts with `rid`, or all of them; their callers get what there is."""
 
@@ -194,40 +189,6 @@ class Engine:
             self._manager.abort_request(rid, abort_all=abort_all)
 
         self._call(abort())
-
-    def pause_generation(self, mode: str = "abort") -> None:
-        """Launch no step until `continue_generation`: "abort" ends requests, "retract" keeps them and takes their pages,
-        "in_place" leaves everything where it is."""
-        self._done(self._manager.controls.pause_generation(mode))
-
-    def continue_generation(self) -> None:
-        """
-        Raises:
-            RuntimeError: the weights are not whole, or memory is released.
-        """
-        self._done(self._manager.controls.continue_generation())
-
-    def update_weights_from_disk(
-        self,
-        model_path: str,
-        *,
-        flush_cache: bool = True,
-        weight_version: str | None = None,
-        abort_all_requests: bool = False,
-    ) -> None:
-        """All weights, from a checkpoint folder. Unless the engine is paused, what runs comes to its end first.
-
-        Raises:
-            RuntimeError: it was refused, and the old weights serve; or the message says what the engine waits for.
-        """
-        self._done(
-            self._manager.controls.update_weights_from_disk(
-                str(Path(model_path).resolve()),
-                flush_cache=flush_cache,
-                weight_version=weight_version,
-                abort_all_requests=abort_all_requests,
-            )
-        )
 
     def update_weights_from_tensor(
         self,
@@ -246,109 +207,21 @@ class Engine:
         # A program that calls an engine needs no torch until it brings tensors.
         from ..engine.weight_sync.shared_file import shared_safetensors  # noqa: PLC0415
 
-        options = WeightOptions(flush_cache, weight_version, is_last)
         with shared_safetensors(named_tensors) as path:
-            self._done(self._manager.controls.update_weights_from_file(path, options))
-
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        group_name: str = "weight_update_group",
-        backend: str = "gloo",
-    ) -> None:
-        """Join a trainer's group, whose rank 0 the trainer is; waits until it has come together.
-
-        Raises:
-            RuntimeError: it has not.
-        """
-        self._done(
-            self._manager.controls.init_weights_update_group(
-                master_address=master_address,
-                master_port=master_port,
-                rank_offset=rank_offset,
-                world_size=world_size,
-                group_name=group_name,
-                backend=backend,
+            self._control(
+                UpdateWeightsFromTensor(
+                    path=path, flush_cache=flush_cache, weight_version=weight_version, is_last=is_last
+                )
             )
-        )
 
-    def update_weights_from_distributed(
-        self,
-        names: list[str],
-        dtypes: list[str],
-        shapes: list[list[int]],
-        group_name: str = "weight_update_group",
-        *,
-        load_format: str | None = None,
-        flush_cache: bool = True,
-        weight_version: str | None = None,
-        is_last: bool = False,
-    ) -> None:
-        """Take tensors that the trainer broadcasts at the same time; see `engine.weight_sync.sender`.
-
-        Raises:
-            RuntimeError: as `update_weights_from_disk`.
-        """
-        self._done(
-            self._manager.controls.update_weights_from_distributed(
-                names,
-                dtypes,
-                shapes,
-                group_name=group_name,
-                options=WeightOptions(flush_cache, weight_version, is_last),
-                load_format=load_format,
-            )
-        )
-
-    def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
-        """
-        Raises:
-            RuntimeError: no such group was joined.
-        """
-        self._done(self._manager.controls.destroy_weights_update_group(group_name))
-
-    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
-        """The first rows of a tensor, as nested lists of numbers, None where they are not finite.
-
-        Raises:
-            RuntimeError: the model has no such tensor.
-        """
-        reply, rows = self._call(self._manager.controls.get_weights_by_name(name, truncate_size))
-        self._check(reply)
-        return rows
-
-    def checksum_weights(self) -> dict[str, str]:
-        """A checksum by tensor; `engine.weight_sync.checksum` makes the same of a trainer's.
-
-        Raises:
-            RuntimeError: ranks that must hold the same do not.
-        """
-        reply, checksums = self._call(self._manager.controls.checksum_weights())
-        self._check(reply)
-        return checksums
-
-    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
-        """Give the memory of "weights" and "kv_cache", or one of them, back to the device, while nothing runs.
-
-        Raises:
-            RuntimeError: requests run or wait.
-        """
-        self._done(self._manager.controls.release_memory_occupation(tags))
-
-    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
-        """Take it again. Weights are to be filled by one complete update before the engine generates."""
-        self._done(self._manager.controls.resume_memory_occupation(tags))
-
-    def _done(self, operation: Coroutine[Any, Any, ControlReply]) -> None:
-        self._check(self._call(operation))
-
-    @staticmethod
-    def _check(reply: ControlReply) -> None:
+    def _control(self, operation: ControlOperation) -> Any:
+        if isinstance(operation, UpdateWeightsFromDisk):
+            # The ranks have working directories of their own.
+            operation = msgspec.structs.replace(operation, model_path=str(Path(operation.model_path).resolve()))
+        reply = self._call(self._manager.controls.run(operation))
         if not reply.success:
             raise RuntimeError(reply.message)
+        return msgspec.json.decode(reply.payload) if reply.payload else None
 
     def get_server_info(self) -> dict[str, Any]:
         """Sizes, counters and state of the engine."""

@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from ..engine.chat_template import ChatTemplate, load_chat_template
 from ..engine.config import EngineConfig
+from ..engine.control_operations import FlushCache
 from ..engine.detokenizer import load_tokenizer
 from ..engine.generate_request import parse_generate_request
 from ..engine.heartbeat import Heartbeat, table_of_this_run
@@ -81,7 +82,7 @@ class Rollout:
         )
         seconds = time.perf_counter() - began
         check = progress.add_task("fresh prefill", total=self._options.conversations)
-        flushed = await self._manager.controls.flush_cache()
+        flushed = await self._manager.controls.run(FlushCache())
         if not flushed.success:
             raise RuntimeError(flushed.message)
         differing = 0

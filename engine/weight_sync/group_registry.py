@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from ...parallel.mesh import ParallelMesh
-from ..io_struct import InitWeightsGroupReq
+from ..control_operations import InitWeightsUpdateGroup
 from ..vital import start_vital_thread
 from .update_group import UpdateGroup, check_backend
 
@@ -28,7 +28,7 @@ class GroupRegistry:
         # By name, of the groups that there are: names are the trainers' choice, and any number of them may come.
         self._serials: dict[str, int] = {}
 
-    def check(self, op: InitWeightsGroupReq) -> None:
+    def check(self, op: InitWeightsUpdateGroup) -> None:
         """
         Raises:
             ValueError: the request does not fit this engine, or the name is taken.
@@ -53,14 +53,14 @@ class GroupRegistry:
                 f"{op.world_size} (world_size)"
             )
 
-    def join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
+    def join(self, op: InitWeightsUpdateGroup, done: Callable[[str | None], None]) -> None:
         """Join in the background; `done` hears there why it failed, or None."""
         self._pending.add(op.group_name)
         self._num_joins += 1
         self._serials[op.group_name] = self._num_joins
         start_vital_thread(lambda: self._join(op, done), f"join {op.group_name}")
 
-    def _join(self, op: InitWeightsGroupReq, done: Callable[[str | None], None]) -> None:
+    def _join(self, op: InitWeightsUpdateGroup, done: Callable[[str | None], None]) -> None:
         error = None
         first, world = op.rank_offset, self._mesh.world
         try:

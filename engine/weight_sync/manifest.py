@@ -15,7 +15,6 @@ from ..io_struct import Hold, HoldKind
 NUM_NAMES_SHOWN = 3
 # Names of dtypes that may be sent, as torch has them, and their bytes.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-LOAD_FORMATS = ("auto", "flattened_bucket")
 
 
 class Shaped(Protocol):

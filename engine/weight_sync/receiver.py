@@ -16,7 +16,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...parallel.mesh import ParallelMesh
-from ..io_struct import ReceiveWeightsReq, WeightUpdate
+from ..control_operations import (
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
+    WeightUpdate,
+)
 from ..models.causal_lm import CausalLM
 from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
 from .group_registry import GroupRegistry
@@ -66,7 +71,7 @@ class WeightReceiver:
 
     def leave_group(self, op: WeightUpdate) -> str:
         """After a bucket was refused or broke off: see `GroupRegistry.discard`. In words, if there was a group."""
-        if isinstance(op, ReceiveWeightsReq) and self._groups.discard(op.group_name):
+        if isinstance(op, UpdateWeightsFromDistributed) and self._groups.discard(op.group_name):
             return f"; group {op.group_name!r} is left, join it again"
         return ""
 
@@ -75,22 +80,22 @@ class WeightReceiver:
         Raises:
             ValueError: the update does not fit the model; nothing was read.
         """
-        if isinstance(op, ReceiveWeightsReq):
+        if isinstance(op, UpdateWeightsFromDistributed):
             specs = parse_specs(op.names, op.dtypes, op.shapes)
             check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
             group = self._groups.get(op.group_name)
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
             names = self._covered(spec.name for spec in specs)
         else:
-            checkpoint = open_checkpoint(op.path, whole=op.whole)
-            if op.whole:
+            checkpoint = open_files(op)
+            if isinstance(op, UpdateWeightsFromDisk):
                 check_tensors(self.weights, checkpoint, self._ignored)
             shapes = [(name, tuple(source.shape)) for name, source in checkpoint.tensors()]
             check_specs(shapes, self.known, self._ignored)
             check_dtypes(checkpoint.tensors())
             transfer = FileTransfer(checkpoint)
             names = self._covered(name for name, _ in shapes)
-        self.progress.check(names, op.options.weight_version, self._source_of(op), is_last=op.options.is_last)
+        self.progress.check(names, op.weight_version, self._source_of(op), is_last=op.ends_update)
         return names, transfer
 
     def _covered(self, names: Iterable[str]) -> frozenset[str]:
@@ -132,18 +137,26 @@ class WeightReceiver:
 
     def _source_of(self, op: WeightUpdate) -> str:
         """A trainer that has started again joins another group, be it of the same name."""
-        return f"{op.group_name} {self._groups.serial(op.group_name)}" if isinstance(op, ReceiveWeightsReq) else "files"
+        if isinstance(op, UpdateWeightsFromDistributed):
+            return f"{op.group_name} {self._groups.serial(op.group_name)}"
+        return "files"
 
     def _conclude(self, names: frozenset[str], op: WeightUpdate, seconds: float) -> Outcome:
-        options = op.options
-        if not names and not options.is_last:
+        if not names and not op.ends_update:
             return Outcome(True, "the model uses none of these tensors")
-        self.progress.receive(names, options.weight_version, self._source_of(op), is_last=options.is_last)
+        self.progress.receive(names, op.weight_version, self._source_of(op), is_last=op.ends_update)
         text = f"{len(names)} tensors in {seconds:.3f} s"
         if not self.progress.is_complete:
             return Outcome(True, f"{text}; {len(self.progress.missing)} are still to come")
         self._num_updates += 1
         return Outcome(True, text, self.progress.version or f"update-{self._num_updates}")
+
+
+def open_files(op: WeightUpdate) -> Checkpoint:
+    if isinstance(op, UpdateWeightsFromDisk):
+        return open_checkpoint(op.model_path, whole=True)
+    assert isinstance(op, UpdateWeightsFromTensor) and op.path is not None
+    return open_checkpoint(op.path, whole=False)
 
 
 def open_checkpoint(path: str, *, whole: bool) -> Checkpoint:

@@ -18,11 +18,12 @@ import torch
 
 from waybill.engine.agreement import Agreement, Proposal
 from waybill.engine.config import EngineConfig
+from waybill.engine.control_operations import FlushCache
 from waybill.engine.io_struct import (
     AbortReq,
     ControlReply,
+    ControlReq,
     FinishReason,
-    FlushCacheReq,
     FrontendMessage,
     GetInternalStateReq,
     OutputBatch,
@@ -162,7 +163,7 @@ class Frontend:
         self.link.send_to_all(lambda number: AbortReq(number, rid, abort_all))
 
     def flush(self, op_id: str) -> None:
-        self.link.send_to_all(lambda number: FlushCacheReq(number, op_id))
+        self.link.send_to_all(lambda number: ControlReq(number, op_id, FlushCache()))
 
     def ask(self, dp_rank: int, op_id: str) -> None:
         self.link.ask(dp_rank, GetInternalStateReq(op_id))
@@ -225,14 +226,15 @@ class Leader:
             place=DpPlace(dp_rank, config.dp_size, config.tp_size),
         )
         handlers = self.scheduler._handlers
-        for kind in (AbortReq, FlushCacheReq, ShutdownReq):
-            handlers[kind] = self._watched(kind.__name__, handlers[kind])
+        for kind in (AbortReq, ControlReq, ShutdownReq):
+            handlers[kind] = self._watched(handlers[kind])
 
-    def _watched(self, kind: str, handler: Callable[..., None]) -> Callable[..., None]:
-        def handle(message: AbortReq | FlushCacheReq | ShutdownReq) -> None:
+    def _watched(self, handler: Callable[..., None]) -> Callable[..., None]:
+        def handle(message: AbortReq | ControlReq | ShutdownReq) -> None:
+            kind = type(message.operation if isinstance(message, ControlReq) else message).__name__
             self.applied.append(Applied(kind, message.dispatch, self.num_agreements, self._group.alive))
             handler(message)
-            if kind == "FlushCacheReq" and not self._group.alive:
+            if kind == "FlushCache" and not self._group.alive:
                 assert self.pages.pool.num_free == self.pages.pool.num_pages, "a flush leaves pages behind"
 
         return handle

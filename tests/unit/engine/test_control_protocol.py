@@ -13,18 +13,16 @@ from hypothesis import strategies as st
 from support.dp_harness import DpGroup, Leader
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import (
-    ContinueGenerationReq,
-    DestroyWeightsGroupReq,
-    Hold,
-    HoldKind,
-    LoadWeightsReq,
-    PauseGenerationReq,
-    RankOperation,
-    ReceiveWeightsReq,
-    ReleaseMemoryReq,
-    WeightOptions,
+from waybill.engine.control_operations import (
+    ContinueGeneration,
+    ControlOperation,
+    DestroyWeightsUpdateGroup,
+    PauseGeneration,
+    ReleaseMemoryOccupation,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
 )
+from waybill.engine.io_struct import ControlReq, Hold, HoldKind
 from waybill.engine.schedule_batch import ScheduleBatch
 from waybill.engine.weight_sync.report import Outcome
 
@@ -38,14 +36,14 @@ class FakeOperations:
 
     leader: Leader
     hold: Hold | None = None
-    done: list[tuple[RankOperation, int]] = field(default_factory=list)
+    done: list[tuple[ControlOperation, int]] = field(default_factory=list)
 
-    def run(self, op: RankOperation) -> Outcome | None:
+    def run(self, op_id: str, op: ControlOperation) -> Outcome | None:
         assert not self.leader.scheduler._in_flight, "a step is in flight under weights that change"
         self.done.append((op, self.leader.num_agreements))
-        if isinstance(op, LoadWeightsReq):
-            self.hold = INCOMPLETE if op.path == "open" else None
-            return Outcome(True, "updated", None if self.hold else op.options.weight_version)
+        if isinstance(op, UpdateWeightsFromDisk):
+            self.hold = INCOMPLETE if op.model_path == "open" else None
+            return Outcome(True, "updated", None if self.hold else op.weight_version)
         return Outcome(True, "done")
 
 
@@ -104,15 +102,17 @@ class ControlledGroup(DpGroup):
     def shipped_versions(self, rid: str) -> list[str]:
         return [version for version, start, end in self.versions.get(rid, []) for _ in range(start, end)]
 
+    def control(self, op_id: str, operation: ControlOperation) -> None:
+        self.frontend.link.send_to_all(lambda number: ControlReq(number, op_id, operation))
+
     def pause(self, op_id: str, mode: str) -> None:
-        self.frontend.link.send_to_all(lambda number: PauseGenerationReq(number, op_id, mode))
+        self.control(op_id, PauseGeneration(mode))
 
     def go_on(self, op_id: str) -> None:
-        self.frontend.link.send_to_all(lambda number: ContinueGenerationReq(number, op_id))
+        self.control(op_id, ContinueGeneration())
 
     def update(self, op_id: str, version: str, path: str = "whole", *, flush: bool = False) -> None:
-        options = WeightOptions(flush, version)
-        self.frontend.link.send_to_all(lambda number: LoadWeightsReq(number, op_id, path, True, options))
+        self.control(op_id, UpdateWeightsFromDisk(path, flush_cache=flush, weight_version=version))
 
     def check_answers(self) -> None:
         for rid, answer in self.frontend.answers.items():
@@ -275,11 +275,8 @@ def test_what_flushes_is_refused_while_anybody_runs(dp_size: int) -> None:
     group.pause("again", "in_place")
     group.update("flushing", "v1", flush=True)
     group.frontend.flush("flush")
-    group.frontend.link.send_to_all(lambda number: ReleaseMemoryReq(number, "release", ["weights"]))
-    receive = ReceiveWeightsReq(0, "receive", ["a"], ["float32"], [[1]], "group", "auto", WeightOptions(True))
-    group.frontend.link.send_to_all(
-        lambda number: ReceiveWeightsReq(number, *[getattr(receive, name) for name in receive.__struct_fields__[1:]])
-    )
+    group.control("release", ReleaseMemoryOccupation(["weights"]))
+    group.control("receive", UpdateWeightsFromDistributed(["a"], ["float32"], [[1]]))
     group.run_until_rest()
     replies = group.replies()
     assert "flush_cache: must be false while requests run" in replies["flushing"].message
@@ -288,7 +285,7 @@ def test_what_flushes_is_refused_while_anybody_runs(dp_size: int) -> None:
     assert not any(replies[op].success for op in ("flushing", "flush", "release", "receive"))
     # Of a refused bucket nothing is received; but its sender's group is left, on all ranks.
     for operations in group.operations:
-        assert [type(op) for op, _ in operations.done] == [DestroyWeightsGroupReq]
+        assert [type(op) for op, _ in operations.done] == [DestroyWeightsUpdateGroup]
     group.update("keeping", "v2", flush=False)
     group.go_on("go on")
     group.run_until_rest()

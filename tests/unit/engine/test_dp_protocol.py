@@ -17,10 +17,11 @@ from support.replica_harness import EOS, FakeInbox, FakeRunner, FakeSender, Repl
 
 from waybill.engine.agreement import Agreement, Proposal
 from waybill.engine.config import EngineConfig
+from waybill.engine.control_operations import FlushCache
 from waybill.engine.io_struct import (
     AbortReq,
+    ControlReq,
     DispatchNotice,
-    FlushCacheReq,
     FrontendMessage,
     GetInternalStateReq,
     SamplingParams,
@@ -108,7 +109,7 @@ def check_pages(group: DpGroup) -> None:
 def check_flushes(group: DpGroup, op_ids: list[str]) -> None:
     """Answered once each, by success exactly if nobody had requests: none that came before it, and none at all."""
     replies = group.replies()
-    flushes = [applied for applied in group.leaders[0].applied if applied.kind == "FlushCacheReq"]
+    flushes = [applied for applied in group.leaders[0].applied if applied.kind == "FlushCache"]
     assert len(flushes) == len(op_ids)
     for op_id, applied in zip(op_ids, flushes, strict=True):
         assert replies[op_id].success == (not applied.alive)
@@ -459,7 +460,7 @@ def test_the_loop_on_threads_sleeps_wakes_and_ends() -> None:
 
 # --- the mailbox alone ----------------------------------------------------------------------------------------------------
 
-KINDS = st.sampled_from([DispatchNotice, AbortReq, FlushCacheReq, GetInternalStateReq])
+KINDS = st.sampled_from([DispatchNotice, AbortReq, ControlReq, GetInternalStateReq])
 
 
 @given(
@@ -472,8 +473,8 @@ def test_the_mailbox_holds_operations_back_and_keeps_the_order(kinds: list[Any],
     for index, kind in enumerate(kinds):
         if kind is GetInternalStateReq:
             inbox.messages.append(kind(f"q{index}"))
-        elif kind is FlushCacheReq:
-            numbered.append(kind(index + 1, "op"))
+        elif kind is ControlReq:
+            numbered.append(kind(index + 1, "op", FlushCache()))
             inbox.messages.append(numbered[-1])
         else:
             numbered.append(kind(index + 1))
@@ -487,9 +488,9 @@ def test_the_mailbox_holds_operations_back_and_keeps_the_order(kinds: list[Any],
         agreement = Agreement((own, other))
         for message in mailbox.due(agreement):
             handled.append(message)
-            if isinstance(message, (AbortReq, FlushCacheReq)):
+            if isinstance(message, (AbortReq, ControlReq)):
                 assert message.dispatch <= others_seen
-            if isinstance(message, FlushCacheReq):
+            if isinstance(message, ControlReq):
                 assert min(other.applied, own.applied) >= message.dispatch - 1
     questions = [message for message in handled if isinstance(message, GetInternalStateReq)]
     assert handled[: len(questions)] == questions, "a question waits for nothing"

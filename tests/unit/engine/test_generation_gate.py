@@ -9,19 +9,15 @@ from typing import Any
 import pytest
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control_operations import (
+    DestroyWeightsUpdateGroup,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+)
 from waybill.engine.dp_router import DpRouter
 from waybill.engine.engine_controls import EngineControls
 from waybill.engine.generation_gate import GenerationGate, NotDrainedError, UnavailableError
-from waybill.engine.io_struct import (
-    AbortReq,
-    ControlReply,
-    DestroyWeightsGroupReq,
-    Hold,
-    HoldKind,
-    LoadWeightsReq,
-    ReceiveWeightsReq,
-    WeightOptions,
-)
+from waybill.engine.io_struct import AbortReq, ControlReply, ControlReq, Hold, HoldKind
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.reply_box import ReplyBox
 
@@ -148,7 +144,7 @@ def test_a_reply_that_comes_too_late_still_counts() -> None:
     async def scenario() -> None:
         controls, gate, replies, leader = controls_with(lambda message: None, Running())
         with pytest.raises(UnavailableError, match="has not ended within"):
-            await controls.update_weights_from_disk("x")
+            await controls.run(UpdateWeightsFromDisk("x"))
         with pytest.raises(UnavailableError, match="has not ended within"):
             await gate.enter()
         (message,) = leader.messages
@@ -169,13 +165,11 @@ def test_a_bucket_that_never_reached_the_engine_costs_its_group() -> None:
         controls, _, _, leader = controls_with(lambda message: ControlReply(message.op_id, True), Running(1))
         arguments = (["a"], ["float32"], [[1]])
         with pytest.raises(NotDrainedError):
-            await controls.update_weights_from_distributed(*arguments, group_name="g", options=WeightOptions())
-        assert [type(message) for message in leader.messages] == [DestroyWeightsGroupReq]
+            await controls.run(UpdateWeightsFromDistributed(*arguments, "g"))
+        assert [message.operation for message in leader.messages] == [DestroyWeightsUpdateGroup("g")]
         with pytest.raises(ValueError, match="load_format='colour'"):
-            await controls.update_weights_from_distributed(
-                *arguments, group_name="g", options=WeightOptions(), load_format="colour"
-            )
-        assert not any(isinstance(message, ReceiveWeightsReq) for message in leader.messages)
+            await controls.run(UpdateWeightsFromDistributed(*arguments, load_format="colour"))
+        assert len(leader.messages) == 1
 
     asyncio.run(scenario())
 
@@ -191,7 +185,7 @@ def test_abort_all_requests_comes_before_the_update() -> None:
             return ControlReply(message.op_id, True)
 
         controls, _, _, leader = controls_with(answer, running)
-        assert (await controls.update_weights_from_disk("x", abort_all_requests=True)).success
-        assert [type(message) for message in leader.messages] == [AbortReq, LoadWeightsReq]
+        assert (await controls.run(UpdateWeightsFromDisk("x", abort_all_requests=True))).success
+        assert [type(message) for message in leader.messages] == [AbortReq, ControlReq]
 
     asyncio.run(scenario())

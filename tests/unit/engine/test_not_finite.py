@@ -12,9 +12,10 @@ import torch
 from support.replica_harness import FakeInbox, FakeSender
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control_operations import FlushCache
 from waybill.engine.io_struct import (
+    ControlReq,
     FinishReason,
-    FlushCacheReq,
     Logprobs,
     OutputOptions,
     SamplingParams,
@@ -101,7 +102,7 @@ class Leader:
 
     def flush(self) -> None:
         self._num_sent += 1
-        self._inbox.messages.append(FlushCacheReq(self._num_sent, "flush"))
+        self._inbox.messages.append(ControlReq(self._num_sent, "flush", FlushCache()))
         self._rest()
 
 

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from support.replica_harness import EOS, Replica, expected_output
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control_operations import FlushCache
 from waybill.engine.decoder_stages import DecoderError
 from waybill.engine.io_struct import (
     AbortReq,
     ControlReply,
+    ControlReq,
     FinishReason,
-    FlushCacheReq,
     Logprobs,
     OutputOptions,
     SamplingParams,
@@ -138,9 +139,9 @@ def test_flush_is_refused_while_a_request_runs() -> None:
     replica = Replica(make_config(), num_pages=64)
     replica.submit("r", list(range(1, 17)), SamplingParams(max_new_tokens=3, ignore_eos=True))
     replica.turn()
-    replica.send(lambda number: FlushCacheReq(number, "early"))
+    replica.send(lambda number: ControlReq(number, "early", FlushCache()))
     replica.run_until_idle()
-    replica.send(lambda number: FlushCacheReq(number, "late"))
+    replica.send(lambda number: ControlReq(number, "late", FlushCache()))
     replica.run_until_idle()
     replies = {reply.op_id: reply.success for reply in replica.frontend.sent if isinstance(reply, ControlReply)}
     assert replies == {"early": False, "late": True}

@@ -21,11 +21,26 @@ from starlette.testclient import TestClient
 
 from waybill.client import EngineControl
 from waybill.engine.config import EngineConfig
+from waybill.engine.control_operations import (
+    CheckWeights,
+    ContinueGeneration,
+    ControlOperation,
+    DestroyWeightsUpdateGroup,
+    FlushCache,
+    GetWeightsByName,
+    InitWeightsUpdateGroup,
+    PauseGeneration,
+    ReleaseMemoryOccupation,
+    ResumeMemoryOccupation,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
+)
 from waybill.engine.engine_controls import EngineControls
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.control import control_router
 from waybill.engine.entrypoints.errors import install_error_handlers
-from waybill.engine.io_struct import ControlReply
+from waybill.engine.io_struct import ControlReply, ControlReq
 from waybill.engine.lanes import Lanes
 from waybill.engine.request_observer import NoObserver
 
@@ -62,17 +77,14 @@ class FakeControls:
 
     def __init__(self, reply: ControlReply) -> None:
         self.reply = reply
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[ControlOperation] = []
 
-    def __getattr__(self, name: str) -> Any:
-        async def call(*arguments: Any, **fields: Any) -> Any:
-            msgspec.msgpack.encode((arguments, fields))
-            self.calls.append((name, arguments, fields))
-            if name == "get_weights_by_name":
-                return self.reply, [[1.0]]
-            return (self.reply, {"a": "0"}) if name == "checksum_weights" else self.reply
-
-        return call
+    async def run(self, operation: ControlOperation) -> ControlReply:
+        message = msgspec.msgpack.encode(ControlReq(1, "op", operation))
+        assert msgspec.msgpack.decode(message, type=ControlReq).operation == operation
+        self.calls.append(operation)
+        payload: Any = [[1.0]] if isinstance(operation, GetWeightsByName) else {"a": "0"}
+        return msgspec.structs.replace(self.reply, payload=msgspec.json.encode(payload))
 
 
 def client_of(reply: ControlReply) -> tuple[TestClient, FakeControls]:
@@ -163,14 +175,21 @@ def test_the_trainers_client_says_what_it_is_told() -> None:
     control.flush_cache()
     control.continue_generation()
     assert control.get_weights_by_name("a") == [[1.0]] and control.checksum_weights() == {"a": "0"}
-    by_name = {name: (arguments, fields) for name, arguments, fields in controls.calls}
-    assert by_name["pause_generation"] == (("in_place",), {})
-    assert by_name["update_weights_from_disk"][1]["flush_cache"] is False
-    assert by_name["update_weights_from_file"][0][1].is_last
-    options = by_name["update_weights_from_distributed"][1]["options"]
-    assert (options.flush_cache, options.weight_version, options.is_last) == (True, "v", False)
-    assert by_name["release_memory_occupation"] == ((["weights"],), {})
-    assert by_name["resume_memory_occupation"] == ((None,), {})
+    tensors = (TENSORS["names"], TENSORS["dtypes"], TENSORS["shapes"], "g", "flattened_bucket")
+    assert controls.calls == [
+        PauseGeneration("in_place"),
+        UpdateWeightsFromDisk("m", weight_version="v", flush_cache=False),
+        UpdateWeightsFromTensor("p", is_last=True),
+        InitWeightsUpdateGroup("h", 1, 1, 3, "g", "gloo"),
+        UpdateWeightsFromDistributed(*tensors, weight_version="v"),
+        DestroyWeightsUpdateGroup("g"),
+        ReleaseMemoryOccupation(["weights"]),
+        ResumeMemoryOccupation(),
+        FlushCache(),
+        ContinueGeneration(),
+        GetWeightsByName("a"),
+        CheckWeights("checksum"),
+    ]
     client, _ = client_of(REFUSED)
     with pytest.raises(RuntimeError, match="HTTP 400: weights: a transfer was torn"):
         EngineControl("http://testserver", transport=through(client)).continue_generation()

@@ -12,11 +12,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from waybill.engine.control_operations import Operation
 from waybill.engine.entrypoints.api_keys import ApiKeys
 from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
+from waybill.engine.io_struct import ControlReply
 from waybill.engine.lanes import Lanes
 
 LOOPBACK = AllowedHosts("127.0.0.1", ("localhost", "box", "waybill.example", "*.cluster.local"))
@@ -33,12 +35,9 @@ class FakeControls:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def __getattr__(self, name: str) -> Any:
-        async def call(*_: object, **__: object) -> Any:
-            self.calls.append(name)
-            return SimpleNamespace(success=True, message="done", hold="")
-
-        return call
+    async def run(self, operation: Operation) -> ControlReply:
+        self.calls.append(operation.route().removeprefix("/"))
+        return ControlReply("op", True, "done")
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.field_trainer import init_custom_process_group
 
-from waybill.engine.io_struct import InitWeightsGroupReq
+from waybill.engine.control_operations import InitWeightsUpdateGroup
 from waybill.engine.weight_sync.checksum import GOLDEN, ODD, checksum, checksum_piece, render
 from waybill.engine.weight_sync.group_registry import GroupRegistry
 from waybill.engine.weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
@@ -102,12 +102,12 @@ def test_a_backend_must_fit_the_device() -> None:
             UpdateGroup(HERE, 1, 1, 2, "x", backend, CPU, 1.0)
 
 
-def init_request(port: int, **fields: Any) -> InitWeightsGroupReq:
+def init_request(port: int, **fields: Any) -> InitWeightsUpdateGroup:
     given: dict[str, Any] = {"rank_offset": 1, "world_size": 2, "group_name": "g", "backend": "gloo", **fields}
-    return InitWeightsGroupReq(1, "op", HERE, port, **given)
+    return InitWeightsUpdateGroup(HERE, port, **given)
 
 
-def join_registry(registry: GroupRegistry, op: InitWeightsGroupReq) -> tuple[threading.Event, list[str | None]]:
+def join_registry(registry: GroupRegistry, op: InitWeightsUpdateGroup) -> tuple[threading.Event, list[str | None]]:
     done, said = threading.Event(), []
 
     def note(error: str | None) -> None:

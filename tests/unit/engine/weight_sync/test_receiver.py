@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
-from waybill.engine.io_struct import (
-    Hold,
-    HoldKind,
-    InitWeightsGroupReq,
-    LoadWeightsReq,
-    ReceiveWeightsReq,
-    WeightOptions,
+from waybill.engine.control_operations import (
+    InitWeightsUpdateGroup,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
 )
+from waybill.engine.io_struct import Hold, HoldKind
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
@@ -83,7 +82,7 @@ class Trainer:
 
     def join(self) -> None:
         port, done = free_port(HERE), threading.Event()
-        self.registry.join(InitWeightsGroupReq(1, "op", HERE, port, 1, 2, "g", "gloo"), lambda error: done.set())
+        self.registry.join(InitWeightsUpdateGroup(HERE, port, 1, 2, "g", "gloo"), lambda error: done.set())
         self.group = UpdateGroup(HERE, port, 0, 2, "g", "gloo", CPU, 10.0)
         assert done.wait(10)
 
@@ -106,9 +105,7 @@ class Trainer:
         sending = self.pool.submit(broadcast)
         shapes = [list(tensors[name].shape) for name in names]
         load_format = "flattened_bucket" if in_one else "auto"
-        op = ReceiveWeightsReq(
-            1, "op", names, ["float32"] * len(names), shapes, "g", load_format, WeightOptions(**options)
-        )
+        op = UpdateWeightsFromDistributed(names, ["float32"] * len(names), shapes, "g", load_format, **options)
         outcome = self.receiver.update(op)
         if outcome.success:
             sending.result()
@@ -175,7 +172,8 @@ def test_more_than_may_be_staged_is_torn_when_it_breaks_off(trainer: Trainer, mo
 
 
 def load(trainer: Trainer, path: Path | str, *, whole: bool = False, **options: Any) -> Outcome:
-    return trainer.receiver.update(LoadWeightsReq(1, "op", str(path), whole, WeightOptions(**options)))
+    kind = UpdateWeightsFromDisk if whole else UpdateWeightsFromTensor
+    return trainer.receiver.update(kind(str(path), **options))
 
 
 def test_files(trainer: Trainer, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import InitWeightsGroupReq
+from waybill.engine.control_operations import InitWeightsUpdateGroup
 from waybill.engine.weight_sync.group_registry import GroupRegistry
 from waybill.engine.weight_sync.trainer_store import check_address
 from waybill.parallel.mesh import ParallelMesh
@@ -115,8 +115,8 @@ def stranger(says: str) -> Iterator[int]:
         connection.close()
 
 
-def request(port: int, name: str) -> InitWeightsGroupReq:
-    return InitWeightsGroupReq(1, "op", HERE, port, 1, 2, name, "gloo")
+def request(port: int, name: str) -> InitWeightsUpdateGroup:
+    return InitWeightsUpdateGroup(HERE, port, 1, 2, name, "gloo")
 
 
 @pytest.mark.parametrize("says", ["nothing", "banner", "bye", "drip", "flood"])

@@ -1,0 +1,35 @@
+"""What a caller can say is in the documentation, by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from waybill.engine.control_operations import ControlOperation, Operation
+from waybill.engine.generate_request import GenerateReqInput
+from waybill.engine.sampling_input import SamplingParamsInput
+
+ROOT = Path(__file__).parents[2]
+API = (ROOT / "docs" / "api.md").read_text()
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("name", [*GenerateReqInput.model_fields, *SamplingParamsInput.model_fields])
+def test_every_field_of_a_request_is_documented(name: str) -> None:
+    assert f"`{name}`" in API
+
+
+@pytest.mark.parametrize("operation", get_args(ControlOperation))
+def test_every_control_operation_is_documented(operation: type[Operation]) -> None:
+    assert operation.route() in API
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -30,12 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import (
-    OutputBatch,
-    OutputOptions,
-    SamplingParams,
-    TokenizedGenerateReqInput,
-)
+from waybill.engine.frontend_messages import TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams
 from waybill.engine.replica import build_leader
 from waybill.engine.scheduler import Scheduler
 from waybill.engine.step_committer import FinishCost

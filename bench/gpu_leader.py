@@ -16,7 +16,8 @@ from output_side import Surroundings
 from transformers import Qwen3MoeConfig
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.frontend_messages import TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams
 from waybill.engine.kv_cache.kv_store import KVStore
 from waybill.engine.model_runner import ModelRunner
 from waybill.engine.models.model_context import ModelContext

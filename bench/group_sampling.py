@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import OutputOptions, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.frontend_messages import TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.page_manager import PageManager
 from waybill.engine.replica import build_leader
 from waybill.engine.schedule_batch import Req

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from waybill.engine.io_struct import BackendMessage, FrontendMessage
+from waybill.engine.frontend_messages import FrontendMessage
+from waybill.engine.io_struct import BackendMessage
 from waybill.engine.leader_place import Endpoints
 from waybill.engine.lifeline import Lifeline
 from waybill.engine.output_processor_config import OutputProcessorConfig

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .control_operations import (
+    DEFAULT_BACKEND,
     DEFAULT_GROUP,
     CheckWeights,
     ContinueGeneration,
@@ -86,7 +87,7 @@ class ControlMethods(ABC):
         rank_offset: int,
         world_size: int,
         group_name: str = DEFAULT_GROUP,
-        backend: str = "gloo",
+        backend: str = DEFAULT_BACKEND,
     ) -> None:
         """Join a trainer's group, whose rank 0 the trainer is; waits until it has come together.
 

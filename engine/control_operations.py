@@ -23,7 +23,9 @@ from .request_model import Items, Number, check_utf8, refuse_bool
 DEFAULT_GROUP = "weight_update_group"
 PAUSE_MODES = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("weights", "kv_cache")
-BACKENDS = ("gloo", "nccl")
+# "auto" is NCCL between CUDA devices, else gloo.
+BACKENDS = ("auto", "gloo", "nccl")
+DEFAULT_BACKEND = "auto"
 LOAD_FORMATS = ("auto", "flattened_bucket")
 # Fields of the dialect that would change what happens and are not implemented: legal at the value that means "off".
 NEUTRAL_FIELDS: Mapping[str, Any] = {
@@ -193,8 +195,7 @@ class InitWeightsUpdateGroup(Operation, frozen=True, tag="init_weights_update_gr
     rank_offset: Count
     world_size: Count
     group_name: Name = DEFAULT_GROUP
-    # The dialect's default; that of the methods needs no GPU.
-    backend: Annotated[str, OneOf(BACKENDS)] = "nccl"
+    backend: Annotated[str, OneOf(BACKENDS)] = DEFAULT_BACKEND
 
 
 class DestroyWeightsUpdateGroup(Operation, frozen=True, tag="destroy_weights_update_group"):

@@ -27,8 +27,9 @@ from .control_operations import (
     WeightUpdate,
 )
 from .dp_router import DpRouter
+from .frontend_messages import AbortReq, ControlReq, NumberedMessage
 from .generation_gate import GenerationGate, NotDrainedError, UnavailableError
-from .io_struct import AbortReq, ControlReply, ControlReq, Hold, HoldKind, NumberedMessage
+from .io_struct import ControlReply, Hold, HoldKind
 from .leader_link import LeaderLink
 from .reply_box import ReplyBox
 from .weight_sync.memory_file import memory_file, write_all

@@ -19,16 +19,8 @@ from .control_operations import (
     ReleaseMemoryOccupation,
     UpdateWeightsFromDistributed,
 )
-from .io_struct import (
-    AbortReq,
-    BeforeEvent,
-    CacheFlushed,
-    ControlReply,
-    ControlReq,
-    FinishReason,
-    Hold,
-    ReqFinished,
-)
+from .frontend_messages import AbortReq, ControlReq
+from .io_struct import BeforeEvent, CacheFlushed, ControlReply, FinishReason, Hold, ReqFinished
 from .leader_place import DpPlace, Endpoints
 from .page_manager import PageManager
 from .request_queues import RequestQueues

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .io_struct import DispatchNotice, FrontendMessage, GetInternalStateReq, NumberedMessage
+from .frontend_messages import DispatchNotice, FrontendMessage, GetInternalStateReq, NumberedMessage
 
 
 class MessageSender(Protocol):

@@ -12,14 +12,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from .agreement import Agreement
-from .io_struct import (
-    AbortReq,
-    ControlReq,
-    FrontendMessage,
-    GetInternalStateReq,
-    NumberedMessage,
-    ShutdownReq,
-)
+from .frontend_messages import AbortReq, ControlReq, FrontendMessage, GetInternalStateReq, NumberedMessage, ShutdownReq
 
 # What is sent to all leaders and takes effect at one step.
 ALIGNED = (AbortReq, ControlReq, ShutdownReq)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from .admission import Admission, OverloadedError, Places
+from .frontend_messages import TokenizedGenerateReqInput
 from .generate_request import GenerateReqInput, SampleRequest, expand
-from .io_struct import TokenizedGenerateReqInput
 from .lanes import Lanes
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver

@@ -22,7 +22,8 @@ from .config import EngineConfig
 from .curve import CurveGuard
 from .detokenizer import load_token_decoder
 from .dp_meeting import DpMeeting
-from .io_struct import BackendMessage, ControlReply, FrontendMessage, RingPlace, RoutingSetup
+from .frontend_messages import FrontendMessage
+from .io_struct import BackendMessage, ControlReply, RingPlace, RoutingSetup
 from .kv_cache.kv_store import KVStore
 from .leader_place import DpPlace, Endpoints
 from .memory import kv_pool_pages, peak_rss_bytes

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from .control_operations import ControlOperation
-from .io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams, TokenizedGenerateReqInput
+from .frontend_messages import TokenizedGenerateReqInput
+from .io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from .kv_cache.page_pool import Pages, no_pages
 from .kv_cache.radix_cache import Node
 

@@ -16,17 +16,8 @@ from typing import Generic, Protocol, TypeVar
 from ..parallel.moe.dispatch import SyncClock
 from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, LonelyMeeting, Meeting, Proposal
 from .config import EngineConfig
-from .io_struct import (
-    BeforeEvent,
-    ControlReply,
-    DispatchNotice,
-    GetInternalStateReq,
-    ReqFinished,
-    ReqRetracted,
-    ShutdownReq,
-    StepRecord,
-    TokenizedGenerateReqInput,
-)
+from .frontend_messages import DispatchNotice, GetInternalStateReq, ShutdownReq, TokenizedGenerateReqInput
+from .io_struct import BeforeEvent, ControlReply, ReqFinished, ReqRetracted, StepRecord
 from .leader_controls import LeaderControls, Operations
 from .leader_place import DpPlace, Endpoints
 from .mailbox import Mailbox

@@ -27,22 +27,19 @@ from .dp_router import DpRouter
 from .engine_controls import CONTROL_TIMEOUT_S, EngineControls
 from .engine_state import add_counters, merge_states
 from .field_error import FieldError
+from .frontend_messages import AbortReq, FrontendMessage, GetInternalStateReq, ShutdownReq
 from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate, UnavailableError
 from .io_struct import (
-    AbortReq,
     BackendMessage,
     ControlReply,
     CountersReply,
     FetchClaimReq,
-    FrontendMessage,
     GetCountersReq,
-    GetInternalStateReq,
     OutputBatch,
     OutputQuery,
     OutputReply,
     RequestOutput,
-    ShutdownReq,
 )
 from .lanes import Lanes
 from .leader_link import LeaderLink

@@ -15,7 +15,8 @@ import zmq
 
 from waybill.engine.agreement import Agreement, from_rows, to_row
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import BackendMessage, FrontendMessage, RingPlace, RoutingSetup
+from waybill.engine.frontend_messages import FrontendMessage
+from waybill.engine.io_struct import BackendMessage, RingPlace, RoutingSetup
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.page_manager import PageManager

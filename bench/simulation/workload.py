@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from waybill.engine.io_struct import AbortReq, OutputOptions, RequestOutput, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.frontend_messages import AbortReq, TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputOptions, RequestOutput, SamplingParams
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.routing.wire import decode
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...parallel.mesh import ParallelMesh
 from ..control_operations import InitWeightsUpdateGroup
 from ..vital import start_vital_thread
-from .update_group import UpdateGroup, check_backend
+from .update_group import UpdateGroup, resolve_backend
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class GroupRegistry:
                 f"group_name: {self._max_groups} groups (weight_sync_groups) are joined or still to come together; "
                 "destroy one first, or wait"
             )
-        check_backend(op.backend, self._mesh.device)
+        resolve_backend(op.backend, self._mesh.device)
         own = self._mesh.world.size
         last = op.world_size - own
         if last < 1:

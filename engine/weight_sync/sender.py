@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .update_group import SOURCE, UpdateGroup
+from ..control_operations import DEFAULT_BACKEND, DEFAULT_GROUP
+from .update_group import SOURCE, UpdateGroup, resolve_backend
 
 NamedTensor = tuple[str, torch.Tensor]
 Future = concurrent.futures.Future[Any]
@@ -80,9 +81,9 @@ class WeightSender:
         engines: Sequence[tuple[ControlledEngine, int]],
         *,
         address: str = "127.0.0.1",
-        backend: str = "gloo",
+        backend: str = DEFAULT_BACKEND,
         device: torch.device | None = None,
-        group_name: str = "weight_update_group",
+        group_name: str = DEFAULT_GROUP,
         dtype: torch.dtype | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         timeout_s: float = 300.0,
@@ -91,8 +92,9 @@ class WeightSender:
             raise ValueError(f"bucket_bytes={bucket_bytes}: must be at least 1")
         self._engines = engines
         self._address = address
-        self._backend = backend
         self._device = device or torch.device("cpu")
+        # Engines are told: they may be on other devices.
+        self._backend = resolve_backend(backend, self._device)
         self._group_name = group_name
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes

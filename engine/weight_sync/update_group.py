@@ -51,7 +51,7 @@ class UpdateGroup:
         device: torch.device,
         timeout_s: float,
     ) -> None:
-        check_backend(backend, device)
+        backend = resolve_backend(backend, device)
         self.device = device if backend == "nccl" else torch.device("cpu")
         self.world_size = world_size
         self._timeout = timedelta(seconds=timeout_s)
@@ -145,8 +145,9 @@ class UpdateGroup:
             self._group = None
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """What a group of ranks on such devices uses: "gloo" or "nccl".
+
     Raises:
         ValueError: it is not known, or does not fit the device.
     """
@@ -154,6 +155,9 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "nccl" and device.type != "cuda":
         raise ValueError("backend='nccl': needs ranks on CUDA devices; use 'gloo'")
+    if backend == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    return backend
 
 
 def open_devices(address: str, port: int) -> tuple[list[Any], frozenset[int]]:

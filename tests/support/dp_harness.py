@@ -19,21 +19,23 @@ import torch
 from waybill.engine.agreement import Agreement, Proposal
 from waybill.engine.config import EngineConfig
 from waybill.engine.control_operations import FlushCache
-from waybill.engine.io_struct import (
+from waybill.engine.frontend_messages import (
     AbortReq,
-    ControlReply,
     ControlReq,
-    FinishReason,
     FrontendMessage,
     GetInternalStateReq,
+    ShutdownReq,
+    TokenizedGenerateReqInput,
+)
+from waybill.engine.io_struct import (
+    ControlReply,
+    FinishReason,
     OutputBatch,
     OutputOptions,
     RingPlace,
     RoutingSetup,
     SamplingParams,
-    ShutdownReq,
     StepRecord,
-    TokenizedGenerateReqInput,
 )
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints

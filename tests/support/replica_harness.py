@@ -14,16 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import (
-    FrontendMessage,
-    ReqAdmitted,
-    ReqFinished,
-    ReqRetracted,
-    ReqStarted,
-    SamplingParams,
-    StepRecord,
-    TokenizedGenerateReqInput,
-)
+from waybill.engine.frontend_messages import FrontendMessage, TokenizedGenerateReqInput
+from waybill.engine.io_struct import ReqAdmitted, ReqFinished, ReqRetracted, ReqStarted, SamplingParams, StepRecord
 from waybill.engine.leader_place import Endpoints
 from waybill.engine.page_manager import PageManager
 from waybill.engine.schedule_batch import Req, ScheduleBatch

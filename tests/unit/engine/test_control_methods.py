@@ -19,7 +19,7 @@ from waybill.engine.control_operations import (
     Operation,
     UpdateWeightsFromTensor,
 )
-from waybill.engine.io_struct import ControlReq
+from waybill.engine.frontend_messages import ControlReq
 from waybill.launch.engine import Engine
 
 METHODS: dict[type[Operation], Callable[..., Any]] = {
@@ -31,7 +31,6 @@ FILES = (EngineControl.update_weights_from_file, Engine.update_weights_from_tens
 PAIRS = [*METHODS.items(), *((UpdateWeightsFromTensor, method) for method in FILES)]
 # What a method has and a declaration has not, or has otherwise.
 DIFFERENT = {
-    ("init_weights_update_group", "backend"): "gloo",
     ("update_weights_from_file", "path"): inspect.Parameter.empty,
 }
 OWN = {("update_weights_from_tensor", "named_tensors")}

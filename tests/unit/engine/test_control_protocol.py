@@ -22,7 +22,8 @@ from waybill.engine.control_operations import (
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
 )
-from waybill.engine.io_struct import ControlReq, Hold, HoldKind
+from waybill.engine.frontend_messages import ControlReq
+from waybill.engine.io_struct import Hold, HoldKind
 from waybill.engine.schedule_batch import ScheduleBatch
 from waybill.engine.weight_sync.report import Outcome
 

@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from waybill.engine.curve import CurveGuard
-from waybill.engine.io_struct import DispatchNotice
+from waybill.engine.frontend_messages import DispatchNotice
 from waybill.engine.sockets import AsyncReceiver, CurveKeys, Endpoint, Receiver, Sender
 
 REFUSED_S = 0.4

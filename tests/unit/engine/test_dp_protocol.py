@@ -18,17 +18,16 @@ from support.replica_harness import EOS, FakeInbox, FakeRunner, FakeSender, Repl
 from waybill.engine.agreement import Agreement, Proposal
 from waybill.engine.config import EngineConfig
 from waybill.engine.control_operations import FlushCache
-from waybill.engine.io_struct import (
+from waybill.engine.frontend_messages import (
     AbortReq,
     ControlReq,
     DispatchNotice,
     FrontendMessage,
     GetInternalStateReq,
-    SamplingParams,
     ShutdownReq,
-    StepRecord,
     TokenizedGenerateReqInput,
 )
+from waybill.engine.io_struct import SamplingParams, StepRecord
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.mailbox import Mailbox

@@ -16,8 +16,9 @@ from waybill.engine.control_operations import (
 )
 from waybill.engine.dp_router import DpRouter
 from waybill.engine.engine_controls import EngineControls
+from waybill.engine.frontend_messages import AbortReq, ControlReq
 from waybill.engine.generation_gate import GenerationGate, NotDrainedError, UnavailableError
-from waybill.engine.io_struct import AbortReq, ControlReply, ControlReq, Hold, HoldKind
+from waybill.engine.io_struct import ControlReply, Hold, HoldKind
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.reply_box import ReplyBox
 

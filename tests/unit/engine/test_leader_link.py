@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from support.replica_harness import FakeSender
 
 from waybill.engine.engine_state import merge_states
-from waybill.engine.io_struct import (
-    AbortReq,
-    ControlReply,
-    DispatchNotice,
-    GetInternalStateReq,
-    SamplingParams,
-    SyncWait,
-    TokenizedGenerateReqInput,
-)
+from waybill.engine.frontend_messages import AbortReq, DispatchNotice, GetInternalStateReq, TokenizedGenerateReqInput
+from waybill.engine.io_struct import ControlReply, SamplingParams, SyncWait
 from waybill.engine.leader_link import LeaderLink
 
 

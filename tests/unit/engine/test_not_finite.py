@@ -13,14 +13,8 @@ from support.replica_harness import FakeInbox, FakeSender
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.control_operations import FlushCache
-from waybill.engine.io_struct import (
-    ControlReq,
-    FinishReason,
-    Logprobs,
-    OutputOptions,
-    SamplingParams,
-    TokenizedGenerateReqInput,
-)
+from waybill.engine.frontend_messages import ControlReq, TokenizedGenerateReqInput
+from waybill.engine.io_struct import FinishReason, Logprobs, OutputOptions, SamplingParams
 from waybill.engine.leader_place import Endpoints
 from waybill.engine.replica import load_rank, make_scheduler
 from waybill.parallel.mesh import ParallelMesh

@@ -10,15 +10,8 @@ from support.replica_harness import EOS, Replica, expected_output
 from waybill.engine.config import EngineConfig
 from waybill.engine.control_operations import FlushCache
 from waybill.engine.decoder_stages import DecoderError
-from waybill.engine.io_struct import (
-    AbortReq,
-    ControlReply,
-    ControlReq,
-    FinishReason,
-    Logprobs,
-    OutputOptions,
-    SamplingParams,
-)
+from waybill.engine.frontend_messages import AbortReq, ControlReq
+from waybill.engine.io_struct import ControlReply, FinishReason, Logprobs, OutputOptions, SamplingParams
 from waybill.engine.schedule_batch import Req
 from waybill.engine.stop_checker import StopChecker
 

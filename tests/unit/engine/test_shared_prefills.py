@@ -9,7 +9,8 @@ from support.dp_harness import DpGroup
 from support.replica_harness import Replica, expected_output
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.io_struct import AbortReq, OutputOptions, SamplingParams
+from waybill.engine.frontend_messages import AbortReq
+from waybill.engine.io_struct import OutputOptions, SamplingParams
 
 PROMPT = [index % 47 + 1 for index in range(64)]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.small_tokenizers import ADDED, KINDS, SPECIAL
 
 from waybill.engine.detokenizer import Detokenizer
-from waybill.engine.io_struct import FinishReason, OutputOptions, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.frontend_messages import TokenizedGenerateReqInput
+from waybill.engine.io_struct import FinishReason, OutputOptions, SamplingParams
 from waybill.engine.schedule_batch import Req
 from waybill.engine.stop_checker import StopChecker
 from waybill.engine.stop_search import StopSearch

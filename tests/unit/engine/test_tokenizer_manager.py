@@ -12,16 +12,9 @@ import zmq
 
 from waybill.engine.answer import GenerationError
 from waybill.engine.config import EngineConfig
+from waybill.engine.frontend_messages import AbortReq, FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.generate_request import parse_generate_request
-from waybill.engine.io_struct import (
-    AbortReq,
-    ControlReply,
-    FinishReason,
-    FrontendMessage,
-    OutputBatch,
-    RequestOutput,
-    TokenizedGenerateReqInput,
-)
+from waybill.engine.io_struct import ControlReply, FinishReason, OutputBatch, RequestOutput
 from waybill.engine.sockets import Receiver
 from waybill.engine.tokenizer_manager import MAX_UNREAD_OUTPUTS, EngineDeadError, TokenizerManager
 

@@ -18,8 +18,9 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 
 from waybill.engine import json_values
+from waybill.engine.control_operations import ReleaseMemoryOccupation, UpdateWeightsFromDistributed
 from waybill.engine.entrypoints.bodies import MAX_FIELDS, BodyReader
-from waybill.engine.entrypoints.control import MemoryInput, UpdateFromDistributedInput
+from waybill.engine.entrypoints.control import body_model
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.native import AbortRequestInput, DetokenizeInput, TokenizeInput
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
@@ -31,6 +32,8 @@ from waybill.engine.request_observer import NoObserver
 MAX_VALUES = 1 << 18
 READER = BodyReader(Lanes(), MAX_VALUES, NoObserver())
 SIZE = 2 << 20
+MemoryInput = body_model(ReleaseMemoryOccupation)
+UpdateFromDistributedInput = body_model(UpdateWeightsFromDistributed)
 
 
 def many(item: str, size: int = SIZE) -> str:

@@ -40,7 +40,8 @@ from waybill.engine.engine_controls import EngineControls
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.control import control_router
 from waybill.engine.entrypoints.errors import install_error_handlers
-from waybill.engine.io_struct import ControlReply, ControlReq
+from waybill.engine.frontend_messages import ControlReq
+from waybill.engine.io_struct import ControlReply
 from waybill.engine.lanes import Lanes
 from waybill.engine.request_observer import NoObserver
 

@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from waybill.engine.io_struct import OutputOptions, SamplingParams, TokenizedGenerateReqInput
+from waybill.engine.frontend_messages import TokenizedGenerateReqInput
+from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.kv_cache.page_pool import PagePool, no_pages
 from waybill.engine.kv_cache.radix_cache import RadixCache
 from waybill.engine.page_manager import PageManager

@@ -215,7 +215,8 @@ def test_a_trainer_needs_no_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     replay = {f"waybill.engine.routing.replay{part}" for part in ("", ".batch", ".context", ".layers", ".routers")}
-    others = {f"waybill.engine{part}" for part in ("", ".io_struct", ".routing", ".routing.ring", ".routing.wire")}
+    routing = {f"waybill.engine.routing{part}" for part in ("", ".geometry", ".ring", ".wire")}
+    others = {"waybill.engine", "waybill.engine.io_struct", *routing}
     assert set(done.stdout.split()) == replay | others
 
 

@@ -97,7 +97,7 @@ def test_a_trainer_that_is_gone_ends_a_transfer(pool: concurrent.futures.Executo
 
 
 def test_a_backend_must_fit_the_device() -> None:
-    for backend, words in (("nccl", "needs ranks on CUDA devices"), ("mpi", "must be one of gloo, nccl")):
+    for backend, words in (("nccl", "needs ranks on CUDA devices"), ("mpi", "must be one of auto, gloo, nccl")):
         with pytest.raises(ValueError, match=words):
             UpdateGroup(HERE, 1, 1, 2, "x", backend, CPU, 1.0)
 

@@ -215,7 +215,7 @@ def test_a_trainer_needs_no_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     replay = {f"waybill.engine.routing.replay{part}" for part in ("", ".batch", ".context", ".layers", ".routers")}
-    routing = {f"waybill.engine.routing{part}" for part in ("", ".geometry", ".ring", ".wire")}
+    routing = {f"waybill.engine.routing{part}" for part in ("", ".geometry", ".wire")}
     others = {"waybill.engine", "waybill.engine.io_struct", *routing}
     assert set(done.stdout.split()) == replay | others
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+from .option import Bounds, Option, option_fields
 from .weight_sync.trainer_store import check_allowed_hosts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -12,107 +15,138 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
 OUTPUT_PROCESSORS = ("engine", "node")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+# `kv_memory_fraction` by type of device. A GPU is the engine's own; the memory of a host is not, and what is taken from it
+# is missing elsewhere.
+KV_MEMORY_FRACTIONS = {"cuda": 0.85, "cpu": 0.25}
+
+ONE_OR_MORE = Bounds(at_least=1)
+ZERO_OR_MORE = Bounds(at_least=0)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine is started with. `resolve` checks it; every process of the engine gets the same one."""
+    """What an engine is started with, checked on construction; every process of the engine gets the same one.
 
-    model_path: str
-    tokenizer_path: str | None = None
-    # Ranks that share each attention layer, and groups of them with requests of their own (data-parallel attention).
-    tp_size: int = 1
-    dp_size: int = 1
-    # "auto": CUDA where there is one, else CPU.
-    device: str = "auto"
-    # "auto": the checkpoint's.
-    dtype: str = "auto"
-    # "ep": whole experts over the ranks. "tp": each expert's intermediate dimension over the ranks.
-    moe_split: str = "ep"
-    # How tokens reach their experts where there are several dp ranks.
-    moe_dispatcher: str = "all_gather"
-    attention_backend: str = "auto"
-    experts_backend: str = "auto"
-    # Longest prompt plus output, in tokens. None: the checkpoint's `max_position_embeddings`.
-    context_length: int | None = None
-    # Tokens of one KV page. The prefix cache works in whole pages: with 1 it keeps every token of a conversation, so that
-    # the routes of earlier turns never have to be computed again.
-    page_size: int = 1
-    # Tokens that the KV pool holds. None: from `kv_memory_fraction` of what is free after the weights are loaded.
-    kv_cache_tokens: int | None = None
-    kv_memory_fraction: float = 0.25
-    max_running_requests: int = 64
-    max_waiting_requests: int = 4096
-    # Prompt tokens that one step computes at most, over all requests; -1: no bound but the context length.
-    chunked_prefill_size: int = 2048
-    enable_prefix_cache: bool = True
-    # Steps that may be in flight while the host plans the next one: 0 or 1.
-    overlap_depth: int = 1
-    enable_return_routed_experts: bool = False
-    # Steps of routing that may wait to be filed before the engine waits for the output processor.
-    routing_ring_slots: int = 8
-    # "engine": one output processor files and ships for all. "node": one on each node, for the dp ranks there.
-    output_processors: str = "engine"
-    # Rows delivered by reference: how many bytes are kept, and for how long.
-    claim_budget_bytes: int = 1 << 30
-    claim_ttl_s: float = 600.0
-    # CPU threads of one rank. None: the machine's cores shared by its ranks.
-    num_threads: int | None = None
-    weight_version: str = "default"
-    # How long an update group may take to come together, a transfer to go on, and an update to bring its next tensor.
-    weight_sync_timeout_s: float = 300.0
-    # Update groups that may be joined or coming together at once.
-    weight_sync_groups: int = 8
-    # From where weights may come: host names, addresses, networks. None: from anywhere a client names.
-    weight_sync_hosts: tuple[str, ...] | None = None
-    # A process of the engine that is stopped for so long is killed, and the run ends.
-    heartbeat_timeout_s: float = 20.0
-    log_level: str = "warning"
+    A field's `Option` is all that is said of it: a program's `Engine(...)`, the command lines and their help have it from
+    here.
+    """
+
+    model_path: Annotated[str, Option("checkpoint folder in Hugging Face format", "model")]
+    tokenizer_path: Annotated[
+        str | None, Option("folder with the tokenizer.json; the checkpoint's if not given", metavar="FOLDER")
+    ] = None
+    tp_size: Annotated[
+        int, Option("ranks that share each attention layer (tensor parallel)", "tp", bounds=ONE_OR_MORE)
+    ] = 1
+    dp_size: Annotated[
+        int, Option("groups of such ranks, each with requests of its own (dp attention)", "dp", bounds=ONE_OR_MORE)
+    ] = 1
+    device: Annotated[str, Option("auto, cpu or cuda; auto is CUDA where there is one")] = "auto"
+    dtype: Annotated[str, Option("of weights and KV cache; auto is the checkpoint's", choices=DTYPES)] = "auto"
+    moe_split: Annotated[
+        str,
+        Option("over the ranks: whole experts (ep), or a slice of every expert's inner width (tp)", choices=MOE_SPLITS),
+    ] = "ep"
+    moe_dispatcher: Annotated[
+        str, Option("how tokens reach their experts where there are several dp ranks", choices=MOE_DISPATCHERS)
+    ] = "all_gather"
+    attention_backend: Annotated[str, Option("auto is the device's fastest", choices=ATTENTION_BACKENDS)] = "auto"
+    experts_backend: Annotated[str, Option("auto is the device's fastest", choices=EXPERTS_BACKENDS)] = "auto"
+    context_length: Annotated[
+        int | None,
+        Option("longest prompt plus answer, in tokens; the checkpoint's if not given", bounds=ONE_OR_MORE),
+    ] = None
+    # The prefix cache works in whole pages: with 1 it keeps every token of a conversation, so that the routes of earlier
+    # turns never have to be computed again.
+    page_size: Annotated[int, Option("tokens of one KV page", bounds=ONE_OR_MORE)] = 1
+    kv_cache_tokens: Annotated[
+        int | None,
+        Option("tokens that the KV pool holds; as --kv-memory-fraction allows if not given", bounds=ONE_OR_MORE),
+    ] = None
+    # None: see `KV_MEMORY_FRACTIONS`; resolved by `memory.kv_memory_fraction`, which knows the device.
+    kv_memory_fraction: Annotated[
+        float | None,
+        Option(
+            "share for the KV pool of the memory that is free once the weights are loaded; "
+            f"{KV_MEMORY_FRACTIONS['cuda']} on CUDA and {KV_MEMORY_FRACTIONS['cpu']} on CPU if not given",
+            bounds=Bounds(above=0, below=1),
+        ),
+    ] = None
+    max_running_requests: Annotated[int, Option("requests that run, for each dp rank", bounds=ONE_OR_MORE)] = 64
+    max_waiting_requests: Annotated[int, Option("more than these are refused with 503", bounds=ONE_OR_MORE)] = 4096
+    chunked_prefill_size: Annotated[
+        int,
+        Option(
+            "prompt tokens that one step computes at most, over all requests; -1: whole prompts",
+            bounds=Bounds(at_least=1, also=-1),
+        ),
+    ] = 2048
+    enable_prefix_cache: Annotated[bool, Option("compute every prompt anew", "disable-prefix-cache")] = True
+    overlap_depth: Annotated[
+        int, Option("steps that may be in flight while the next one is planned", choices=(0, 1))
+    ] = 1
+    enable_return_routed_experts: Annotated[bool, Option("record routes, for requests that ask for them")] = False
+    routing_ring_slots: Annotated[
+        int, Option("steps of routes that may wait to be filed before the engine waits", bounds=ONE_OR_MORE)
+    ] = 8
+    output_processors: Annotated[
+        str,
+        Option(
+            "which file and ship for the dp ranks: one for the engine, or one on each node", choices=OUTPUT_PROCESSORS
+        ),
+    ] = "engine"
+    claim_budget_bytes: Annotated[int, Option("bytes of routes by reference that are kept", bounds=ZERO_OR_MORE)] = (
+        1 << 30
+    )
+    claim_ttl_s: Annotated[float, Option("seconds that routes by reference are kept", bounds=ZERO_OR_MORE)] = 600.0
+    num_threads: Annotated[
+        int | None,
+        Option("CPU threads of one rank; the cores shared by the node's ranks if not given", bounds=ONE_OR_MORE),
+    ] = None
+    weight_version: Annotated[str, Option("what the weights are called until an update")] = "default"
+    weight_sync_timeout_s: Annotated[
+        float,
+        Option(
+            "seconds for an update group to come together, a transfer to go on, an update to bring its next tensor",
+            bounds=Bounds(above=0, below=1e6),
+        ),
+    ] = 300.0
+    weight_sync_groups: Annotated[
+        int, Option("update groups at once, joined or still to come together", bounds=ONE_OR_MORE)
+    ] = 8
+    weight_sync_hosts: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "names, addresses and networks at which update groups may be joined; anywhere if not given",
+            metavar="HOST,...",
+        ),
+    ] = None
+    heartbeat_timeout_s: Annotated[
+        float,
+        Option(
+            "seconds after which a stopped process is killed and the run ends", bounds=Bounds(at_least=2, at_most=1e6)
+        ),
+    ] = 20.0
+    log_level: Annotated[str, Option("what is logged", choices=LOG_LEVELS)] = "warning"
 
     @property
     def world_size(self) -> int:
         return self.tp_size * self.dp_size
 
     def __post_init__(self) -> None:
-        for name, legal in (
-            ("dtype", DTYPES),
-            ("moe_split", MOE_SPLITS),
-            ("moe_dispatcher", MOE_DISPATCHERS),
-            ("attention_backend", ATTENTION_BACKENDS),
-            ("experts_backend", EXPERTS_BACKENDS),
-            ("output_processors", OUTPUT_PROCESSORS),
-        ):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(legal)}")
-        for name in (
-            "tp_size",
-            "dp_size",
-            "page_size",
-            "max_running_requests",
-            "max_waiting_requests",
-            "routing_ring_slots",
-            "weight_sync_groups",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, field in ENGINE_OPTIONS.items():
+            field.option.check(name, getattr(self, name))
+        # What concerns several fields.
         if self.moe_dispatcher == "all_to_all" and self.moe_split != "ep":
             raise ValueError(
                 "moe_dispatcher='all_to_all': needs moe_split='ep'; a slice of every expert is on every rank"
             )
-        if self.overlap_depth not in (0, 1):
-            raise ValueError(f"overlap_depth={self.overlap_depth}: must be 0 or 1")
         if self.routing_ring_slots <= self.overlap_depth:
             raise ValueError(f"routing_ring_slots={self.routing_ring_slots}: must be more than overlap_depth")
-        if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
-            raise ValueError(f"chunked_prefill_size={self.chunked_prefill_size}: must be -1 or at least 1")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.page_size:
             raise ValueError(f"kv_cache_tokens={self.kv_cache_tokens}: must hold at least one page of {self.page_size}")
-        if not 0.0 < self.kv_memory_fraction < 1.0:
-            raise ValueError(f"kv_memory_fraction={self.kv_memory_fraction}: must lie between 0 and 1")
-        if not 0.0 < self.weight_sync_timeout_s < 1e6:
-            raise ValueError(f"weight_sync_timeout_s={self.weight_sync_timeout_s}: must lie between 0 and 1e6")
         if self.weight_sync_hosts is not None:
             check_allowed_hosts(self.weight_sync_hosts)
-        if not 2.0 <= self.heartbeat_timeout_s <= 1e6:
-            raise ValueError(f"heartbeat_timeout_s={self.heartbeat_timeout_s}: must lie in 2 .. 1e6")
-        if self.context_length is not None and self.context_length < 1:
-            raise ValueError(f"context_length={self.context_length}: must be at least 1")
+
+
+ENGINE_OPTIONS = option_fields(EngineConfig)

@@ -9,7 +9,7 @@ import torch
 
 from ..parallel.collectives import all_gather
 from ..parallel.mesh import ParallelMesh
-from .config import EngineConfig
+from .config import KV_MEMORY_FRACTIONS, EngineConfig
 from .kv_cache.kv_store import KVStore, KVTensorSpec
 from .schedule_policy import pages_for
 
@@ -19,6 +19,8 @@ KIBIBYTE = 1024
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be had on the device: free GPU memory, or what the kernel calls available."""
     if device.type == "cuda":
+        # What loading has left with torch's allocator is free as well.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as lines:
         for line in lines:
@@ -32,6 +34,13 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
 
 
+def kv_memory_fraction(config: EngineConfig, device: torch.device) -> float:
+    """As configured, or the device's own."""
+    if config.kv_memory_fraction is not None:
+        return config.kv_memory_fraction
+    return KV_MEMORY_FRACTIONS["cuda" if device.type == "cuda" else "cpu"]
+
+
 def kv_pool_pages(
     config: EngineConfig, context_length: int, specs: Sequence[KVTensorSpec], num_layers: int, mesh: ParallelMesh
 ) -> int:
@@ -42,14 +51,18 @@ def kv_pool_pages(
     """
     if config.kv_cache_tokens is not None:
         return pages_for(config.kv_cache_tokens, config.page_size)
+    # The fraction is of what is free now: weights and CUDA context are there. The rest is for what follows the pool: the
+    # page table, the private pools of the decode and prefill graphs, activations and logits of steps outside of graphs,
+    # workspaces of cuBLAS and NCCL, and the buckets of a weight update.
+    fraction = kv_memory_fraction(config, mesh.device)
     # Ranks of one host without devices of their own share its memory.
     sharers = mesh.node.size if mesh.device.type == "cpu" else 1
-    budget = int(available_bytes(mesh.device) * config.kv_memory_fraction) // sharers
+    budget = int(available_bytes(mesh.device) * fraction) // sharers
     page_bytes = KVStore.bytes_per_token(num_layers, specs) * config.page_size
     # More than every running request at full length is never used.
     wanted = config.max_running_requests * pages_for(context_length, config.page_size)
     mine = torch.tensor([min(budget // page_bytes, wanted)], device=mesh.device)
     num_pages = int(all_gather(mine, mesh.world).min())
-    if num_pages == 0:
-        raise ValueError(f"kv_memory_fraction={config.kv_memory_fraction}: {budget} bytes do not hold one KV page")
+    if num_pages < 1:
+        raise ValueError(f"kv_memory_fraction={fraction}: {budget} bytes do not hold one KV page")
     return num_pages

@@ -1,4 +1,4 @@
-"""The options of `serve` that are the HTTP service's own; those of the engine are in `args.py`."""
+"""The options of `serve` that are the HTTP service's own; those of the engine are in `engine_options.py`."""
 
 from __future__ import annotations
 
@@ -54,9 +54,6 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
-    parser.add_argument(
-        "--enable-return-routed-experts", action="store_true", help="record routes, for requests that ask for them"
-    )
     parser.add_argument(
         FLAG, default=None, help=f"asked of every client; others see it for a moment, {API_KEY_VARIABLE} they do not"
     )
@@ -132,7 +129,7 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         api_key_file=options.api_key_file,
         allowed_hosts=tuple(options.allow_host),
         allowed_origins=tuple(options.allow_origin),
-        served_model_name=options.served_model_name or Path(options.model).resolve().name,
+        served_model_name=options.served_model_name or Path(options.model_path).resolve().name,
         shutdown_timeout_s=options.shutdown_timeout,
         health_timeout_s=options.health_timeout,
         limits=limits,

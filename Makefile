@@ -38,7 +38,7 @@ load-http: venv
 soak: venv
 	PYTHONPATH=tests:bench $(PYTHON) tests/load/soak.py $(ARGS)
 
-# Faults of all kinds against real services, 200 trials in some forty minutes; ARGS="--seed 7" repeats one.
+# Faults of all kinds against real services, 200 trials in some half an hour; ARGS="--seed 7" repeats one.
 chaos: venv
 	PYTHONPATH=tests:bench $(PYTHON) -m chaos $(ARGS)
 

@@ -24,9 +24,16 @@ class Admission:
             OverloadedError: so many are not free now.
         """
         if num > self.most:
-            raise FieldError(f"n: {num} samples in one request, at most {self.most} may run and wait", "n")
+            raise FieldError(
+                f"n: {num} samples (prompts times n) in one request, at most {self.most} may run and wait "
+                "(--max-running-requests, --max-waiting-requests)",
+                "n",
+            )
         if self.num_taken + num > self.most:
-            raise OverloadedError(f"{self.num_taken} requests run or wait, at most {self.most} may; try again later")
+            raise OverloadedError(
+                f"{self.num_taken} requests run or wait, at most {self.most} may (--max-running-requests, "
+                "--max-waiting-requests); try again later"
+            )
         return Places(self, num)
 
 

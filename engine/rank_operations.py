@@ -161,4 +161,5 @@ class RankOperations:
             self._receiver.progress.void()
         if resumed and not self._memory.released:
             self._runner.make_graphs()
-        return Outcome(True, f"resumed {', '.join(op.owners)}")
+        needs = "; requests wait until an update has brought every weight" if "weights" in resumed else ""
+        return Outcome(True, f"resumed {', '.join(sorted(resumed)) or 'nothing: it was not released'}{needs}")

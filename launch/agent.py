@@ -67,12 +67,16 @@ def start_heartbeat() -> None:
 
 @contextmanager
 def holding_signals() -> Iterator[None]:
-    """A signal that comes meanwhile takes effect afterwards."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    """A signal that comes meanwhile comes again afterwards, for the handlers that are in place then. A mask would not do:
+    it is the main thread's alone."""
+    held: list[int] = []
+    for number in END_SIGNALS:
+        signal.signal(number, lambda number, frame: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+        for each in tuple(held):
+            signal.raise_signal(each)
 
 
 def watch_signals(run_dir: str) -> None:

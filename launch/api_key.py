@@ -37,14 +37,16 @@ def split_key(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def read_api_keys(file: str | None) -> tuple[str, ...]:
-    """The keys of `file`, one a line, any of which opens the server; without a file that of the environment, if it is set.
+    """The keys of `file`, one a line, any of which opens the server, or that of the environment.
 
     Raises:
         ValueError: the file cannot be read or holds none.
     """
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
     if file is None:
-        key = os.environ.get(API_KEY_VARIABLE, "").strip()
         return (key,) if key else ()
+    if key:
+        raise ValueError(f"{API_KEY_VARIABLE}, {FILE_FLAG}: give one of them")
     try:
         text = Path(file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -131,6 +131,8 @@ class BodyReader:
             )
         try:
             return msgspec.json.decode(text)
+        except UnicodeDecodeError:
+            raise FieldError(f"{where}: must be UTF-8", where) from None
         except msgspec.DecodeError as error:
             raise NotJsonError(f"{where}: must be JSON: {error}", where) from None
         except RecursionError:

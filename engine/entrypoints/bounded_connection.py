@@ -22,6 +22,8 @@ from .http_limits import HttpLimits
 
 # For a client to take the answer to a request of which it still sends the body, as after 413.
 REST_TIMEOUT_S = 5.0
+# As h11 says it.
+HEAD_TOO_LONG = 431
 
 
 class Awaited(Enum):
@@ -30,6 +32,38 @@ class Awaited(Enum):
     HEAD = "the head of a request"
     NEXT = "the next request"
     REST = "the rest of a body that nobody reads"
+
+
+class BoundedHeads(h11.Connection):
+    """h11 bounds a head that is not complete yet; here also one that comes in one piece."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_bytes)
+        self._max_bytes = max_bytes
+        self.is_too_long = False
+        # One that was complete.
+        self.refused: h11.Request | None = None
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.is_too_long = error.error_status_hint == HEAD_TOO_LONG
+            raise
+        if isinstance(event, h11.Request) and head_bytes(event) > self._max_bytes:
+            self.is_too_long, self.refused = True, event
+            raise h11.RemoteProtocolError("the head is too long", HEAD_TOO_LONG)
+        return event
+
+
+def head_bytes(request: h11.Request) -> int:
+    """As it came, give or take some spaces."""
+    return (
+        len(request.method)
+        + len(request.target)
+        + 12
+        + sum(len(name) + len(value) + 4 for name, value in request.headers)
+    )
 
 
 class BoundedConnection(H11Protocol):
@@ -48,6 +82,7 @@ class BoundedConnection(H11Protocol):
         on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, state, {})
+        self.conn: BoundedHeads = BoundedHeads(limits.max_header_bytes)
         self._limits = limits
         self._max_connections = max_connections
         self._on_lost = on_lost
@@ -108,7 +143,9 @@ class BoundedConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """The client broke the protocol. Whatever it sends from here on belongs to no request."""
-        self._refuse(f"{msg} The head may have {self._limits.max_header_bytes} bytes (--max-header-bytes).", 400)
+        if self.conn.is_too_long:
+            msg = f"The head of a request may have {self._limits.max_header_bytes} bytes (--max-header-bytes)."
+        self._refuse(msg, 400)
 
     # --- bounds -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +188,9 @@ class BoundedConnection(H11Protocol):
         if state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             response = error_response(message, status, close=True)
             headers = [*self.server_state.default_headers, *response.raw_headers]
-            has_body = state is h11.IDLE or self.scope["method"] != "HEAD"
+            refused = self.conn.refused
+            method = self.scope["method"] if refused is None and state is not h11.IDLE else refused and refused.method
+            has_body = method not in ("HEAD", b"HEAD")
             events: list[h11.Event] = [h11.Response(status_code=status, headers=headers)]
             events += [h11.Data(data=bytes(response.body))] if has_body else []
             for event in (*events, h11.EndOfMessage()):

@@ -45,19 +45,24 @@ from waybill.launch import agent
 
 agent.start_vital_thread = lambda watch, name: None
 with agent.holding_signals():
-    agent.watch_signals(sys.argv[1])
-    os.kill(os.getpid(), signal.SIGTERM)
+    if sys.argv[2] == "before":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
     print("held", flush=True)
+    agent.watch_signals(sys.argv[1])
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("lost")
 """
 
 
-def test_a_signal_is_not_lost_where_the_thread_comes_after_torchruns_handlers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_is_not_lost_where_the_thread_comes_after_torchruns_handlers(tmp_path: Path, when: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     agent = subprocess.run(
-        [sys.executable, "-c", LATE_WATCHER, str(folder)],
+        [sys.executable, "-c", LATE_WATCHER, str(folder), when],
         stdout=subprocess.PIPE,
         text=True,
         timeout=START_S,

@@ -46,6 +46,9 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
     assert read_api_keys(None) == ("s",)
     file = tmp_path / "keys"
     file.write_text("erster\n\n schlüssel \n", "utf-8")
+    with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}, --api-key-file: give one of them"):
+        read_api_keys(str(file))
+    monkeypatch.delenv(API_KEY_VARIABLE)
     assert read_api_keys(str(file)) == ("erster", "schlüssel")
 
 

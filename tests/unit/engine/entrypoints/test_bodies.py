@@ -211,6 +211,7 @@ def test_deep_nesting_is_refused(client: TestClient, text: str, num: int) -> Non
         (b"[1]", "application/json", "must be a JSON object"),
         (b'{"text": "a"', "application/json", "body: must be JSON"),
         (b'{"text": "\\ud800"}', "application/json", "must be JSON in UTF-8, without half surrogate pairs"),
+        (b'{"text": "\xff\xfe"}', "application/json", "text: must be UTF-8"),
         (b'{"text": NaN}', "application/json", "text: Input should be a valid string"),
         (b'{"text": 1}', "application/json", "text: Input should be a valid string"),
     ],

@@ -93,6 +93,18 @@ def test_a_connection_that_waits_for_its_client_ends(service: HttpService, data:
     wait_until(lambda: service.num_open == 0, "the connection is gone")
 
 
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"POST"])
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n"], ids=["first", "second"])
+@pytest.mark.parametrize("size", [20_000, 60_000])
+def test_a_head_in_one_piece_has_the_bound_of_one_in_many(
+    service: HttpService, method: bytes, before: bytes, size: int
+) -> None:
+    head = method + b" /health HTTP/1.1\r\n" + HOST + b"X: " + b"x" * size + b"\r\n\r\n"
+    answer = service.ask(before + head)
+    assert statuses(answer) == [200] * bool(before) + [400]
+    assert method == b"HEAD" or b"--max-header-bytes" in answer
+
+
 def test_a_head_that_trickles_ends_in_time(service: HttpService) -> None:
     with service.connect() as client:
         received: list[bytes] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import pytest
 from support.server_process import ServerProcess
 
 from waybill.engine.routing.reference import Reference
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of ranks spin while they wait for each other: each worker has cores of its own, and so have its ranks.
+    cores = sorted(os.sched_getaffinity(0))
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, cores[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 

@@ -15,6 +15,8 @@ import psutil
 import pytest
 from support.server_process import ROOT, ServerProcess
 
+pytestmark = pytest.mark.alone
+
 LONG = {"temperature": 0.0, "max_new_tokens": 2000, "ignore_eos": True}
 SECRET = "key-of-the-limits-test"
 KEY = {"Authorization": f"Bearer {SECRET}"}

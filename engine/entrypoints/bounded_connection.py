@@ -189,8 +189,10 @@ class BoundedConnection(H11Protocol):
             response = error_response(message, status, close=True)
             headers = [*self.server_state.default_headers, *response.raw_headers]
             refused = self.conn.refused
-            method = self.scope["method"] if refused is None and state is not h11.IDLE else refused and refused.method
-            has_body = method not in ("HEAD", b"HEAD")
+            if refused is not None:
+                has_body = refused.method != b"HEAD"
+            else:
+                has_body = state is h11.IDLE or self.scope["method"] != "HEAD"
             events: list[h11.Event] = [h11.Response(status_code=status, headers=headers)]
             events += [h11.Data(data=bytes(response.body))] if has_body else []
             for event in (*events, h11.EndOfMessage()):

@@ -96,14 +96,14 @@ def test_decode_attention_reads_nothing_beyond_a_requests_keys() -> None:
     table = torch.zeros(2, 18, dtype=torch.int32)
     table[0, :2], table[0, 2:] = torch.tensor([0, 1]), 2
     table[1] = torch.arange(2, 20)
-    cache = [normal(80, 2, width, dtype=torch.float32, seed=seed) for seed in (1, 2)]
+    cache = {name: normal(80, 2, width, dtype=torch.float32, seed=seed) for seed, name in enumerate("kv", 1)}
     query = normal(2, 4, width, dtype=torch.float32)
     batch = AttentionBatch([1, 1], kv_lens, table.to(DEVICE), torch.arange(2).to(DEVICE), page_size)
     backend = TritonPagedAttention()
-    expected = backend.forward(query, *cache, backend.plan(batch), width**-0.5)
-    for tensor in cache:
+    expected = backend.forward(query, cache, backend.plan(batch), width**-0.5)
+    for tensor in cache.values():
         tensor[5:] = float("nan")
-    found = backend.forward(query, *cache, backend.plan(batch), width**-0.5)
+    found = backend.forward(query, cache, backend.plan(batch), width**-0.5)
     assert torch.equal(found[0], expected[0])
     assert found[1].isnan().all()
 

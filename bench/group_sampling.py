@@ -33,7 +33,7 @@ from waybill.engine.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.page_manager import PageManager
 from waybill.engine.replica import build_leader
-from waybill.engine.schedule_batch import Req
+from waybill.engine.req import Req
 from waybill.engine.shared_prefills import SharedPrefills
 from waybill.launch.args import EMBEDDED_MODEL
 from waybill.parallel.mesh import ParallelMesh

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from waybill.engine.req import Req
 from waybill.engine.routing.geometry import RouteGeometry
-from waybill.engine.schedule_batch import Req
 from waybill.engine.scheduler import Scheduler
 
 # A request says by the beginning of its rid which of them it wants.

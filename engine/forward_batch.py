@@ -14,7 +14,7 @@ import torch
 from ..parallel.dp_attention import TokenLayout
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
-from .schedule_batch import ScheduleBatch
+from .plan import ScheduleBatch
 from .transfer import to_device
 
 PlanT = TypeVar("PlanT")

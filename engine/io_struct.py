@@ -10,7 +10,7 @@ Directions:
 
     frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
                                    GetInternalStateReq, without a number
-    leader -> tp peers             operations and plans, see `schedule_batch.py`
+    leader -> tp peers             operations and plans, see `plan.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step
     leader -> frontend             ControlReply
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`

@@ -23,8 +23,8 @@ from .frontend_messages import AbortReq, ControlReq
 from .io_struct import BeforeEvent, CacheFlushed, ControlReply, FinishReason, Hold, ReqFinished
 from .leader_place import DpPlace, Endpoints
 from .page_manager import PageManager
+from .plan import PeerOperation
 from .request_queues import RequestQueues
-from .schedule_batch import PeerOperation
 from .step_committer import StepCommitter
 from .step_planner import StepPlanner
 from .weight_sync.report import Outcome

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .io_struct import BackendMessage
 from .mailbox import Inbox
+from .plan import PeerMessage
 from .record_line import Records
-from .schedule_batch import PeerMessage
 from .sockets import Sender
 
 

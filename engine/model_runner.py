@@ -23,12 +23,11 @@ from .graph_parts import GraphParts
 from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.causal_lm import CausalLM
+from .plan import NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.late_gather import LateRouteGather
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
-from .schedule_batch import Req, ScheduleBatch, ScheduledReq
 from .schedule_policy import pages_for
-from .step_committer import PromptScores, StepResult
 from .transfer import to_device
 
 if TYPE_CHECKING:
@@ -115,22 +114,20 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self.make_graphs()
-        # The leader's view of who runs on which row.
+        # On the leader: what the tokens of a row are sampled by.
         self._sampling_rows: dict[int, SamplingRow] = {}
-        self._reqs: dict[int, Req] = {}
 
     @property
     def is_leader(self) -> bool:
         return self._mesh.tp.rank == 0
 
-    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
-        """Leader: the request on `row` changes; nothing of the one before survives."""
-        sampling_row = SamplingRow(req.params, req.options, tuple(stop_ids))
-        known = np.frombuffer(bytes(req.tokens), dtype="<i4")
+    def start_req(self, req: NewReq) -> None:
+        """Leader: the request on a row changes; nothing of the one before survives."""
+        sampling_row = SamplingRow(req.params, req.options, tuple(req.stop_ids))
+        known = np.frombuffer(req.tokens, dtype="<i4")
         start_counts(sampling_row, known, req.num_prompt_tokens, self.model.config.vocab_size, self._mesh.device)
-        sampling_row.position = len(req.output_ids)
-        self._sampling_rows[row] = sampling_row
-        self._reqs[row] = req
+        sampling_row.position = len(known) - req.num_prompt_tokens
+        self._sampling_rows[req.row] = sampling_row
 
     def make_graphs(self) -> None:
         """On CUDA, steps of one rank run as graphs."""
@@ -270,17 +267,14 @@ class ModelRunner:
         """Score the prompt token that follows each row; None but on the leader. Every tp rank takes part."""
         logprobs: list[float] = []
         top: list[list[tuple[float, int]]] = []
-        position = scheduled.start + scheduled.prompt_logprobs_from + 1
-        for block in hidden.split(SCORE_BLOCK_ROWS):
+        ids = torch.from_numpy(np.frombuffer(scheduled.prompt_logprob_ids, dtype="<i4").astype(np.int64))
+        for block, targets in zip(hidden.split(SCORE_BLOCK_ROWS), ids.split(SCORE_BLOCK_ROWS), strict=True):
             logits = self.model.compute_logits(block)
             if logits is not None:
-                req = self._reqs[scheduled.row]
-                ids = np.frombuffer(req.token_bytes(position, position + len(block)), dtype="<i4").astype(np.int64)
-                targets = torch.from_numpy(ids).to(logits.device)
-                block_logprobs, block_top = score_tokens(logits, targets, req.options.top_logprobs_num)
+                num_top = self._sampling_rows[scheduled.row].options.top_logprobs_num
+                block_logprobs, block_top = score_tokens(logits, targets.to(logits.device), num_top)
                 logprobs += block_logprobs
                 top += block_top
-            position += len(block)
         return PromptScores(logprobs, top) if self.is_leader else None
 
     def result(self, launched: LaunchedStep) -> StepResult:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .kv_cache.page_pool import PagePool, Pages
 from .kv_cache.radix_cache import NullPrefixCache, RadixCache
-from .schedule_batch import Req
+from .req import Req
 from .schedule_policy import pages_for
 
 # Share of the pool that is evicted beyond what lacks.

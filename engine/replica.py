@@ -31,13 +31,13 @@ from .model_runner import LaunchedStep, ModelRunner
 from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .page_manager import PageManager
+from .plan import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .rank_operations import RankOperations
 from .record_line import RecordLine
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.geometry import RouteGeometry
 from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteRing
-from .schedule_batch import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
 from .scheduler import Scheduler
 from .sockets import Endpoint, Receiver, Sender

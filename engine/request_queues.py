@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 
-from .schedule_batch import Req
+from .req import Req
 
 
 class RequestQueues:

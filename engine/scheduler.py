@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from ..parallel.moe.dispatch import SyncClock
 from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, LonelyMeeting, Meeting, Proposal
@@ -22,29 +22,18 @@ from .leader_controls import LeaderControls, Operations
 from .leader_place import DpPlace, Endpoints
 from .mailbox import Mailbox
 from .page_manager import PageManager
+from .plan import LaunchedT, NewReq, Runner, ScheduleBatch, StopPeers
+from .req import Req
 from .request_queues import RequestQueues
 from .routing.ring import RouteRing
-from .schedule_batch import Req, ScheduleBatch, StopPeers
 from .schedule_policy import StepLimits
-from .step_committer import Committed, StepCommitter, StepResult
+from .step_committer import Committed, StepCommitter
 from .step_planner import StepPlan, StepPlanner
 from .stop_checker import StopChecker
 from .sync_stalls import GarbageClock, SyncStalls, TurnLog
 
 IDLE_WAIT_S = 5.0
 NANO = 1e9
-
-LaunchedT = TypeVar("LaunchedT")
-
-
-class Runner(Protocol[LaunchedT]):
-    """Executes plans. `launch` enqueues a step; `result` waits for it."""
-
-    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None: ...
-
-    def launch(self, batch: ScheduleBatch) -> LaunchedT: ...
-
-    def result(self, launched: LaunchedT) -> StepResult: ...
 
 
 @dataclass(frozen=True)
@@ -216,7 +205,7 @@ class Scheduler(Generic[LaunchedT]):
         plan = self._plan
         for item in plan.planned:
             if item.scheduled.start == item.req.num_cached:
-                self._runner.start_req(item.req.row, item.req, self._stop_checker.stop_ids(item.req))
+                self._runner.start_req(self._new_req(item.req))
         num_rows = agreement.rows_per_rank(self._place.tp_size) if self._place.dp_size > 1 else 0
         batch = plan.to_batch(self._num_steps, num_rows)
         self._num_steps += 1
@@ -229,6 +218,10 @@ class Scheduler(Generic[LaunchedT]):
         self._turn_log.add(Cause.RING_FULL, self._ring_wait_s - ring_waited)
         own = time.perf_counter() - began - self._forward_wait_s
         self._turn_log.add(Cause.PREFILL if plan.mode == ForwardMode.PREFILL else Cause.DECODE, own)
+
+    def _new_req(self, req: Req) -> NewReq:
+        stop_ids = self._stop_checker.stop_ids(req)
+        return NewReq(req.rid, req.row, bytes(req.tokens), req.num_prompt_tokens, req.params, req.options, stop_ids)
 
     @property
     def _ring_wait_s(self) -> float:

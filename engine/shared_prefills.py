@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from .kv_cache.radix_cache import num_common_pages
 from .page_manager import PageManager
-from .schedule_batch import Req
+from .req import Req
 
 
 class SharedPrefills:

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from .decoder_stages import DecoderError
-from .io_struct import FinishReason, Logprobs, ReqFinished, Segment, TokenOutput, TopLogprobs
+from .io_struct import FinishReason, Logprobs, ReqFinished, Segment, TokenOutput
 from .page_manager import PageManager
+from .plan import ScheduledReq, StepResult
+from .req import Req
 from .request_queues import RequestQueues
-from .schedule_batch import Req, ScheduledReq
 from .step_planner import PlannedReq
 from .stop_checker import StopChecker
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """Log-probabilities of consecutive prompt tokens."""
-
-    logprobs: list[float]
-    top: list[TopLogprobs]
-
-    @property
-    def are_finite(self) -> bool:
-        """Whether the logits were; see `score_tokens`."""
-        return not any(map(math.isnan, self.logprobs))
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step computed, on the host. The lists follow the order of the requests that sample; the entries of one that
-    failed mean nothing."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[TopLogprobs]
-    # By index of the request in the batch.
-    prompt_scores: dict[int, PromptScores] = field(default_factory=dict)
-    # Likewise: why a request cannot go on. What the step left of it in the cache must not be used.
-    failures: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from .agreement import ForwardMode
 from .io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
 from .page_manager import PageManager
+from .plan import ScheduleBatch, ScheduledReq
+from .req import Req
 from .request_queues import RequestQueues
-from .schedule_batch import Req, ScheduleBatch, ScheduledReq
 from .schedule_policy import PrefillBudget, StepLimits, admission_fits
 from .shared_prefills import SharedPrefills
 
@@ -159,7 +160,7 @@ class StepPlanner:
         req.pages.extend(new_pages)
         is_last = end == req.num_prompt_tokens + req.num_sampled
         sample = is_last and req.params.max_new_tokens > 0
-        score_from, num_scored = self._rows_to_score(req, start, end)
+        score_from, scored_ids = self._rows_to_score(req, start, end)
         scheduled = ScheduledReq(
             row=req.row,
             start=start,
@@ -169,20 +170,21 @@ class StepPlanner:
             pages=table_pages.tobytes(),
             sample=sample,
             prompt_logprobs_from=score_from,
-            num_prompt_logprobs=num_scored,
+            prompt_logprob_ids=scored_ids,
         )
         req.num_scheduled = end
         req.num_sampled += sample
         plan.planned.append(PlannedReq(req, Segment(req.rid, start, num_tokens, new_pages.tobytes()), scheduled))
 
     @staticmethod
-    def _rows_to_score(req: Req, start: int, end: int) -> tuple[int, int]:
-        """Rows of this chunk, counted from its start, whose logits score a prompt token: position p scores p + 1."""
+    def _rows_to_score(req: Req, start: int, end: int) -> tuple[int, bytes]:
+        """The first row of this chunk whose logits score a prompt token, and the ids that it and those after it score:
+        position p scores p + 1."""
         if not req.options.returns_prompt_logprobs:
-            return 0, 0
+            return 0, b""
         first = max(start, max(req.options.logprob_start_len, req.num_scored, 1) - 1)
         last = min(end, req.num_prompt_tokens - 1)
-        return (first - start, last - first) if first < last else (0, 0)
+        return (first - start, req.token_bytes(first + 1, last + 1)) if first < last else (0, b"")
 
     def _retract(self, victim: Req, plan: StepPlan) -> None:
         """The victim gives up its pages. Never one that is part of the plan at hand or of a step in flight."""

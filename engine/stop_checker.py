@@ -5,7 +5,7 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 from .io_struct import FinishReason
-from .schedule_batch import Req
+from .req import Req
 from .stop_search import StopMatch, StopSearch
 from .token_decoder import TokenDecoder
 

@@ -20,13 +20,12 @@ from waybill.engine.io_struct import BackendMessage, RingPlace, RoutingSetup
 from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.page_manager import PageManager
+from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
 from waybill.engine.record_line import RecordLine
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
 from waybill.engine.scheduler import Scheduler
 from waybill.engine.sockets import Receiver, Sender
-from waybill.engine.step_committer import StepResult
 from waybill.engine.stop_checker import StopChecker
 from waybill.parallel.dp_attention import rows_per_rank
 
@@ -89,8 +88,8 @@ class RuleRunner:
         self._last: dict[int, int] = {}
         self.seconds = 0.0
 
-    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
-        self._rids[row] = req.rid
+    def start_req(self, req: NewReq) -> None:
+        self._rids[req.row] = req.rid
 
     def launch(self, batch: ScheduleBatch) -> StepResult:
         began = time.thread_time()

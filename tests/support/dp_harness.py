@@ -41,12 +41,12 @@ from waybill.engine.leader_link import LeaderLink
 from waybill.engine.leader_place import DpPlace, Endpoints
 from waybill.engine.output_processor import OutputProcessor
 from waybill.engine.page_manager import PageManager
+from waybill.engine.plan import NewReq, ScheduleBatch
 from waybill.engine.replica import slot_rows
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.routing.wire import decode
-from waybill.engine.schedule_batch import Req, ScheduleBatch
 from waybill.engine.schedule_policy import StepLimits
 from waybill.engine.scheduler import Scheduler
 from waybill.engine.shipper import Shipper
@@ -86,17 +86,15 @@ class RoutingRunner(FakeRunner):
         super().__init__(*sizes)
         self._dp_rank = dp_rank
         self._on_launch = on_launch
-        self._reqs: dict[int, Req] = {}
         self._routed: dict[int, tuple[int, int, int]] = {}
-        self._cached_until: dict[str, int] = {}
+        self._beginning: set[str] = set()
         # By rid and position: the forward whose routing answers for it.
         self.first_routed: dict[str, dict[int, tuple[int, int, int]]] = {}
         self.forwards: list[tuple[int, int]] = []
 
-    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
-        super().start_req(row, req, stop_ids)
-        self._reqs[row] = req
-        self._cached_until[req.rid] = req.num_cached
+    def start_req(self, req: NewReq) -> None:
+        super().start_req(req)
+        self._beginning.add(req.rid)
 
     def launch(self, batch: ScheduleBatch) -> FakeStep:
         self.forwards.append((batch.step, batch.num_rows))
@@ -104,10 +102,13 @@ class RoutingRunner(FakeRunner):
         step = super().launch(batch)
         row = 0
         for scheduled in batch.reqs:
-            rid = self._reqs[scheduled.row].rid
+            rid = self._rids[scheduled.row]
             routed = self.first_routed.setdefault(rid, {})
-            for position in range(self._cached_until.pop(rid, 0)):
-                routed.setdefault(position, self._routed[self._slot(scheduled.row, position)])
+            if rid in self._beginning:
+                self._beginning.remove(rid)
+                # What the prefix cache gave lies before its first chunk.
+                for position in range(scheduled.start):
+                    routed.setdefault(position, self._routed[self._slot(scheduled.row, position)])
             for position in range(scheduled.start, scheduled.start + scheduled.num_tokens):
                 origin = (self._dp_rank, batch.step, row)
                 self._routed[self._slot(scheduled.row, position)] = origin

@@ -18,10 +18,9 @@ from waybill.engine.frontend_messages import FrontendMessage, TokenizedGenerateR
 from waybill.engine.io_struct import ReqAdmitted, ReqFinished, ReqRetracted, ReqStarted, SamplingParams, StepRecord
 from waybill.engine.leader_place import Endpoints
 from waybill.engine.page_manager import PageManager
-from waybill.engine.schedule_batch import Req, ScheduleBatch
+from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
 from waybill.engine.schedule_policy import StepLimits
 from waybill.engine.scheduler import Scheduler
-from waybill.engine.step_committer import StepResult
 from waybill.engine.stop_checker import StopChecker
 
 VOCAB = 50
@@ -85,9 +84,9 @@ class FakeRunner:
         self._rids: dict[int, str] = {}
         self._nan_slots: set[int] = set()
 
-    def start_req(self, row: int, req: Req, stop_ids: frozenset[int]) -> None:
-        self._last.pop(row, None)
-        self._rids[row] = req.rid
+    def start_req(self, req: NewReq) -> None:
+        self._last.pop(req.row, None)
+        self._rids[req.row] = req.rid
 
     def launch(self, batch: ScheduleBatch) -> FakeStep:
         # A leader without tokens of its own joins where every rank holds rows.

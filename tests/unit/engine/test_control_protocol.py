@@ -24,7 +24,7 @@ from waybill.engine.control_operations import (
 )
 from waybill.engine.frontend_messages import ControlReq
 from waybill.engine.io_struct import Hold, HoldKind
-from waybill.engine.schedule_batch import ScheduleBatch
+from waybill.engine.plan import ScheduleBatch
 from waybill.engine.weight_sync.report import Outcome
 
 PAGE = 2

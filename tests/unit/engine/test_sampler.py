@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.io_struct import OutputOptions, SamplingParams
+from waybill.engine.plan import PromptScores
 from waybill.engine.sampler import (
     MIN_LOGPROB,
     NO_TOKEN,
@@ -21,7 +22,6 @@ from waybill.engine.sampler import (
     start_counts,
     uniform,
 )
-from waybill.engine.step_committer import PromptScores
 
 V = 12
 TOP_2 = OutputOptions(return_logprob=True, top_logprobs_num=2)

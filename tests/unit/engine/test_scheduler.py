@@ -12,7 +12,7 @@ from waybill.engine.control_operations import FlushCache
 from waybill.engine.decoder_stages import DecoderError
 from waybill.engine.frontend_messages import AbortReq, ControlReq
 from waybill.engine.io_struct import ControlReply, FinishReason, Logprobs, OutputOptions, SamplingParams
-from waybill.engine.schedule_batch import Req
+from waybill.engine.req import Req
 from waybill.engine.stop_checker import StopChecker
 
 

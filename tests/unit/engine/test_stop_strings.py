@@ -13,7 +13,7 @@ from support.small_tokenizers import ADDED, KINDS, SPECIAL
 from waybill.engine.detokenizer import Detokenizer
 from waybill.engine.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.io_struct import FinishReason, OutputOptions, SamplingParams
-from waybill.engine.schedule_batch import Req
+from waybill.engine.req import Req
 from waybill.engine.stop_checker import StopChecker
 from waybill.engine.stop_search import StopSearch
 from waybill.engine.token_decoder import TokenDecoder

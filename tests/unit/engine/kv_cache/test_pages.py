@@ -15,7 +15,7 @@ from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.kv_cache.page_pool import PagePool, no_pages
 from waybill.engine.kv_cache.radix_cache import RadixCache
 from waybill.engine.page_manager import PageManager
-from waybill.engine.schedule_batch import Req
+from waybill.engine.req import Req
 
 NUM_PAGES = 24
 

@@ -1,79 +1,21 @@
-"""What a step works on: `Req` (one request's state on the leader) and `ScheduleBatch` (an immutable plan of one step).
+"""One request's state on its leader.
 
-A plan is all that a rank needs to run a step: the leader makes it, sends it to its tp peers as msgpack and executes it
-like they do. It names requests by `row`, their row in the page table and in the runner's per-request tensors, and its
-size is bounded by the tokens it computes, never by the length of a request - but for the step that admits one, which
-carries the pages that the prefix cache gave.
-
-    positions of one request   0 ......... cached ......... scheduled ......... prompt + sampled
-    KV from the prefix cache   [0, cached)
-    computed, or in flight                [cached, scheduled)
-    not an input yet                                        [scheduled, prompt + sampled)
-    known to the host          [0, seqlen), where seqlen = prompt + committed output <= prompt + sampled
+positions of one request   0 ......... cached ......... scheduled ......... prompt + sampled
+KV from the prefix cache   [0, cached)
+computed, or in flight                [cached, scheduled)
+not an input yet                                        [scheduled, prompt + sampled)
+known to the host          [0, seqlen), where seqlen = prompt + committed output <= prompt + sampled
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import msgspec
-
-from .control_operations import ControlOperation
 from .frontend_messages import TokenizedGenerateReqInput
 from .io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from .kv_cache.page_pool import Pages, no_pages
 from .kv_cache.radix_cache import Node
-
-TOKEN_BYTES = 4
-
-
-class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
-    """One request's share of a step: positions `[start, start + num_tokens)`.
-
-    `input_ids` holds their int32 bytes; empty means one token, the last one sampled for `row`, which only the device
-    knows yet (its step is in flight). `pages` are entered in the page table from entry `first_page` on. With `sample`
-    the last row's logits yield a token. The logits of `num_prompt_logprobs` rows, counted from row
-    `prompt_logprobs_from` of the chunk, score the prompt tokens after them.
-    """
-
-    row: int
-    start: int
-    num_tokens: int
-    input_ids: bytes
-    first_page: int
-    pages: bytes  # int32
-    sample: bool
-    prompt_logprobs_from: int = 0
-    num_prompt_logprobs: int = 0
-
-
-class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """The plan of one step. Rows of the step's tensors follow the order of `reqs`.
-
-    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens.
-    """
-
-    step: int
-    reqs: list[ScheduledReq]
-    num_rows: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(req.num_tokens for req in self.reqs)
-
-
-class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
-    """Tells a tp peer to leave its loop."""
-
-
-class PeerOperation(msgspec.Struct, frozen=True, array_like=True, tag="operation"):
-    """What every rank of the world does between two steps."""
-
-    op_id: str
-    operation: ControlOperation
-
-
-PeerMessage = ScheduleBatch | PeerOperation | StopPeers
+from .plan import TOKEN_BYTES
 
 
 @dataclass(eq=False)

@@ -1,0 +1,129 @@
+"""The contract of scheduler and runner: what a step shall compute, and what came of it.
+
+A `ScheduleBatch` is all that a rank needs to run a step: the leader makes it, sends it to its tp peers as msgpack and
+executes it like they do. It names requests by `row`, their row in the page table and in the runner's per-request tensors,
+and its size is bounded by the tokens it computes, never by the length of a request - but for the step that admits one,
+which carries the pages that the prefix cache gave. The leader's own runner is also told who begins on a row (`NewReq`):
+it alone samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from .control_operations import ControlOperation
+from .io_struct import OutputOptions, SamplingParams, TopLogprobs
+
+TOKEN_BYTES = 4
+
+LaunchedT = TypeVar("LaunchedT")
+
+
+class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
+    """One request's share of a step: positions `[start, start + num_tokens)`.
+
+    `input_ids` holds their int32 bytes; empty means one token, the last one sampled for `row`, which only the device
+    knows yet (its step is in flight). `pages` are entered in the page table from entry `first_page` on. With `sample`
+    the last row's logits yield a token. The logits of the rows from `prompt_logprobs_from` of the chunk on score the
+    prompt tokens `prompt_logprob_ids`, which follow them.
+    """
+
+    row: int
+    start: int
+    num_tokens: int
+    input_ids: bytes
+    first_page: int
+    pages: bytes  # int32
+    sample: bool
+    prompt_logprobs_from: int = 0
+    prompt_logprob_ids: bytes = b""  # int32
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        return len(self.prompt_logprob_ids) // TOKEN_BYTES
+
+
+class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """The plan of one step. Rows of the step's tensors follow the order of `reqs`.
+
+    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens.
+    """
+
+    step: int
+    reqs: list[ScheduledReq]
+    num_rows: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(req.num_tokens for req in self.reqs)
+
+
+class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """Tells a tp peer to leave its loop."""
+
+
+class PeerOperation(msgspec.Struct, frozen=True, array_like=True, tag="operation"):
+    """What every rank of the world does between two steps."""
+
+    op_id: str
+    operation: ControlOperation
+
+
+PeerMessage = ScheduleBatch | PeerOperation | StopPeers
+
+
+@dataclass(frozen=True)
+class NewReq:
+    """The request that begins, or begins again, on `row`: what its tokens are sampled by.
+
+    `tokens` are the int32 bytes of its prompt, `num_prompt_tokens` of them, and of what it has put out before.
+    """
+
+    rid: str
+    row: int
+    tokens: bytes
+    num_prompt_tokens: int
+    params: SamplingParams
+    options: OutputOptions
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of consecutive prompt tokens."""
+
+    logprobs: list[float]
+    top: list[TopLogprobs]
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether the logits were; see `score_tokens`."""
+        return not any(map(math.isnan, self.logprobs))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, on the host. The lists follow the order of the requests that sample; the entries of one that
+    failed mean nothing."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+    # By index of the request in the batch.
+    prompt_scores: dict[int, PromptScores] = field(default_factory=dict)
+    # Likewise: why a request cannot go on. What the step left of it in the cache must not be used.
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+class Runner(Protocol[LaunchedT]):
+    """Executes plans on this rank and decides nothing. `launch` enqueues a step; `result` waits for it."""
+
+    def start_req(self, req: NewReq) -> None: ...
+
+    def launch(self, batch: ScheduleBatch) -> LaunchedT: ...
+
+    def result(self, launched: LaunchedT) -> StepResult: ...

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+from .host_names import check_allowed_hosts
 from .option import Bounds, Option, option_fields
-from .weight_sync.trainer_store import check_allowed_hosts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOE_SPLITS = ("ep", "tp")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .forward_batch import HostBatch
 from .graph_parts import NUM_WARM_UPS, GraphParts
+from .step_tensors import HostBatch
 
 # Copies of the inputs on the host: a step's must not change before its transfer is done, one step later at most.
 NUM_STAGES = 4

@@ -29,11 +29,11 @@ from .control_operations import (
 from .dp_router import DpRouter
 from .frontend_messages import AbortReq, ControlReq, NumberedMessage
 from .generation_gate import GenerationGate, NotDrainedError, UnavailableError
+from .host_names import check_address
 from .io_struct import ControlReply, Hold, HoldKind
 from .leader_link import LeaderLink
 from .reply_box import ReplyBox
 from .weight_sync.memory_file import memory_file, write_all
-from .weight_sync.trainer_store import check_address
 
 CONTROL_TIMEOUT_S = 30.0
 # Joining and transfers are bounded by the ranks; the answer takes a little longer.

@@ -10,11 +10,12 @@ import torch
 from ..parallel.dp_attention import ReplicatedTokens
 from ..parallel.mesh import Axis
 from .attention.backend import AttentionBackend, GraphAttentionBackend
-from .forward_batch import ForwardBatch, known_ids, slots_at
 from .kv_cache.kv_store import KVStore
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.causal_lm import CausalLM
+from .models.forward_batch import ForwardBatch
 from .routing.capturer import RoutedExpertsCapturer
+from .step_tensors import known_ids, slots_at
 
 # Runs before a recording, so that kernels are compiled and libraries have their workspaces.
 NUM_WARM_UPS = 2

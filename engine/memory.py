@@ -11,7 +11,7 @@ from ..parallel.collectives import all_gather
 from ..parallel.mesh import ParallelMesh
 from .config import KV_MEMORY_FRACTIONS, EngineConfig
 from .kv_cache.kv_store import KVStore, KVTensorSpec
-from .schedule_policy import pages_for
+from .kv_cache.page_pool import pages_for
 
 KIBIBYTE = 1024
 

@@ -16,19 +16,19 @@ import torch
 
 from ..parallel.collectives import broadcast
 from ..parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout
+from ..parallel.host_to_device import to_device
 from ..parallel.mesh import ParallelMesh
 from .attention import GraphAttentionBackend, make_attention_backend
-from .forward_batch import Forwarded, HostBatch, lay_out, make_forward_batch
 from .graph_parts import GraphParts
 from .kv_cache.kv_store import KVStore
+from .kv_cache.page_pool import pages_for
 from .kv_cache.req_to_token_pool import ReqToTokenPool
 from .models.causal_lm import CausalLM
 from .plan import NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.late_gather import LateRouteGather
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
-from .schedule_policy import pages_for
-from .transfer import to_device
+from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs

@@ -19,7 +19,6 @@ import msgspec
 import zmq
 
 from .curve import CurveGuard
-from .detokenizer import load_token_decoder
 from .heartbeat import Heartbeat, table_of_this_run
 from .io_struct import (
     BeforeEvent,
@@ -45,6 +44,7 @@ from .routing.ring import RouteRing
 from .shipper import Progress, Routes, ShipmentOrder, Shipper
 from .sockets import Receiver, Sender
 from .step_joiner import StepJoiner
+from .tokenizer_file import load_token_decoder
 from .vital import start_vital_thread
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,9 @@ finishing costs an unlock and one bulk free, whatever the request's length.
 
 from __future__ import annotations
 
-from .kv_cache.page_pool import PagePool, Pages
+from .kv_cache.page_pool import PagePool, Pages, pages_for
 from .kv_cache.radix_cache import NullPrefixCache, RadixCache
 from .req import Req
-from .schedule_policy import pages_for
 
 # Share of the pool that is evicted beyond what lacks.
 EVICTION_SLACK = 64

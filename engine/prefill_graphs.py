@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..parallel.host_to_device import copy_to, to_device
 from .attention.backend import AttentionBatch, CachedTensors
-from .forward_batch import Forwarded, HostBatch
 from .graph_parts import NUM_WARM_UPS, GraphParts
-from .transfer import copy_to, to_device
+from .step_tensors import Forwarded, HostBatch
 
 SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 

@@ -20,7 +20,6 @@ from ..parallel.moe.dispatch import SyncClock
 from .agreement import LonelyMeeting
 from .config import EngineConfig
 from .curve import CurveGuard
-from .detokenizer import load_token_decoder
 from .dp_meeting import DpMeeting
 from .frontend_messages import FrontendMessage
 from .io_struct import BackendMessage, ControlReply, RingPlace, RoutingSetup
@@ -43,6 +42,7 @@ from .scheduler import Scheduler
 from .sockets import Endpoint, Receiver, Sender
 from .stop_checker import StopChecker
 from .sync_stalls import freeze_garbage_collector
+from .tokenizer_file import load_token_decoder
 from .weight_sync.report import Outcome
 
 logger = logging.getLogger(__name__)

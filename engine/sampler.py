@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..parallel.host_to_device import to_device
 from .io_struct import OutputOptions, SamplingParams, TopLogprobs
-from .transfer import to_device
 
 GREEDY_TEMPERATURE = 1e-5
 # In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.

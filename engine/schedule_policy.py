@@ -49,11 +49,6 @@ class PrefillBudget:
         assert self.used <= self.limits.prefill_tokens
 
 
-def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that hold `num_tokens`."""
-    return -(-num_tokens // page_size)
-
-
 def admission_fits(num_pages_needed: int, num_pages_available: int, num_running: int) -> bool:
     """Whether a new request may take pages: one page per running request stays in reserve for its next tokens, so that
     an admission is not paid for by a retraction in the next steps. An idle engine always tries."""

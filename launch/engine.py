@@ -21,9 +21,9 @@ import msgspec
 from ..engine.config import EngineConfig
 from ..engine.control_methods import ControlMethods
 from ..engine.control_operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
-from ..engine.detokenizer import load_tokenizer
 from ..engine.generate_request import GenerateReqInput, parse_generate_request
 from ..engine.routing.wire import RoutedExperts
+from ..engine.tokenizer_file import load_tokenizer
 from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
 from ..engine.vital import start_vital_thread
 from .supervisor import EngineProcess

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from ..engine.chat_template import load_chat_template
 from ..engine.config import EngineConfig
-from ..engine.detokenizer import load_tokenizer
 from ..engine.entrypoints.api_keys import ApiKeys
 from ..engine.entrypoints.bounded_server import SPARE_CONNECTIONS, BoundedServer
 from ..engine.entrypoints.http_server import make_app
@@ -28,6 +27,7 @@ from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.lifeline import watch_lifeline
+from ..engine.tokenizer_file import load_tokenizer
 from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
 from ..engine.vital import EXIT_PART_FAILED, end_process
 from .api_key import read_api_keys

@@ -28,11 +28,11 @@ from rich.progress import Progress
 from ..engine.chat_template import ChatTemplate, load_chat_template
 from ..engine.config import EngineConfig
 from ..engine.control_operations import FlushCache
-from ..engine.detokenizer import load_tokenizer
 from ..engine.generate_request import parse_generate_request
 from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.lifeline import watch_lifeline
 from ..engine.routing.wire import stitch
+from ..engine.tokenizer_file import load_tokenizer
 from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
 from ..launch.args import RolloutCommand
 from ..launch.run_dir import ADDRESSES, ENGINE_CONFIG, ROLLOUT_OPTIONS, read_struct

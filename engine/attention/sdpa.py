@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..transfer import to_device
+from ...parallel.host_to_device import to_device
 from .backend import AttentionBatch, CachedTensors, first_slots, slots_at, slots_of
 
 

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...parallel.host_to_device import to_device
 from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
-from ..transfer import to_device
 from .backend import AttentionBatch, CachedTensors
 from .sdpa import SdpaAttention, SdpaPlan
 

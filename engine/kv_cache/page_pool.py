@@ -44,3 +44,8 @@ class PagePool:
         """Every free page is a page, and is free once. Costs a pass over the pool."""
         assert len(set(self._free)) == len(self._free), "a page was freed twice"
         assert all(0 <= page < self.num_pages for page in self._free), "a page of another pool was freed"
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold `num_tokens`."""
+    return -(-num_tokens // page_size)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..transfer import copy_to, to_device
+from ...parallel.host_to_device import copy_to, to_device
 
 # (row, first entry, pages as int32 bytes)
 PageWrite = tuple[int, int, bytes]

@@ -11,8 +11,8 @@ from torch import nn
 from ...parallel.moe.layer import RouteRecorder
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend
-from ..forward_batch import ForwardBatch
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
+from .forward_batch import ForwardBatch
 from .fused_weights import FusedWeight
 from .model_config import ModelConfig
 

@@ -13,8 +13,8 @@ from torch import nn
 from ...parallel.linear import QKVParallelLinear, RowParallelLinear
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, CachedTensors
-from ..forward_batch import ForwardBatch
 from ..kv_cache.kv_store import KVTensorSpec
+from .forward_batch import ForwardBatch
 from .model_context import ModelContext
 from .norm_rope import HeadNorms, select_layer_ops
 from .rms_norm import RMSNorm

@@ -18,9 +18,9 @@ from ...parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from ...parallel.moe.layer import MoeLayer, RouteRecorder
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, CachedTensors
-from ..forward_batch import ForwardBatch
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
 from .dense_mlp import DenseMLP
+from .forward_batch import ForwardBatch
 from .fused_weights import FusedWeight
 from .grouped_query_attention import GroupedQueryAttention
 from .model_config import AttentionConfig, ModelConfig, MoeConfig, eos_ids, resolve_dtype

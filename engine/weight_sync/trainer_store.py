@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
 import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..vital import start_vital_thread
 
 LISTENER_POLL_S = 0.1
 CUT_INTERVAL_S = 0.5
-MAX_HOST_LENGTH = 253
-HOST_LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
-
-
-def check_address(host: str, allowed: Sequence[str] | None) -> None:
-    """Of a trainer, as a client names it. `allowed` are names, addresses and networks (`10.1.0.0/16`); None: all.
-
-    Raises:
-        ValueError: it is neither an IP address nor a host name, or not allowed.
-    """
-    if not is_host(host):
-        raise ValueError(
-            f"master_address={host[:MAX_HOST_LENGTH]!r}: must be an IP address or a host name, "
-            f"of at most {MAX_HOST_LENGTH} characters"
-        )
-    if allowed is not None and not any(covers(entry, host) for entry in allowed):
-        raise ValueError(f"master_address={host!r}: is none of the hosts that this engine takes weights from")
-
-
-def check_allowed_hosts(allowed: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: one is neither a host name nor an address or network.
-    """
-    for entry in allowed:
-        if network_of(entry) is None and not is_host(entry):
-            raise ValueError(
-                f"weight_sync_hosts: {entry!r} must be a host name, an IP address or a network (10.1.0.0/16)"
-            )
-
-
-def is_host(text: str) -> bool:
-    if network_of(text) is not None:
-        return "/" not in text
-    return len(text) <= MAX_HOST_LENGTH and re.fullmatch(rf"{HOST_LABEL}(\.{HOST_LABEL})*\.?", text) is not None
-
-
-def covers(entry: str, host: str) -> bool:
-    """A name covers itself alone: it is not looked up, since who answers for it may change his mind."""
-    network, address = network_of(entry), network_of(host)
-    if network is None or address is None:
-        return entry.casefold() == host.casefold()
-    return address.network_address in network
-
-
-def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    try:
-        return ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        return None
 
 
 def wait_for_listener(address: str, port: int, timeout_s: float) -> None:

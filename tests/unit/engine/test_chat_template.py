@@ -12,7 +12,7 @@ from support.small_tokenizers import KINDS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from waybill.engine.chat_template import ChatTemplate, load_chat_template
-from waybill.engine.detokenizer import load_tokenizer
+from waybill.engine.tokenizer_file import load_tokenizer
 from waybill.launch.args import EMBEDDED_MODEL
 
 TOKENIZER = load_tokenizer(str(EMBEDDED_MODEL))

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.detokenizer import Detokenizer, load_tokenizer
+from waybill.engine.detokenizer import Detokenizer
 from waybill.engine.io_struct import FinishReason, OutputOptions
 from waybill.engine.token_decoder import TokenDecoder
+from waybill.engine.tokenizer_file import load_tokenizer
 from waybill.launch.args import EMBEDDED_MODEL
 
 TOKENIZER = load_tokenizer(str(EMBEDDED_MODEL))

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from waybill.engine.detokenizer import load_tokenizer
 from waybill.engine.text_bound import COMPOSITION, text_bound
 from waybill.engine.text_codec import MAX_HELD_CHARS, TextCodec
+from waybill.engine.tokenizer_file import load_tokenizer
 from waybill.launch.args import EMBEDDED_MODEL
 
 CORPUS = ["the quick brown fox    jumps over the lazy dog", "ünïcödé e\u0301e\u0301 한국어 =========== \n\n\n\n"] * 20

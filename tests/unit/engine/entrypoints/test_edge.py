@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from waybill.engine.chat_template import ChatTemplate
 from waybill.engine.config import EngineConfig
-from waybill.engine.detokenizer import load_tokenizer
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.native import native_router
@@ -30,6 +29,7 @@ from waybill.engine.generate_request import parse_generate_request
 from waybill.engine.preparation import PreparedRequest
 from waybill.engine.request_limits import EngineLimits
 from waybill.engine.request_observer import NoObserver
+from waybill.engine.tokenizer_file import load_tokenizer
 from waybill.engine.tokenizer_manager import EngineDeadError, TokenizerManager
 from waybill.launch.args import EMBEDDED_MODEL
 

@@ -13,8 +13,8 @@ import torch
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.control_operations import InitWeightsUpdateGroup
+from waybill.engine.host_names import check_address
 from waybill.engine.weight_sync.group_registry import GroupRegistry
-from waybill.engine.weight_sync.trainer_store import check_address
 from waybill.parallel.mesh import ParallelMesh
 
 HERE = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""A step on the device: the tensors that a forward pass reads, made from a `ScheduleBatch` once per step.
+"""A step's way from its plan to the device: the tensors of a `ForwardBatch`, made from a `ScheduleBatch` once per step.
 
 Legend: T tokens of the step, B requests, N rows whose logits are wanted.
 """
@@ -6,31 +6,16 @@ Legend: T tokens of the step, B requests, N rows whose logits are wanted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from ..parallel.dp_attention import TokenLayout
+from ..parallel.host_to_device import to_device
 from .attention.backend import AttentionBackend, AttentionBatch
 from .kv_cache.req_to_token_pool import ReqToTokenPool
+from .models.forward_batch import ForwardBatch, PlanT
 from .plan import ScheduleBatch
-from .transfer import to_device
-
-PlanT = TypeVar("PlanT")
-
-
-@dataclass(frozen=True)
-class ForwardBatch(Generic[PlanT]):
-    """Inputs of one forward pass. `kv_slots` are the slots that the new keys and values go to."""
-
-    input_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    kv_slots: torch.Tensor  # [T] int64
-    attention_plan: PlanT
-    layout: TokenLayout
-    sample_rows: torch.Tensor  # [N] int64, rows of the requests that sample
-    sampling_req_rows: torch.Tensor  # [N] int64, their rows in the request pool
 
 
 @dataclass(frozen=True)

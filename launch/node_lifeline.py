@@ -1,10 +1,10 @@
 """Death across nodes: every rank holds a TCP connection to rank 0, and who sees one end without a farewell ends, too.
 
 It is the FIFO of `engine/lifeline.py` between hosts: whatever kills a process closes its connections; a host that is gone
-without a word is noticed by TCP's keep-alive, within some seconds. It is the heartbeat between hosts, too: both ends beat,
-and a node on which everything is stopped is noticed after `timeout_s` of the other end's own ticks (see
-`engine/heartbeat.py`). Only who says the run's token is listened to, so that strangers who connect and leave end nothing.
-No data is carried.
+without a word is noticed by TCP (keep-alive, and a limit on what is not acknowledged), within some seconds. It is the
+heartbeat between hosts, too: both ends beat, and a node on which everything is stopped is noticed after `timeout_s` of the
+other end's own ticks (see `engine/heartbeat.py`). Only who says the run's token is listened to, so that strangers who
+connect and leave end nothing. No data is carried.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ CONNECT_TIMEOUT_S = 60.0
 KEEPALIVE_IDLE_S = 2
 KEEPALIVE_INTERVAL_S = 1
 KEEPALIVE_PROBES = 4
+# Beats on their way hold those questions back: what is not acknowledged in the same time ends the connection as well.
+UNACKNOWLEDGED_S = KEEPALIVE_IDLE_S + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL_S
+MILLI = 1000
 
 
 class NodeLifeline:
@@ -190,3 +193,4 @@ def keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_S * MILLI)

@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Engine": ".launch.engine",
     "EngineConfig": ".engine.config",
-    "EngineDeadError": ".engine.tokenizer_manager",
-    "EngineStartError": ".engine.tokenizer_manager",
-    "GenerationError": ".engine.answer",
+    "EngineDeadError": ".engine.frontend.tokenizer_manager",
+    "EngineStartError": ".engine.frontend.tokenizer_manager",
+    "GenerationError": ".engine.frontend.answer",
     "RoutedExperts": ".engine.routing.wire",
     "SamplingParams": ".engine.io_struct",
 }

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from waybill.engine.lifeline import watch_parent
-from waybill.engine.priority import AUTOGROUP, set_autogroup_nice
+from waybill.engine.ipc.lifeline import watch_parent
+from waybill.engine.ipc.priority import AUTOGROUP, set_autogroup_nice
 
 MARK = "WAYBILL_BENCH_OWN_SESSION"
 
@@ -21,7 +21,7 @@ MARK = "WAYBILL_BENCH_OWN_SESSION"
 def run_in_own_session() -> int | None:
     """Run this script again, in a session of its own, and return its exit status; None in that run itself.
 
-    Linux may share cores among sessions (see `engine/priority.py`), and the caller's terminal is nobody's to slow down.
+    Linux may share cores among sessions (see `engine/ipc/priority.py`), and the caller's terminal is nobody's to slow down.
     """
     if MARK in os.environ:
         watch_parent()

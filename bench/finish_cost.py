@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams
+from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.replica import build_leader
-from waybill.engine.scheduler import Scheduler
-from waybill.engine.step_committer import FinishCost
+from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.step_committer import FinishCost
 from waybill.parallel.mesh import ParallelMesh
 
 NUM_NEW = 8

@@ -16,16 +16,16 @@ from output_side import Surroundings
 from transformers import Qwen3MoeConfig
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams
+from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.kv_cache.kv_store import KVStore
-from waybill.engine.model_runner import ModelRunner
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.registry import build_model, family_of
 from waybill.engine.replica import Rank, make_scheduler
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.schedule_policy import StepLimits
+from waybill.engine.runner.model_runner import ModelRunner
+from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.launch.args import EMBEDDED_MODEL
 from waybill.parallel.mesh import ParallelMesh
 from waybill.parallel.moe.dispatch import SyncClock

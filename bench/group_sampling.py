@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.io_struct import OutputOptions, SamplingParams
-from waybill.engine.page_manager import PageManager
+from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.replica import build_leader
-from waybill.engine.req import Req
-from waybill.engine.shared_prefills import SharedPrefills
+from waybill.engine.scheduler.page_manager import PageManager
+from waybill.engine.scheduler.req import Req
+from waybill.engine.scheduler.shared_prefills import SharedPrefills
 from waybill.launch.args import EMBEDDED_MODEL
 from waybill.parallel.mesh import ParallelMesh
 

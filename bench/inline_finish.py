@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from waybill.engine.req import Req
 from waybill.engine.routing.geometry import RouteGeometry
-from waybill.engine.scheduler import Scheduler
+from waybill.engine.scheduler.req import Req
+from waybill.engine.scheduler.scheduler import Scheduler
 
 # A request says by the beginning of its rid which of them it wants.
 INLINE, INLINE_COMPACT = "inline", "inline_compact"

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from waybill.engine.frontend_messages import FrontendMessage
 from waybill.engine.io_struct import BackendMessage
-from waybill.engine.leader_place import Endpoints
-from waybill.engine.lifeline import Lifeline
-from waybill.engine.output_processor_config import OutputProcessorConfig
-from waybill.engine.record_line import RecordLine
-from waybill.engine.sockets import Receiver, Sender
+from waybill.engine.ipc.frontend_messages import FrontendMessage
+from waybill.engine.ipc.lifeline import Lifeline
+from waybill.engine.ipc.record_line import RecordLine
+from waybill.engine.ipc.sockets import Receiver, Sender
+from waybill.engine.output.config import OutputProcessorConfig
+from waybill.engine.scheduler.leader_place import Endpoints
 
 STOP_TIMEOUT_S = 10
 
@@ -38,7 +38,7 @@ class Surroundings:
         )
         file = Path(folder) / "output_processor.json"
         file.write_bytes(msgspec.json.encode(processor))
-        command = [sys.executable, "-m", "waybill.engine.output_processor", "--config", str(file)]
+        command = [sys.executable, "-m", "waybill.engine.output.output_processor", "--config", str(file)]
         self._processor = subprocess.Popen(command)
         self.answers: Receiver[BackendMessage] = Receiver(self._context, address["frontend"], BackendMessage)
         inbox: Receiver[FrontendMessage] = Receiver(self._context, address["inbox"], FrontendMessage)

@@ -30,8 +30,8 @@ from simulation.run import FULL, QUICK, Scale, SimulatedEngine
 from simulation.timeline import replay
 from simulation.workload import VARIANTS
 
-from waybill.engine.token_decoder import TokenDecoder
-from waybill.engine.tokenizer_file import load_token_decoder
+from waybill.engine.text.token_decoder import TokenDecoder
+from waybill.engine.text.tokenizer_file import load_token_decoder
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny_moe" / "checkpoint"
 SIZES = (8, 32, 128)

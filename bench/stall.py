@@ -43,7 +43,7 @@ from stall_segment import (
 )
 from tapped_engine import TappedEngine
 
-from waybill.engine.output_processor_config import LOW_PRIORITY
+from waybill.engine.output.config import LOW_PRIORITY
 
 RESULTS = Path(__file__).parent / "results"
 # Room for what conversations add to the history before it is evicted.

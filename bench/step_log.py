@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from waybill.engine.scheduler import Scheduler
+from waybill.engine.scheduler.scheduler import Scheduler
 
 
 class StepEntry(msgspec.Struct, frozen=True, array_like=True):

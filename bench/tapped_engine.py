@@ -42,7 +42,7 @@ class TappedEngine:
     def processor_cpu_s(self) -> float:
         """CPU seconds that the output processor has used."""
         if self._processor is None:
-            self._processor = find_process(self.engine.run_dir, "waybill.engine.output_processor")
+            self._processor = find_process(self.engine.run_dir, "waybill.engine.output.output_processor")
         times = self._processor.cpu_times()
         return times.user + times.system
 

@@ -13,7 +13,7 @@ from inline_finish import InlineFinish
 from step_log import StepTap, log_file
 
 from waybill.engine import replica
-from waybill.engine.scheduler import Scheduler
+from waybill.engine.scheduler.scheduler import Scheduler
 from waybill.launch import worker
 
 LOG_FOLDER = "WAYBILL_BENCH_LOG_FOLDER"

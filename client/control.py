@@ -10,8 +10,8 @@ from typing import Any, Self
 import httpx
 import msgspec
 
-from ..engine.control_methods import ControlMethods
-from ..engine.control_operations import CheckWeights, ControlOperation, UpdateWeightsFromTensor
+from ..engine.control.methods import ControlMethods
+from ..engine.control.operations import CheckWeights, ControlOperation, UpdateWeightsFromTensor
 from .answer import check_status, http_options
 
 

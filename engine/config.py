@@ -6,8 +6,8 @@ from typing import Annotated
 
 import msgspec
 
-from .host_names import check_allowed_hosts
-from .option import Bounds, Option, option_fields
+from .validation.host_names import check_allowed_hosts
+from .validation.option import Bounds, Option, option_fields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOE_SPLITS = ("ep", "tp")

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from .control_operations import ControlOperation
+from .control.operations import ControlOperation
 from .io_struct import OutputOptions, SamplingParams, TopLogprobs
 
 TOKEN_BYTES = 4

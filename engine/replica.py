@@ -17,32 +17,32 @@ import zmq
 from ..parallel.dp_attention import rows_per_rank
 from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
-from .agreement import LonelyMeeting
 from .config import EngineConfig
-from .curve import CurveGuard
-from .dp_meeting import DpMeeting
-from .frontend_messages import FrontendMessage
 from .io_struct import BackendMessage, ControlReply, RingPlace, RoutingSetup
+from .ipc.curve import CurveGuard
+from .ipc.frontend_messages import FrontendMessage
+from .ipc.record_line import RecordLine
+from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore
-from .leader_place import DpPlace, Endpoints
-from .memory import kv_pool_pages, peak_rss_bytes
-from .model_runner import LaunchedStep, ModelRunner
 from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
-from .page_manager import PageManager
 from .plan import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
-from .rank_operations import RankOperations
-from .record_line import RecordLine
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.geometry import RouteGeometry
 from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteRing
-from .schedule_policy import StepLimits
-from .scheduler import Scheduler
-from .sockets import Endpoint, Receiver, Sender
-from .stop_checker import StopChecker
-from .sync_stalls import freeze_garbage_collector
-from .tokenizer_file import load_token_decoder
+from .runner.memory import kv_pool_pages, peak_rss_bytes
+from .runner.model_runner import LaunchedStep, ModelRunner
+from .runner.rank_operations import RankOperations
+from .scheduler.agreement import LonelyMeeting
+from .scheduler.dp_meeting import DpMeeting
+from .scheduler.leader_place import DpPlace, Endpoints
+from .scheduler.page_manager import PageManager
+from .scheduler.schedule_policy import StepLimits
+from .scheduler.scheduler import Scheduler
+from .scheduler.stop_checker import StopChecker
+from .scheduler.sync_stalls import freeze_garbage_collector
+from .text.tokenizer_file import load_token_decoder
 from .weight_sync.report import Outcome
 
 logger = logging.getLogger(__name__)

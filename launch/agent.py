@@ -17,10 +17,10 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main as torchrun
 
-from ..engine.heartbeat import Heartbeat
-from ..engine.heartbeat_table import PATH_VARIABLE, HeartbeatTable
-from ..engine.lifeline import Lifeline, watch_lifeline
-from ..engine.vital import start_vital_thread
+from ..engine.ipc.heartbeat import Heartbeat
+from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
+from ..engine.ipc.lifeline import Lifeline, watch_lifeline
+from ..engine.ipc.vital import start_vital_thread
 from .rendezvous import register
 from .run_dir import agent_lifeline, caller_lifeline, remove_run_dir
 

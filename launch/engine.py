@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..engine.config import EngineConfig
-from ..engine.control_methods import ControlMethods
-from ..engine.control_operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
-from ..engine.generate_request import GenerateReqInput, parse_generate_request
+from ..engine.control.methods import ControlMethods
+from ..engine.control.operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
+from ..engine.frontend.generate_request import GenerateReqInput, parse_generate_request
+from ..engine.frontend.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.ipc.vital import start_vital_thread
 from ..engine.routing.wire import RoutedExperts
-from ..engine.tokenizer_file import load_tokenizer
-from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
-from ..engine.vital import start_vital_thread
+from ..engine.text.tokenizer_file import load_tokenizer
 from .supervisor import EngineProcess
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from ..engine.config import ENGINE_OPTIONS, EngineConfig
-from ..engine.option import OptionField
+from ..engine.validation.option import OptionField
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

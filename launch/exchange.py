@@ -16,7 +16,7 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
-from ..engine.sockets import CurveKeys, Endpoint
+from ..engine.ipc.sockets import CurveKeys, Endpoint
 from ..parallel.collective_sockets import address_towards
 from .node_lifeline import NodeLifeline
 from .node_options import RUN_SECRET_VARIABLE

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..engine.chat_template import load_chat_template
 from ..engine.config import EngineConfig
 from ..engine.entrypoints.api_keys import ApiKeys
 from ..engine.entrypoints.bounded_server import SPARE_CONNECTIONS, BoundedServer
@@ -25,11 +24,12 @@ from ..engine.entrypoints.http_server import make_app
 from ..engine.entrypoints.json_log import log_json_lines
 from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
-from ..engine.heartbeat import Heartbeat, table_of_this_run
-from ..engine.lifeline import watch_lifeline
-from ..engine.tokenizer_file import load_tokenizer
-from ..engine.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
-from ..engine.vital import EXIT_PART_FAILED, end_process
+from ..engine.frontend.chat_template import load_chat_template
+from ..engine.frontend.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
+from ..engine.ipc.lifeline import watch_lifeline
+from ..engine.ipc.vital import EXIT_PART_FAILED, end_process
+from ..engine.text.tokenizer_file import load_tokenizer
 from .api_key import read_api_keys
 from .open_files import connections_within_limit
 from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct

@@ -1,9 +1,9 @@
 """Death across nodes: every rank holds a TCP connection to rank 0, and who sees one end without a farewell ends, too.
 
-It is the FIFO of `engine/lifeline.py` between hosts: whatever kills a process closes its connections; a host that is gone
-without a word is noticed by TCP (keep-alive, and a limit on what is not acknowledged), within some seconds. It is the
+It is the FIFO of `engine/ipc/lifeline.py` between hosts: whatever kills a process closes its connections; a host that is
+gone without a word is noticed by TCP (keep-alive, and a limit on what is not acknowledged), within some seconds. It is the
 heartbeat between hosts, too: both ends beat, and a node on which everything is stopped is noticed after `timeout_s` of the
-other end's own ticks (see `engine/heartbeat.py`). Only who says the run's token is listened to, so that strangers who
+other end's own ticks (see `engine/ipc/heartbeat.py`). Only who says the run's token is listened to, so that strangers who
 connect and leave end nothing. No data is carried.
 """
 
@@ -17,9 +17,9 @@ import socket
 import time
 from collections.abc import Callable
 
-from ..engine.heartbeat import StandstillWatch
-from ..engine.lifeline import EXIT_ORPHANED
-from ..engine.vital import start_vital_thread
+from ..engine.ipc.heartbeat import StandstillWatch
+from ..engine.ipc.lifeline import EXIT_ORPHANED
+from ..engine.ipc.vital import start_vital_thread
 
 logger = logging.getLogger(__name__)
 

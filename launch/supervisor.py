@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..engine.config import EngineConfig
-from ..engine.heartbeat import Heartbeat
-from ..engine.heartbeat_table import PATH_VARIABLE, HeartbeatTable
-from ..engine.lifeline import Lifeline
-from ..engine.output_processor_config import OutputProcessorConfig
+from ..engine.ipc.heartbeat import Heartbeat
+from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
+from ..engine.ipc.lifeline import Lifeline
+from ..engine.ipc.sockets import Endpoint
+from ..engine.ipc.vital import start_vital_thread
+from ..engine.output.config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
-from ..engine.sockets import Endpoint
-from ..engine.vital import start_vital_thread
 from .node_options import RENDEZVOUS_BACKEND, NodeOptions
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, RunDir, caller_lifeline, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
@@ -61,7 +61,7 @@ class NodeChildren:
         )
         file = write_struct(addresses.run_dir, OUTPUT_PROCESSOR_CONFIG, processor)
         listeners = (addresses.records[node], addresses.queries[node])
-        self.start("output processor", ["waybill.engine.output_processor", "--config", str(file)], listeners)
+        self.start("output processor", ["waybill.engine.output.output_processor", "--config", str(file)], listeners)
 
     def start(self, name: str, module_and_args: list[str], listeners: Sequence[Endpoint] = ()) -> None:
         """Run a module as a child and watch it: if it dies while the run goes on, this rank dies, and with it the run.

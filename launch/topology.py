@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..engine.config import EngineConfig
-from ..engine.sockets import Endpoint
+from ..engine.ipc.sockets import Endpoint
 
 # The kernel's limit on the path of a unix socket, terminating zero included.
 MAX_SOCKET_PATH = 108

@@ -23,12 +23,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..engine.config import EngineConfig
-from ..engine.heartbeat import Heartbeat, table_of_this_run
 from ..engine.io_struct import BackendMessage, ControlReply
-from ..engine.lifeline import EXIT_ORPHANED, watch_lifeline
-from ..engine.log_rate import log_to_stderr
+from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
+from ..engine.ipc.lifeline import EXIT_ORPHANED, watch_lifeline
+from ..engine.ipc.log_rate import log_to_stderr
+from ..engine.ipc.sockets import Sender
 from ..engine.replica import ReplicaEndpoints, run_replica
-from ..engine.sockets import Sender
 from ..parallel.collective_sockets import check_whose_connections, listening_sockets, take_in_nobody_else
 from ..parallel.mesh import ParallelMesh
 from .args import WorkerCommand, parse_worker_args

@@ -25,15 +25,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from ..engine.chat_template import ChatTemplate, load_chat_template
 from ..engine.config import EngineConfig
-from ..engine.control_operations import FlushCache
-from ..engine.generate_request import parse_generate_request
-from ..engine.heartbeat import Heartbeat, table_of_this_run
-from ..engine.lifeline import watch_lifeline
+from ..engine.control.operations import FlushCache
+from ..engine.frontend.chat_template import ChatTemplate, load_chat_template
+from ..engine.frontend.generate_request import parse_generate_request
+from ..engine.frontend.tokenizer_manager import EngineStartError, TokenizerManager
+from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
+from ..engine.ipc.lifeline import watch_lifeline
 from ..engine.routing.wire import stitch
-from ..engine.tokenizer_file import load_tokenizer
-from ..engine.tokenizer_manager import EngineStartError, TokenizerManager
+from ..engine.text.tokenizer_file import load_tokenizer
 from ..launch.args import RolloutCommand
 from ..launch.run_dir import ADDRESSES, ENGINE_CONFIG, ROLLOUT_OPTIONS, read_struct
 from ..launch.topology import Addresses

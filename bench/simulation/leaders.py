@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import zmq
 
-from waybill.engine.agreement import Agreement, from_rows, to_row
 from waybill.engine.config import EngineConfig
-from waybill.engine.frontend_messages import FrontendMessage
+from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.io_struct import BackendMessage, RingPlace, RoutingSetup
-from waybill.engine.leader_link import LeaderLink
-from waybill.engine.leader_place import DpPlace, Endpoints
-from waybill.engine.page_manager import PageManager
+from waybill.engine.ipc.frontend_messages import FrontendMessage
+from waybill.engine.ipc.record_line import RecordLine
+from waybill.engine.ipc.sockets import Receiver, Sender
 from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
-from waybill.engine.record_line import RecordLine
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import Scheduler
-from waybill.engine.sockets import Receiver, Sender
-from waybill.engine.stop_checker import StopChecker
+from waybill.engine.scheduler.agreement import Agreement, from_rows, to_row
+from waybill.engine.scheduler.leader_place import DpPlace, Endpoints
+from waybill.engine.scheduler.page_manager import PageManager
+from waybill.engine.scheduler.schedule_policy import StepLimits
+from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.stop_checker import StopChecker
 from waybill.parallel.dp_attention import rows_per_rank
 
 from .rule import Rule

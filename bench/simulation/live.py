@@ -18,13 +18,13 @@ import numpy as np
 import zmq
 
 from waybill.engine.io_struct import OutputBatch, OutputRecord, RingPlace, RoutingSetup
-from waybill.engine.output_processor import OutputProcessor
+from waybill.engine.ipc.sockets import Receiver, Sender
+from waybill.engine.output.output_processor import OutputProcessor
+from waybill.engine.output.shipper import Shipper
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.shipper import Shipper
-from waybill.engine.sockets import Receiver, Sender
-from waybill.engine.tokenizer_file import load_token_decoder
+from waybill.engine.text.tokenizer_file import load_token_decoder
 
 from .leaders import RING_SLOTS
 from .rule import Rule

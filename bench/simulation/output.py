@@ -13,11 +13,11 @@ import msgspec
 import zmq
 
 from waybill.engine.io_struct import OutputBatch, OutputRecord, StepRecord
-from waybill.engine.output_processor import OutputProcessor
+from waybill.engine.ipc.sockets import Receiver, Sender
+from waybill.engine.output.output_processor import OutputProcessor
+from waybill.engine.output.shipper import ShipmentOrder, Shipper
 from waybill.engine.routing.claims import ClaimStore
-from waybill.engine.shipper import ShipmentOrder, Shipper
-from waybill.engine.sockets import Receiver, Sender
-from waybill.engine.token_decoder import TokenDecoder
+from waybill.engine.text.token_decoder import TokenDecoder
 
 from .leaders import FRONTEND, RECORDS
 from .tape import Tape

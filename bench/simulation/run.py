@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from waybill.engine.token_decoder import TokenDecoder
+from waybill.engine.text.token_decoder import TokenDecoder
 
 from .before import ledger_as_before
 from .leaders import Leaders

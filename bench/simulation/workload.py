@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from waybill.engine.frontend_messages import AbortReq, TokenizedGenerateReqInput
+from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.io_struct import OutputOptions, RequestOutput, SamplingParams
-from waybill.engine.leader_link import LeaderLink
+from waybill.engine.ipc.frontend_messages import AbortReq, TokenizedGenerateReqInput
 from waybill.engine.routing.wire import decode
 
 from .rule import VOCAB, Rule

@@ -1,0 +1,1 @@
+"""HTTP: the native API, the OpenAI dialect, control, health, metrics, and the limits of connections and bodies."""

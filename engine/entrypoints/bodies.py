@@ -21,12 +21,12 @@ from msgspec import UNSET, Raw, UnsetType
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from ..field_error import FieldError, shown
-from ..json_values import count_fields, count_values
-from ..lanes import Lanes
-from ..request_model import RequestModel, validate
-from ..request_observer import RequestObserver
-from ..token_ids import Prompts, parse_ids
+from ..frontend.lanes import Lanes
+from ..frontend.request_observer import RequestObserver
+from ..validation.field_error import FieldError, shown
+from ..validation.json_values import count_fields, count_values
+from ..validation.request_model import RequestModel, validate
+from ..validation.token_ids import Prompts, parse_ids
 
 Model = TypeVar("Model", bound=RequestModel)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import create_model, model_validator
 from starlette.responses import Response
 
-from ..control_operations import (
+from ..control.operations import (
     OPERATIONS,
     CheckWeights,
     ContinueGeneration,
@@ -21,10 +21,10 @@ from ..control_operations import (
     ReleaseMemoryOccupation,
     ResumeMemoryOccupation,
 )
-from ..engine_controls import EngineControls
+from ..frontend.engine_controls import EngineControls
+from ..frontend.tokenizer_manager import TokenizerManager
 from ..io_struct import ControlReply
-from ..request_model import RequestModel
-from ..tokenizer_manager import TokenizerManager
+from ..validation.request_model import RequestModel
 from .bodies import BodyReader
 from .errors import error_body, error_response, json_response
 

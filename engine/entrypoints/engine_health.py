@@ -12,10 +12,10 @@ import time
 from contextlib import aclosing
 from typing import Any
 
-from ..admission import OverloadedError
-from ..generate_request import parse_generate_request
-from ..generation_gate import UnavailableError
-from ..tokenizer_manager import TokenizerManager
+from ..frontend.admission import OverloadedError
+from ..frontend.generate_request import parse_generate_request
+from ..frontend.generation_gate import UnavailableError
+from ..frontend.tokenizer_manager import TokenizerManager
 
 POLL_S = 0.05
 # How long an idle engine's token is waited for before it is looked whether others came first and steps are made.

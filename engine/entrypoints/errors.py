@@ -11,12 +11,12 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..admission import OverloadedError
-from ..answer import GenerationError
-from ..engine_controls import StorageError
-from ..field_error import FieldError
-from ..generation_gate import UnavailableError
-from ..tokenizer_manager import EngineDeadError
+from ..frontend.admission import OverloadedError
+from ..frontend.answer import GenerationError
+from ..frontend.engine_controls import StorageError
+from ..frontend.generation_gate import UnavailableError
+from ..frontend.tokenizer_manager import EngineDeadError
+from ..validation.field_error import FieldError
 from .json_log import FIELDS
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from ..chat_template import ChatTemplate
-from ..tokenizer_manager import TokenizerManager
+from ..frontend.chat_template import ChatTemplate
+from ..frontend.tokenizer_manager import TokenizerManager
 from .api_keys import ApiKeys
 from .bodies import BodyReader
 from .control import control_router

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from ..tokenizer_manager import EngineDeadError, TokenizerManager
+from ..frontend.tokenizer_manager import EngineDeadError, TokenizerManager
 from .engine_health import EngineHealth
 from .errors import error_response, json_response
 from .service_metrics import ServiceMetrics

@@ -7,7 +7,7 @@ import time
 
 import msgspec
 
-from ..log_rate import log_to_stderr
+from ..ipc.log_rate import log_to_stderr
 
 # The name under which a record carries its fields: `logger.info("...", extra={FIELDS: {...}})`.
 FIELDS = "fields"

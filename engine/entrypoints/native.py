@@ -13,15 +13,15 @@ from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
-from ..field_error import FieldError
-from ..generate_request import CHAR_COST_US, GenerateReqInput
+from ..frontend.generate_request import CHAR_COST_US, GenerateReqInput
+from ..frontend.preparation import PreparedRequest
+from ..frontend.text_codec import DECODE_COST_US, TextCodec
+from ..frontend.tokenizer_manager import MAX_RID_CHARS, TokenizerManager
 from ..io_struct import RoutedExpertsMeta
-from ..preparation import PreparedRequest
-from ..request_model import MAX_NAME_CHARS, PerPrompt, RequestModel
 from ..routing.claims import ClaimError
-from ..text_codec import DECODE_COST_US, TextCodec
-from ..token_ids import NESTED_SCHEMA, Prompts, as_prompts
-from ..tokenizer_manager import MAX_RID_CHARS, TokenizerManager
+from ..validation.field_error import FieldError
+from ..validation.request_model import MAX_NAME_CHARS, PerPrompt, RequestModel
+from ..validation.token_ids import NESTED_SCHEMA, Prompts, as_prompts
 from .bodies import CLIENT_GONE, BodyReader
 from .bounded_body import release_body
 from .errors import RID_KEY, abort_reason, error_response

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..admission import OverloadedError
-from ..generation_gate import UnavailableError
-from ..tokenizer_manager import EngineDeadError
+from ..frontend.admission import OverloadedError
+from ..frontend.generation_gate import UnavailableError
+from ..frontend.tokenizer_manager import EngineDeadError
 
 logger = logging.getLogger(__name__)
 

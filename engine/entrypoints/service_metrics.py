@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..answer import Answer
+from ..frontend.answer import Answer
 from ..io_struct import RequestOutput
 from .json_log import FIELDS
 

@@ -1,0 +1,1 @@
+"""Model families from their Hugging Face folders, behind the `CausalLM` protocol."""

@@ -1,0 +1,1 @@
+"""New weights from a trainer: its sender, every rank's receiver, checksums."""

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 
 from ...parallel.mesh import ParallelMesh
-from ..control_operations import InitWeightsUpdateGroup
-from ..vital import start_vital_thread
+from ..control.operations import InitWeightsUpdateGroup
+from ..ipc.vital import start_vital_thread
 from .update_group import UpdateGroup, resolve_backend
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...parallel.mesh import ParallelMesh
-from ..control_operations import (
+from ..control.operations import (
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
     UpdateWeightsFromTensor,

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..control_operations import DEFAULT_BACKEND, DEFAULT_GROUP
+from ..control.operations import DEFAULT_BACKEND, DEFAULT_GROUP
 from .update_group import SOURCE, UpdateGroup, resolve_backend
 
 NamedTensor = tuple[str, torch.Tensor]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..vital import start_vital_thread
+from ..ipc.vital import start_vital_thread
 
 LISTENER_POLL_S = 0.1
 CUT_INTERVAL_S = 0.5

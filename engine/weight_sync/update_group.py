@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from ...parallel.collective_sockets import address_towards, listening_sockets, take_in_nobody_else
-from ..control_operations import BACKENDS
+from ..control.operations import BACKENDS
 from .manifest import TensorSpec
 from .trainer_store import cut_off_after, wait_for_listener
 

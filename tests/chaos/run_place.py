@@ -27,7 +27,7 @@ AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", "--clear-groups")
 # torch keeps it for later runs of the same user: nothing that a run leaves.
 TORCH_CACHE = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_chaos_{os.getuid()}"}
 ROLES = {
-    "waybill.engine.output_processor": "output processor",
+    "waybill.engine.output.output_processor": "output processor",
     "waybill.launch.frontend": "frontend",
     "waybill.launch.command_line": "agent",
     "waybill.launch.agent": "agent",

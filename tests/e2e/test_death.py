@@ -101,7 +101,7 @@ def ranks_of(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
 
 def process_of(processes: list[psutil.Process], name: str) -> psutil.Process:
     if name == "output processor":
-        return find(processes, "waybill.engine.output_processor")
+        return find(processes, "waybill.engine.output.output_processor")
     if name == "agent":
         return find(processes, "waybill.launch.agent")
     return ranks_of(processes)[int(name[-1])]

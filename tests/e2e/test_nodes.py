@@ -122,7 +122,7 @@ def test_one_output_processor_on_each_node_says_what_one_for_all_says(nodes: Two
         post = poster(nodes, node)
         assert answers(post, 2) == expected
         processors = [
-            [p for p in node.processes(k) if "waybill.engine.output_processor" in p.cmdline()] for k in (0, 1)
+            [p for p in node.processes(k) if "waybill.engine.output.output_processor" in p.cmdline()] for k in (0, 1)
         ]
         assert [len(found) for found in processors] == [1, 1]
         check_claims_and_counters(nodes, node, post, expected)
@@ -201,7 +201,7 @@ def test_whatever_ends_ends_both_nodes(nodes: TwoNodes, victim: str) -> None:
         elif victim == "agent of node 0":
             first[-1].kill()
         else:
-            word = "waybill.launch.worker" if "rank" in victim else "waybill.engine.output_processor"
+            word = "waybill.launch.worker" if "rank" in victim else "waybill.engine.output.output_processor"
             next(p for p in second if word in p.cmdline()).kill()
         workers = first[:-1] + second[:-1]
         assert ended(workers, SILENT_DEATH_S if victim == "cable" else DEATH_S)

@@ -19,7 +19,7 @@ from support.server_process import ServerProcess
 
 from waybill import Engine, GenerationError
 from waybill.client import Client, ServerError
-from waybill.engine.sampler import MIN_LOGPROB
+from waybill.engine.runner.sampler import MIN_LOGPROB
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
 PROMPTS = [list(text.encode()) for text in ("start with 12", "a longer prompt, add 30", "x", "add 21", "what now, 7?")]

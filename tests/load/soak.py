@@ -30,7 +30,7 @@ from support.serial_run import CHECKPOINT, Question, SerialRun, greedy, make_cat
 from support.server_process import FEW_SHAPES
 
 from waybill import Engine
-from waybill.engine.control_operations import PAUSE_MODES
+from waybill.engine.control.operations import PAUSE_MODES
 
 NUM_PROMPTS = 48
 # A rank holds two or three of the longest requests: retractions are common.

@@ -16,17 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from waybill.engine.agreement import Agreement, Proposal
 from waybill.engine.config import EngineConfig
-from waybill.engine.control_operations import FlushCache
-from waybill.engine.frontend_messages import (
-    AbortReq,
-    ControlReq,
-    FrontendMessage,
-    GetInternalStateReq,
-    ShutdownReq,
-    TokenizedGenerateReqInput,
-)
+from waybill.engine.control.operations import FlushCache
+from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.io_struct import (
     ControlReply,
     FinishReason,
@@ -37,20 +29,28 @@ from waybill.engine.io_struct import (
     SamplingParams,
     StepRecord,
 )
-from waybill.engine.leader_link import LeaderLink
-from waybill.engine.leader_place import DpPlace, Endpoints
-from waybill.engine.output_processor import OutputProcessor
-from waybill.engine.page_manager import PageManager
+from waybill.engine.ipc.frontend_messages import (
+    AbortReq,
+    ControlReq,
+    FrontendMessage,
+    GetInternalStateReq,
+    ShutdownReq,
+    TokenizedGenerateReqInput,
+)
+from waybill.engine.output.output_processor import OutputProcessor
+from waybill.engine.output.shipper import Shipper
 from waybill.engine.plan import NewReq, ScheduleBatch
 from waybill.engine.replica import slot_rows
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.routing.wire import decode
-from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import Scheduler
-from waybill.engine.shipper import Shipper
-from waybill.engine.stop_checker import StopChecker
+from waybill.engine.scheduler.agreement import Agreement, Proposal
+from waybill.engine.scheduler.leader_place import DpPlace, Endpoints
+from waybill.engine.scheduler.page_manager import PageManager
+from waybill.engine.scheduler.schedule_policy import StepLimits
+from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.stop_checker import StopChecker
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 from .replica_harness import EOS, FakeInbox, FakeRunner, FakeSender, FakeStep

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.frontend_messages import FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.io_struct import ReqAdmitted, ReqFinished, ReqRetracted, ReqStarted, SamplingParams, StepRecord
-from waybill.engine.leader_place import Endpoints
-from waybill.engine.page_manager import PageManager
+from waybill.engine.ipc.frontend_messages import FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
-from waybill.engine.schedule_policy import StepLimits
-from waybill.engine.scheduler import Scheduler
-from waybill.engine.stop_checker import StopChecker
+from waybill.engine.scheduler.leader_place import Endpoints
+from waybill.engine.scheduler.page_manager import PageManager
+from waybill.engine.scheduler.schedule_policy import StepLimits
+from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.stop_checker import StopChecker
 
 VOCAB = 50
 EOS = 0

@@ -18,11 +18,11 @@ LIGHT = [
     "waybill.client",
     "waybill.engine.config",
     "waybill.engine.io_struct",
-    "waybill.engine.sockets",
-    "waybill.engine.generate_request",
-    "waybill.engine.tokenizer_manager",
-    "waybill.engine.output_processor",
-    "waybill.engine.chat_template",
+    "waybill.engine.ipc.sockets",
+    "waybill.engine.frontend.generate_request",
+    "waybill.engine.frontend.tokenizer_manager",
+    "waybill.engine.output.output_processor",
+    "waybill.engine.frontend.chat_template",
     "waybill.engine.routing.ledger",
     "waybill.engine.routing.wire",
     "waybill.launch.args",
@@ -32,15 +32,51 @@ LIGHT = [
     "waybill.launch.topology",
 ]
 # Render chat templates with the renderer of transformers, which imports no torch.
-WITH_TRANSFORMERS = {"waybill.engine.chat_template", "waybill.launch.frontend", "waybill.rollout.conversations"}
+WITH_TRANSFORMERS = {
+    "waybill.engine.frontend.chat_template",
+    "waybill.launch.frontend",
+    "waybill.rollout.conversations",
+}
+# What each folder or file of the engine may import of the others. Processes know what they talk over, not each other; a
+# trainer's replay and weight sender reach neither scheduler nor runner.
+ROOMS: dict[str, set[str]] = {
+    "validation": set(),
+    "config": {"validation"},
+    "io_struct": {"routing"},
+    "control": {"validation"},
+    "plan": {"control", "io_struct"},
+    "ipc": {"control", "io_struct"},
+    "text": set(),
+    "kv_cache": set(),
+    "attention": set(),
+    "routing": {"io_struct"},
+    "models": {"attention", "config", "kv_cache", "routing"},
+    "weight_sync": {"control", "io_struct", "ipc", "models"},
+    "scheduler": {"config", "control", "io_struct", "ipc", "kv_cache", "plan", "routing", "text", "weight_sync"},
+    "runner": {"attention", "config", "control", "io_struct", "kv_cache", "models", "plan", "routing", "weight_sync"},
+    "output": {"io_struct", "ipc", "routing", "text"},
+    "frontend": {"config", "control", "io_struct", "ipc", "routing", "text", "validation", "weight_sync"},
+    "entrypoints": {"control", "frontend", "io_struct", "ipc", "routing", "validation"},
+}
+# The composition root of a rank: it alone knows both scheduler and runner.
+ROOMS["replica"] = set(ROOMS) - {"validation", "frontend", "entrypoints", "output", "attention"}
+# Beside its folders.
+NUM_ENGINE_FILES = 5
 FORBIDDEN_NAMES = {"utils.py", "common.py", "misc.py", "base.py", "helpers.py"}
 
 
 SOURCES = [path for part in ORDER for path in sorted((ROOT / part).rglob("*.py"))]
+ENGINE = ROOT / "engine"
+ENGINE_SOURCES = [path for path in SOURCES if path.is_relative_to(ENGINE) and path != ENGINE / "__init__.py"]
 
 
-def imported_parts(path: Path) -> Iterator[str]:
-    """Top-level parts of the package that a file imports, relative imports resolved."""
+def room_of(path: Path) -> str:
+    """The folder or file of the engine that a source belongs to."""
+    return path.relative_to(ENGINE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> Iterator[list[str]]:
+    """What a file imports of the package, by the parts of its name, relative imports resolved."""
     package = ["waybill", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
@@ -55,7 +91,12 @@ def imported_parts(path: Path) -> Iterator[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "waybill" and len(parts) > 1:
-                yield parts[1]
+                yield parts[1:]
+
+
+def imported_parts(path: Path) -> Iterator[str]:
+    """Top-level parts of the package that a file imports."""
+    return (parts[0] for parts in imported_modules(path))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -75,6 +116,45 @@ def test_inside_the_package_imports_are_relative(path: Path) -> None:
 
 def test_the_check_of_imports_can_fail() -> None:
     assert list(imported_parts(ROOT / "launch" / "worker.py")), "launch imports the engine, relatively"
+
+
+@pytest.mark.parametrize("path", ENGINE_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_of_the_engine_know_those_that_they_may(path: Path) -> None:
+    own = room_of(path)
+    for parts in imported_modules(path):
+        if parts[0] == "engine" and len(parts) > 1 and parts[1] != own:
+            assert parts[1] in ROOMS[own], f"{path.relative_to(ROOT)} imports {'.'.join(parts)}"
+
+
+def test_every_room_is_known_and_none_is_allowed_more_than_it_uses() -> None:
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in ENGINE_SOURCES:
+        own = room_of(path)
+        parts = (parts for parts in imported_modules(path) if parts[0] == "engine" and len(parts) > 1)
+        used[own] |= {name for _, name, *_ in parts} - {own}
+    assert used == ROOMS
+
+
+@pytest.mark.parametrize("room", ["routing", "weight_sync"])
+def test_what_a_trainer_imports_reaches_neither_scheduler_nor_runner(room: str) -> None:
+    reached, new = set(), {room}
+    while new:
+        reached |= new
+        new = set().union(*(ROOMS[each] for each in new)) - reached
+    assert not reached & {"scheduler", "runner", "frontend", "output", "replica"}
+
+
+def test_ls_engine_is_the_architecture() -> None:
+    assert len([path for path in ENGINE.iterdir() if path.suffix == ".py"]) <= NUM_ENGINE_FILES
+    for package in [path.parent for path in ENGINE_SOURCES if path.name == "__init__.py"]:
+        assert ast.get_docstring(ast.parse((package / "__init__.py").read_text())), f"{package} says not what it is"
+
+
+def test_unit_tests_mirror_the_tree() -> None:
+    for part in ORDER:
+        for folder in (ROOT / "tests" / "unit" / part).rglob("*"):
+            if folder.is_dir() and folder.name != "__pycache__":
+                assert (ROOT / folder.relative_to(ROOT / "tests" / "unit")).is_dir(), folder
 
 
 def test_no_file_is_a_drawer() -> None:

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from waybill.engine.control_operations import ControlOperation, Operation
-from waybill.engine.generate_request import GenerateReqInput
-from waybill.engine.sampling_input import SamplingParamsInput
+from waybill.engine.control.operations import ControlOperation, Operation
+from waybill.engine.frontend.generate_request import GenerateReqInput
+from waybill.engine.frontend.sampling_input import SamplingParamsInput
 
 ROOT = Path(__file__).parents[2]
 API = (ROOT / "docs" / "api.md").read_text()

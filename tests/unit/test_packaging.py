@@ -53,7 +53,7 @@ def test_every_package_and_asset_is_in_the_wheel(wheel: Path) -> None:
 def test_the_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     script = (
-        "import waybill, waybill.launch.args as args, waybill.engine.scheduler;"
+        "import waybill, waybill.launch.args as args, waybill.engine.scheduler.scheduler;"
         "print(waybill.__file__); assert args.EMBEDDED_MODEL.is_dir(), args.EMBEDDED_MODEL; waybill.Engine"
     )
     done = subprocess.run(

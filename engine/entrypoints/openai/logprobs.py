@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...text_codec import TextCodec, TextOffsets
+from ...frontend.text_codec import TextCodec, TextOffsets
 
 Answer = dict[str, Any]
 # [logprob, token id, text], of the native API.

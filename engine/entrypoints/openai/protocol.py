@@ -6,11 +6,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from ...field_error import FieldError
-from ...generate_request import GenerateReqInput
-from ...request_model import MAX_NAME_CHARS, AnyNumber, Items, Name, Number, PerPrompt, Real, RequestModel, check_utf8
-from ...sampling_input import MAX_SAMPLES, SamplingParamsInput, check_size
-from ...token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as_ids, as_prompts
+from ...frontend.generate_request import GenerateReqInput
+from ...frontend.sampling_input import MAX_SAMPLES, SamplingParamsInput, check_size
+from ...validation.field_error import FieldError
+from ...validation.request_model import (
+    MAX_NAME_CHARS,
+    AnyNumber,
+    Items,
+    Name,
+    Number,
+    PerPrompt,
+    Real,
+    RequestModel,
+    check_utf8,
+)
+from ...validation.token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as_ids, as_prompts
 
 MAX_TOP_LOGPROBS = 20
 

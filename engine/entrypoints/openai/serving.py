@@ -12,10 +12,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...field_error import FieldError
-from ...generate_request import GenerateReqInput
-from ...preparation import PreparedRequest
-from ...tokenizer_manager import TokenizerManager
+from ...frontend.generate_request import GenerateReqInput
+from ...frontend.preparation import PreparedRequest
+from ...frontend.tokenizer_manager import TokenizerManager
+from ...validation.field_error import FieldError
 from ..bodies import CLIENT_GONE
 from ..bounded_body import release_body
 from ..errors import abort_reason, error_body

@@ -10,11 +10,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...chat_template import ChatTemplate
-from ...field_error import FieldError
-from ...generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
-from ...preparation import PreparedRequest
-from ...tokenizer_manager import TokenizerManager
+from ...frontend.chat_template import ChatTemplate
+from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
+from ...frontend.preparation import PreparedRequest
+from ...frontend.tokenizer_manager import TokenizerManager
+from ...validation.field_error import FieldError
 from . import serving
 from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest

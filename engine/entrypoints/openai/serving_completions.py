@@ -10,10 +10,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...field_error import FieldError
-from ...generate_request import GenerateReqInput, SampleRequest, parse_generate_request
-from ...preparation import PreparedRequest
-from ...tokenizer_manager import TokenizerManager
+from ...frontend.generate_request import GenerateReqInput, SampleRequest, parse_generate_request
+from ...frontend.preparation import PreparedRequest
+from ...frontend.tokenizer_manager import TokenizerManager
+from ...validation.field_error import FieldError
 from . import serving
 from .logprobs import CompletionLogprobs
 from .protocol import CompletionRequest

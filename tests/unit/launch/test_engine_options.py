@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from waybill.engine.config import ENGINE_OPTIONS, EngineConfig
-from waybill.engine.option import Bounds, Option, OptionField
+from waybill.engine.validation.option import Bounds, Option, OptionField
 from waybill.launch.args import parse_worker_args
 
 ROOT = Path(__file__).parents[3]

@@ -18,16 +18,16 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 
 from waybill.engine import json_values
-from waybill.engine.control_operations import ReleaseMemoryOccupation, UpdateWeightsFromDistributed
+from waybill.engine.control.operations import ReleaseMemoryOccupation, UpdateWeightsFromDistributed
 from waybill.engine.entrypoints.bodies import MAX_FIELDS, BodyReader
 from waybill.engine.entrypoints.control import body_model
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.native import AbortRequestInput, DetokenizeInput, TokenizeInput
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
-from waybill.engine.generate_request import GenerateReqInput
-from waybill.engine.lanes import Lanes
-from waybill.engine.request_model import RequestModel
-from waybill.engine.request_observer import NoObserver
+from waybill.engine.frontend.generate_request import GenerateReqInput
+from waybill.engine.frontend.lanes import Lanes
+from waybill.engine.frontend.request_observer import NoObserver
+from waybill.engine.validation.request_model import RequestModel
 
 MAX_VALUES = 1 << 18
 READER = BodyReader(Lanes(), MAX_VALUES, NoObserver())

@@ -15,7 +15,7 @@ from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
-from waybill.engine.lanes import Lanes
+from waybill.engine.frontend.lanes import Lanes
 
 
 class SlowManager:

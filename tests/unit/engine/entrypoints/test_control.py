@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from waybill.client import EngineControl
 from waybill.engine.config import EngineConfig
-from waybill.engine.control_operations import (
+from waybill.engine.control.operations import (
     CheckWeights,
     ContinueGeneration,
     ControlOperation,
@@ -36,14 +36,14 @@ from waybill.engine.control_operations import (
     UpdateWeightsFromDistributed,
     UpdateWeightsFromTensor,
 )
-from waybill.engine.engine_controls import EngineControls
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.control import control_router
 from waybill.engine.entrypoints.errors import install_error_handlers
-from waybill.engine.frontend_messages import ControlReq
+from waybill.engine.frontend.engine_controls import EngineControls
+from waybill.engine.frontend.lanes import Lanes
+from waybill.engine.frontend.request_observer import NoObserver
 from waybill.engine.io_struct import ControlReply
-from waybill.engine.lanes import Lanes
-from waybill.engine.request_observer import NoObserver
+from waybill.engine.ipc.frontend_messages import ControlReq
 
 TENSORS: dict[str, Any] = {"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]], "group_name": "g"}
 VALID: dict[str, dict[str, Any]] = {

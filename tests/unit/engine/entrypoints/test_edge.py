@@ -16,7 +16,6 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from waybill.engine.chat_template import ChatTemplate
 from waybill.engine.config import EngineConfig
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.errors import install_error_handlers
@@ -25,12 +24,13 @@ from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, Co
 from waybill.engine.entrypoints.openai.serving_chat import ChatServing
 from waybill.engine.entrypoints.openai.serving_completions import CompletionServing
 from waybill.engine.entrypoints.responses import unless_disconnected
-from waybill.engine.generate_request import parse_generate_request
-from waybill.engine.preparation import PreparedRequest
-from waybill.engine.request_limits import EngineLimits
-from waybill.engine.request_observer import NoObserver
-from waybill.engine.tokenizer_file import load_tokenizer
-from waybill.engine.tokenizer_manager import EngineDeadError, TokenizerManager
+from waybill.engine.frontend.chat_template import ChatTemplate
+from waybill.engine.frontend.generate_request import parse_generate_request
+from waybill.engine.frontend.preparation import PreparedRequest
+from waybill.engine.frontend.request_limits import EngineLimits
+from waybill.engine.frontend.request_observer import NoObserver
+from waybill.engine.frontend.tokenizer_manager import EngineDeadError, TokenizerManager
+from waybill.engine.text.tokenizer_file import load_tokenizer
 from waybill.launch.args import EMBEDDED_MODEL
 
 CONTEXT = 200_000

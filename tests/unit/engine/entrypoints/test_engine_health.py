@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from waybill.engine.admission import OverloadedError
 from waybill.engine.entrypoints.engine_health import EngineHealth
+from waybill.engine.frontend.admission import OverloadedError
+from waybill.engine.frontend.tokenizer_manager import EngineDeadError
 from waybill.engine.io_struct import ControlReply
-from waybill.engine.tokenizer_manager import EngineDeadError
 
 # Long enough for a busy machine to get to what ends the check, short where the check must run into it.
 LONG_S, SHORT_S = 60.0, 0.3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.small_tokenizers import KINDS
 
 from waybill.engine.entrypoints.openai.logprobs import CompletionLogprobs, chat_logprobs
-from waybill.engine.text_codec import TextCodec
+from waybill.engine.frontend.text_codec import TextCodec
 
 CODECS = {name: TextCodec(tokenizer) for name, tokenizer in KINDS.items()}
 

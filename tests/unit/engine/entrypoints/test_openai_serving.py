@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from waybill.engine.chat_template import ChatTemplate
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from waybill.engine.entrypoints.openai.serving_chat import ChatServing
 from waybill.engine.entrypoints.openai.serving_completions import CompletionServing
-from waybill.engine.lanes import Lanes
-from waybill.engine.text_codec import TextCodec
+from waybill.engine.frontend.chat_template import ChatTemplate
+from waybill.engine.frontend.lanes import Lanes
+from waybill.engine.frontend.text_codec import TextCodec
 
 BROKEN = ChatTemplate({"default": "{% nonsense %}"}, {})
 MESSAGES = [{"role": "user", "content": "a"}]

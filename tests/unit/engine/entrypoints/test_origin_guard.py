@@ -12,14 +12,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from waybill.engine.control_operations import Operation
+from waybill.engine.control.operations import Operation
 from waybill.engine.entrypoints.api_keys import ApiKeys
 from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
+from waybill.engine.frontend.lanes import Lanes
 from waybill.engine.io_struct import ControlReply
-from waybill.engine.lanes import Lanes
 
 LOOPBACK = AllowedHosts("127.0.0.1", ("localhost", "box", "waybill.example", "*.cluster.local"))
 OPEN = AllowedHosts("0.0.0.0", ("box",))

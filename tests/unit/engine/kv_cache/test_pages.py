@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from waybill.engine.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.io_struct import OutputOptions, SamplingParams
+from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.kv_cache.page_pool import PagePool, no_pages
 from waybill.engine.kv_cache.radix_cache import RadixCache
-from waybill.engine.page_manager import PageManager
-from waybill.engine.req import Req
+from waybill.engine.scheduler.page_manager import PageManager
+from waybill.engine.scheduler.req import Req
 
 NUM_PAGES = 24
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.leader_place import DpPlace
 from waybill.engine.replica import make_recorder, recorded_axis, slot_rows
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.late_gather import LateRouteGather
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.schedule_policy import StepLimits
+from waybill.engine.scheduler.leader_place import DpPlace
+from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.field_trainer import init_custom_process_group
 
-from waybill.engine.control_operations import InitWeightsUpdateGroup
+from waybill.engine.control.operations import InitWeightsUpdateGroup
 from waybill.engine.weight_sync.checksum import GOLDEN, ODD, checksum, checksum_piece, render
 from waybill.engine.weight_sync.group_registry import GroupRegistry
 from waybill.engine.weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
-from waybill.engine.control_operations import (
+from waybill.engine.control.operations import (
     InitWeightsUpdateGroup,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,

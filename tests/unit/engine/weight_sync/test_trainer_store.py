@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from waybill.engine.config import EngineConfig
-from waybill.engine.control_operations import InitWeightsUpdateGroup
-from waybill.engine.host_names import check_address
+from waybill.engine.control.operations import InitWeightsUpdateGroup
+from waybill.engine.validation.host_names import check_address
 from waybill.engine.weight_sync.group_registry import GroupRegistry
 from waybill.parallel.mesh import ParallelMesh
 

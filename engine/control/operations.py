@@ -1,0 +1,264 @@
+"""Every control operation, declared once.
+
+A struct is the body of its route, the arguments of its method (`control_methods.py`) and what the ranks are told. Its tag
+names the route. What is annotated beside a type binds bodies alone, see `entrypoints/control.py`; `check` is for all.
+
+A new operation is a struct here and in `ControlOperation`, a method, and an action in `rank_operations.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, get_args
+
+import msgspec
+from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from ..validation.field_error import FieldError
+from ..validation.request_model import Items, Number, check_utf8, refuse_bool
+
+DEFAULT_GROUP = "weight_update_group"
+PAUSE_MODES = ("abort", "retract", "in_place")
+MEMORY_TAGS = ("weights", "kv_cache")
+# "auto" is NCCL between CUDA devices, else gloo.
+BACKENDS = ("auto", "gloo", "nccl")
+DEFAULT_BACKEND = "auto"
+LOAD_FORMATS = ("auto", "flattened_bucket")
+# Fields of the dialect that would change what happens and are not implemented: legal at the value that means "off".
+NEUTRAL_FIELDS: Mapping[str, Any] = {
+    "is_async": False,
+    "keep_pause": False,
+    "recapture_cuda_graph": False,
+    "manifest": None,
+}
+
+
+class OneOf:
+    """Of a body: a string that is one of these. The ranks decode any string, and refuse it in words."""
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self._choices = choices
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self._choices))
+
+
+# What fits the messages to the ranks.
+Count = Annotated[Number, Field(ge=0, lt=2**31)]
+Port = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1, lt=2**16)]
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_utf8)]
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """What all leaders are told under one number, do at one step, and answer once."""
+
+    neutral_fields: ClassVar[Mapping[str, Any]] = {}
+    # It asks whether anybody has requests, or (the end of a pause) must not overtake the answer that does.
+    asks_for_idle: ClassVar[bool] = False
+    # It takes as long as a transfer or a meeting of ranks.
+    is_long: ClassVar[bool] = False
+
+    @classmethod
+    def route(cls) -> str:
+        return f"/{cls.__struct_config__.tag}"
+
+    @property
+    def empties_cache(self) -> bool:
+        """Whether the prefix cache is empty when it was done."""
+        return False
+
+    def check(self) -> None:
+        """What types do not say; a frontend asks before it tells the leaders.
+
+        Raises:
+            ValueError: the operation cannot be done.
+        """
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}={value!r}: must be one of {', '.join(choices)}")
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+class FlushCache(Operation, frozen=True, tag="flush_cache"):
+    asks_for_idle = True
+
+    @property
+    def empties_cache(self) -> bool:
+        return True
+
+
+class PauseGeneration(Operation, frozen=True, tag="pause_generation"):
+    mode: Annotated[str, OneOf(PAUSE_MODES)] = "abort"
+
+    def check(self) -> None:
+        check_choice("mode", self.mode, PAUSE_MODES)
+
+
+class ContinueGeneration(Operation, frozen=True, tag="continue_generation"):
+    asks_for_idle = True
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+class WeightUpdate(Operation, frozen=True, kw_only=True):
+    """What an update means for what is there: whether the prefix cache is emptied, what the new weights are called, and
+    whether requests are aborted, not waited for."""
+
+    neutral_fields = NEUTRAL_FIELDS
+    asks_for_idle = True
+    is_long = True
+
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: Annotated[Name, Field(max_length=512)] | None = None
+
+    @property
+    def empties_cache(self) -> bool:
+        return self.flush_cache
+
+    @property
+    def ends_update(self) -> bool:
+        """Whether the update is complete with this call though it does not bring every tensor."""
+        return False
+
+
+class PartialWeightUpdate(WeightUpdate, frozen=True, kw_only=True):
+    """Some tensors or all."""
+
+    is_last: bool = False
+
+    @property
+    def ends_update(self) -> bool:
+        return self.is_last
+
+
+class UpdateWeightsFromDisk(WeightUpdate, frozen=True, tag="update_weights_from_disk"):
+    neutral_fields = {**NEUTRAL_FIELDS, "load_format": "auto"}
+
+    model_path: Name
+
+
+class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weights_from_tensor"):
+    """`path` of a safetensors file on the ranks' host (shared memory, say), or its bytes as base64, which a frontend puts
+    into such a file."""
+
+    path: Name | None = None
+    safetensors: str | None = None
+    # Only for the refusal of what pickles.
+    serialized_named_tensors: Any = None
+
+    def check(self) -> None:
+        if self.serialized_named_tensors is not None:
+            raise FieldError(
+                "serialized_named_tensors: pickled tensors are not taken; send path (a safetensors file) or safetensors "
+                "(its bytes, base64)",
+                "serialized_named_tensors",
+            )
+        if (self.path is None) == (self.safetensors is None):
+            raise ValueError("path, safetensors: give exactly one of them")
+
+    def data(self) -> bytes:
+        try:
+            return base64.b64decode(self.safetensors or "", validate=True)
+        except binascii.Error:
+            raise FieldError("safetensors: must be base64", "safetensors") from None
+
+
+class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update_weights_from_distributed"):
+    """Tensors that the trainer broadcasts, one each in this order, or all in one ("flattened_bucket")."""
+
+    names: Items[Name]
+    dtypes: Items[Name]
+    shapes: Items[Items[Count]]
+    group_name: Name = DEFAULT_GROUP
+    load_format: Name | None = None
+
+    def check(self) -> None:
+        check_choice("load_format", self.load_format or "auto", LOAD_FORMATS)
+
+
+class InitWeightsUpdateGroup(Operation, frozen=True, tag="init_weights_update_group"):
+    """The trainer is rank 0 of its group, engine ranks follow from `rank_offset`."""
+
+    is_long = True
+
+    master_address: Name
+    master_port: Port
+    rank_offset: Count
+    world_size: Count
+    group_name: Name = DEFAULT_GROUP
+    backend: Annotated[str, OneOf(BACKENDS)] = DEFAULT_BACKEND
+
+
+class DestroyWeightsUpdateGroup(Operation, frozen=True, tag="destroy_weights_update_group"):
+    group_name: Name = DEFAULT_GROUP
+
+
+class GetWeightsByName(Operation, frozen=True, tag="get_weights_by_name"):
+    """The reply's payload is rows in JSON."""
+
+    name: Name
+    truncate_size: Count = 100
+
+    def check(self) -> None:
+        if self.truncate_size < 1:
+            raise ValueError(f"truncate_size={self.truncate_size}: must be at least 1")
+
+
+class CheckWeights(Operation, frozen=True, tag="weights_checker"):
+    """The reply's payload is a checksum by tensor in JSON; see `engine.weight_sync.checksum`."""
+
+    is_long = True
+
+    action: Annotated[str, OneOf(("checksum",))]
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+class MemoryOperation(Operation, frozen=True):
+    is_long = True
+
+    tags: Items[Annotated[str, OneOf(MEMORY_TAGS)]] | None = None
+
+    @property
+    def owners(self) -> Sequence[str]:
+        """Whose memory it is."""
+        return self.tags or MEMORY_TAGS
+
+
+class ReleaseMemoryOccupation(MemoryOperation, frozen=True, tag="release_memory_occupation"):
+    asks_for_idle = True
+
+    @property
+    def empties_cache(self) -> bool:
+        return "kv_cache" in self.owners
+
+
+class ResumeMemoryOccupation(MemoryOperation, frozen=True, tag="resume_memory_occupation"):
+    """The KV pool empty, the weights to be filled by one complete update."""
+
+
+ControlOperation = (
+    FlushCache
+    | PauseGeneration
+    | ContinueGeneration
+    | UpdateWeightsFromDisk
+    | UpdateWeightsFromTensor
+    | UpdateWeightsFromDistributed
+    | InitWeightsUpdateGroup
+    | DestroyWeightsUpdateGroup
+    | GetWeightsByName
+    | CheckWeights
+    | ReleaseMemoryOccupation
+    | ResumeMemoryOccupation
+)
+OPERATIONS: tuple[type[Operation], ...] = get_args(ControlOperation)

@@ -1,0 +1,147 @@
+"""A caller's answer as it grows, and its rendering in the API's form."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Literal
+
+import msgspec
+
+from ..io_struct import FinishReason, Logprobs, RequestOutput
+from ..routing.wire import RoutedExperts, to_base64
+from .answer_logprobs import AnswerLogprobs, TokenText
+from .generate_request import SampleRequest
+
+# How rows stand in an answer: a numpy array, base64 text, or that text as JSON, which is written out as it is.
+RoutesForm = Literal["array", "base64", "json"]
+
+
+def finish_reason_dict(reason: FinishReason) -> dict[str, Any]:
+    """The dialect's form: `type` and whatever belongs to it."""
+    match reason.type:
+        case "stop":
+            return {"type": "stop", "matched": reason.matched}
+        case "length":
+            return {"type": "length", "length": reason.length}
+        case _:
+            error = {"status_code": reason.status_code, "err_type": reason.err_type}
+            return {"type": "abort", "message": reason.message, **({} if reason.status_code is None else error)}
+
+
+class GenerationError(RuntimeError):
+    """The engine could not go on with a request, for the reason that the message gives. It is alive, and so are others."""
+
+
+class Answer:
+    """Collects the outputs of one sample. Text and ids are cumulative, as streams of the dialect are.
+
+    In the form "array" the compact format is a numpy array [rows, moe_layers, top_k]; int32 is base64 there, too.
+    """
+
+    def __init__(
+        self,
+        sample: SampleRequest,
+        num_layers_total: int,
+        *,
+        form: RoutesForm,
+        token_text: TokenText | None,
+    ) -> None:
+        self.rid = sample.rid
+        self.prompt_tokens = len(sample.input_ids)
+        self._options = sample.output_options
+        self._form = form
+        self._num_layers_total = num_layers_total
+        self.began = time.perf_counter()
+        self._text = ""
+        self._output_ids: list[int] = []
+        self._logprobs = AnswerLogprobs(self._options, token_text) if self._options.return_logprob else None
+        self._last: RequestOutput | None = None
+        self._routed: RoutedExperts | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self._last is not None and self._last.finish_reason is not None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended: stop, length, abort or failed."""
+        assert self._last is not None and self._last.finish_reason is not None
+        return "failed" if self.failure is not None else self._last.finish_reason.type
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has failed it; None if it has not."""
+        reason = None if self._last is None else self._last.finish_reason
+        return reason.message if reason is not None and reason.is_failure else None
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self._last is None else self._last.cached_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self._output_ids)
+
+    @property
+    def routed_experts_error(self) -> str | None:
+        return None if self._last is None else self._last.routed_experts_error
+
+    def add(self, output: RequestOutput, routed: RoutedExperts | None) -> None:
+        self._last = output
+        self._text += output.text
+        self._output_ids += output.token_ids
+        if self._logprobs is not None:
+            self._logprobs.add(output.logprobs or Logprobs(), output.token_ids)
+        self._routed = routed
+
+    async def render(self) -> dict[str, Any]:
+        """The answer so far: `{text, output_ids, meta_info}`."""
+        last = self._last
+        assert last is not None
+        meta: dict[str, Any] = {
+            "id": self.rid,
+            "finish_reason": None if last.finish_reason is None else finish_reason_dict(last.finish_reason),
+            "prompt_tokens": last.prompt_tokens,
+            "completion_tokens": last.completion_tokens,
+            "cached_tokens": last.cached_tokens,
+            "weight_version": last.weight_version,
+            "e2e_latency": time.perf_counter() - self.began,
+            "dp_rank": last.dp_rank,
+            "num_retractions": last.num_retractions,
+        }
+        if self._logprobs is not None:
+            meta.update(self._logprobs.render())
+        if self._options.return_routed_experts and (self.is_finished or self._options.stream_routed_experts):
+            meta.update(await self._render_routes(last))
+        return {"text": self._text, "output_ids": list(self._output_ids), "meta_info": meta}
+
+    async def _render_routes(self, last: RequestOutput) -> dict[str, Any]:
+        """Rows in the asked form beside their envelope, a claim in their place, or the reason why there are none."""
+        envelope = last.routed_experts
+        reason = last.finish_reason
+        is_int32 = self._options.routed_experts_format == "int32"
+        if reason is not None and reason.type == "abort" and not self._output_ids and is_int32:
+            # Readers of this form count on the rows of all tokens but the last, or on none.
+            return {}
+        if envelope is None:
+            return {"routed_experts": None, "routed_experts_error": last.routed_experts_error}
+        fields: dict[str, Any] = {
+            "routed_experts_meta": msgspec.to_builtins(envelope),
+            "routed_experts_start_len": envelope.start,
+            "routed_experts_dtype": "int32" if is_int32 else envelope.dtype,
+        }
+        if last.routed_experts_claim is not None:
+            return fields | {"routed_experts_claim": last.routed_experts_claim}
+        assert self._routed is not None
+        if self._form == "array" and not is_int32:
+            return fields | {"routed_experts": self._routed.rows}
+        # Encoding 32k rows takes a quarter of a second: not on the event loop.
+        num_layers = self._num_layers_total if is_int32 else None
+        encoded = await asyncio.to_thread(to_base64, self._routed, num_layers)
+        return fields | {"routed_experts": as_json(encoded) if self._form == "json" else encoded.decode("ascii")}
+
+
+def as_json(base64_text: bytes) -> msgspec.Raw:
+    """A JSON string of text that needs no escapes, for an encoder to copy instead of to scan."""
+    return msgspec.Raw(b'"' + base64_text + b'"')

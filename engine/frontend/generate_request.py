@@ -1,0 +1,246 @@
+"""What a caller may ask for, checked at the edge: a bad request is refused here and never costs a prefill.
+
+`GenerateReqInput` checks each field by itself; `expand` checks it against the engine and turns it into one
+`SampleRequest` per prompt and sample. Every refusal is a `ValueError` that names the field and the legal range; in a
+batch it names the item, and refuses the whole list.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+import numpy as np
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from ..io_struct import OutputOptions, SamplingParams
+from ..validation.field_error import FieldError
+from ..validation.request_model import AnyNumber, Name, Number, PerPrompt, RequestModel, validate
+from ..validation.token_ids import NESTED_SCHEMA, Ids, Prompts, as_prompts
+from .request_limits import (
+    EngineLimits,
+    check_logprobs,
+    check_prompt,
+    check_routed_experts,
+    check_sampling,
+    resolve_max_new_tokens,
+)
+from .sampling_input import SamplingParamsInput, make_sampling_params
+
+# What a sample costs to make, beside its prompt's length.
+SAMPLE_COST_US = 30.0
+# Text is tokenised; ids are looked at.
+CHAR_COST_US, ID_COST_US = 1.0, 0.02
+
+
+def parse_input_ids(value: Any) -> Prompts:
+    return as_prompts(value, "input_ids")
+
+
+# Fields of the dialect that change the result and are not implemented: legal at the value that means "off".
+NEUTRAL_FIELDS: dict[str, Any] = {
+    "image_data": None,
+    "audio_data": None,
+    "video_data": None,
+    "input_embeds": None,
+    "lora_path": None,
+    "lora_id": None,
+    "custom_logit_processor": None,
+    "return_hidden_states": False,
+    "token_ids_logprob": None,
+    "session_params": None,
+    "modalities": ["text"],
+    # They say where another engine has the prompt's keys and values.
+    "bootstrap_host": None,
+    "bootstrap_port": None,
+    "bootstrap_room": None,
+}
+# Fields of the dialect that change nothing in the result.
+IGNORED_FIELDS = ("log_metrics",)
+
+
+class GenerateReqInput(RequestModel):
+    """One request of the native API: one prompt or a batch of prompts. Fields that may be lists have one entry an item."""
+
+    neutral_fields = NEUTRAL_FIELDS
+    ignored_fields = IGNORED_FIELDS
+    id_fields = ("input_ids",)
+
+    text: str | PerPrompt[str] | None = None
+    input_ids: Annotated[Any, BeforeValidator(parse_input_ids), WithJsonSchema(NESTED_SCHEMA)] = None
+    sampling_params: SamplingParamsInput | PerPrompt[SamplingParamsInput] = SamplingParamsInput()
+    return_logprob: bool | PerPrompt[bool] = False
+    logprob_start_len: Number | PerPrompt[Number] = -1
+    top_logprobs_num: Number | PerPrompt[Number] = 0
+    stream: bool = False
+    rid: Name | PerPrompt[Name] | None = None
+    session_id: Name | None = None
+    priority: Number = Field(0, ge=-(2**31), lt=2**31)
+    extra_key: Name | None = None
+    routed_dp_rank: Number | None = None
+    return_routed_experts: bool | PerPrompt[bool] = False
+    # Checked only where routes are asked for.
+    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
+    routed_experts_format: Literal["int32", "compact"] = "int32"
+    routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    stream_routed_experts: bool = False
+    return_text_in_logprobs: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.text is None) == (self.input_ids is None):
+            raise ValueError("text, input_ids: give exactly one of them")
+        if self.rid is not None and not self.rid:
+            raise FieldError("rid: must not be empty", "rid")
+        if self.stream_routed_experts and not (self.stream and self.routed_experts_delivery == "inline"):
+            raise FieldError(
+                "stream_routed_experts: needs stream=true and routed_experts_delivery='inline'", "stream_routed_experts"
+            )
+        return self
+
+    @property
+    def is_batch(self) -> bool:
+        return isinstance(self.input_ids if self.text is None else self.text, list)
+
+    @property
+    def num_samples(self) -> int:
+        """Over all prompts; a list of `sampling_params` that does not fit them is refused later."""
+        params = self.sampling_params
+        return sum(p.n for p in params) if isinstance(params, list) else params.n * len(self.prompts)
+
+    @property
+    def prompts(self) -> list[str] | list[Ids]:
+        """The items, as text or as ids."""
+        items: Any = self.text if self.text is not None else self.input_ids
+        return items if self.is_batch else [items]
+
+    @property
+    def cost_us(self) -> float:
+        """About what `expand` takes."""
+        each = ID_COST_US if self.text is None else CHAR_COST_US
+        return SAMPLE_COST_US * self.num_samples + each * sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample of one prompt, fully checked."""
+
+    rid: str
+    item: int
+    input_ids: Ids
+    sampling_params: SamplingParams
+    output_options: OutputOptions
+
+
+# Options of the output have the same names in a request, or in its `sampling_params`.
+OPTION_NAMES = OutputOptions.__struct_fields__
+PER_ITEM = ("sampling_params", *(name for name in OPTION_NAMES if name in GenerateReqInput.model_fields))
+
+
+def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
+    """
+    Raises:
+        ValueError: a field is unknown, unsupported, of the wrong type or out of range; the message names it.
+    """
+    return validate(GenerateReqInput, fields)
+
+
+def expand(
+    request: GenerateReqInput, limits: EngineLimits, encode: Callable[[str], list[int]]
+) -> list[list[SampleRequest]]:
+    """Samples per prompt, in order.
+
+    Raises:
+        ValueError: an item does not fit the engine; nothing of the list is taken then.
+    """
+    prompts: list[str] | list[Ids] = request.prompts
+    if not prompts:
+        raise FieldError(
+            "the batch is empty: give at least one prompt", "text" if request.text is not None else "input_ids"
+        )
+    num = len(prompts)
+    rids = _rids(request, num)
+    columns = {name: _per_item(name, getattr(request, name), num) for name in PER_ITEM}
+    if request.routed_dp_rank is not None and not 0 <= request.routed_dp_rank < limits.dp_size:
+        raise FieldError(
+            f"routed_dp_rank={request.routed_dp_rank}: must lie in 0 .. {limits.dp_size - 1}", "routed_dp_rank"
+        )
+    samples = []
+    for index in range(num):
+        fields = {name: column[index] for name, column in columns.items()}
+        try:
+            samples.append(_expand_item(rids[index], index, prompts[index], fields, limits, encode))
+        except FieldError as error:
+            raise (error.of_item(index) if request.is_batch else error) from None
+    taken: set[str] = set()
+    for sample in (sample for group in samples for sample in group):
+        if sample.rid in taken:
+            raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
+        taken.add(sample.rid)
+    return samples
+
+
+def _rids(request: GenerateReqInput, num: int) -> list[str]:
+    if request.rid is None:
+        return [uuid.uuid4().hex for _ in range(num)]
+    if isinstance(request.rid, str):
+        return [request.rid] if not request.is_batch else [f"{request.rid}_{i}" for i in range(num)]
+    rids = _per_item("rid", request.rid, num)
+    if len(set(rids)) != num:
+        raise FieldError("rid: the entries must differ", "rid")
+    return rids
+
+
+def _per_item(name: str, value: Any, num: int) -> list[Any]:
+    """A field's value for every item: a list as it is, anything else repeated."""
+    if not isinstance(value, list):
+        return [value] * num
+    if len(value) != num:
+        raise FieldError(f"{name}: has {len(value)} entries, must have one per prompt, {num}", name)
+    return value
+
+
+def _expand_item(
+    rid: str,
+    index: int,
+    prompt: str | Ids,
+    fields: dict[str, Any],
+    limits: EngineLimits,
+    encode: Callable[[str], list[int]],
+) -> list[SampleRequest]:
+    if isinstance(prompt, str) and not limits.has_tokenizer:
+        raise FieldError("text: the checkpoint has no tokenizer; give token ids", "text")
+    input_ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
+    params: SamplingParamsInput = fields["sampling_params"]
+    check_prompt(input_ids, limits, "text" if isinstance(prompt, str) else "input_ids")
+    max_new_tokens = resolve_max_new_tokens(params, len(input_ids), limits)
+    check_sampling(params, limits)
+    options = _output_options(fields, len(input_ids), limits)
+    seed = params.sampling_seed if params.sampling_seed is not None else secrets.randbits(63)
+    return [
+        SampleRequest(
+            rid=rid if params.n == 1 else f"{rid}_{sample}",
+            item=index,
+            input_ids=input_ids,
+            sampling_params=make_sampling_params(params, max_new_tokens, seed + sample),
+            output_options=options,
+        )
+        for sample in range(params.n)
+    ]
+
+
+def _output_options(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> OutputOptions:
+    params = fields["sampling_params"]
+    options = OutputOptions(
+        **{name: fields[name] if name in fields else getattr(params, name) for name in OPTION_NAMES}
+    )
+    check_logprobs(options, num_prompt, limits)
+    check_routed_experts(options, num_prompt, limits)
+    if options.return_routed_experts:
+        return options
+    # Unchecked where nobody opted in, so it goes no further.
+    return msgspec.structs.replace(options, routed_experts_start_len=0, stream_routed_experts=False)

@@ -1,0 +1,1 @@
+"""What processes talk over, and how they notice each other's end: typed ZMQ endpoints, CURVE, lifelines, heartbeats."""

@@ -1,0 +1,63 @@
+"""What a frontend sends to leaders; the other messages are in `io_struct.py`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..control.operations import ControlOperation
+from ..io_struct import OutputOptions, SamplingParams
+
+
+class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
+    """One sample of one prompt, tokenized and validated. `dispatch` numbers everything a frontend sends."""
+
+    dispatch: int
+    rid: str
+    input_ids: bytes  # int32, little-endian
+    sampling_params: SamplingParams
+    output_options: OutputOptions = OutputOptions()
+    priority: int = 0
+    extra_key: str = ""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.input_ids) // 4
+
+
+class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
+    """Abort every request whose rid starts with `rid`, the one that has it (`exact`), or all of them."""
+
+    dispatch: int
+    rid: str = ""
+    abort_all: bool = False
+    exact: bool = False
+
+
+class DispatchNotice(msgspec.Struct, frozen=True, tag="notice"):
+    """The message of this number went to another leader: so that every leader knows every number."""
+
+    dispatch: int
+
+
+class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state"):
+    """Ask a leader for counters and sizes; it has no number, and is answered without entering a step."""
+
+    op_id: str
+
+
+class ControlReq(msgspec.Struct, frozen=True, tag="control"):
+    """Have an operation done; see `control_operations.py`."""
+
+    dispatch: int
+    op_id: str
+    operation: ControlOperation
+
+
+class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave the loop after the step in flight; every rank of the replica exits with status 0."""
+
+    dispatch: int
+
+
+NumberedMessage = TokenizedGenerateReqInput | DispatchNotice | AbortReq | ControlReq | ShutdownReq
+FrontendMessage = NumberedMessage | GetInternalStateReq

@@ -1,0 +1,64 @@
+"""Giving the memory of weights and KV cache back to the device, and taking it again, for a trainer that shares it.
+
+The tensors stay; their storage shrinks to nothing and grows again. What was in it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..control.operations import MEMORY_TAGS
+from ..io_struct import Hold, HoldKind
+from ..kv_cache.kv_store import KVStore
+from ..models.causal_lm import CausalLM
+
+
+def check_tags(tags: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one is none of `MEMORY_TAGS`.
+    """
+    unknown = [tag for tag in tags if tag not in MEMORY_TAGS]
+    if unknown:
+        raise ValueError(f"tags: {unknown[0]!r} must be one of {', '.join(MEMORY_TAGS)}")
+
+
+class DeviceMemory:
+    """The two large owners of one rank's memory."""
+
+    def __init__(self, model: CausalLM, kv_store: KVStore) -> None:
+        self._owned: dict[str, list[torch.Tensor]] = {
+            "weights": [parameter.data for parameter in model.parameters()],
+            "kv_cache": list(kv_store.tensors()),
+        }
+        self._num_bytes = {id(t): t.untyped_storage().nbytes() for owned in self._owned.values() for t in owned}
+        self.released: set[str] = set()
+
+    def release(self, tags: Iterable[str]) -> None:
+        """Releasing what is released changes nothing."""
+        for tag in tags:
+            for tensor in self._owned[tag]:
+                tensor.untyped_storage().resize_(0)
+            self.released.add(tag)
+        if any(tensor.is_cuda for owned in self._owned.values() for tensor in owned):
+            torch.cuda.empty_cache()
+
+    def resume(self, tags: Iterable[str]) -> set[str]:
+        """Take memory again, filled with zeros; returns the tags that had been released."""
+        resumed = self.released.intersection(tags)
+        for tag in resumed:
+            for tensor in self._owned[tag]:
+                tensor.untyped_storage().resize_(self._num_bytes[id(tensor)])
+                tensor.zero_()
+        self.released -= resumed
+        return resumed
+
+    @property
+    def hold(self) -> Hold | None:
+        """Why nobody may generate; None if all is there."""
+        if not self.released:
+            return None
+        what = ", ".join(sorted(self.released))
+        return Hold(HoldKind.RELEASED, f"memory: {what} is released; resume_memory_occupation first")

@@ -1,0 +1,304 @@
+"""Executes plans on one rank; decides nothing.
+
+Every tp rank runs the same forward. The leader samples and broadcasts the tokens, so that ranks cannot drift apart by a
+rounding in the sampler; they stay on the device as the next step's input (`_last_token_ids`), whether or not the host
+has seen them yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...parallel.collectives import broadcast
+from ...parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout
+from ...parallel.host_to_device import to_device
+from ...parallel.mesh import ParallelMesh
+from ..attention import GraphAttentionBackend, make_attention_backend
+from ..kv_cache.kv_store import KVStore
+from ..kv_cache.page_pool import pages_for
+from ..kv_cache.req_to_token_pool import ReqToTokenPool
+from ..models.causal_lm import CausalLM
+from ..plan import NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
+from ..routing.capturer import RoutedExpertsCapturer
+from ..routing.late_gather import LateRouteGather
+from .graph_parts import GraphParts
+from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
+from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch
+
+if TYPE_CHECKING:
+    from .decode_graphs import DecodeGraphs
+    from .prefill_graphs import PrefillGraphs
+
+# Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
+SCORE_BLOCK_ROWS = 256
+# Why a request cannot go on.
+NO_CHOICE = (
+    "no token can be chosen: the model's scores are not finite numbers (weights with NaN or infinite values do that), or "
+    "every token is banned"
+)
+NOT_FINITE = "the model's results for the prompt are not finite numbers (weights with NaN or infinite values do that)"
+
+
+class HostCopy:
+    """Tensors on their way to the host: asked for at launch, so that nothing launched later delays them.
+
+    `are_finite` [n] bool is about the requests of the step that do not sample.
+    """
+
+    def __init__(self, sampled: Sampled | None, are_finite: torch.Tensor | None, device: torch.device) -> None:
+        self.outcomes = None if sampled is None else self._start(sampled.outcomes)
+        self.logprobs = None if sampled is None or sampled.logprobs is None else self._start(sampled.logprobs)
+        top = [] if sampled is None else sampled.top
+        self.top = [None if pair is None else (self._start(pair[0]), self._start(pair[1])) for pair in top]
+        self.are_finite = None if are_finite is None else self._start(are_finite)
+        self._done: torch.cuda.Event | None = None
+        if device.type != "cpu":
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    @staticmethod
+    def _start(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose kernels are enqueued; on the leader with everything that its result is made from."""
+
+    sampled: HostCopy | None
+    sampling: list[int]  # indices in the batch of the requests that sample
+    not_sampling: list[int]
+    prompt_scores: dict[int, PromptScores]
+    ring_seq: int
+
+
+class ModelRunner:
+    """Model, KV cache and per-request device state of one rank."""
+
+    def __init__(
+        self,
+        mesh: ParallelMesh,
+        model: CausalLM,
+        kv_store: KVStore,
+        *,
+        page_size: int,
+        max_running: int,
+        max_tokens: int,
+        context_length: int,
+        attention_backend: str,
+        use_graphs: bool = True,
+        capturer: RoutedExpertsCapturer | LateRouteGather | None,
+    ) -> None:
+        self._mesh = mesh
+        self.model = model
+        self.kv_store = kv_store
+        self._page_size = page_size
+        self._capturer = capturer
+        self._attention = make_attention_backend(attention_backend, mesh.device)
+        num_pages = pages_for(context_length, page_size)
+        self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
+        self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
+        self._use_graphs = use_graphs
+        self._max_tokens = max_tokens
+        self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
+        self.make_graphs()
+        # On the leader: what the tokens of a row are sampled by.
+        self._sampling_rows: dict[int, SamplingRow] = {}
+
+    @property
+    def is_leader(self) -> bool:
+        return self._mesh.tp.rank == 0
+
+    def start_req(self, req: NewReq) -> None:
+        """Leader: the request on a row changes; nothing of the one before survives."""
+        sampling_row = SamplingRow(req.params, req.options, tuple(req.stop_ids))
+        known = np.frombuffer(req.tokens, dtype="<i4")
+        start_counts(sampling_row, known, req.num_prompt_tokens, self.model.config.vocab_size, self._mesh.device)
+        sampling_row.position = len(known) - req.num_prompt_tokens
+        self._sampling_rows[req.row] = sampling_row
+
+    def make_graphs(self) -> None:
+        """On CUDA, steps of one rank run as graphs."""
+        if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
+            return
+        if not isinstance(self._attention, GraphAttentionBackend):
+            return
+        assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
+        # Their kernels come with torch's CUDA builds alone.
+        from .decode_graphs import DecodeGraphs  # noqa: PLC0415
+        from .prefill_graphs import PrefillGraphs  # noqa: PLC0415
+
+        parts = GraphParts(
+            self.model,
+            self._attention,
+            self.kv_store,
+            self._pool,
+            self._page_size,
+            self._last_token_ids,
+            self._mesh.tp,
+            self._capturer,
+        )
+        self._graphs = DecodeGraphs(parts)
+        self._prefill_graphs = PrefillGraphs(parts, self._max_tokens)
+
+    def drop_graphs(self) -> None:
+        """They hold the addresses of weights and KV pool, and memory of their own."""
+        self._graphs = self._prefill_graphs = None
+
+    @torch.inference_mode()
+    def launch(self, batch: ScheduleBatch) -> LaunchedStep:
+        """Run one step's forward and sample; returns before the device is done."""
+        writes = [(req.row, req.first_page, req.pages) for req in batch.reqs if req.pages]
+        if writes:
+            self._pool.write(writes)
+        host = lay_out(batch)
+        size = None if self._graphs is None else self._graphs.size_for(host)
+        if self._graphs is not None and size is not None:
+            return self._replay(self._graphs, host, size, batch)
+        ring_seq, forwarded = self._forward(host, batch)
+        hidden = forwarded.hidden
+        are_finite = self._check_chunks(hidden, host) if self.is_leader and host.not_sampling else None
+        sampled = None
+        sampling = [req for req in batch.reqs if req.sample]
+        if sampling:
+            logits = self.model.compute_logits(hidden[forwarded.sample_rows])
+            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling, are_finite)
+        elif are_finite is not None:
+            sampled = HostCopy(None, are_finite, self._mesh.device)
+        scores = self._score_prompts(hidden, batch.reqs)
+        return LaunchedStep(sampled, host.sampling, host.not_sampling, scores, ring_seq)
+
+    def _forward(self, host: HostBatch, batch: ScheduleBatch) -> tuple[int, Forwarded]:
+        """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
+        graphs = self._prefill_graphs
+        size = None if graphs is None else graphs.size_for(host)
+        if graphs is not None and size is not None:
+            ring_seq = self._begin_replay(size)
+            forwarded = graphs.run(host, size)
+        else:
+            layout = self._lay_out(batch)
+            forward = make_forward_batch(
+                host, self._pool, self._page_size, self._last_token_ids, self._attention, layout
+            )
+            ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
+            hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
+            forwarded = Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
+        if self._capturer is not None:
+            self._capturer.finish()
+        return ring_seq, forwarded
+
+    @staticmethod
+    def _check_chunks(hidden: torch.Tensor, host: HostBatch) -> torch.Tensor:
+        """Whether each request that does not sample [n] may go on: its keys and values in the cache are finite. Its last
+        row of `hidden` [T, D] tells, for it has seen all of them, in every layer."""
+        last_rows = (np.cumsum(host.q_lens) - 1)[host.not_sampling]
+        return hidden[to_device(last_rows, hidden.device)].abs().amax(dim=-1) < torch.inf
+
+    def _lay_out(self, batch: ScheduleBatch) -> TokenLayout:
+        if batch.num_rows == 0:
+            return ReplicatedTokens(batch.num_tokens, self._mesh.tp)
+        return ScatteredTokens(batch.num_tokens, batch.num_rows, self._mesh.tp)
+
+    def _begin_capture(self, batch: ScheduleBatch) -> int:
+        assert self._capturer is not None
+        ring_seq = self._capturer.begin(batch.num_rows or batch.num_tokens)
+        assert ring_seq in (-1, batch.step), "leaders tell the output processor that steps and ring slots are one count"
+        return ring_seq
+
+    def _begin_replay(self, size: int) -> int:
+        if self._capturer is None:
+            return -1
+        assert not isinstance(self._capturer, LateRouteGather)
+        return self._capturer.begin_replay(size)
+
+    def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
+        ring_seq = self._begin_replay(size)
+        logits, req_rows = graphs.run(host, size)
+        if self._capturer is not None:
+            self._capturer.finish()
+        return LaunchedStep(self._sample(logits, req_rows, batch.reqs), host.sampling, [], {}, ring_seq)
+
+    def _sample(
+        self,
+        logits: torch.Tensor | None,
+        req_rows: torch.Tensor,
+        sampling: Sequence[ScheduledReq],
+        are_finite: torch.Tensor | None = None,
+    ) -> HostCopy | None:
+        """Sample on the leader, which has logits [N, V]; every rank keeps the tokens for the rows [N] of its pool."""
+        copy = None
+        if logits is None:
+            token_ids = torch.empty(len(sampling), dtype=torch.int64, device=self._mesh.device)
+        else:
+            rows = [self._sampling_rows[req.row] for req in sampling]
+            sampled = sample(logits, rows)
+            token_ids = sampled.token_ids
+            for row in rows:
+                row.position += 1
+            copy = HostCopy(sampled, are_finite, self._mesh.device)
+        self._last_token_ids[req_rows] = broadcast(token_ids, self._mesh.tp)
+        return copy
+
+    def _score_prompts(self, hidden: torch.Tensor, reqs: list[ScheduledReq]) -> dict[int, PromptScores]:
+        scores: dict[int, PromptScores] = {}
+        offset = 0
+        for index, req in enumerate(reqs):
+            if req.num_prompt_logprobs:
+                first = offset + req.prompt_logprobs_from
+                scored = self._score_rows(hidden[first : first + req.num_prompt_logprobs], req)
+                if scored is not None:
+                    scores[index] = scored
+            offset += req.num_tokens
+        return scores
+
+    def _score_rows(self, hidden: torch.Tensor, scheduled: ScheduledReq) -> PromptScores | None:
+        """Score the prompt token that follows each row; None but on the leader. Every tp rank takes part."""
+        logprobs: list[float] = []
+        top: list[list[tuple[float, int]]] = []
+        ids = torch.from_numpy(np.frombuffer(scheduled.prompt_logprob_ids, dtype="<i4").astype(np.int64))
+        for block, targets in zip(hidden.split(SCORE_BLOCK_ROWS), ids.split(SCORE_BLOCK_ROWS), strict=True):
+            logits = self.model.compute_logits(block)
+            if logits is not None:
+                num_top = self._sampling_rows[scheduled.row].options.top_logprobs_num
+                block_logprobs, block_top = score_tokens(logits, targets.to(logits.device), num_top)
+                logprobs += block_logprobs
+                top += block_top
+        return PromptScores(logprobs, top) if self.is_leader else None
+
+    def result(self, launched: LaunchedStep) -> StepResult:
+        """Wait for a step and bring its tokens to the host. Publishes its routing."""
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        top: list[list[tuple[float, int]]] = []
+        failures = {index: NOT_FINITE for index, scores in launched.prompt_scores.items() if not scores.are_finite}
+        copy = launched.sampled
+        if copy is not None:
+            copy.wait()
+            if copy.are_finite is not None:
+                are_finite = zip(launched.not_sampling, copy.are_finite.tolist(), strict=True)
+                failures |= {index: NOT_FINITE for index, is_finite in are_finite if not is_finite}
+        if copy is not None and copy.outcomes is not None:
+            token_ids = copy.outcomes.tolist()
+            outcomes = zip(launched.sampling, token_ids, strict=True)
+            failures |= {index: NO_CHOICE for index, token_id in outcomes if token_id == NO_TOKEN}
+            if copy.logprobs is not None:
+                logprobs = copy.logprobs.tolist()
+                top = [
+                    [] if pair is None else list(zip(pair[0].tolist(), pair[1].tolist(), strict=True))
+                    for pair in copy.top
+                ]
+        if self._capturer is not None:
+            self._capturer.publish(launched.ring_seq)
+        return StepResult(token_ids, logprobs, top, launched.prompt_scores, failures)

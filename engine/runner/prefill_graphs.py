@@ -1,0 +1,147 @@
+"""CUDA graphs of steps with prefills: everything but attention, which depends on the requests' lengths.
+
+A forward pass is recorded as a chain of graphs that break where attention is called: what comes before it in the first
+layer, from behind it in one layer to before it in the next, and what follows the last. A step replays the chain and runs
+its own attention in between, so that the host launches a handful of kernels a layer and is ahead of the device from the
+first layer on. Steps are padded to a few sizes; beyond the largest the device takes so long that the host need not hurry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...parallel.host_to_device import copy_to, to_device
+from ..attention.backend import AttentionBatch, CachedTensors
+from .graph_parts import NUM_WARM_UPS, GraphParts
+from .step_tensors import Forwarded, HostBatch
+
+SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
+
+
+def graph_sizes(max_tokens: int) -> list[int]:
+    """Numbers of tokens to capture; no step has more than `max_tokens`."""
+    return sorted({min(size, max_tokens) for size in SIZES})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A graph, and the attention that follows it: query [T, H, d] and what one layer has cached."""
+
+    graph: torch.cuda.CUDAGraph
+    query: torch.Tensor
+    kv: CachedTensors
+    scale: float
+
+
+@dataclass(frozen=True)
+class PrefillGraph:
+    """The chain for steps of up to T tokens."""
+
+    inputs: torch.Tensor  # [3, T] int64: ids, positions, pool rows
+    pieces: list[Piece]
+    last: torch.cuda.CUDAGraph
+    attended: torch.Tensor  # [T, H, d], what every layer's attention gives
+    hidden: torch.Tensor  # [T, D]
+
+
+class GraphBreaker:
+    """Stands in for attention while a chain is recorded: ends one graph and begins the next."""
+
+    def __init__(self, attended: torch.Tensor, memory: Any) -> None:
+        self._attended = attended
+        self._memory = memory
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.pieces: list[Piece] = []
+
+    def begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(pool=self._memory)
+
+    def end(self) -> torch.cuda.CUDAGraph:
+        assert self._graph is not None
+        self._graph.capture_end()
+        return self._graph
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Lengths are not known."""
+
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: None, scale: float) -> torch.Tensor:
+        if self._graph is not None:
+            graph = self.end()
+            self.pieces.append(Piece(graph, alias(query), kv, scale))
+            self.begin()
+        return self._attended
+
+
+class PrefillGraphs:
+    """Captured on construction; `run` replays."""
+
+    def __init__(self, parts: GraphParts, max_tokens: int) -> None:
+        self._parts = parts
+        self._sizes = graph_sizes(max_tokens)
+        memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        # The largest first: the others fit into its memory.
+        self._graphs = {size: self._capture(size, memory, stream) for size in reversed(self._sizes)}
+        # What the warm-ups left on a stream that nobody uses again.
+        torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> PrefillGraph:
+        parts = self._parts
+        inputs = torch.zeros(3, size, dtype=torch.int64, device=parts.device)
+        inputs[2] = parts.pool.scratch_row
+        attended = torch.zeros(size, *parts.model.attention_shape, dtype=parts.model.config.dtype, device=parts.device)
+        breaker = GraphBreaker(attended, memory)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(NUM_WARM_UPS):
+                parts.forward(inputs, breaker, None)
+            torch.cuda.synchronize()
+            breaker.begin()
+            hidden = parts.forward(inputs, breaker, None)
+            last = breaker.end()
+        return PrefillGraph(inputs, breaker.pieces, last, attended, hidden)
+
+    def size_for(self, host: HostBatch) -> int | None:
+        """The size to run a step at; None if it is too large."""
+        return next((size for size in self._sizes if size >= len(host.input_ids)), None)
+
+    def run(self, host: HostBatch, size: int) -> Forwarded:
+        """Replay, with the step's own attention."""
+        parts, graph, num_tokens = self._parts, self._graphs[size], len(host.input_ids)
+        values = np.zeros((3, size), dtype=np.int64)
+        values[2] = parts.pool.scratch_row
+        values[:, :num_tokens] = host.input_ids, host.positions, np.repeat(host.req_rows, host.q_lens)
+        copy_to(graph.inputs, values)
+        # The device begins while the host plans.
+        graph.pieces[0].graph.replay()
+        arrays = [host.req_rows, np.cumsum(host.q_lens)[host.sampling] - 1, host.req_rows[host.sampling]]
+        packed = to_device(np.concatenate(arrays), graph.inputs.device)
+        req_rows, sample_rows, sampling_req_rows = packed.split([len(part) for part in arrays])
+        plan = parts.attention.plan(
+            AttentionBatch(host.q_lens, host.kv_lens, parts.pool.page_table, req_rows, parts.page_size)
+        )
+        attended = graph.attended[:num_tokens]
+        following = [piece.graph for piece in graph.pieces[1:]] + [graph.last]
+        for piece, after in zip(graph.pieces, following, strict=True):
+            query = piece.query[:num_tokens]
+            attended.copy_(parts.attention.forward(query, piece.kv, plan, piece.scale))
+            after.replay()
+        return Forwarded(graph.hidden[:num_tokens], sample_rows, sampling_req_rows)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A stretch of device memory, as torch takes it from other libraries."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without a hold on it: what is recorded later may use it again."""
+    memory = Memory({"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3})
+    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype).view(tensor.shape)

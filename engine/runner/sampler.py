@@ -1,0 +1,223 @@
+"""From logits to tokens: penalties, bias, temperature, top-k, top-p, min-p, and log-probabilities.
+
+Every random choice is a function of the request's seed and the output position alone, drawn on the host: a request
+samples the same tokens whatever else is in its batch, and again after a retraction.
+
+A row that leaves no choice - NaN or infinity among its scores, or every token banned - is found on the device, costs
+nobody else a bit, and gets a placeholder: the next step, which is launched before the host knows, reads a valid id.
+
+Legend: B requests of a step that sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ...parallel.host_to_device import to_device
+from ..io_struct import OutputOptions, SamplingParams, TopLogprobs
+
+GREEDY_TEMPERATURE = 1e-5
+# In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.
+NO_TOKEN = -1
+PLACEHOLDER = 0
+# What is less likely has this log-probability: JSON holds no infinity, and exp(-9999) is 0 in every format.
+MIN_LOGPROB = -9999.0
+
+
+@dataclass
+class SamplingRow:
+    """What the sampler needs to know of one request. `counts` belong to it while it runs, on the logits' device."""
+
+    params: SamplingParams
+    options: OutputOptions
+    # Tokens that end the request; not sampled before `min_new_tokens` are out.
+    stop_ids: tuple[int, ...]
+    # Index of the token to sample, counted from the first output token.
+    position: int = 0
+    # How often each token stands in the output, and whether it stands in prompt or output: [V] float32 / bool.
+    output_counts: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Sampled ids [B] int64 and, for rows that asked, log-probabilities; still on the device.
+
+    `token_ids` are the next step's input, `outcomes` the same with `NO_TOKEN` where a row leaves no choice; the
+    log-probabilities of such a row mean nothing.
+    """
+
+    token_ids: torch.Tensor
+    outcomes: torch.Tensor
+    logprobs: torch.Tensor | None = None  # [B] float32
+    top: list[tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=list)  # per row: values, ids
+
+
+def needs_counts(params: SamplingParams) -> bool:
+    return params.frequency_penalty != 0.0 or params.presence_penalty != 0.0 or params.repetition_penalty != 1.0
+
+
+def start_counts(
+    row: SamplingRow, token_ids: np.ndarray, num_prompt: int, vocab_size: int, device: torch.device
+) -> None:
+    """Count prompt and output tokens known so far, for requests with penalties only."""
+    if not needs_counts(row.params):
+        return
+    ids = torch.from_numpy(token_ids.astype(np.int64)).to(device)
+    row.output_counts = torch.bincount(ids[num_prompt:], minlength=vocab_size).to(torch.float32)
+    row.seen = torch.bincount(ids, minlength=vocab_size) > 0
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but `seed` and `position` (counter-based, Salmon et al. 2011)."""
+    raw = int(np.random.Philox(key=seed & (2**64 - 1), counter=position).random_raw())
+    return (raw >> 11) * 2.0**-53
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    """Choose one token per row.
+
+    Args:
+        logits: [B, V], any float dtype; not modified.
+        rows: B requests.
+    """
+    assert logits.shape[0] == len(rows)
+    scores = logits.float()
+    adjusted = _adjust(scores, rows)
+    random_rows = [
+        i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE and row.params.top_k != 1
+    ]
+    if len(random_rows) == len(rows):
+        outcomes = _draw(adjusted, rows)
+    else:
+        best, best_ids = adjusted.max(dim=-1)
+        # The maximum is NaN where anything is; infinite where one score is, or where all are banned.
+        outcomes = torch.where(best.abs() < torch.inf, best_ids, NO_TOKEN)
+        if random_rows:
+            where = to_device(random_rows, logits.device)
+            outcomes[where] = _draw(adjusted[where], [rows[i] for i in random_rows])
+    token_ids = outcomes.clamp(min=PLACEHOLDER)
+    for i, row in enumerate(rows):
+        if row.output_counts is not None and row.seen is not None:
+            row.output_counts.index_add_(0, token_ids[i : i + 1], row.output_counts.new_ones(1))
+            row.seen.index_fill_(0, token_ids[i : i + 1], True)
+    return _with_logprobs(scores, token_ids, outcomes, rows)
+
+
+def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Penalties, bias and the ban on early stops: scores [B, V], copied when anything changes.
+
+    Nothing here turns NaN or an infinite score into a finite one.
+    """
+    adjusted = scores
+    for i, row in enumerate(rows):
+        params = row.params
+        banned = row.stop_ids if row.position < params.min_new_tokens else ()
+        if row.output_counts is None and not params.logit_bias and not banned:
+            continue
+        if adjusted is scores:
+            adjusted = scores.clone()
+        line = adjusted[i]
+        if row.output_counts is not None and row.seen is not None:
+            penalty = params.repetition_penalty
+            if penalty != 1.0:
+                # Keskar et al. 2019 (CTRL): shrink towards unlikely whatever the sign.
+                line.copy_(torch.where(row.seen, torch.where(line > 0, line / penalty, line * penalty), line))
+            line -= params.frequency_penalty * row.output_counts
+            line -= params.presence_penalty * (row.output_counts > 0)
+        if params.logit_bias:
+            ids = to_device(list(params.logit_bias), line.device)
+            line[ids] += to_device(list(params.logit_bias.values()), line.device)
+        if banned:
+            # Added, not filled in: NaN stays NaN.
+            line[to_device(banned, line.device)] += -torch.inf
+    return adjusted
+
+
+def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Sample by inverting the cumulative distribution after temperature and filters: [B', V] -> outcomes [B'] int64."""
+    device = scores.device
+    temperatures = to_device([row.params.temperature for row in rows], device)
+    probs = torch.softmax(scores / temperatures[:, None], dim=-1)
+    points = to_device([uniform(row.params.sampling_seed, row.position) for row in rows], device, torch.float64)
+    filtered = [i for i, row in enumerate(rows) if is_filtered(row.params)]
+    # A row's way depends on its own parameters alone: orders differ, and so would the token that a point falls on.
+    token_ids = probs.new_empty(len(rows), dtype=torch.int64) if len(filtered) == len(rows) else _invert(probs, points)
+    if filtered:
+        where = to_device(filtered, device)
+        ordered, order = probs[where].sort(dim=-1, descending=True)
+        picked = _invert(_filter(ordered, [rows[i] for i in filtered]), points[where])
+        token_ids[where] = order.gather(1, picked[:, None]).squeeze(1)
+    # A row whose sum is no number is NaN as a whole: any of its probabilities tells.
+    return torch.where(probs[:, 0] >= 0, token_ids, NO_TOKEN)
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _filter(ordered: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Zero what top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) cut off, each measured on the
+    distribution that temperature alone gives: `ordered` [B', V], probabilities in descending order."""
+    device = ordered.device
+    vocab_size = ordered.shape[1]
+    top_k = to_device([row.params.top_k if row.params.top_k > 0 else vocab_size for row in rows], device)
+    top_p = to_device([row.params.top_p for row in rows], device)
+    min_p = to_device([row.params.min_p for row in rows], device)
+    ranks = torch.arange(vocab_size, device=device)
+    keep = ranks[None, :] < top_k[:, None]
+    # A token stays while the mass before it is below top_p; so the most likely one always stays.
+    keep &= (ordered.cumsum(dim=-1) - ordered) < top_p[:, None]
+    keep &= ordered >= min_p[:, None] * ordered[:, :1]
+    keep[:, 0] = True
+    return ordered * keep
+
+
+def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight exceeds the point's share of the total; never one of zero weight. Any index
+    of the row where the weights are NaN."""
+    cumulative = weights.double().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Rounding may lift the product to the total itself, which no index exceeds.
+    targets = torch.minimum(points[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
+
+
+def _with_logprobs(
+    scores: torch.Tensor, token_ids: torch.Tensor, outcomes: torch.Tensor, rows: Sequence[SamplingRow]
+) -> Sampled:
+    """Log-probabilities of the model's own distribution: before bias, penalties, temperature and filters."""
+    asking = [i for i, row in enumerate(rows) if row.options.return_logprob]
+    if not asking:
+        return Sampled(token_ids, outcomes)
+    where = to_device(asking, scores.device)
+    logprobs = torch.log_softmax(scores[where], dim=-1).clamp_(min=MIN_LOGPROB)
+    taken = torch.full((len(rows),), float("nan"), device=scores.device)
+    taken[where] = logprobs.gather(1, token_ids[where, None]).squeeze(1)
+    top: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(rows)
+    for line, i in zip(logprobs, asking, strict=True):
+        if rows[i].options.top_logprobs_num:
+            values, ids = line.topk(rows[i].options.top_logprobs_num)
+            top[i] = (values, ids)
+    return Sampled(token_ids, outcomes, taken, top)
+
+
+def score_tokens(
+    logits: torch.Tensor, token_ids: torch.Tensor, top_logprobs_num: int
+) -> tuple[list[float], list[TopLogprobs]]:
+    """Log-probabilities of given tokens: logits [N, V], token_ids [N] -> N values and N lists of the top ones.
+
+    All values of a row whose logits are NaN or infinite are NaN.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1).clamp_(min=MIN_LOGPROB)
+    taken = logprobs.gather(1, token_ids[:, None]).squeeze(1).tolist()
+    if not top_logprobs_num:
+        return taken, [[] for _ in taken]
+    values, ids = logprobs.topk(top_logprobs_num, dim=-1)
+    return taken, [
+        list(zip(value, index, strict=True)) for value, index in zip(values.tolist(), ids.tolist(), strict=True)
+    ]

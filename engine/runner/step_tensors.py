@@ -1,0 +1,121 @@
+"""A step's way from its plan to the device: the tensors of a `ForwardBatch`, made from a `ScheduleBatch` once per step.
+
+Legend: T tokens of the step, B requests, N rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...parallel.dp_attention import TokenLayout
+from ...parallel.host_to_device import to_device
+from ..attention.backend import AttentionBackend, AttentionBatch
+from ..kv_cache.req_to_token_pool import ReqToTokenPool
+from ..models.forward_batch import ForwardBatch, PlanT
+from ..plan import ScheduleBatch
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """Hidden states [T, D] of a step, valid until the next one, and which rows and requests sample."""
+
+    hidden: torch.Tensor
+    sample_rows: torch.Tensor
+    sampling_req_rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A step's tensors on the host, T tokens of B requests. An id of -1 stands for a token that only the device knows."""
+
+    input_ids: np.ndarray  # [T] int64
+    positions: np.ndarray  # [T] int64
+    req_rows: np.ndarray  # [B] int64
+    q_lens: list[int]
+    kv_lens: list[int]
+    sampling: list[int]  # indices of the requests that sample
+
+    @property
+    def not_sampling(self) -> list[int]:
+        """Indices of the others: a chunk of a prompt each."""
+        return [] if self.is_decode else sorted(set(range(len(self.q_lens))).difference(self.sampling))
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request brings one token and samples."""
+        return len(self.input_ids) == len(self.req_rows) == len(self.sampling)
+
+
+def lay_out(batch: ScheduleBatch) -> HostBatch:
+    """The plan's tokens, requests in order."""
+    q_lens = [req.num_tokens for req in batch.reqs]
+    ids = np.full(sum(q_lens), -1, dtype=np.int64)
+    positions = np.empty_like(ids)
+    first = 0
+    for req in batch.reqs:
+        end = first + req.num_tokens
+        positions[first:end] = np.arange(req.start, req.start + req.num_tokens)
+        if req.input_ids:
+            ids[first:end] = np.frombuffer(req.input_ids, dtype="<i4")
+        first = end
+    return HostBatch(
+        input_ids=ids,
+        positions=positions,
+        req_rows=np.array([req.row for req in batch.reqs], dtype=np.int64),
+        q_lens=q_lens,
+        kv_lens=[req.start + req.num_tokens for req in batch.reqs],
+        sampling=[i for i, req in enumerate(batch.reqs) if req.sample],
+    )
+
+
+def known_ids(input_ids: torch.Tensor, token_rows: torch.Tensor, last_token_ids: torch.Tensor) -> torch.Tensor:
+    """Ids [T], those of -1 replaced by the last one sampled for the token's row."""
+    return torch.where(input_ids < 0, last_token_ids[token_rows], input_ids)
+
+
+def slots_at(
+    page_table: torch.Tensor, token_rows: torch.Tensor, positions: torch.Tensor, page_size: int
+) -> torch.Tensor:
+    """KV slots [T] of tokens at `positions` of the requests on `token_rows`."""
+    pages = page_table[token_rows, positions // page_size].to(torch.int64)
+    return pages * page_size + positions % page_size
+
+
+def make_forward_batch(
+    host: HostBatch,
+    pool: ReqToTokenPool,
+    page_size: int,
+    last_token_ids: torch.Tensor,
+    attention: AttentionBackend[PlanT],
+    layout: TokenLayout,
+) -> ForwardBatch[PlanT]:
+    """Bring a step to the device, in one transfer.
+
+    Args:
+        last_token_ids: [max_requests + 1] int64, the last token sampled per pool row.
+    """
+    device = pool.page_table.device
+    sample_rows = np.cumsum(host.q_lens)[host.sampling] - 1
+    parts = [
+        host.input_ids,
+        host.positions,
+        np.repeat(host.req_rows, host.q_lens),
+        host.req_rows,
+        sample_rows,
+        host.req_rows[host.sampling],
+    ]
+    packed = to_device(np.concatenate(parts).astype(np.int64), device)
+    ids, positions, token_rows, req_rows, sample_rows_t, sampling_req_rows = packed.split([len(part) for part in parts])
+    plan = attention.plan(AttentionBatch(host.q_lens, host.kv_lens, pool.page_table, req_rows, page_size))
+    return ForwardBatch(
+        input_ids=known_ids(ids, token_rows, last_token_ids),
+        positions=positions,
+        kv_slots=slots_at(pool.page_table, token_rows, positions, page_size),
+        attention_plan=plan,
+        layout=layout,
+        sample_rows=sample_rows_t,
+        sampling_req_rows=sampling_req_rows,
+    )

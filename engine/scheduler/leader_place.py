@@ -1,0 +1,37 @@
+"""Where a leader stands: its sockets, and its place among the dp ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..io_struct import BackendMessage
+from ..ipc.record_line import Records
+from ..ipc.sockets import Sender
+from ..plan import PeerMessage
+from .mailbox import Inbox
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """The leader's sockets."""
+
+    inbox: Inbox
+    peers: Sequence[Sender[PeerMessage]]
+    records: Records
+    frontend: Sender[BackendMessage]
+
+
+@dataclass(frozen=True)
+class DpPlace:
+    """Which leader this is, and where the rows of its tokens stand in a ring slot: `first_recorded_dp` is the dp rank
+    whose rows come first there."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_size: int = 1
+    first_recorded_dp: int = 0
+
+    def first_row(self, num_rows: int) -> int:
+        """In a step in which every rank has `num_rows` rows; 0 says that the tokens are replicated."""
+        return (self.dp_rank - self.first_recorded_dp) * self.tp_size * num_rows

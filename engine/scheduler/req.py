@@ -1,0 +1,116 @@
+"""One request's state on its leader.
+
+positions of one request   0 ......... cached ......... scheduled ......... prompt + sampled
+KV from the prefix cache   [0, cached)
+computed, or in flight                [cached, scheduled)
+not an input yet                                        [scheduled, prompt + sampled)
+known to the host          [0, seqlen), where seqlen = prompt + committed output <= prompt + sampled
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
+from ..ipc.frontend_messages import TokenizedGenerateReqInput
+from ..kv_cache.page_pool import Pages, no_pages
+from ..kv_cache.radix_cache import Node
+from ..plan import TOKEN_BYTES
+
+
+@dataclass(eq=False)
+class Req:
+    """A request on its leader, from receipt to finish. Only the scheduler changes it."""
+
+    recv: TokenizedGenerateReqInput
+    arrival: int
+    # Prompt and committed output ids as int32 bytes: a page's key is a slice of it.
+    tokens: bytearray
+    output_ids: list[int] = field(default_factory=list)
+
+    # Valid while it runs.
+    row: int = -1
+    node: Node | None = None
+    pages: Pages[int] = field(default_factory=no_pages)
+    # Pages [0, num_offered_pages) are full and were offered to the prefix cache; those it did not take are `duplicates`.
+    num_offered_pages: int = 0
+    duplicates: Pages[int] = field(default_factory=no_pages)
+    num_cached: int = 0
+    num_scheduled: int = 0
+    num_committed: int = 0
+    # Tokens sampled or being sampled; runs ahead of `output_ids` by the steps in flight.
+    num_sampled: int = 0
+
+    # Valid while it waits: a running request whose prefill brings so many of its pages; see `shared_prefills`.
+    awaited: Req | None = None
+    num_awaited_pages: int = 0
+
+    num_retractions: int = 0
+    # The next prompt position to score, where prompt log-probabilities were asked for.
+    num_scored: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def rid(self) -> str:
+        return self.recv.rid
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.recv.sampling_params
+
+    @property
+    def options(self) -> OutputOptions:
+        return self.recv.output_options
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.recv.num_prompt_tokens
+
+    @property
+    def seqlen(self) -> int:
+        """Prompt and committed output tokens."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def is_running(self) -> bool:
+        return self.row >= 0
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens, known or in flight, that no step has as input yet. 1 while it decodes."""
+        return self.num_prompt_tokens + self.num_sampled - self.num_scheduled
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_sampled > 0 and self.num_remaining == 1
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether nothing is left to schedule: its last token is sampled, or in flight."""
+        if self.params.max_new_tokens == 0:
+            return self.num_remaining == 0
+        return self.num_sampled == self.params.max_new_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: higher priority first, then by arrival."""
+        return (-self.recv.priority, self.arrival)
+
+    def started(self) -> ReqStarted:
+        """What the output processor has to know of it."""
+        return ReqStarted(self.rid, self.num_prompt_tokens, self.options, self.params.stop)
+
+    def token_bytes(self, start: int, end: int) -> bytes:
+        return bytes(self.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES])
+
+    def leave_pool(self) -> None:
+        """Forget everything that is valid only while it runs. The sampled count falls back to what is committed."""
+        self.row = -1
+        self.node = None
+        self.pages = no_pages()
+        self.num_offered_pages = 0
+        self.duplicates = no_pages()
+        self.num_cached = 0
+        self.num_scheduled = 0
+        self.num_committed = 0
+        self.num_sampled = len(self.output_ids)

@@ -1,0 +1,50 @@
+"""How an answer says which rows it has."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from waybill.engine.entrypoints.openai.serving import routes_of
+from waybill.engine.frontend.answer import Answer
+from waybill.engine.frontend.generate_request import SampleRequest
+from waybill.engine.io_struct import FinishReason, OutputOptions, RequestOutput, SamplingParams
+
+
+def answer_to(
+    form: str, delivery: str, reason: FinishReason, token_ids: list[int], error: str | None
+) -> dict[str, Any]:
+    options = OutputOptions(return_routed_experts=True, routed_experts_format=form, routed_experts_delivery=delivery)
+    sample = SampleRequest("r", 0, np.array([1, 2]), SamplingParams(), options)
+    answer = Answer(sample, 2, form="json", token_text=None)
+    answer.add(
+        RequestOutput("r", "", token_ids, 2, len(token_ids), 0, 0, "v", 0, reason, routed_experts_error=error), None
+    )
+    return asyncio.run(answer.render())
+
+
+@pytest.mark.parametrize("delivery", ["inline", "reference"])
+@pytest.mark.parametrize("reason", [FinishReason("abort", message="by the caller"), FinishReason.failed("broken")])
+def test_an_abort_before_the_first_token_has_no_key_in_the_field_s_form(delivery: str, reason: FinishReason) -> None:
+    answer = answer_to("int32", delivery, reason, [], None)
+    assert not [key for key in answer["meta_info"] if key.startswith("routed_experts")]
+    assert routes_of(answer) == {}, "nor has OpenAI's form"
+
+
+@pytest.mark.parametrize(
+    ("form", "reason", "token_ids"),
+    [
+        ("int32", FinishReason("length", length=1), [5]),
+        ("int32", FinishReason("length", length=0), []),
+        ("int32", FinishReason("abort", message="late"), [5]),
+        ("compact", FinishReason("abort", message="early"), []),
+    ],
+)
+def test_rows_that_are_missing_are_told_in_every_other_case(
+    form: str, reason: FinishReason, token_ids: list[int]
+) -> None:
+    meta = answer_to(form, "inline", reason, token_ids, "2 rows are missing")["meta_info"]
+    assert meta["routed_experts"] is None and meta["routed_experts_error"] == "2 rows are missing"

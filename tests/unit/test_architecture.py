@@ -59,7 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "entrypoints": {"control", "frontend", "io_struct", "ipc", "routing", "validation"},
 }
 # The composition root of a rank: it alone knows both scheduler and runner.
-ROOMS["replica"] = set(ROOMS) - {"validation", "frontend", "entrypoints", "output", "attention"}
+ROOMS["replica"] = set(ROOMS) - {"validation", "control", "frontend", "entrypoints", "output", "attention"}
 # Beside its folders.
 NUM_ENGINE_FILES = 5
 FORBIDDEN_NAMES = {"utils.py", "common.py", "misc.py", "base.py", "helpers.py"}

@@ -17,7 +17,6 @@ from pydantic import AfterValidator
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
-from waybill.engine import json_values
 from waybill.engine.control.operations import ReleaseMemoryOccupation, UpdateWeightsFromDistributed
 from waybill.engine.entrypoints.bodies import MAX_FIELDS, BodyReader
 from waybill.engine.entrypoints.control import body_model
@@ -27,6 +26,7 @@ from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, Co
 from waybill.engine.frontend.generate_request import GenerateReqInput
 from waybill.engine.frontend.lanes import Lanes
 from waybill.engine.frontend.request_observer import NoObserver
+from waybill.engine.validation import json_values
 from waybill.engine.validation.request_model import RequestModel
 
 MAX_VALUES = 1 << 18

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waybill.engine import dp_router
+from waybill.engine.frontend import dp_router
 from waybill.engine.frontend.dp_router import BLOCK_TOKENS, MAX_IMBALANCE, DpRouter
 
 SHORT = b""

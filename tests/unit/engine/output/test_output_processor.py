@@ -420,7 +420,8 @@ def test_rows_that_cannot_be_wrapped_fail_their_request_alone(engine: Engine, mo
 
 PROCESSOR = """
 import sys
-from waybill.engine import output_processor, shipper
+from waybill.engine.output import output_processor
+from waybill.engine.output import shipper
 if sys.argv[3] == "shipper":
     def fail(self, order): raise KeyError("order")
     shipper.Shipper.ship = fail

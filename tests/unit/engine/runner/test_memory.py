@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from waybill.engine import memory
 from waybill.engine.config import EngineConfig
 from waybill.engine.kv_cache.kv_store import KVTensorSpec
+from waybill.engine.runner import memory
 from waybill.engine.runner.memory import available_bytes, kv_memory_fraction, kv_pool_pages
 from waybill.parallel.mesh import Axis, ParallelMesh
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine import token_ids
+from waybill.engine.validation import token_ids
 from waybill.engine.validation.token_ids import as_prompts, parse_ids
 
 IDS = st.lists(st.integers(-5, 2**31 - 1), max_size=12)

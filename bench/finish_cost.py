@@ -100,7 +100,7 @@ class Bench:
         self.num_sent += 1
         self.outbox.send(
             TokenizedGenerateReqInput(
-                dispatch=self.num_sent,
+                seq=self.num_sent,
                 rid=f"r{self.num_sent}",
                 input_ids=prompt.astype("<i4").tobytes(),
                 sampling_params=SamplingParams(max_new_tokens=NUM_NEW, temperature=0.0, ignore_eos=True),

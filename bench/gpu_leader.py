@@ -127,7 +127,7 @@ class Leader:
         params = msgspec.structs.replace(params, max_new_tokens=max_new_tokens, sampling_seed=self._num_sent)
         self._surroundings.outbox.send(
             TokenizedGenerateReqInput(
-                dispatch=self._num_sent,
+                seq=self._num_sent,
                 rid=f"r{self._num_sent}",
                 input_ids=self._rng.integers(0, vocab_size, prompt_tokens).astype("<i4").tobytes(),
                 sampling_params=params,

@@ -12,10 +12,10 @@ import zmq
 from waybill.engine.io_struct import BackendMessage
 from waybill.engine.ipc.frontend_messages import FrontendMessage
 from waybill.engine.ipc.lifeline import Lifeline
-from waybill.engine.ipc.record_line import RecordLine
+from waybill.engine.ipc.record_sender import RecordSender
 from waybill.engine.ipc.sockets import Receiver, Sender
 from waybill.engine.output.config import OutputProcessorConfig
-from waybill.engine.scheduler.leader_place import Endpoints
+from waybill.engine.scheduler.leader_setup import Endpoints
 
 STOP_TIMEOUT_S = 10
 
@@ -43,7 +43,7 @@ class Surroundings:
         self.answers: Receiver[BackendMessage] = Receiver(self._context, address["frontend"], BackendMessage)
         inbox: Receiver[FrontendMessage] = Receiver(self._context, address["inbox"], FrontendMessage)
         self.outbox: Sender[FrontendMessage] = Sender(self._context, address["inbox"])
-        records = RecordLine(self._context, address["records"])
+        records = RecordSender(self._context, address["records"])
         frontend: Sender[BackendMessage] = Sender(self._context, address["frontend"])
         self.endpoints = Endpoints(inbox, [], records, frontend)
 

@@ -277,16 +277,16 @@ class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
 
 
 class SyncWait(msgspec.Struct, frozen=True, array_like=True):
-    """How long a leader has waited for the dp rank `blamed`, which came last, in how many steps, and why that one was
+    """How long a leader has waited for the dp rank `straggler`, which came last, in how many steps, and why that one was
     late (`engine.agreement.Cause`)."""
 
-    blamed: int
+    straggler: int
     cause: str
     seconds: float
     num_steps: int
 
 
-class HoldKind(Enum):
+class BlockedKind(Enum):
     """What stands against generating: an update has more tensors to bring; a transfer broke off in the middle; memory is
     released; the ranks have not said in time how an operation ended."""
 
@@ -296,10 +296,10 @@ class HoldKind(Enum):
     UNANSWERED = "unanswered"
 
 
-class Hold(msgspec.Struct, frozen=True):
+class Blocked(msgspec.Struct, frozen=True):
     """Why nobody may generate; the message is for callers, and says what ends it."""
 
-    kind: HoldKind
+    kind: BlockedKind
     message: str
 
 
@@ -311,7 +311,7 @@ class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     message: str = ""
     state: dict[str, int | float | str] = {}
     # Why nobody may generate after this operation; None if nothing stands against it.
-    hold: Hold | None = None
+    blocked: Blocked | None = None
     # What an operation asks for, encoded by whoever knows what it is.
     payload: bytes = b""
     sync_waits: list[SyncWait] = []

@@ -21,7 +21,7 @@ from .config import EngineConfig
 from .io_struct import BackendMessage, ControlReply, RingPlace, RoutingSetup
 from .ipc.curve import CurveGuard
 from .ipc.frontend_messages import FrontendMessage
-from .ipc.record_line import RecordLine
+from .ipc.record_sender import RecordSender
 from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore
 from .models.model_config import ModelConfig
@@ -34,9 +34,9 @@ from .routing.ring import RouteRing
 from .runner.memory import kv_pool_pages, peak_rss_bytes
 from .runner.model_runner import LaunchedStep, ModelRunner
 from .runner.rank_operations import RankOperations
-from .scheduler.agreement import LonelyMeeting
-from .scheduler.dp_meeting import DpMeeting
-from .scheduler.leader_place import DpPlace, Endpoints
+from .scheduler.agreement import SingleRankSync
+from .scheduler.dp_sync import DpSync
+from .scheduler.leader_setup import DpRankInfo, Endpoints
 from .scheduler.page_manager import PageManager
 from .scheduler.schedule_policy import StepLimits
 from .scheduler.scheduler import Scheduler
@@ -86,7 +86,7 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     if rank.runner.is_leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, own, FrontendMessage)
         peers: list[Sender[PeerMessage]] = [Sender(context, address) for address in endpoints.peers]
-        records = RecordLine(context, endpoints.records)
+        records = RecordSender(context, endpoints.records)
         frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
         operations = make_operations(rank, context, endpoints.frontend)
         make_scheduler(rank, Endpoints(inbox, peers, records, frontend), operations).run()
@@ -194,8 +194,8 @@ def make_scheduler(
         rank.runner,
         endpoints,
         rank.ring,
-        place=DpPlace(dp.rank, dp.size, tp_size, first_recorded_dp),
-        meeting=LonelyMeeting() if dp.size == 1 else DpMeeting(dp),
+        place=DpRankInfo(dp.rank, dp.size, tp_size, first_recorded_dp),
+        sync=SingleRankSync() if dp.size == 1 else DpSync(dp),
         clock=rank.clock,
         operations=operations,
     )

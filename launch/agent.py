@@ -17,10 +17,10 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main as torchrun
 
+from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.ipc.heartbeat import Heartbeat
 from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
 from ..engine.ipc.lifeline import Lifeline, watch_lifeline
-from ..engine.ipc.vital import start_vital_thread
 from .rendezvous import register
 from .run_dir import agent_lifeline, caller_lifeline, remove_run_dir
 
@@ -101,7 +101,7 @@ def watch_signals(run_dir: str) -> None:
     for number in END_SIGNALS:
         signal.signal(number, end)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    start_vital_thread(watch, "signals")
+    start_critical_thread(watch, "signals")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         parents=[node_parser()],
         usage="torchrun.sh [rollout] [options]",
         help="multi-turn conversations with their routes",
-        description="Hold conversations with a model and show the routes of every turn.",
+        description="Blocked conversations with a model and show the routes of every turn.",
         formatter_class=HelpFormatter,
     )
     add_rollout_options(rollout)

@@ -23,7 +23,7 @@ from ..engine.control.methods import ControlMethods
 from ..engine.control.operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
 from ..engine.frontend.generate_request import GenerateReqInput, parse_generate_request
 from ..engine.frontend.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
-from ..engine.ipc.vital import start_vital_thread
+from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.routing.wire import RoutedExperts
 from ..engine.text.tokenizer_file import load_tokenizer
 from .supervisor import EngineProcess
@@ -61,7 +61,7 @@ class Engine(ControlMethods):
         # Why the processes ended, where they did so before there was somebody to tell.
         self._death: str | None = None
         self._loop = asyncio.new_event_loop()
-        self._thread = start_vital_thread(self._run_loop, "waybill engine", self._on_exit)
+        self._thread = start_critical_thread(self._run_loop, "waybill engine", self._on_exit)
         self._processes = EngineProcess(config, on_exit=self._on_exit)
         atexit.register(self.shutdown)
         try:
@@ -264,7 +264,7 @@ class Engine(ControlMethods):
 
     def _on_failure(self, reason: str) -> None:
         """The frontend's half cannot go on, and callers were told: end the other half, which takes a moment."""
-        start_vital_thread(self._processes.terminate, "end engine", lambda _: None)
+        start_critical_thread(self._processes.terminate, "end engine", lambda _: None)
 
     def _on_exit(self, message: str) -> None:
         """The processes ended by themselves: whoever waits is told."""

@@ -26,9 +26,9 @@ from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.frontend.chat_template import load_chat_template
 from ..engine.frontend.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.ipc.critical_thread import EXIT_PART_FAILED, end_process
 from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
 from ..engine.ipc.lifeline import watch_lifeline
-from ..engine.ipc.vital import EXIT_PART_FAILED, end_process
 from ..engine.text.tokenizer_file import load_tokenizer
 from .api_key import read_api_keys
 from .open_files import connections_within_limit
@@ -172,7 +172,7 @@ def main() -> int:
     # The ranks ignore these, and children inherit that; until `Frontend` has its own handlers they end the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    # Else texts are tokenised on one pool of the library, in which short ones wait for long ones; `Lanes` has threads.
+    # Else texts are tokenised on one pool of the library, in which short ones wait for long ones.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     addresses = read_struct(run_dir, ADDRESSES, Addresses)
     watch_lifeline(addresses.lifeline)

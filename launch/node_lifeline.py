@@ -3,8 +3,8 @@
 It is the FIFO of `engine/ipc/lifeline.py` between hosts: whatever kills a process closes its connections; a host that is
 gone without a word is noticed by TCP (keep-alive, and a limit on what is not acknowledged), within some seconds. It is the
 heartbeat between hosts, too: both ends beat, and a node on which everything is stopped is noticed after `timeout_s` of the
-other end's own ticks (see `engine/ipc/heartbeat.py`). Only who says the run's token is listened to, so that strangers who
-connect and leave end nothing. No data is carried.
+other end's own ticks (see `engine/ipc/heartbeat.py`). Only who says the run's token is listened to: clients that connect
+and leave unauthenticated end nothing. No data is carried.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import socket
 import time
 from collections.abc import Callable
 
+from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.ipc.heartbeat import StandstillWatch
 from ..engine.ipc.lifeline import EXIT_ORPHANED
-from ..engine.ipc.vital import start_vital_thread
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ TICK_S = 1.0
 # Several beats may have come since the last look.
 READ_BYTES = 4096
 # Who connects and does not say the token: so many at most, for so many ticks.
-MAX_STRANGERS = 64
-TICKS_OF_A_STRANGER = 10
+MAX_UNAUTHENTICATED = 64
+UNAUTHENTICATED_TICKS = 10
 CONNECT_TIMEOUT_S = 60.0
 # After so many silent seconds the kernel asks, this often, and gives up after so many questions.
 KEEPALIVE_IDLE_S = 2
@@ -55,7 +55,7 @@ class NodeLifeline:
         self._beats: dict[int, int] = {}
         self._watch = StandstillWatch(int(timeout_s / TICK_S))
         # What the others have said so far, oldest first, and the tick at which they came.
-        self._strangers: dict[socket.socket, bytes] = {}
+        self._unauthenticated: dict[socket.socket, bytes] = {}
         self._came_at: dict[socket.socket, int] = {}
         self._num_ticks = 0
         self._is_leaving = False
@@ -81,7 +81,7 @@ class NodeLifeline:
             send_to(connection, FAREWELL)
 
     def _start(self) -> None:
-        start_vital_thread(self._run, "node lifeline")
+        start_critical_thread(self._run, "node lifeline")
 
     def _run(self) -> None:
         next_tick = time.monotonic()
@@ -102,8 +102,8 @@ class NodeLifeline:
             logger.error("a rank of another node has not run for %g s (heartbeat_timeout_s)", self._timeout_s)
             self._die()
         for connection, came_at in list(self._came_at.items()):
-            if self._num_ticks - came_at > TICKS_OF_A_STRANGER:
-                self._drop_stranger(connection)
+            if self._num_ticks - came_at > UNAUTHENTICATED_TICKS:
+                self._drop_unauthenticated(connection)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -114,32 +114,32 @@ class NodeLifeline:
             return
         keep_alive(connection)
         connection.setblocking(False)
-        self._strangers[connection] = b""
+        self._unauthenticated[connection] = b""
         self._came_at[connection] = self._num_ticks
-        self._selector.register(connection, selectors.EVENT_READ, self._hear_stranger)
-        if len(self._strangers) > MAX_STRANGERS:
-            self._drop_stranger(next(iter(self._came_at)))
+        self._selector.register(connection, selectors.EVENT_READ, self._hear_unauthenticated)
+        if len(self._unauthenticated) > MAX_UNAUTHENTICATED:
+            self._drop_unauthenticated(next(iter(self._came_at)))
 
-    def _drop_stranger(self, connection: socket.socket) -> None:
-        self._forget_stranger(connection)
+    def _drop_unauthenticated(self, connection: socket.socket) -> None:
+        self._forget_unauthenticated(connection)
         connection.close()
 
-    def _forget_stranger(self, connection: socket.socket) -> None:
-        self._strangers.pop(connection)
+    def _forget_unauthenticated(self, connection: socket.socket) -> None:
+        self._unauthenticated.pop(connection)
         self._came_at.pop(connection)
         self._selector.unregister(connection)
 
-    def _hear_stranger(self, connection: socket.socket) -> None:
-        said = self._strangers.get(connection)
+    def _hear_unauthenticated(self, connection: socket.socket) -> None:
+        said = self._unauthenticated.get(connection)
         if said is None:
             # Dropped for a later one since it was seen to have something to say.
             return
         part = receive(connection, len(self._token) - len(said))
         said += part
         if part and len(said) < len(self._token):
-            self._strangers[connection] = said
+            self._unauthenticated[connection] = said
             return
-        self._forget_stranger(connection)
+        self._forget_unauthenticated(connection)
         if hmac.compare_digest(said, self._token):
             self._add_member(connection)
         else:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..engine.config import EngineConfig
+from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.ipc.heartbeat import Heartbeat
 from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
 from ..engine.ipc.lifeline import Lifeline
 from ..engine.ipc.sockets import Endpoint
-from ..engine.ipc.vital import start_vital_thread
 from ..engine.output.config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
 from .node_options import RENDEZVOUS_BACKEND, NodeOptions
@@ -71,7 +71,7 @@ class NodeChildren:
         for fd in fds:
             os.close(fd)
         self._children[name] = child
-        start_vital_thread(lambda: self._watch(name, child), f"watch {name}")
+        start_critical_thread(lambda: self._watch(name, child), f"watch {name}")
 
     def _watch(self, name: str, child: subprocess.Popen[bytes]) -> None:
         code = child.wait()
@@ -144,7 +144,7 @@ class EngineProcess:
             # An interrupt at the terminal is for the caller; the ranks follow when it ends.
             start_new_session=True,
         )
-        start_vital_thread(self._watch, "watch engine", self._fail)
+        start_critical_thread(self._watch, "watch engine", self._fail)
         # Only an eye on the others: a user may stop his program for as long as he likes.
         self._heartbeat = Heartbeat(self._heartbeats, None, config.heartbeat_timeout_s, on_failure=self._fail)
 

@@ -17,12 +17,12 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.io_struct import BackendMessage, RingPlace, RoutingSetup
 from waybill.engine.ipc.frontend_messages import FrontendMessage
-from waybill.engine.ipc.record_line import RecordLine
+from waybill.engine.ipc.record_sender import RecordSender
 from waybill.engine.ipc.sockets import Receiver, Sender
 from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.scheduler.agreement import Agreement, from_rows, to_row
-from waybill.engine.scheduler.leader_place import DpPlace, Endpoints
+from waybill.engine.scheduler.leader_setup import DpRankInfo, Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.engine.scheduler.scheduler import Scheduler
@@ -143,7 +143,7 @@ class Leaders:
     def _build(self, context: zmq.Context[Any], dp_rank: int, rule: Rule) -> Leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, self._inbox(dp_rank), FrontendMessage)
         # The simulation reads when it likes, on this thread.
-        records = RecordLine(context, RECORDS, max_queued=0)
+        records = RecordSender(context, RECORDS, max_queued=0)
         frontend: Sender[BackendMessage] = Sender(context, FRONTEND)
         place = RingPlace(self.ring.path, self.ring.num_slots) if dp_rank == 0 else None
         self.setups.append(RoutingSetup(dp_rank, self._kv_tokens, self.config.page_size, self.geometry, place))
@@ -158,7 +158,7 @@ class Leaders:
             runner,
             Endpoints(inbox, [], records, frontend),
             self.ring if dp_rank == 0 else None,
-            place=DpPlace(dp_rank, self.config.dp_size),
+            place=DpRankInfo(dp_rank, self.config.dp_size),
         )
         return Leader(scheduler, runner, pages)
 

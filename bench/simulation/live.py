@@ -20,7 +20,7 @@ import zmq
 from waybill.engine.io_struct import OutputBatch, OutputRecord, RingPlace, RoutingSetup
 from waybill.engine.ipc.sockets import Receiver, Sender
 from waybill.engine.output.output_processor import OutputProcessor
-from waybill.engine.output.shipper import Shipper
+from waybill.engine.output.output_sender import OutputSender
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
@@ -50,10 +50,10 @@ def process_records(folder: str, dp_size: int, tokenizer_path: str, cpu_s: Any) 
     """The output processor's loop, both threads of it, without lifeline and queries."""
     context = zmq.Context()
     sender: Sender[OutputBatch] = Sender(context, f"ipc://{folder}/frontend")
-    shipper = Shipper(sender, load_token_decoder(tokenizer_path), ClaimStore(1 << 20, 60.0, time.monotonic))
-    processor = OutputProcessor(shipper, dp_size)
+    output_sender = OutputSender(sender, load_token_decoder(tokenizer_path), ClaimStore(1 << 20, 60.0, time.monotonic))
+    processor = OutputProcessor(output_sender, dp_size)
     records: Receiver[OutputRecord] = Receiver(context, f"ipc://{folder}/records", OutputRecord)
-    shipper.start()
+    output_sender.start()
     while True:
         record, _ = records.receive()
         processor.handle(record)

@@ -15,7 +15,7 @@ import zmq
 from waybill.engine.io_struct import OutputBatch, OutputRecord, StepRecord
 from waybill.engine.ipc.sockets import Receiver, Sender
 from waybill.engine.output.output_processor import OutputProcessor
-from waybill.engine.output.shipper import ShipmentOrder, Shipper
+from waybill.engine.output.output_sender import OutputSender, ShipmentOrder
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.text.token_decoder import TokenDecoder
 
@@ -24,8 +24,8 @@ from .tape import Tape
 from .workload import Conversations
 
 
-class CalledShipper(Shipper):
-    """The shipper without its thread: orders wait until they are asked for."""
+class CalledShipper(OutputSender):
+    """The output_sender without its thread: orders wait until they are asked for."""
 
     def __init__(self, sender: Sender[OutputBatch], decoder: TokenDecoder | None, claims: ClaimStore) -> None:
         super().__init__(sender, decoder, claims)
@@ -51,8 +51,8 @@ class OutputSide:
         self._records: Receiver[OutputRecord] = Receiver(context, RECORDS, OutputRecord)
         self._answers: Receiver[OutputBatch] = Receiver(context, FRONTEND, OutputBatch)
         sender: Sender[OutputBatch] = Sender(context, FRONTEND)
-        self.shipper = CalledShipper(sender, decoder, ClaimStore(1 << 20, 60.0, time.monotonic))
-        self.processor = OutputProcessor(self.shipper, dp_size)
+        self.output_sender = CalledShipper(sender, decoder, ClaimStore(1 << 20, 60.0, time.monotonic))
+        self.processor = OutputProcessor(self.output_sender, dp_size)
         self.profile: Profile | None = None
         self.tape: Tape | None = None
 
@@ -75,8 +75,8 @@ class OutputSide:
         received = time.thread_time()
         self.processor.handle(record)
         filed = time.thread_time()
-        while self.shipper.orders:
-            self.shipper.ship(self.shipper.orders.popleft())
+        while self.output_sender.orders:
+            self.output_sender.ship(self.output_sender.orders.popleft())
         shipped = time.thread_time()
         if not isinstance(record, StepRecord):
             return None

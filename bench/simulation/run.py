@@ -128,8 +128,8 @@ class SimulatedEngine:
                 return steps if len(steps) % 2 == 0 else steps[:-1]
 
     def _step(self, *, as_before: bool = False) -> StepCost:
-        processor, shipper = self.output.processor, self.output.shipper
-        filed, shipped, link_s = processor.num_rows_filed, shipper.num_bytes_shipped, self.conversations.link_s
+        processor, output_sender = self.output.processor, self.output.output_sender
+        filed, shipped, link_s = processor.num_rows_filed, output_sender.num_bytes_shipped, self.conversations.link_s
         self.leaders.step()
         with ledger_as_before(as_before):
             records = self.output.work_off()
@@ -140,7 +140,7 @@ class SimulatedEngine:
             host_s=self.leaders.host_s.copy(),
             records=records,
             num_rows=processor.num_rows_filed - filed,
-            num_bytes_shipped=shipper.num_bytes_shipped - shipped,
+            num_bytes_shipped=output_sender.num_bytes_shipped - shipped,
             num_finished=num_finished,
             link_s=self.conversations.link_s - link_s,
         )

@@ -58,7 +58,7 @@ class Operation(msgspec.Struct, frozen=True):
     neutral_fields: ClassVar[Mapping[str, Any]] = {}
     # It asks whether anybody has requests, or (the end of a pause) must not overtake the answer that does.
     asks_for_idle: ClassVar[bool] = False
-    # It takes as long as a transfer or a meeting of ranks.
+    # It takes as long as a transfer, or as ranks need to join a group.
     is_long: ClassVar[bool] = False
 
     @classmethod

@@ -21,8 +21,8 @@ from msgspec import UNSET, Raw, UnsetType
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from ..frontend.lanes import Lanes
 from ..frontend.request_observer import RequestObserver
+from ..frontend.work_threads import WorkThreads
 from ..validation.field_error import FieldError, shown
 from ..validation.json_values import count_fields, count_values
 from ..validation.request_model import RequestModel, validate
@@ -49,8 +49,8 @@ class BodyReader:
         max_values: JSON values in one field other than token ids, at most.
     """
 
-    def __init__(self, lanes: Lanes, max_values: int, observer: RequestObserver) -> None:
-        self._lanes = lanes
+    def __init__(self, work_threads: WorkThreads, max_values: int, observer: RequestObserver) -> None:
+        self._work_threads = work_threads
         self._observer = observer
         self._max_values = max_values
 
@@ -103,7 +103,7 @@ class BodyReader:
         if not body or not is_json(http.headers.get("content-type", "")):
             raise not_an_object()
         http.state.body_bytes = len(body)
-        return await self._lanes.run(BYTE_COST_US * len(body), partial(self.parse, body, model))
+        return await self._work_threads.run(BYTE_COST_US * len(body), partial(self.parse, body, model))
 
     def parse(self, body: bytes, model: type[Model]) -> Model:
         try:

@@ -67,7 +67,7 @@ class EngineHealth:
             while True:
                 states = [reply.state for reply in await self._manager.get_leader_states()]
                 if self._manager.controls.is_under_way or any(
-                    state["is_paused"] or state["is_held"] for state in states
+                    state["is_paused"] or state["is_blocked"] for state in states
                 ):
                     return None
                 steps = self._steps = [int(state["num_steps"]) for state in states]

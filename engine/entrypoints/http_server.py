@@ -52,7 +52,7 @@ def make_app(
             expose_headers=[META_HEADER],
         )
     app.add_middleware(OriginGuard, api_keys=api_keys, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
-    bodies = BodyReader(manager.lanes, limits.max_body_values, metrics)
+    bodies = BodyReader(manager.work_threads, limits.max_body_values, metrics)
     app.include_router(native_router(manager, bodies))
     app.include_router(control_router(manager, bodies))
     app.include_router(info_router(manager, metrics, model_name, health_timeout_s))

@@ -164,14 +164,14 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
         assert manager.limits is not None
         num_chars = len(body.prompt) if isinstance(body.prompt, str) else sum(map(len, body.prompt))
         work = partial(tokenized, body, manager.text, manager.limits.context_length)
-        return json_bytes(await manager.lanes.run(CHAR_COST_US * num_chars, work))
+        return json_bytes(await manager.work_threads.run(CHAR_COST_US * num_chars, work))
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeInput) -> Response:
         assert manager.limits is not None
         num_ids = sum(map(len, body.tokens)) if isinstance(body.tokens, list) else len(body.tokens)
         work = partial(detokenized, body, manager.text, manager.limits.vocab_size)
-        return json_bytes(await manager.lanes.run(DECODE_COST_US * num_ids, work))
+        return json_bytes(await manager.work_threads.run(DECODE_COST_US * num_ids, work))
 
     return router
 

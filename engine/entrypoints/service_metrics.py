@@ -73,8 +73,8 @@ class ServiceMetrics:
         self._state = {key: Gauge(name, text, registry=registry) for name, text, key in STATE_GAUGES}
         self._sync_waits = Gauge(
             "waybill_sync_wait_seconds",
-            "Time that dp rank `rank` waited for `blamed`, which came last, and why that one was late; since the start.",
-            ["rank", "blamed", "cause"],
+            "Time that dp rank `rank` waited for `straggler`, which came last, and why that one was late; since the start.",
+            ["rank", "straggler", "cause"],
             registry=registry,
         )
         self._last_seen: dict[str, float] = {}
@@ -125,6 +125,6 @@ class ServiceMetrics:
             if state is not None:
                 gauge.set(state[key])
         for wait in [] if state is None else state["sync_waits"]:
-            self._sync_waits.labels(wait["rank"], wait["blamed"], wait["cause"]).set(wait["seconds"])
+            self._sync_waits.labels(wait["rank"], wait["straggler"], wait["cause"]).set(wait["seconds"])
         self._hit_rate.set(self._num_cached / self._num_prompt if self._num_prompt else 0.0)
         return generate_latest(self._registry)

@@ -16,8 +16,8 @@ class Admission:
         self.most = most
         self.num_taken = 0
 
-    def take(self, num: int) -> Places:
-        """Places for the samples of one request, from before its text is tokenised until they are given back.
+    def take(self, num: int) -> Permits:
+        """Permits for the samples of one request, from before its text is tokenised until they are given back.
 
         Raises:
             FieldError: so many are never free.
@@ -34,10 +34,10 @@ class Admission:
                 f"{self.num_taken} requests run or wait, at most {self.most} may (--max-running-requests, "
                 "--max-waiting-requests); try again later"
             )
-        return Places(self, num)
+        return Permits(self, num)
 
 
-class Places:
+class Permits:
     """What one request holds of an admission."""
 
     def __init__(self, admission: Admission, num: int) -> None:

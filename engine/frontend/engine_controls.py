@@ -26,14 +26,14 @@ from ..control.operations import (
     UpdateWeightsFromTensor,
     WeightUpdate,
 )
-from ..io_struct import ControlReply, Hold, HoldKind
+from ..io_struct import Blocked, BlockedKind, ControlReply
 from ..ipc.frontend_messages import AbortReq, ControlReq, NumberedMessage
 from ..validation.host_names import check_address
 from ..weight_sync.memory_file import memory_file, write_all
 from .dp_router import DpRouter
 from .generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from .leader_link import LeaderLink
-from .reply_box import ReplyBox
+from .pending_replies import PendingReplies
 
 CONTROL_TIMEOUT_S = 30.0
 # Joining and transfers are bounded by the ranks; the answer takes a little longer.
@@ -41,7 +41,7 @@ ANSWER_MARGIN_S = 10.0
 
 AnyWeightUpdate = UpdateWeightsFromDisk | UpdateWeightsFromTensor | UpdateWeightsFromDistributed
 # What may leave the engine unable to generate.
-HoldingOperation = AnyWeightUpdate | ReleaseMemoryOccupation | ResumeMemoryOccupation
+BlockingOperation = AnyWeightUpdate | ReleaseMemoryOccupation | ResumeMemoryOccupation
 
 
 class StorageError(RuntimeError):
@@ -52,7 +52,7 @@ class EngineControls:
     """Has operations done by the engine."""
 
     def __init__(
-        self, config: EngineConfig, link: LeaderLink, replies: ReplyBox, gate: GenerationGate, dp_router: DpRouter
+        self, config: EngineConfig, link: LeaderLink, replies: PendingReplies, gate: GenerationGate, dp_router: DpRouter
     ) -> None:
         self._link = link
         self._replies = replies
@@ -83,7 +83,7 @@ class EngineControls:
             return await self._update(operation)
         if isinstance(operation, MemoryOperation):
             async with self._gate.closed(drain=False):
-                return await self._send_and_hold(operation)
+                return await self._send_and_block(operation)
         if isinstance(operation, InitWeightsUpdateGroup):
             check_address(operation.master_address, self._trainer_hosts)
         return await self._send(operation)
@@ -109,8 +109,8 @@ class EngineControls:
 
     def _note(self, operation: ControlOperation, reply: ControlReply) -> None:
         """What a frontend keeps of how the engine stands."""
-        if isinstance(operation, HoldingOperation):
-            self._gate.hold = reply.hold
+        if isinstance(operation, BlockingOperation):
+            self._gate.blocked = reply.blocked
         if not reply.success:
             return
         if isinstance(operation, PauseGeneration):
@@ -120,12 +120,12 @@ class EngineControls:
         if operation.empties_cache:
             self._dp_router.forget_prefixes()
 
-    async def _send_and_hold(self, operation: HoldingOperation) -> ControlReply:
+    async def _send_and_block(self, operation: BlockingOperation) -> ControlReply:
         try:
             return await self._send(operation)
         except TimeoutError:
             message = f"weights: an operation has not ended within {self._transfer_timeout_s} s"
-            self._gate.hold = Hold(HoldKind.UNANSWERED, message)
+            self._gate.blocked = Blocked(BlockedKind.UNANSWERED, message)
             raise UnavailableError(message) from None
 
     async def _update(self, operation: AnyWeightUpdate) -> ControlReply:
@@ -134,7 +134,7 @@ class EngineControls:
             self._link.send_to_all(abort_everything)
         try:
             async with self._gate.closed(drain=True):
-                return await self._send_and_hold(operation)
+                return await self._send_and_block(operation)
         except NotDrainedError:
             if isinstance(operation, UpdateWeightsFromDistributed):
                 # The trainer broadcasts already, to nobody: what it sends must not be taken for a later bucket.

@@ -11,7 +11,7 @@ import msgspec
 from ..io_struct import ControlReply, CountersReply, OutputReply
 
 # Of these the engine has the largest of its ranks'; texts are the same on all; the rest adds up.
-LARGEST = ("num_steps", "finish_max_s", "max_step_s", "is_paused", "is_held", "num_weight_updates")
+LARGEST = ("num_steps", "finish_max_s", "max_step_s", "is_paused", "is_blocked", "num_weight_updates")
 
 
 def merge_states(replies: Sequence[ControlReply]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from ..io_struct import Hold, HoldKind
+from ..io_struct import Blocked, BlockedKind
 
 POLL_S = 0.01
 
@@ -35,22 +35,22 @@ class GenerationGate:
         self._is_closed = False
         self._death: Exception | None = None
         # Why the engine holds every request, as it said last.
-        self._hold: Hold | None = None
+        self._blocked: Blocked | None = None
         self.is_paused = False
 
     @property
-    def hold(self) -> Hold | None:
-        return self._hold
+    def blocked(self) -> Blocked | None:
+        return self._blocked
 
-    @hold.setter
-    def hold(self, hold: Hold | None) -> None:
-        self._hold = hold
+    @blocked.setter
+    def blocked(self, blocked: Blocked | None) -> None:
+        self._blocked = blocked
         self._settle()
 
     @property
     def refusal(self) -> str | None:
         """Why a request is refused at once; None if it may come in, or wait for that."""
-        return None if self._hold is None or self._hold.kind is HoldKind.INCOMPLETE else self._hold.message
+        return None if self._blocked is None or self._blocked.kind is BlockedKind.INCOMPLETE else self._blocked.message
 
     def fail_all(self, death: Exception) -> None:
         """The engine is gone: whoever waits here is told."""
@@ -69,7 +69,7 @@ class GenerationGate:
         try:
             await asyncio.wait_for(self._open.wait(), self._timeout_s)
         except TimeoutError:
-            message = "weights: an update has not ended in time" if self._hold is None else self._hold.message
+            message = "weights: an update has not ended in time" if self._blocked is None else self._blocked.message
             raise UnavailableError(message) from None
         if self._death is not None:
             raise self._death
@@ -109,7 +109,7 @@ class GenerationGate:
             ) from None
 
     def _settle(self) -> None:
-        may_enter = not self._is_closed and (self._hold is None or self.refusal is not None)
+        may_enter = not self._is_closed and (self._blocked is None or self.refusal is not None)
         if may_enter or self._death is not None:
             self._open.set()
         else:

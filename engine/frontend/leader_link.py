@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..ipc.frontend_messages import DispatchNotice, FrontendMessage, GetInternalStateReq, NumberedMessage
+from ..ipc.frontend_messages import FrontendMessage, GetInternalStateReq, NumberedMessage, SeqNotice
 
 
 class MessageSender(Protocol):
@@ -28,7 +28,7 @@ class LeaderLink:
         """To one leader what `make` makes of its number; to the others the number."""
         message = make(next(self._numbers))
         for rank, leader in enumerate(self._leaders):
-            leader.send(message if rank == dp_rank else DispatchNotice(message.dispatch))
+            leader.send(message if rank == dp_rank else SeqNotice(message.seq))
 
     def send_to_all(self, make: Callable[[int], NumberedMessage]) -> None:
         """To every leader, under one number: a control operation takes effect at one step on all."""

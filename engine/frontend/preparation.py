@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
-from .admission import Admission, OverloadedError, Places
+from .admission import Admission, OverloadedError, Permits
 from .generate_request import GenerateReqInput, SampleRequest, expand
-from .lanes import Lanes
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
 from .text_codec import TextCodec
+from .work_threads import WorkThreads
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,20 @@ class PreparedRequest:
 
     request: GenerateReqInput
     samples: Sequence[SampleRequest]
-    places: Places
+    places: Permits
 
     def release(self) -> None:
         self.places.release()
 
 
 class Preparation:
-    """Prepares requests, each on the lane that its length asks for."""
+    """Prepares requests, each on the threads that its length asks for."""
 
-    def __init__(self, text: TextCodec, lanes: Lanes, admission: Admission, observer: RequestObserver) -> None:
+    def __init__(
+        self, text: TextCodec, work_threads: WorkThreads, admission: Admission, observer: RequestObserver
+    ) -> None:
         self._text = text
-        self._lanes = lanes
+        self._work_threads = work_threads
         self._admission = admission
         self._observer = observer
 
@@ -48,7 +50,7 @@ class Preparation:
             places = self._admission.take(request.num_samples)
             try:
                 encode = partial(self._text.encode, max_tokens=limits.context_length)
-                groups = await self._lanes.run(request.cost_us, partial(expand, request, limits, encode))
+                groups = await self._work_threads.run(request.cost_us, partial(expand, request, limits, encode))
             except BaseException:
                 places.release()
                 raise
@@ -62,11 +64,11 @@ class Preparation:
 
 
 def tokenized_request(
-    request: GenerateReqInput, sample: SampleRequest, input_ids: bytes, dispatch: int
+    request: GenerateReqInput, sample: SampleRequest, input_ids: bytes, seq: int
 ) -> TokenizedGenerateReqInput:
     """What a leader is sent; `input_ids` as int32 bytes."""
     return TokenizedGenerateReqInput(
-        dispatch=dispatch,
+        seq=seq,
         rid=sample.rid,
         input_ids=input_ids,
         sampling_params=sample.sampling_params,

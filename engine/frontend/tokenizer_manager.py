@@ -45,13 +45,13 @@ from .engine_controls import CONTROL_TIMEOUT_S, EngineControls
 from .engine_state import add_counters, merge_states
 from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate, UnavailableError
-from .lanes import Lanes
 from .leader_link import LeaderLink
+from .pending_replies import PendingReplies
 from .preparation import Preparation, PreparedRequest, tokenized_request
-from .reply_box import ReplyBox
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .text_codec import TextCodec
+from .work_threads import WorkThreads
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +116,11 @@ class TokenizerManager:
         self._at_engine: dict[str, int] = {}
         # Outputs with tokens that have come since the start.
         self.num_outputs = 0
-        self._replies = ReplyBox()
+        self._replies = PendingReplies()
         self._observer: RequestObserver = observer or NoObserver()
-        self.lanes = Lanes()
+        self.work_threads = WorkThreads()
         self._admission = Admission(config.max_running_requests + config.max_waiting_requests)
-        self._preparation = Preparation(self.text, self.lanes, self._admission, self._observer)
+        self._preparation = Preparation(self.text, self.work_threads, self._admission, self._observer)
         self._dp_router = DpRouter(config.dp_size)
         self._gate = GenerationGate(config.weight_sync_timeout_s, lambda: len(self._at_engine))
         self.controls = EngineControls(config, self._link, self._replies, self._gate, self._dp_router)
@@ -183,7 +183,7 @@ class TokenizerManager:
         self._link.send_to_all(ShutdownReq)
 
     def close(self) -> None:
-        self.lanes.close()
+        self.work_threads.close()
         for task in self._tasks:
             task.cancel()
         self._link.close(1.0)
@@ -263,7 +263,7 @@ class TokenizerManager:
             for sample in samples:
                 self._events[sample.rid] = queue
             for _, group in groupby(samples, key=lambda sample: sample.item):
-                await self._dispatch(request, list(group))
+                await self._send(request, list(group))
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(prepared, list(answers.values()), queue, single):
                 yield result
@@ -330,7 +330,7 @@ class TokenizerManager:
             if sample.rid in self._events or sample.rid in self._at_engine:
                 raise FieldError(f"rid: {sample.rid!r} is in use by a request that has not finished", "rid")
 
-    async def _dispatch(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
+    async def _send(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
         """Send the samples of one prompt to one dp rank; other requests have their turn after some megabytes."""
         input_ids = samples[0].input_ids.astype("<i4", copy=False).tobytes()
         dp_rank = self._dp_router.choose(

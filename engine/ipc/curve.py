@@ -11,8 +11,8 @@ from typing import Any
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from .critical_thread import start_critical_thread
 from .sockets import ZAP_DOMAIN, CurveKeys, Endpoint
-from .vital import start_vital_thread
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CurveGuard:
             self._authenticator.start()
             self._authenticator.configure_curve_callback(ZAP_DOMAIN, _KnowsOneKey(keys.pop()))
             thread = self._authenticator.thread
-            start_vital_thread(lambda: self._watch(thread), "watch of the curve guard")
+            start_critical_thread(lambda: self._watch(thread), "watch of the curve guard")
 
     def _watch(self, thread: threading.Thread) -> None:
         """Without its thread no connection would be let in any more."""

@@ -9,9 +9,9 @@ from ..io_struct import OutputOptions, SamplingParams
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
-    """One sample of one prompt, tokenized and validated. `dispatch` numbers everything a frontend sends."""
+    """One sample of one prompt, tokenized and validated. `seq` numbers everything a frontend sends."""
 
-    dispatch: int
+    seq: int
     rid: str
     input_ids: bytes  # int32, little-endian
     sampling_params: SamplingParams
@@ -27,16 +27,16 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
 class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
     """Abort every request whose rid starts with `rid`, the one that has it (`exact`), or all of them."""
 
-    dispatch: int
+    seq: int
     rid: str = ""
     abort_all: bool = False
     exact: bool = False
 
 
-class DispatchNotice(msgspec.Struct, frozen=True, tag="notice"):
+class SeqNotice(msgspec.Struct, frozen=True, tag="notice"):
     """The message of this number went to another leader: so that every leader knows every number."""
 
-    dispatch: int
+    seq: int
 
 
 class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state"):
@@ -48,7 +48,7 @@ class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state")
 class ControlReq(msgspec.Struct, frozen=True, tag="control"):
     """Have an operation done; see `control_operations.py`."""
 
-    dispatch: int
+    seq: int
     op_id: str
     operation: ControlOperation
 
@@ -56,8 +56,8 @@ class ControlReq(msgspec.Struct, frozen=True, tag="control"):
 class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave the loop after the step in flight; every rank of the replica exits with status 0."""
 
-    dispatch: int
+    seq: int
 
 
-NumberedMessage = TokenizedGenerateReqInput | DispatchNotice | AbortReq | ControlReq | ShutdownReq
+NumberedMessage = TokenizedGenerateReqInput | SeqNotice | AbortReq | ControlReq | ShutdownReq
 FrontendMessage = NumberedMessage | GetInternalStateReq

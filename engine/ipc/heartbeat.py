@@ -17,8 +17,8 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
+from .critical_thread import end_process, start_critical_thread
 from .heartbeat_table import PATH_VARIABLE, HeartbeatTable, Member, start_time
-from .vital import end_process, start_vital_thread
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Heartbeat:
         timeout_s: after which others are killed; None for a process that only beats.
         is_rank: whether this process' end, unless `leave` was called, is that of the run.
         on_lost: called with the name of a rank that ended without leaving.
-        on_failure: see `start_vital_thread`.
+        on_failure: see `start_critical_thread`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Heartbeat:
         self._ticks_since_end: dict[int, int] = {}
         self._killed: set[int] = set()
         self._is_over = False
-        start_vital_thread(self._run, "heartbeat", on_failure)
+        start_critical_thread(self._run, "heartbeat", on_failure)
 
     def leave(self) -> None:
         """This process is about to end in order."""

@@ -11,7 +11,7 @@ import select
 from collections.abc import Callable
 from typing import NoReturn
 
-from .vital import start_vital_thread
+from .critical_thread import start_critical_thread
 
 EXIT_ORPHANED = 3
 
@@ -65,7 +65,7 @@ def _watch(fd: int, on_death: Callable[[], None] | None, *, hang_up_only: bool) 
         poller.poll()
         _end(on_death)
 
-    start_vital_thread(wait, "lifeline")
+    start_critical_thread(wait, "lifeline")
 
 
 def _end(on_death: Callable[[], None] | None) -> NoReturn:

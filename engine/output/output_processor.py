@@ -1,8 +1,8 @@
 """The process that files routes, makes text and ships results. No rank ever waits for what it sends.
 
 Threads: one files - it reads step records in order, copies rows from the ring into the ledger and cuts the slices of
-finished requests, and does nothing else; the shipper makes text and sends; a third answers claims. One that fails ends the
-process. It runs at low priority, so that on a shared host it gives way to the ranks.
+finished requests, and does nothing else; the output sender makes text and sends; a third answers claims. One that fails
+ends the process. It runs at low priority, so that on a shared host it gives way to the ranks.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from ..io_struct import (
     RoutingSetup,
     StepRecord,
 )
+from ..ipc.critical_thread import start_critical_thread
 from ..ipc.curve import CurveGuard
 from ..ipc.heartbeat import Heartbeat, table_of_this_run
 from ..ipc.lifeline import watch_lifeline
 from ..ipc.log_rate import log_to_stderr
 from ..ipc.priority import give_way
-from ..ipc.record_line import MAX_QUEUED_RECORDS
+from ..ipc.record_sender import MAX_QUEUED_RECORDS
 from ..ipc.sockets import Receiver, Sender
-from ..ipc.vital import start_vital_thread
 from ..routing.claims import ClaimStore
 from ..routing.ledger import MissingRoutesError, RouteLedger
 from ..routing.ring import RouteRing
 from ..text.tokenizer_file import load_token_decoder
 from .config import OutputProcessorConfig
+from .output_sender import OutputSender, Progress, Routes, ShipmentOrder
 from .query_server import QueryServer
-from .shipper import Progress, Routes, ShipmentOrder, Shipper
 from .step_joiner import StepJoiner
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,13 @@ class _ReqState:
 
 
 class OutputProcessor:
-    """Applies the step records of its dp ranks, each rank's in order. Holds no socket: orders go to the shipper.
+    """Applies the step records of its dp ranks, each rank's in order. Holds no socket: orders go to the output_sender.
 
     Its dp ranks are all of the engine's, or those of its node; the first of them records.
     """
 
-    def __init__(self, shipper: Shipper, num_dp_ranks: int = 1, *, first_dp_rank: int = 0) -> None:
-        self._shipper = shipper
+    def __init__(self, output_sender: OutputSender, num_dp_ranks: int = 1, *, first_dp_rank: int = 0) -> None:
+        self._output_sender = output_sender
         self._joiner = StepJoiner(tuple(range(first_dp_rank, first_dp_rank + num_dp_ranks)), recorder=first_dp_rank)
         self._page_size = 1
         self._ring: RouteRing | None = None
@@ -99,7 +99,7 @@ class OutputProcessor:
         if geometry is None:
             return
         self._ledgers[setup.dp_rank] = RouteLedger(setup.num_pages, setup.page_size, geometry)
-        self._shipper.geometry = geometry
+        self._output_sender.geometry = geometry
         if setup.ring is not None:
             self._ring = RouteRing.attach(setup.ring.path, geometry, setup.ring.num_slots)
 
@@ -131,7 +131,7 @@ class OutputProcessor:
             progress[finished.rid] = self._finish(finished, progress.get(finished.rid))
         if started or progress:
             order = ShipmentOrder(record.dp_rank, record.weight_version, started, list(progress.values()))
-            self._shipper.submit(order)
+            self._output_sender.submit(order)
 
     def _before(self, event: BeforeEvent, dp_rank: int, ledger: RouteLedger | None) -> None:
         if isinstance(event, ReqStarted):
@@ -210,9 +210,9 @@ class OutputProcessor:
             "routed_experts_slices": self.num_slices,
             "routed_experts_rows_filed": self.num_rows_filed,
             "routed_experts_refused": self.num_rows_refused,
-            "outputs_failed": self._shipper.num_failed,
-            "routed_experts_rows_shipped": self._shipper.num_rows_shipped,
-            "routed_experts_bytes_shipped": self._shipper.num_bytes_shipped,
+            "outputs_failed": self._output_sender.num_failed,
+            "routed_experts_rows_shipped": self._output_sender.num_rows_shipped,
+            "routed_experts_bytes_shipped": self._output_sender.num_bytes_shipped,
         }
 
 
@@ -234,14 +234,14 @@ def main() -> None:
     guard = CurveGuard(context, (config.records_address, config.queries_address))
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic, config.claim_prefix)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
-    shipper = Shipper(sender, decoder, claims)
-    processor = OutputProcessor(shipper, config.num_dp_ranks, first_dp_rank=config.first_dp_rank)
+    output_sender = OutputSender(sender, decoder, claims)
+    processor = OutputProcessor(output_sender, config.num_dp_ranks, first_dp_rank=config.first_dp_rank)
     records: Receiver[OutputRecord] = Receiver(
         context, config.records_address, OutputRecord, max_queued=MAX_QUEUED_RECORDS
     )
-    shipper.start()
+    output_sender.start()
     queries = QueryServer(context, config.queries_address, claims, processor.counters, config.claim_budget_bytes)
-    start_vital_thread(queries.serve, "queries")
+    start_critical_thread(queries.serve, "queries")
 
     def file_records() -> None:
         while True:
@@ -249,7 +249,7 @@ def main() -> None:
             processor.handle(record)
 
     # Nothing is done in order here: the process lives until it is ended, and a thread that fails ends it.
-    start_vital_thread(file_records, "filing").join()
+    start_critical_thread(file_records, "filing").join()
     guard.close()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..control.operations import MEMORY_TAGS
-from ..io_struct import Hold, HoldKind
+from ..io_struct import Blocked, BlockedKind
 from ..kv_cache.kv_store import KVStore
 from ..models.causal_lm import CausalLM
 
@@ -56,9 +56,9 @@ class DeviceMemory:
         return resumed
 
     @property
-    def hold(self) -> Hold | None:
+    def blocked(self) -> Blocked | None:
         """Why nobody may generate; None if all is there."""
         if not self.released:
             return None
         what = ", ".join(sorted(self.released))
-        return Hold(HoldKind.RELEASED, f"memory: {what} is released; resume_memory_occupation first")
+        return Blocked(BlockedKind.RELEASED, f"memory: {what} is released; resume_memory_occupation first")

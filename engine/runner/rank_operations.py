@@ -26,7 +26,7 @@ from ..control.operations import (
     UpdateWeightsFromTensor,
     WeightUpdate,
 )
-from ..io_struct import Hold
+from ..io_struct import Blocked
 from ..weight_sync.group_registry import GroupRegistry
 from ..weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
 from ..weight_sync.receiver import WeightReceiver
@@ -77,14 +77,14 @@ class RankOperations:
             return Outcome(False, str(error))
 
     @property
-    def hold(self) -> Hold | None:
+    def blocked(self) -> Blocked | None:
         """Why nobody may generate; None if nothing stands against it."""
-        return self._memory.hold or self._receiver.progress.hold
+        return self._memory.blocked or self._receiver.progress.blocked
 
     @property
     def _memory_message(self) -> str:
-        assert self._memory.hold is not None
-        return self._memory.hold.message
+        assert self._memory.blocked is not None
+        return self._memory.blocked.message
 
     def _update(self, op: WeightUpdate) -> Outcome:
         if "weights" in self._memory.released:

@@ -109,7 +109,7 @@ class Agreement(msgspec.Struct, frozen=True):
 NO_AGREEMENT = Agreement((Proposal(),))
 
 
-class Meeting(Protocol):
+class StepSync(Protocol):
     """Where the leaders meet, once a step."""
 
     def agree(self, proposal: Proposal) -> Agreement:
@@ -117,8 +117,8 @@ class Meeting(Protocol):
         ...
 
 
-class LonelyMeeting:
-    """The meeting of one leader."""
+class SingleRankSync:
+    """One leader agrees with itself."""
 
     def agree(self, proposal: Proposal) -> Agreement:
         return Agreement((proposal,))

@@ -18,12 +18,12 @@ from ..control.operations import (
     ReleaseMemoryOccupation,
     UpdateWeightsFromDistributed,
 )
-from ..io_struct import BeforeEvent, CacheFlushed, ControlReply, FinishReason, Hold, ReqFinished
+from ..io_struct import BeforeEvent, Blocked, CacheFlushed, ControlReply, FinishReason, ReqFinished
 from ..ipc.frontend_messages import AbortReq, ControlReq
 from ..plan import PeerOperation
 from ..weight_sync.report import Outcome
 from .agreement import Agreement
-from .leader_place import DpPlace, Endpoints
+from .leader_setup import DpRankInfo, Endpoints
 from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .step_committer import StepCommitter
@@ -34,7 +34,7 @@ class Operations(Protocol):
     """What this rank does when all ranks are told to."""
 
     @property
-    def hold(self) -> Hold | None:
+    def blocked(self) -> Blocked | None:
         """Why nobody may generate; None if nothing stands against it."""
         ...
 
@@ -70,7 +70,7 @@ class LeaderControls:
         committer: StepCommitter,
         pages: PageManager,
         endpoints: Endpoints,
-        place: DpPlace,
+        place: DpRankInfo,
         operations: Operations | None,
         weight_version: str,
     ) -> None:
@@ -95,22 +95,22 @@ class LeaderControls:
         }
 
     @property
-    def hold(self) -> Hold | None:
+    def blocked(self) -> Blocked | None:
         """Why nobody may generate; None if nothing stands against it."""
-        return None if self._operations is None else self._operations.hold
+        return None if self._operations is None else self._operations.blocked
 
     @property
     def may_run(self) -> bool:
         """Whether steps may be planned."""
-        return not self._is_paused and self.hold is None
+        return not self._is_paused and self.blocked is None
 
     def state(self) -> dict[str, int | float | str]:
         """What a question for the leader's state is told of this."""
         return {
             "weight_version": self.weight_version,
             "is_paused": int(self._is_paused),
-            "is_held": int(self.hold is not None),
-            "hold": "" if self.hold is None else self.hold.message,
+            "is_blocked": int(self.blocked is not None),
+            "blocked": "" if self.blocked is None else self.blocked.message,
             "num_weight_updates": self._num_weight_updates,
         }
 
@@ -152,7 +152,7 @@ class LeaderControls:
     def _reply(self, op_id: str, outcome: Outcome) -> None:
         """The first leader answers for all, who come to the same outcome."""
         if self._place.dp_rank == 0:
-            reply = ControlReply(op_id, outcome.success, outcome.message, hold=self.hold, payload=outcome.payload)
+            reply = ControlReply(op_id, outcome.success, outcome.message, blocked=self.blocked, payload=outcome.payload)
             self._endpoints.frontend.send(reply)
 
     def _on_pause(self, op_id: str, op: PauseGeneration) -> None:
@@ -177,10 +177,10 @@ class LeaderControls:
         self._unanswered_pauses.clear()
 
     def _on_continue(self, op_id: str, op: ContinueGeneration) -> None:
-        hold = self.hold
-        if hold is None:
+        blocked = self.blocked
+        if blocked is None:
             self._is_paused = False
-        self._reply(op_id, Outcome(hold is None, "generation goes on" if hold is None else hold.message))
+        self._reply(op_id, Outcome(blocked is None, "generation goes on" if blocked is None else blocked.message))
 
     def _on_rank_operation(self, op_id: str, op: ControlOperation) -> None:
         """Between two steps: what was launched before is committed under the weights that it ran with."""

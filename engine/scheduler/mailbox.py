@@ -52,8 +52,8 @@ class Mailbox:
             if isinstance(message, GetInternalStateReq):
                 self._questions.append(message)
             else:
-                assert message.dispatch > self.seen, "the frontend's numbers rise"
-                self.seen = message.dispatch
+                assert message.seq > self.seen, "the frontend's numbers rise"
+                self.seen = message.seq
                 self._backlog.append(message)
 
     def due(self, agreement: Agreement) -> Iterator[FrontendMessage]:
@@ -63,9 +63,9 @@ class Mailbox:
         while self._backlog:
             message = self._backlog[0]
             if isinstance(message, ALIGNED) and not agreement.allows(
-                message.dispatch, asks_for_idle=isinstance(message, ControlReq) and message.operation.asks_for_idle
+                message.seq, asks_for_idle=isinstance(message, ControlReq) and message.operation.asks_for_idle
             ):
                 return
             self._backlog.popleft()
             yield message
-            self.applied = message.dispatch
+            self.applied = message.seq

@@ -16,12 +16,12 @@ from typing import Generic
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from ..io_struct import BeforeEvent, ControlReply, ReqFinished, ReqRetracted, StepRecord
-from ..ipc.frontend_messages import DispatchNotice, GetInternalStateReq, ShutdownReq, TokenizedGenerateReqInput
+from ..ipc.frontend_messages import GetInternalStateReq, SeqNotice, ShutdownReq, TokenizedGenerateReqInput
 from ..plan import LaunchedT, NewReq, Runner, ScheduleBatch, StopPeers
 from ..routing.ring import RouteRing
-from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, LonelyMeeting, Meeting, Proposal
+from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, Proposal, SingleRankSync, StepSync
 from .leader_controls import LeaderControls, Operations
-from .leader_place import DpPlace, Endpoints
+from .leader_setup import DpRankInfo, Endpoints
 from .mailbox import Mailbox
 from .page_manager import PageManager
 from .req import Req
@@ -60,8 +60,8 @@ class Scheduler(Generic[LaunchedT]):
         endpoints: Endpoints,
         ring: RouteRing | None = None,
         *,
-        place: DpPlace | None = None,
-        meeting: Meeting | None = None,
+        place: DpRankInfo | None = None,
+        sync: StepSync | None = None,
         clock: SyncClock | None = None,
         operations: Operations | None = None,
     ) -> None:
@@ -71,8 +71,8 @@ class Scheduler(Generic[LaunchedT]):
         self._runner = runner
         self._endpoints = endpoints
         self._ring = ring
-        self._place = place or DpPlace()
-        self._meeting = meeting or LonelyMeeting()
+        self._place = place or DpRankInfo()
+        self._sync = sync or SingleRankSync()
         self._mailbox = Mailbox(endpoints.inbox)
         self.queues = RequestQueues(limits.max_running)
         self._planner = StepPlanner(self.queues, pages, limits)
@@ -107,7 +107,7 @@ class Scheduler(Generic[LaunchedT]):
         self._max_step_s = 0.0
         self._handlers: dict[type, Callable[..., None]] = {
             TokenizedGenerateReqInput: self._on_generate,
-            DispatchNotice: self._on_notice,
+            SeqNotice: self._on_notice,
             GetInternalStateReq: self._on_get_internal_state,
             ShutdownReq: self._on_shutdown,
             **self._controls.handlers,
@@ -134,7 +134,7 @@ class Scheduler(Generic[LaunchedT]):
         cause = Cause.RECEIVE
         for message in self._mailbox.due(self._agreement):
             self._handlers[type(message)](message)
-            if not isinstance(message, (TokenizedGenerateReqInput, DispatchNotice)):
+            if not isinstance(message, (TokenizedGenerateReqInput, SeqNotice)):
                 cause = Cause.CONTROL
         self._turn_log.add(cause, time.perf_counter() - began)
 
@@ -151,7 +151,7 @@ class Scheduler(Generic[LaunchedT]):
         """Plan a step, agree on it, launch it, and commit those that are due."""
         proposal = self.propose()
         began = time.perf_counter()
-        agreement = self._meeting.agree(proposal)
+        agreement = self._sync.agree(proposal)
         self._agree_wait_s = time.perf_counter() - began
         self.proceed(agreement)
 
@@ -288,7 +288,7 @@ class Scheduler(Generic[LaunchedT]):
         self.queues.add(req)
         self._before.append(req.started())
 
-    def _on_notice(self, message: DispatchNotice) -> None:
+    def _on_notice(self, message: SeqNotice) -> None:
         """The number is all that it says."""
 
     def _on_get_internal_state(self, message: GetInternalStateReq) -> None:

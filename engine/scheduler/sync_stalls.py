@@ -99,22 +99,22 @@ class SyncStalls:
         if len(proposals) < 2 or not last:
             return
         waits = [proposal.agree_wait_ns for proposal in proposals]
-        blamed = waits.index(min(waits))
-        self._lay_on(blamed, Cause(last[blamed].cause), waits[self.dp_rank] - waits[blamed])
+        straggler = waits.index(min(waits))
+        self._lay_on(straggler, Cause(last[straggler].cause), waits[self.dp_rank] - waits[straggler])
         waits = [proposal.forward_wait_ns for proposal in proposals]
-        blamed = waits.index(min(waits))
-        cause = Cause.PREFILL if last[blamed].mode == ForwardMode.PREFILL else Cause.DECODE
-        self._lay_on(blamed, cause, waits[self.dp_rank] - waits[blamed])
+        straggler = waits.index(min(waits))
+        cause = Cause.PREFILL if last[straggler].mode == ForwardMode.PREFILL else Cause.DECODE
+        self._lay_on(straggler, cause, waits[self.dp_rank] - waits[straggler])
 
-    def _lay_on(self, blamed: int, cause: Cause, wait_ns: int) -> None:
-        if blamed == self.dp_rank or wait_ns <= 0:
+    def _lay_on(self, straggler: int, cause: Cause, wait_ns: int) -> None:
+        if straggler == self.dp_rank or wait_ns <= 0:
             return
-        key = (blamed, cause)
+        key = (straggler, cause)
         self._seconds[key] = self._seconds.get(key, 0.0) + wait_ns * NANO
         self._steps[key] = self._steps.get(key, 0) + 1
 
     def waits(self) -> list[SyncWait]:
         return [
-            SyncWait(blamed, cause.name.lower(), seconds, self._steps[blamed, cause])
-            for (blamed, cause), seconds in sorted(self._seconds.items())
+            SyncWait(straggler, cause.name.lower(), seconds, self._steps[straggler, cause])
+            for (straggler, cause), seconds in sorted(self._seconds.items())
         ]

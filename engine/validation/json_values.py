@@ -56,7 +56,7 @@ def _outside_strings(chunk: npt.NDArray[np.uint8], in_string: bool, escapes: boo
 
 
 def _escaped(backslashes: Bools, first: bool) -> tuple[npt.NDArray[np.int64], bool]:
-    """Places of the bytes after an odd run of backslashes, and whether the byte after the last one is such."""
+    """Permits of the bytes after an odd run of backslashes, and whether the byte after the last one is such."""
     places = np.flatnonzero(backslashes)
     if first and len(places) and places[0] == 0:
         # The first backslash is escaped itself, and begins no run.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ...parallel.mesh import ParallelMesh
 from ..control.operations import InitWeightsUpdateGroup
-from ..ipc.vital import start_vital_thread
+from ..ipc.critical_thread import start_critical_thread
 from .update_group import UpdateGroup, resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class GroupRegistry:
         self._pending.add(op.group_name)
         self._num_joins += 1
         self._serials[op.group_name] = self._num_joins
-        start_vital_thread(lambda: self._join(op, done), f"join {op.group_name}")
+        start_critical_thread(lambda: self._join(op, done), f"join {op.group_name}")
 
     def _join(self, op: InitWeightsUpdateGroup, done: Callable[[str | None], None]) -> None:
         error = None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..io_struct import Hold, HoldKind
+from ..io_struct import Blocked, BlockedKind
 
 NUM_NAMES_SHOWN = 3
 # Names of dtypes that may be sent, as torch has them, and their bytes.
@@ -176,14 +176,14 @@ class UpdateProgress:
         self.is_base_whole = False
 
     @property
-    def hold(self) -> Hold | None:
+    def blocked(self) -> Blocked | None:
         """Why nobody may generate; None if the weights are whole."""
         if self.is_complete:
             return None
         if self.torn is not None:
             words = f"a transfer was torn ({self.torn}); send one complete update"
-            return Hold(HoldKind.TORN, f"weights: {words}: {self._lacks(self.missing)}")
-        return Hold(HoldKind.INCOMPLETE, f"weights: an update is not complete: {self._lacks(self.missing)}")
+            return Blocked(BlockedKind.TORN, f"weights: {words}: {self._lacks(self.missing)}")
+        return Blocked(BlockedKind.INCOMPLETE, f"weights: an update is not complete: {self._lacks(self.missing)}")
 
     def _lacks(self, missing: Collection[str]) -> str:
         shown = ", ".join(sorted(missing)[:NUM_NAMES_SHOWN])

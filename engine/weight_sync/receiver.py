@@ -133,7 +133,7 @@ class WeightReceiver:
         if not any_changed and self.progress.is_complete:
             return Outcome(False, f"{error}; nothing was changed")
         self.progress.tear(error)
-        return Outcome(False, error if self.progress.hold is None else self.progress.hold.message)
+        return Outcome(False, error if self.progress.blocked is None else self.progress.blocked.message)
 
     def _source_of(self, op: WeightUpdate) -> str:
         """A trainer that has started again joins another group, be it of the same name."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..ipc.vital import start_vital_thread
+from ..ipc.critical_thread import start_critical_thread
 
 LISTENER_POLL_S = 0.1
 CUT_INTERVAL_S = 0.5
@@ -45,7 +45,7 @@ def cut_off_after(timeout_s: float, address: str, port: int) -> Iterator[None]:
             while not left.wait(CUT_INTERVAL_S):
                 shut_down_connections(peers, port)
 
-    thread = start_vital_thread(watch, f"bound of {address}:{port}")
+    thread = start_critical_thread(watch, f"bound of {address}:{port}")
     try:
         yield
     finally:

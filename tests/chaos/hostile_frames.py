@@ -39,8 +39,8 @@ def malformed(choose: random.Random) -> list[bytes]:
         [b""] * 20,
         [choose.randbytes(40)] * 200,
         [choose.randbytes(8 * MIB)],
-        [encode({"type": "generate", "dispatch": -(2**63), "rid": "x", "input_ids": b"123", "sampling_params": {}})],
-        [encode({"type": "abort", "dispatch": 2**63 - 1, "rid": "nobody"})],
+        [encode({"type": "generate", "seq": -(2**63), "rid": "x", "input_ids": b"123", "sampling_params": {}})],
+        [encode({"type": "abort", "seq": 2**63 - 1, "rid": "nobody"})],
     ]
     return choose.choice(messages)
 

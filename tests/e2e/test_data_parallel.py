@@ -292,8 +292,8 @@ def test_who_waited_for_whom_is_accounted(engine: Engine) -> None:
     ]
     ask_all(engine, requests)
     waits = at_rest(engine)["sync_waits"]
-    assert all(wait["rank"] != wait["blamed"] and wait["seconds"] > 0 and wait["num_steps"] > 0 for wait in waits)
-    assert any((wait["rank"], wait["blamed"], wait["cause"]) == (0, 1, "prefill") for wait in waits), waits
+    assert all(wait["rank"] != wait["straggler"] and wait["seconds"] > 0 and wait["num_steps"] > 0 for wait in waits)
+    assert any((wait["rank"], wait["straggler"], wait["cause"]) == (0, 1, "prefill") for wait in waits), waits
 
 
 def ranks_of(engine: Engine) -> list[psutil.Process]:

@@ -13,8 +13,8 @@ import psutil
 from support.server_process import ServerProcess
 
 TIMEOUT_S = 60.0
-# Each is tried so often, by strangers that say nothing and by such that say something.
-NUM_STRANGERS = 200
+# Each is tried so often, by clients that say nothing and by such that say something.
+NUM_UNAUTHENTICATED = 200
 PATIENCE_S = 0.02
 PROMPT = {
     "input_ids": list(range(3, 23)),
@@ -51,7 +51,7 @@ def test_only_the_http_port_takes_connections(server: ServerProcess) -> None:
         assert "waybill.launch.worker" in process.cmdline(), f"{process.cmdline()} listens on {host}:{port}"
         knock(host, port)
     assert httpx.post(f"{server.url}/generate", json=PROMPT, timeout=TIMEOUT_S).json()["output_ids"] == expected
-    assert rank_connections(server) == before, "a stranger holds a connection to a rank"
+    assert rank_connections(server) == before, "a client holds a connection to a rank"
 
 
 def rank_connections(server: ServerProcess) -> set[tuple[int, int]]:
@@ -66,22 +66,22 @@ def rank_connections(server: ServerProcess) -> set[tuple[int, int]]:
 
 def knock(host: str, port: int) -> None:
     """Nobody is let in, however many come at once."""
-    strangers = [socket.socket() for _ in range(NUM_STRANGERS)]
-    for stranger in strangers:
-        stranger.setblocking(False)
-        stranger.connect_ex((host, port))
+    clients = [socket.socket() for _ in range(NUM_UNAUTHENTICATED)]
+    for client in clients:
+        client.setblocking(False)
+        client.connect_ex((host, port))
     try:
-        first, second = strangers[0], strangers[-1]
-        for stranger in (first, second):
-            stranger.settimeout(PATIENCE_S)
+        first, second = clients[0], clients[-1]
+        for client in (first, second):
+            client.settimeout(PATIENCE_S)
             try:
-                stranger.sendall(b"\0" * 8)
-                raise AssertionError(f"{host}:{port} has taken a stranger in")
+                client.sendall(b"\0" * 8)
+                raise AssertionError(f"{host}:{port} has taken a client in")
             except (BlockingIOError, TimeoutError, BrokenPipeError):
                 pass
     finally:
-        for stranger in strangers:
-            stranger.close()
+        for client in clients:
+            client.close()
 
 
 def test_sockets_and_files_of_a_run_are_its_owners_alone(server: ServerProcess) -> None:

@@ -42,7 +42,7 @@ def control(server: ServerProcess, checkpoint: str) -> Iterator[EngineControl]:
     """Leaves the server, which other tests share, as it was started."""
     with EngineControl(server.url, timeout_s=60.0) as control:
         yield control
-        if control.get_server_info()["hold"].startswith("memory"):
+        if control.get_server_info()["blocked"].startswith("memory"):
             control.resume_memory_occupation()
         control.update_weights_from_disk(checkpoint, weight_version="default")
         control.continue_generation()
@@ -176,7 +176,7 @@ def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Ten
     chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
     assert chat.status_code == 503 and "torn" in chat.json()["error"]["message"]
     assert "torn" in refusal(http.post("/continue_generation"))
-    assert "torn" in http.get("/get_server_info").json()["hold"]
+    assert "torn" in http.get("/get_server_info").json()["blocked"]
     assert "waybill_held 1.0" in http.get("/metrics").text
     assert http.get("/health").status_code == 200
     assert http.get("/health_generate").status_code == 503

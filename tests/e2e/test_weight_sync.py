@@ -77,9 +77,9 @@ def replica(tp2: Engine, checkpoint: str) -> Engine:
 
 def with_base(engine: Engine, checkpoint: str) -> Engine:
     engine.abort_request(abort_all=True)
-    if engine.get_server_info()["hold"].startswith("memory"):
+    if engine.get_server_info()["blocked"].startswith("memory"):
         engine.resume_memory_occupation()
-    if engine.get_server_info()["weight_version"] != "default" or engine.get_server_info()["hold"]:
+    if engine.get_server_info()["weight_version"] != "default" or engine.get_server_info()["blocked"]:
         engine.update_weights_from_disk(checkpoint, weight_version="default")
     engine.continue_generation()
     engine.flush_cache()
@@ -144,7 +144,7 @@ class LocalTrainer:
 
 
 def assert_serves(engine: Engine, tensors: Tensors, answer: str | None = None) -> None:
-    assert engine.get_server_info()["hold"] == ""
+    assert engine.get_server_info()["blocked"] == ""
     assert engine.checksum_weights() == sums(tensors)
     if answer is not None:
         assert answers(engine) == answer
@@ -182,7 +182,7 @@ def test_every_way_brings_every_tensor(
     half = len(fused) // 2
     for number, part in enumerate((list(fused)[:half], list(fused)[half:])):
         engine.update_weights_from_tensor({name: fused[name] for name in part}, weight_version="fused")
-        assert bool(engine.get_server_info()["hold"]) == (number == 0)
+        assert bool(engine.get_server_info()["blocked"]) == (number == 0)
     assert_serves(engine, base, started)
 
 

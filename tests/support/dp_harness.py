@@ -38,7 +38,7 @@ from waybill.engine.ipc.frontend_messages import (
     TokenizedGenerateReqInput,
 )
 from waybill.engine.output.output_processor import OutputProcessor
-from waybill.engine.output.shipper import Shipper
+from waybill.engine.output.output_sender import OutputSender
 from waybill.engine.plan import NewReq, ScheduleBatch
 from waybill.engine.replica import slot_rows
 from waybill.engine.routing.claims import ClaimStore
@@ -46,7 +46,7 @@ from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.routing.wire import decode
 from waybill.engine.scheduler.agreement import Agreement, Proposal
-from waybill.engine.scheduler.leader_place import DpPlace, Endpoints
+from waybill.engine.scheduler.leader_setup import DpRankInfo, Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.engine.scheduler.scheduler import Scheduler
@@ -175,7 +175,7 @@ class Frontend:
         self.link.send_to_all(ShutdownReq)
 
     def send(self, batch: OutputBatch, frames: list[memoryview]) -> None:
-        """The shipper's sender."""
+        """The output_sender's sender."""
         remaining = iter(frames)
         for output in batch.outputs:
             answer = self.answers[output.rid]
@@ -226,7 +226,7 @@ class Leader:
             StopChecker((EOS,), None),
             self.runner,
             Endpoints(self.inbox, [], self.records, self.frontend),
-            place=DpPlace(dp_rank, config.dp_size, config.tp_size),
+            place=DpRankInfo(dp_rank, config.dp_size, config.tp_size),
         )
         handlers = self.scheduler._handlers
         for kind in (AbortReq, ControlReq, ShutdownReq):
@@ -235,7 +235,7 @@ class Leader:
     def _watched(self, handler: Callable[..., None]) -> Callable[..., None]:
         def handle(message: AbortReq | ControlReq | ShutdownReq) -> None:
             kind = type(message.operation if isinstance(message, ControlReq) else message).__name__
-            self.applied.append(Applied(kind, message.dispatch, self.num_agreements, self._group.alive))
+            self.applied.append(Applied(kind, message.seq, self.num_agreements, self._group.alive))
             handler(message)
             if kind == "FlushCache" and not self._group.alive:
                 assert self.pages.pool.num_free == self.pages.pool.num_pages, "a flush leaves pages behind"
@@ -301,8 +301,8 @@ class DpGroup:
         self.ring = RouteRing.create(geometry, config.routing_ring_slots)
         self.leaders = [Leader(self, rank, config, num_pages, context_length) for rank in range(config.dp_size)]
         self.frontend = Frontend([leader.wire for leader in self.leaders])
-        self.shipper = Shipper(self.frontend, None, ClaimStore(1 << 20, 10.0, lambda: 0.0))
-        self.processor = OutputProcessor(self.shipper, config.dp_size)
+        self.output_sender = OutputSender(self.frontend, None, ClaimStore(1 << 20, 10.0, lambda: 0.0))
+        self.processor = OutputProcessor(self.output_sender, config.dp_size)
         for leader in self.leaders:
             place = RingPlace(self.ring.path, self.ring.num_slots) if leader.dp_rank == 0 else None
             self.processor.handle(RoutingSetup(leader.dp_rank, num_pages, config.page_size, geometry, place))
@@ -313,9 +313,7 @@ class DpGroup:
             return
         agreement = Agreement(tuple(leader.proposal for leader in self.leaders))
         # What the requests' own states say, apart from what the proposals claim.
-        self.alive = frozenset(
-            req.recv.dispatch for leader in self.leaders for req in leader.scheduler.queues.matching("")
-        )
+        self.alive = frozenset(req.recv.seq for leader in self.leaders for req in leader.scheduler.queues.matching(""))
         # Not in dp order: rank 0 must find the ring free whoever goes first.
         for leader in reversed(self.leaders):
             leader.proceed(agreement)
@@ -349,8 +347,8 @@ class DpGroup:
         for record in leader.records.sent[leader.num_filed : leader.num_filed + count]:
             leader.num_filed += 1
             self.processor.handle(record)
-        while not self.shipper._orders.empty():
-            self.shipper.ship(self.shipper._orders.get())
+        while not self.output_sender._orders.empty():
+            self.output_sender.ship(self.output_sender._orders.get())
 
     def file_all(self) -> None:
         for leader in self.leaders:

@@ -17,7 +17,7 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import ReqAdmitted, ReqFinished, ReqRetracted, ReqStarted, SamplingParams, StepRecord
 from waybill.engine.ipc.frontend_messages import FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
-from waybill.engine.scheduler.leader_place import Endpoints
+from waybill.engine.scheduler.leader_setup import Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.engine.scheduler.scheduler import Scheduler

@@ -50,7 +50,7 @@ class ChatServing:
         ids = body.input_ids
         if ids is None:
             cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * num_bytes
-            ids = await self._manager.lanes.run(cost_us, partial(self._rendered_ids, body))
+            ids = await self._manager.work_threads.run(cost_us, partial(self._rendered_ids, body))
         # What a template leaves out is not bounded by the prompt's tokens, and would stay until the answer ends.
         body.messages, body.chat_template_kwargs = [], {}
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

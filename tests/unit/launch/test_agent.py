@@ -43,7 +43,7 @@ LATE_WATCHER = """
 import os, signal, sys, time
 from waybill.launch import agent
 
-agent.start_vital_thread = lambda watch, name: None
+agent.start_critical_thread = lambda watch, name: None
 with agent.holding_signals():
     if sys.argv[2] == "before":
         os.kill(os.getpid(), signal.SIGTERM)

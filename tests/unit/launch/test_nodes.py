@@ -25,7 +25,7 @@ from waybill.launch.exchange import (
     share_secrets,
 )
 from waybill.launch.network_interface import interface_of
-from waybill.launch.node_lifeline import MAX_STRANGERS, NodeLifeline
+from waybill.launch.node_lifeline import MAX_UNAUTHENTICATED, NodeLifeline
 from waybill.launch.node_options import LOCAL_ENDPOINT, NodeOptions, run_secret, split_command_line
 from waybill.launch.topology import Addresses, Layout
 
@@ -320,13 +320,13 @@ def test_strangers_who_stay_are_few_and_leave_no_room_taken(tmp_path: Path) -> N
     """Each costs a file: the oldest goes when too many say nothing."""
     members = Members(tmp_path)
     second = members.join()
-    strangers = [socket.create_connection(("127.0.0.1", int(members.port))) for _ in range(MAX_STRANGERS + 8)]
-    for stranger in strangers[:8]:
-        stranger.settimeout(20)
-        assert stranger.recv(1) == b"", "closed"
+    clients = [socket.create_connection(("127.0.0.1", int(members.port))) for _ in range(MAX_UNAUTHENTICATED + 8)]
+    for client in clients[:8]:
+        client.settimeout(20)
+        assert client.recv(1) == b"", "closed"
     third = members.join()
-    for stranger in strangers:
-        stranger.close()
+    for client in clients:
+        client.close()
     for leaving in (third, second, members.first):
         members.say_farewell(leaving)
 
@@ -337,7 +337,7 @@ def test_a_stranger_who_was_dropped_before_it_is_heard_ends_nothing() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.send(b"x")
-        lifeline._hear_stranger(ours)
+        lifeline._hear_unauthenticated(ours)
         assert ours.recv(1) == b"x", "nothing was taken from it"
 
 
@@ -345,8 +345,8 @@ def test_strangers_come_and_go(tmp_path: Path) -> None:
     members = Members(tmp_path)
     second = members.join()
     for said in (b"", b"t" * 31, b"x" * 32, b"GET / HTTP/1.1\r\n\r\n" * 10):
-        with socket.create_connection(("127.0.0.1", int(members.port))) as stranger:
-            stranger.sendall(said)
+        with socket.create_connection(("127.0.0.1", int(members.port))) as client:
+            client.sendall(said)
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(0.3)
     assert members.first.poll() is None

@@ -24,13 +24,13 @@ from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.native import AbortRequestInput, DetokenizeInput, TokenizeInput
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from waybill.engine.frontend.generate_request import GenerateReqInput
-from waybill.engine.frontend.lanes import Lanes
 from waybill.engine.frontend.request_observer import NoObserver
+from waybill.engine.frontend.work_threads import WorkThreads
 from waybill.engine.validation import json_values
 from waybill.engine.validation.request_model import RequestModel
 
 MAX_VALUES = 1 << 18
-READER = BodyReader(Lanes(), MAX_VALUES, NoObserver())
+READER = BodyReader(WorkThreads(), MAX_VALUES, NoObserver())
 SIZE = 2 << 20
 MemoryInput = body_model(ReleaseMemoryOccupation)
 UpdateFromDistributedInput = body_model(UpdateWeightsFromDistributed)
@@ -144,7 +144,7 @@ def test_values_are_counted_as_a_parser_would(value: Any, chunk: int, ascii_only
 
 
 def test_too_many_values_are_refused_before_they_are_made() -> None:
-    reader = BodyReader(Lanes(), 50_000, NoObserver())
+    reader = BodyReader(WorkThreads(), 50_000, NoObserver())
     text = '{"messages": [{"role": "user", "content": "%s"}], "chat_template_kwargs": {"x": %s}}'
     assert reader.parse((text % ("a, " * 200_000, "[1]")).encode(), ChatCompletionRequest), "commas of a text are none"
     with pytest.raises(ValueError, match=r"chat_template_kwargs: must have at most 50000 values.*--max-body-values"):

@@ -15,14 +15,14 @@ from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
-from waybill.engine.frontend.lanes import Lanes
+from waybill.engine.frontend.work_threads import WorkThreads
 
 
 class SlowManager:
     """Prepares and generates as long as it is let; notes what the gate holds in each."""
 
     def __init__(self) -> None:
-        self.lanes = Lanes()
+        self.work_threads = WorkThreads()
         self.gate: Gate | None = None
         self.held: list[int] = []
         self.config = SimpleNamespace(model_path="m")
@@ -74,6 +74,6 @@ def test_the_bytes_count_until_tokens_have_taken_their_place(path: str, body: di
             return await client.post(path, json={**body, "stream": stream})
 
     reply = asyncio.run(ask())
-    manager.lanes.close()
+    manager.work_threads.close()
     assert "enough" in reply.text
     assert len(manager.held) == 2 and manager.held[0] > 1000 and manager.held[1] == 0

@@ -40,8 +40,8 @@ from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.control import control_router
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.frontend.engine_controls import EngineControls
-from waybill.engine.frontend.lanes import Lanes
 from waybill.engine.frontend.request_observer import NoObserver
+from waybill.engine.frontend.work_threads import WorkThreads
 from waybill.engine.io_struct import ControlReply
 from waybill.engine.ipc.frontend_messages import ControlReq
 
@@ -92,7 +92,7 @@ def client_of(reply: ControlReply) -> tuple[TestClient, FakeControls]:
     controls = FakeControls(reply)
     app = FastAPI()
     install_error_handlers(app)
-    bodies = BodyReader(Lanes(), 1000, NoObserver())
+    bodies = BodyReader(WorkThreads(), 1000, NoObserver())
     app.include_router(control_router(SimpleNamespace(controls=controls), bodies))  # type: ignore[arg-type]
     return TestClient(app, raise_server_exceptions=False), controls
 
@@ -216,7 +216,7 @@ def test_an_upload_for_which_there_is_no_room_is_507_with_the_reason(
     app = FastAPI()
     install_error_handlers(app)
     manager: Any = SimpleNamespace(controls=controls)
-    app.include_router(control_router(manager, BodyReader(Lanes(), 1000, NoObserver())))
+    app.include_router(control_router(manager, BodyReader(WorkThreads(), 1000, NoObserver())))
     reply = TestClient(app).post("/update_weights_from_tensor", json={"safetensors": "YWJjZA=="})
     assert reply.status_code == 507 and num_calls == 2
     assert os.strerror(number) in reply.json()["error"]["message"]

@@ -81,7 +81,7 @@ class Edge:
         self.manager.facts = {"num_layers": 1, "context_length": CONTEXT}
         self.app = FastAPI()
         install_error_handlers(self.app)
-        bodies = BodyReader(self.manager.lanes, 1 << 18, NoObserver())
+        bodies = BodyReader(self.manager.work_threads, 1 << 18, NoObserver())
         self.app.include_router(native_router(self.manager, bodies))
         chat, completions = ChatServing(self.manager, TEMPLATE, "m"), CompletionServing(self.manager, "m")
         router = APIRouter(route_class=bodies.route_class())
@@ -137,8 +137,8 @@ def test_long_texts_are_tokenised_and_ids_made_text_on_threads(path: str, body: 
             reply = await client.post(path, json=body)
             # Those that generate ask for more than there is room for, which is known after tokenising.
             assert reply.status_code == (200 if path.endswith("tokenize") else 400), reply.text
-            lanes = [name for name in service.tokenizer.threads if name.startswith(("short work", "long work"))]
-            assert lanes and len(lanes) == len(service.tokenizer.threads), service.tokenizer.threads
+            pools = [name for name in service.tokenizer.threads if name.startswith(("short work", "long work"))]
+            assert pools and len(pools) == len(service.tokenizer.threads), service.tokenizer.threads
             assert service.num_taken == 0
 
     asyncio.run(run())

@@ -29,7 +29,7 @@ class FakeManager:
     num_waiting: int = 0
     moves: bool = False
     is_paused: bool = False
-    is_held: bool = False
+    is_blocked: bool = False
     answers: bool = True
     reasons: list[Any] = field(default_factory=lambda: [LENGTH])
     refusal: str | None = None
@@ -50,7 +50,7 @@ class FakeManager:
             "num_running": self.num_running,
             "num_waiting": self.num_waiting,
             "is_paused": int(self.is_paused),
-            "is_held": int(self.is_held),
+            "is_blocked": int(self.is_blocked),
         }
         return [ControlReply("", True, state=state)] * self.dp_size
 
@@ -87,7 +87,7 @@ def test_an_engine_that_is_stuck_is_found_within_the_bound(stuck: dict[str, Any]
     assert problem_of(FakeManager(dp_size=dp_size, **stuck), SHORT_S) == "no step within 0.3 s"
 
 
-@pytest.mark.parametrize("held", ["is_paused", "is_held"])
+@pytest.mark.parametrize("held", ["is_paused", "is_blocked"])
 def test_an_engine_that_makes_no_steps_on_purpose_is_well(held: str) -> None:
     manager = FakeManager(num_waiting=5, **{held: True})
     assert problem_of(manager) is None

@@ -12,15 +12,15 @@ from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, Co
 from waybill.engine.entrypoints.openai.serving_chat import ChatServing
 from waybill.engine.entrypoints.openai.serving_completions import CompletionServing
 from waybill.engine.frontend.chat_template import ChatTemplate
-from waybill.engine.frontend.lanes import Lanes
 from waybill.engine.frontend.text_codec import TextCodec
+from waybill.engine.frontend.work_threads import WorkThreads
 
 BROKEN = ChatTemplate({"default": "{% nonsense %}"}, {})
 MESSAGES = [{"role": "user", "content": "a"}]
 
 
 def to_generate(template: ChatTemplate | None, **fields: Any) -> Any:
-    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5, lanes=Lanes())
+    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5, work_threads=WorkThreads())
     body = ChatCompletionRequest(**fields)
     return asyncio.run(ChatServing(manager, template, "m")._to_generate(body, num_bytes=100))
 
@@ -37,7 +37,7 @@ def test_messages_are_refused_and_ids_taken(template: ChatTemplate | None, words
 
 def test_what_a_template_may_leave_out_does_not_stay_until_the_answer_ends() -> None:
     """The budget of bodies has its bytes back by then."""
-    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5, lanes=Lanes())
+    manager: Any = SimpleNamespace(text=TextCodec(None), room_for=lambda num_prompt: 5, work_threads=WorkThreads())
     body = ChatCompletionRequest(messages=MESSAGES, input_ids=[1], chat_template_kwargs={"x": "y" * 1000})
     asyncio.run(ChatServing(manager, None, "m")._to_generate(body, num_bytes=1000))
     assert (body.messages, body.chat_template_kwargs) == ([], {})

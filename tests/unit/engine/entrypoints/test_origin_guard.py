@@ -18,7 +18,7 @@ from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
-from waybill.engine.frontend.lanes import Lanes
+from waybill.engine.frontend.work_threads import WorkThreads
 from waybill.engine.io_struct import ControlReply
 
 LOOPBACK = AllowedHosts("127.0.0.1", ("localhost", "box", "waybill.example", "*.cluster.local"))
@@ -44,7 +44,7 @@ class FakeControls:
 def application(hosts: AllowedHosts, origins: tuple[str, ...], keys: tuple[str, ...]) -> tuple[FastAPI, FakeControls]:
     controls = FakeControls()
     manager: Any = SimpleNamespace(
-        controls=controls, lanes=Lanes(), not_ready=lambda: None, get_state=None, config=None
+        controls=controls, work_threads=WorkThreads(), not_ready=lambda: None, get_state=None, config=None
     )
     app = make_app(
         manager,

@@ -18,12 +18,12 @@ from waybill.engine.frontend.dp_router import DpRouter
 from waybill.engine.frontend.engine_controls import EngineControls
 from waybill.engine.frontend.generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from waybill.engine.frontend.leader_link import LeaderLink
-from waybill.engine.frontend.reply_box import ReplyBox
-from waybill.engine.io_struct import ControlReply, Hold, HoldKind
+from waybill.engine.frontend.pending_replies import PendingReplies
+from waybill.engine.io_struct import Blocked, BlockedKind, ControlReply
 from waybill.engine.ipc.frontend_messages import AbortReq, ControlReq
 
-OPEN = Hold(HoldKind.INCOMPLETE, "weights: an update is not complete: 1 of 2 tensors are still to come")
-TORN = Hold(HoldKind.TORN, "weights: a transfer was torn (x)")
+OPEN = Blocked(BlockedKind.INCOMPLETE, "weights: an update is not complete: 1 of 2 tensors are still to come")
+TORN = Blocked(BlockedKind.TORN, "weights: a transfer was torn (x)")
 
 
 class Running:
@@ -68,18 +68,18 @@ def test_an_open_update_lets_wait_and_a_torn_one_refuses() -> None:
     async def scenario() -> None:
         gate = GenerationGate(0.2, Running())
         async with gate.closed(drain=False):
-            gate.hold = OPEN
+            gate.blocked = OPEN
         waiting = await waits(gate.enter())
         async with gate.closed(drain=False):
-            gate.hold = None
+            gate.blocked = None
         await waiting
-        gate.hold = OPEN
+        gate.blocked = OPEN
         waiting = await waits(gate.enter())
-        gate.hold = TORN
+        gate.blocked = TORN
         for entering in (waiting, gate.enter()):
             with pytest.raises(UnavailableError, match="torn"):
                 await entering
-        gate.hold = OPEN
+        gate.blocked = OPEN
         with pytest.raises(UnavailableError, match="not complete"):
             await gate.enter()
 
@@ -101,7 +101,7 @@ def test_a_drain_ends_by_a_pause_in_vain_or_with_the_engine() -> None:
         gate.is_paused = True
         await closing
         gate.is_paused = False
-        closing, gate.hold = await waits(close()), None
+        closing, gate.blocked = await waits(close()), None
         waiting = await waits(gate.enter())
         gate.fail_all(RuntimeError("the engine is gone"))
         for task in (closing, waiting):
@@ -114,7 +114,7 @@ def test_a_drain_ends_by_a_pause_in_vain_or_with_the_engine() -> None:
 class FakeLeader:
     """Answers what `answer` makes of a message; None: never."""
 
-    def __init__(self, replies: ReplyBox, answer: Callable[[Any], ControlReply | None]) -> None:
+    def __init__(self, replies: PendingReplies, answer: Callable[[Any], ControlReply | None]) -> None:
         self.messages: list[Any] = []
         self._replies, self._answer = replies, answer
 
@@ -129,8 +129,8 @@ class FakeLeader:
 
 def controls_with(
     answer: Callable[[Any], ControlReply | None], running: Running, timeout_s: float = 0.2
-) -> tuple[EngineControls, GenerationGate, ReplyBox, FakeLeader]:
-    replies = ReplyBox()
+) -> tuple[EngineControls, GenerationGate, PendingReplies, FakeLeader]:
+    replies = PendingReplies()
     leader = FakeLeader(replies, answer)
     gate = GenerationGate(timeout_s, running)
     config = EngineConfig(model_path="", weight_sync_timeout_s=timeout_s)
@@ -149,11 +149,11 @@ def test_a_reply_that_comes_too_late_still_counts() -> None:
         with pytest.raises(UnavailableError, match="has not ended within"):
             await gate.enter()
         (message,) = leader.messages
-        replies.resolve(message.op_id, ControlReply(message.op_id, False, "torn", hold=TORN))
+        replies.resolve(message.op_id, ControlReply(message.op_id, False, "torn", blocked=TORN))
         await asyncio.sleep(0)
         with pytest.raises(UnavailableError, match="torn"):
             await gate.enter()
-        gate.hold = None
+        gate.blocked = None
         await gate.enter()
 
     asyncio.run(scenario())

@@ -13,8 +13,8 @@ from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.io_struct import ControlReply, SamplingParams, SyncWait
 from waybill.engine.ipc.frontend_messages import (
     AbortReq,
-    DispatchNotice,
     GetInternalStateReq,
+    SeqNotice,
     TokenizedGenerateReqInput,
 )
 
@@ -33,12 +33,12 @@ def test_every_leader_gets_every_number_in_order_and_a_request_once(calls: list[
     num_numbered = sum(kind != "ask" for kind, _ in calls)
     for rank, leader in enumerate(leaders):
         numbered = [message for message in leader.sent if not isinstance(message, GetInternalStateReq)]
-        assert [message.dispatch for message in numbered] == list(range(1, num_numbered + 1))
+        assert [message.seq for message in numbered] == list(range(1, num_numbered + 1))
         requests = [message.rid for message in numbered if isinstance(message, TokenizedGenerateReqInput)]
         assert requests == [f"r{i}" for i, call in enumerate(calls) if call == ("send", rank)]
         aborts = [message.rid for message in numbered if isinstance(message, AbortReq)]
         assert aborts == [f"a{i}" for i, (kind, _) in enumerate(calls) if kind == "all"]
-        notices = [message for message in numbered if isinstance(message, DispatchNotice)]
+        notices = [message for message in numbered if isinstance(message, SeqNotice)]
         assert len(notices) == num_numbered - len(requests) - len(aborts)
         questions = [message.op_id for message in leader.sent if isinstance(message, GetInternalStateReq)]
         assert questions == [f"q{i}" for i, call in enumerate(calls) if call == ("ask", rank)]
@@ -61,7 +61,7 @@ def test_the_state_of_an_engine_adds_up_but_for_what_does_not() -> None:
         "weight_version": "v1",
         "dp_ranks": [first, second],
         "sync_waits": [
-            {"rank": 0, "blamed": 1, "cause": "prefill", "seconds": 1.5, "num_steps": 2},
-            {"rank": 1, "blamed": 0, "cause": "decode", "seconds": 0.5, "num_steps": 1},
+            {"rank": 0, "straggler": 1, "cause": "prefill", "seconds": 1.5, "num_steps": 2},
+            {"rank": 1, "straggler": 0, "cause": "decode", "seconds": 0.5, "num_steps": 1},
         ],
     }

@@ -115,7 +115,7 @@ def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_
         await witness
         again = ask(wiring, "a")
         message = await wiring.hear()
-        assert isinstance(message, TokenizedGenerateReqInput) and message.dispatch > abort.dispatch
+        assert isinstance(message, TokenizedGenerateReqInput) and message.seq > abort.seq
         wiring.say(OutputBatch([output("a", finish_reason=FinishReason("length", length=1))]))
         assert (await again)["meta_info"]["finish_reason"]["type"] == "length"
         assert wiring.failures == []

@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from waybill.engine.ipc.curve import CurveGuard
-from waybill.engine.ipc.frontend_messages import DispatchNotice
+from waybill.engine.ipc.frontend_messages import SeqNotice
 from waybill.engine.ipc.sockets import AsyncReceiver, CurveKeys, Endpoint, Receiver, Sender
 
 REFUSED_S = 0.4
@@ -26,7 +26,7 @@ def listening(keys: CurveKeys) -> Endpoint:
 
 def strangers(keys: CurveKeys, address: str) -> dict[str, zmq.Socket[Any]]:
     """Who knows less than the run's keys, and has sent a valid message: nothing, the public keys, another run's."""
-    message = msgspec.msgpack.encode(DispatchNotice(7))
+    message = msgspec.msgpack.encode(SeqNotice(7))
     other = CurveKeys.make()
     credentials = {
         "no encryption": None,
@@ -50,12 +50,12 @@ def test_only_who_has_the_runs_keys_is_heard() -> None:
     keys, context = CurveKeys.make(), zmq.Context()
     endpoint = listening(keys)
     guard = CurveGuard(context, [endpoint])
-    inbox: Receiver[DispatchNotice] = Receiver(context, endpoint, DispatchNotice)
+    inbox: Receiver[SeqNotice] = Receiver(context, endpoint, SeqNotice)
     refused = strangers(keys, endpoint.address)
     assert not inbox.wait(REFUSED_S), "a stranger was heard"
-    sender: Sender[DispatchNotice] = Sender(context, Endpoint(endpoint.address, keys))
-    sender.send(DispatchNotice(1))
-    assert inbox.wait(ARRIVES_S) and inbox.receive_nowait() == DispatchNotice(1)
+    sender: Sender[SeqNotice] = Sender(context, Endpoint(endpoint.address, keys))
+    sender.send(SeqNotice(1))
+    assert inbox.wait(ARRIVES_S) and inbox.receive_nowait() == SeqNotice(1)
     assert not inbox.wait(REFUSED_S), "a stranger was heard"
     for stranger in refused.values():
         stranger.close()
@@ -68,15 +68,15 @@ def test_an_event_loops_sockets_are_guarded_alike() -> None:
         keys, context = CurveKeys.make(), zmq.asyncio.Context()
         endpoint = listening(keys)
         guard = CurveGuard(context, [endpoint])
-        inbox: AsyncReceiver[DispatchNotice] = AsyncReceiver(context, endpoint, DispatchNotice)
+        inbox: AsyncReceiver[SeqNotice] = AsyncReceiver(context, endpoint, SeqNotice)
         refused = strangers(keys, endpoint.address)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(inbox.receive(), REFUSED_S)
         plain = zmq.Context()
-        sender: Sender[DispatchNotice] = Sender(plain, Endpoint(endpoint.address, keys))
-        sender.send(DispatchNotice(1))
+        sender: Sender[SeqNotice] = Sender(plain, Endpoint(endpoint.address, keys))
+        sender.send(SeqNotice(1))
         message, _ = await asyncio.wait_for(inbox.receive(), ARRIVES_S)
-        assert message == DispatchNotice(1)
+        assert message == SeqNotice(1)
         for stranger in refused.values():
             stranger.close()
         guard.close()
@@ -89,9 +89,9 @@ def test_an_event_loops_sockets_are_guarded_alike() -> None:
 def test_without_a_guard_nobody_is_heard() -> None:
     keys, context = CurveKeys.make(), zmq.Context()
     endpoint = listening(keys)
-    inbox: Receiver[DispatchNotice] = Receiver(context, endpoint, DispatchNotice)
-    sender: Sender[DispatchNotice] = Sender(context, Endpoint(endpoint.address, keys))
-    sender.send(DispatchNotice(1))
+    inbox: Receiver[SeqNotice] = Receiver(context, endpoint, SeqNotice)
+    sender: Sender[SeqNotice] = Sender(context, Endpoint(endpoint.address, keys))
+    sender.send(SeqNotice(1))
     assert not inbox.wait(REFUSED_S)
     context.destroy(linger=0)
 

@@ -30,12 +30,12 @@ from waybill.engine.io_struct import (
     StepRecord,
     TokenOutput,
 )
+from waybill.engine.ipc.critical_thread import EXIT_PART_FAILED
 from waybill.engine.ipc.lifeline import Lifeline
-from waybill.engine.ipc.vital import EXIT_PART_FAILED
 from waybill.engine.output.config import OutputProcessorConfig
 from waybill.engine.output.detokenizer import Detokenizer
 from waybill.engine.output.output_processor import OutputProcessor
-from waybill.engine.output.shipper import Shipper
+from waybill.engine.output.output_sender import OutputSender
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
@@ -73,8 +73,8 @@ class Engine:
     def __init__(self, *, routing: bool = True, claim_budget: int = 100_000) -> None:
         self.mailbox = Mailbox()
         self.claims = ClaimStore(claim_budget, 10.0, lambda: 0.0)
-        self.shipper = Shipper(self.mailbox, None, self.claims)
-        self.processor = OutputProcessor(self.shipper)
+        self.output_sender = OutputSender(self.mailbox, None, self.claims)
+        self.processor = OutputProcessor(self.output_sender)
         self.ring = RouteRing.create(GEOMETRY, 4)
         setup = RoutingSetup(0, 16, 1, GEOMETRY, RingPlace(self.ring.path, 4)) if routing else RoutingSetup(0, 16, 1)
         self.processor.handle(setup)
@@ -89,8 +89,8 @@ class Engine:
             self.ring.slot(seq, num)[:] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
         self.processor.handle(StepRecord(0, self.steps, seq, 0, "v1", **parts))
         self.steps += 1
-        while not self.shipper._orders.empty():
-            self.shipper.ship(self.shipper._orders.get())
+        while not self.output_sender._orders.empty():
+            self.output_sender.ship(self.output_sender._orders.get())
 
 
 @pytest.fixture
@@ -311,8 +311,8 @@ def test_without_routing_nothing_is_allocated_and_outputs_flow() -> None:
 def test_the_output_processor_of_a_node_serves_its_own_dp_ranks() -> None:
     """Those are 2 and 3; the rows of 3 stand behind those of 2, and wait until 2 has said that they are there."""
     mailbox = Mailbox()
-    shipper = Shipper(mailbox, None, ClaimStore(1000, 10.0, lambda: 0.0))
-    processor = OutputProcessor(shipper, 2, first_dp_rank=2)
+    output_sender = OutputSender(mailbox, None, ClaimStore(1000, 10.0, lambda: 0.0))
+    processor = OutputProcessor(output_sender, 2, first_dp_rank=2)
     ring = RouteRing.create(GEOMETRY, 4)
     for dp_rank, place in ((2, RingPlace(ring.path, 4)), (3, None)):
         processor.handle(RoutingSetup(dp_rank, 16, 1, GEOMETRY, place))
@@ -333,8 +333,8 @@ def test_the_output_processor_of_a_node_serves_its_own_dp_ranks() -> None:
         )
         processor.handle(step)
         assert ring.num_filed == int(dp_rank == 2)
-    while not shipper._orders.empty():
-        shipper.ship(shipper._orders.get())
+    while not output_sender._orders.empty():
+        output_sender.ship(output_sender._orders.get())
     assert {rid: rows[:, 0, 0].tolist() for rid, rows in mailbox.rows.items()} == {"of 2": [0, 2], "of 3": [4, 6]}
 
 
@@ -359,7 +359,7 @@ def test_a_request_whose_text_cannot_be_made_fails_and_no_other(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told once; what the engine computes until it has aborted the request is dropped, and its rid is free again."""
-    monkeypatch.setattr("waybill.engine.output.shipper.Detokenizer", BrokenDetokenizer)
+    monkeypatch.setattr("waybill.engine.output.output_sender.Detokenizer", BrokenDetokenizer)
     engine.step(
         before=[
             event
@@ -391,7 +391,7 @@ def test_a_request_whose_text_cannot_be_made_fails_and_no_other(
 def test_a_request_that_fails_with_its_last_token_is_not_at_the_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("waybill.engine.output.shipper.Detokenizer", BrokenDetokenizer)
+    monkeypatch.setattr("waybill.engine.output.output_sender.Detokenizer", BrokenDetokenizer)
     engine.step(
         before=[started("bad", 1), ReqAdmitted("bad", b"")],
         segments=[Segment("bad", 0, 1, int32(0))],
@@ -408,7 +408,7 @@ def test_rows_that_cannot_be_wrapped_fail_their_request_alone(engine: Engine, mo
         raise MemoryError
 
     finish_at_once(engine, "before", (0,))
-    monkeypatch.setattr("waybill.engine.output.shipper.encode", fail)
+    monkeypatch.setattr("waybill.engine.output.output_sender.encode", fail)
     finish_at_once(engine, "bad", (1,))
     finish_at_once(engine, "plain", (2,), return_routed_experts=False)
     assert [output.finish_reason.type for output in engine.mailbox.outputs if output.finish_reason] == [
@@ -421,10 +421,10 @@ def test_rows_that_cannot_be_wrapped_fail_their_request_alone(engine: Engine, mo
 PROCESSOR = """
 import sys
 from waybill.engine.output import output_processor
-from waybill.engine.output import shipper
-if sys.argv[3] == "shipper":
+from waybill.engine.output import output_sender
+if sys.argv[3] == "output_sender":
     def fail(self, order): raise KeyError("order")
-    shipper.Shipper.ship = fail
+    output_sender.OutputSender.ship = fail
 if sys.argv[3] == "queries":
     def fail(self, frames): raise KeyError("frames")
     output_processor.QueryServer.answer = fail
@@ -433,7 +433,7 @@ output_processor.main()
 """
 
 
-@pytest.mark.parametrize("part", ["filing", "malformed", "shipper", "queries"])
+@pytest.mark.parametrize("part", ["filing", "malformed", "output_sender", "queries"])
 def test_a_part_that_fails_ends_the_process(part: str, tmp_path: Path) -> None:
     """So that the rank that started it, and with it everybody, hears of it; and it says why."""
     lifeline = Lifeline(str(tmp_path / "alive"))

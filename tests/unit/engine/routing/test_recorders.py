@@ -11,7 +11,7 @@ from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.late_gather import LateRouteGather
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.scheduler.leader_place import DpPlace
+from waybill.engine.scheduler.leader_setup import DpRankInfo
 from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.parallel.mesh import Axis, ParallelMesh
 
@@ -71,7 +71,7 @@ def test_out_of_the_worlds_ids_a_recorder_takes_those_of_its_ranks_alone(process
         assert ring.rows(seq, 0, num_ranks * NUM_ROWS).tolist() == [expected.tolist()] * 2
         # Where each leader of these ranks looks for its rows.
         for dp_rank in range(rank // TP, (rank + num_ranks) // TP):
-            first = DpPlace(dp_rank, DP, TP, first_recorded_dp=rank // TP).first_row(NUM_ROWS)
+            first = DpRankInfo(dp_rank, DP, TP, first_recorded_dp=rank // TP).first_row(NUM_ROWS)
             assert ring.rows(seq, first, 1)[0, 0, 0] == ids[dp_rank * TP * NUM_ROWS, 0]
 
 

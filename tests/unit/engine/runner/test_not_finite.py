@@ -16,7 +16,7 @@ from waybill.engine.control.operations import FlushCache
 from waybill.engine.io_struct import FinishReason, Logprobs, OutputOptions, SamplingParams
 from waybill.engine.ipc.frontend_messages import ControlReq, TokenizedGenerateReqInput
 from waybill.engine.replica import load_rank, make_scheduler
-from waybill.engine.scheduler.leader_place import Endpoints
+from waybill.engine.scheduler.leader_setup import Endpoints
 from waybill.parallel.mesh import ParallelMesh
 from waybill.parallel.moe.layer import MoeLayer
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waybill.engine.scheduler.agreement import Agreement, ForwardMode, LonelyMeeting, Proposal, from_rows, to_row
+from waybill.engine.scheduler.agreement import Agreement, ForwardMode, Proposal, SingleRankSync, from_rows, to_row
 from waybill.parallel.dp_attention import rows_per_rank
 
 NUMBERS = st.integers(0, 20)
@@ -84,4 +84,4 @@ def test_an_operation_is_allowed_once_every_leader_has_it(
 
 def test_a_leader_alone_agrees_with_itself() -> None:
     proposal = Proposal(num_tokens=5, num_reqs=1, seen=3, applied=3)
-    assert LonelyMeeting().agree(proposal) == Agreement((proposal,))
+    assert SingleRankSync().agree(proposal) == Agreement((proposal,))

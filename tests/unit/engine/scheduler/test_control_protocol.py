@@ -22,13 +22,13 @@ from waybill.engine.control.operations import (
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
 )
-from waybill.engine.io_struct import Hold, HoldKind
+from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.ipc.frontend_messages import ControlReq
 from waybill.engine.plan import ScheduleBatch
 from waybill.engine.weight_sync.report import Outcome
 
 PAGE = 2
-INCOMPLETE = Hold(HoldKind.INCOMPLETE, "weights: an update is not complete")
+INCOMPLETE = Blocked(BlockedKind.INCOMPLETE, "weights: an update is not complete")
 
 
 @dataclass
@@ -36,15 +36,15 @@ class FakeOperations:
     """Notes what is asked of a rank, and when. An update of the path "open" leaves the weights incomplete."""
 
     leader: Leader
-    hold: Hold | None = None
+    blocked: Blocked | None = None
     done: list[tuple[ControlOperation, int]] = field(default_factory=list)
 
     def run(self, op_id: str, op: ControlOperation) -> Outcome | None:
         assert not self.leader.scheduler._in_flight, "a step is in flight under weights that change"
         self.done.append((op, self.leader.num_agreements))
         if isinstance(op, UpdateWeightsFromDisk):
-            self.hold = INCOMPLETE if op.model_path == "open" else None
-            return Outcome(True, "updated", None if self.hold else op.weight_version)
+            self.blocked = INCOMPLETE if op.model_path == "open" else None
+            return Outcome(True, "updated", None if self.blocked else op.weight_version)
         return Outcome(True, "done")
 
 
@@ -77,7 +77,7 @@ class ControlledGroup(DpGroup):
             scheduler = leader.scheduler
             if batch.num_tokens:
                 assert not scheduler._controls._is_paused, "a step while paused"
-                assert scheduler._controls.hold is None, "a step with weights that are not whole"
+                assert scheduler._controls.blocked is None, "a step with weights that are not whole"
             self.launched[leader.dp_rank, batch.step] = scheduler._controls.weight_version
             return launch(batch)
 
@@ -302,11 +302,11 @@ def test_nobody_goes_on_with_weights_that_are_not_whole() -> None:
     group.go_on("too early")
     group.run_until_rest()
     replies = group.replies()
-    assert replies["open"].success and replies["open"].hold == INCOMPLETE
+    assert replies["open"].success and replies["open"].blocked == INCOMPLETE
     assert not replies["too early"].success and "not complete" in replies["too early"].message
     assert not group.launched
     group.update("rest", "v1")
     group.run_until_rest()
-    assert group.replies()["rest"].hold is None
+    assert group.replies()["rest"].blocked is None
     assert group.shipped_versions("waiting") == ["v1"] * 4
     group.check_answers()

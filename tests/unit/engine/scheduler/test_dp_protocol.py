@@ -22,14 +22,14 @@ from waybill.engine.io_struct import SamplingParams, StepRecord
 from waybill.engine.ipc.frontend_messages import (
     AbortReq,
     ControlReq,
-    DispatchNotice,
     FrontendMessage,
     GetInternalStateReq,
+    SeqNotice,
     ShutdownReq,
     TokenizedGenerateReqInput,
 )
 from waybill.engine.scheduler.agreement import Agreement, Proposal
-from waybill.engine.scheduler.leader_place import DpPlace, Endpoints
+from waybill.engine.scheduler.leader_setup import DpRankInfo, Endpoints
 from waybill.engine.scheduler.mailbox import Mailbox
 from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.schedule_policy import StepLimits
@@ -346,23 +346,23 @@ def test_a_group_of_one_does_what_a_replica_alone_does(actions: list[tuple[Any, 
 # --- the loop itself, on threads ------------------------------------------------------------------------------------------
 
 
-class BarrierMeeting:
-    """A meeting of threads."""
+class BarrierSync:
+    """Threads that agree at a barrier."""
 
     def __init__(self, dp_size: int) -> None:
         self._barrier = threading.Barrier(dp_size, timeout=60.0)
         self._proposals: list[Proposal | None] = [None] * dp_size
 
     def at(self, dp_rank: int) -> Any:
-        meeting = self
+        sync = self
 
         class Seat:
             def agree(self, proposal: Proposal) -> Agreement:
-                meeting._proposals[dp_rank] = proposal
-                meeting._barrier.wait()
-                agreement = Agreement(tuple(meeting._proposals))
+                sync._proposals[dp_rank] = proposal
+                sync._barrier.wait()
+                agreement = Agreement(tuple(sync._proposals))
                 # Nobody may bring the next proposal before all have read this one's.
-                meeting._barrier.wait()
+                sync._barrier.wait()
                 return agreement
 
         return Seat()
@@ -411,7 +411,7 @@ def test_the_loop_on_threads_sleeps_wakes_and_ends() -> None:
     dp_size, num_rounds = 3, 30
     config = EngineConfig(model_path="", dp_size=dp_size, page_size=PAGE_SIZE, max_running_requests=4, overlap_depth=1)
     limits = StepLimits.resolve(16, 256, 4)
-    meeting = BarrierMeeting(dp_size)
+    sync = BarrierSync(dp_size)
     inboxes = [QueueInbox() for _ in range(dp_size)]
     records = [RecordsQueue() for _ in range(dp_size)]
     pages = [PageManager(64, PAGE_SIZE, True) for _ in range(dp_size)]
@@ -423,8 +423,8 @@ def test_the_loop_on_threads_sleeps_wakes_and_ends() -> None:
             StopChecker((EOS,), None),
             FakeRunner(64, PAGE_SIZE, 4, 64, limits.max_tokens),
             Endpoints(inboxes[rank], [], records[rank], FakeSender()),
-            place=DpPlace(rank, dp_size),
-            meeting=meeting.at(rank),
+            place=DpRankInfo(rank, dp_size),
+            sync=sync.at(rank),
         )
         for rank in range(dp_size)
     ]
@@ -459,7 +459,7 @@ def test_the_loop_on_threads_sleeps_wakes_and_ends() -> None:
 
 # --- the mailbox alone ----------------------------------------------------------------------------------------------------
 
-KINDS = st.sampled_from([DispatchNotice, AbortReq, ControlReq, GetInternalStateReq])
+KINDS = st.sampled_from([SeqNotice, AbortReq, ControlReq, GetInternalStateReq])
 
 
 @given(
@@ -479,7 +479,7 @@ def test_the_mailbox_holds_operations_back_and_keeps_the_order(kinds: list[Any],
             numbered.append(kind(index + 1))
             inbox.messages.append(numbered[-1])
     mailbox.collect()
-    assert mailbox.seen == max((message.dispatch for message in numbered), default=0)
+    assert mailbox.seen == max((message.seq for message in numbered), default=0)
     handled: list[FrontendMessage] = []
     for others_seen, others_applied in [*seen, (12, 12)]:
         own = Proposal(seen=mailbox.seen, applied=mailbox.applied)
@@ -488,9 +488,9 @@ def test_the_mailbox_holds_operations_back_and_keeps_the_order(kinds: list[Any],
         for message in mailbox.due(agreement):
             handled.append(message)
             if isinstance(message, (AbortReq, ControlReq)):
-                assert message.dispatch <= others_seen
+                assert message.seq <= others_seen
             if isinstance(message, ControlReq):
-                assert min(other.applied, own.applied) >= message.dispatch - 1
+                assert min(other.applied, own.applied) >= message.seq - 1
     questions = [message for message in handled if isinstance(message, GetInternalStateReq)]
     assert handled[: len(questions)] == questions, "a question waits for nothing"
     rest = handled[len(questions) :]

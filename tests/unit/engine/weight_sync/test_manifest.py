@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.io_struct import Hold, HoldKind
+from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.weight_sync.manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 
 NAMES = ("a", "b", "c", "d")
@@ -115,7 +115,7 @@ def test_nobody_generates_from_a_mixture(history: list[tuple[object, ...]]) -> N
                 # From one source and without versions, a repeated tensor is the only sign of a new update.
                 names = set(NAMES)
             if not model.bring(update, names, version, is_last):
-                assert model.progress.hold is not None, "only a model that is not whole refuses a last bucket"
+                assert model.progress.blocked is not None, "only a model that is not whole refuses a last bucket"
                 continue
             senders.add(update)
         elif event[0] == "tear":
@@ -125,7 +125,7 @@ def test_nobody_generates_from_a_mixture(history: list[tuple[object, ...]]) -> N
         else:
             model.progress.void()
             model.values = dict.fromkeys(NAMES, None)
-        if model.progress.hold is None:
+        if model.progress.blocked is None:
             newest = max(value or 0 for value in model.values.values())
             assert None not in model.values.values()
             changed = {name for name in NAMES if model.values[name] != model.whole[name]}
@@ -138,14 +138,14 @@ def test_nobody_generates_from_a_mixture(history: list[tuple[object, ...]]) -> N
 
 def test_hold_is_none_exactly_when_every_tensor_has_come() -> None:
     progress = UpdateProgress(frozenset(NAMES))
-    assert progress.hold is None
+    assert progress.blocked is None
     progress.receive({"a", "b"}, "v1")
     words = "weights: an update is not complete: 2 of 4 tensors are still to come, c, d among them"
-    assert progress.hold == Hold(HoldKind.INCOMPLETE, words)
+    assert progress.blocked == Blocked(BlockedKind.INCOMPLETE, words)
     progress.receive({"c"}, "v1")
-    assert progress.hold is not None
+    assert progress.blocked is not None
     progress.receive({"d"}, None)
-    assert progress.hold is None and progress.version == "v1"
+    assert progress.blocked is None and progress.version == "v1"
 
 
 @pytest.mark.parametrize(
@@ -163,18 +163,18 @@ def test_an_update_that_was_given_up_must_be_replaced_whole(version: str | None,
     rest = set(NAMES) - names
     progress.check(rest, version, is_last=True)
     progress.receive(rest, version, is_last=True)
-    assert progress.hold is None and progress.version == version
+    assert progress.blocked is None and progress.version == version
 
 
 def test_the_last_bucket_keeps_what_did_not_come() -> None:
     progress = UpdateProgress(frozenset(NAMES))
     progress.check({"a"}, "v1", is_last=True)
     progress.receive({"a"}, "v1", is_last=True)
-    assert progress.hold is None
+    assert progress.blocked is None
     progress.receive({"a"}, "v2")
     progress.check({"c"}, "v2", is_last=True)
     progress.receive({"c"}, "v2", is_last=True)
-    assert progress.hold is None and progress.version == "v2"
+    assert progress.blocked is None and progress.version == "v2"
 
 
 def test_another_source_begins_another_update() -> None:
@@ -184,7 +184,7 @@ def test_another_source_begins_another_update() -> None:
     progress.receive({"d"}, None, "group 2")
     assert progress.missing == {"a", "b", "c"}
     progress.receive({"a", "b", "c"}, None, "group 2")
-    assert progress.hold is None
+    assert progress.blocked is None
 
 
 @pytest.mark.parametrize("lose", ["tear", "void"])
@@ -192,25 +192,25 @@ def test_after_a_loss_only_a_whole_update_serves_in_one_call_or_many(lose: str) 
     progress = UpdateProgress(frozenset(NAMES))
     if lose == "tear":
         progress.tear("the trainer is gone")
-        assert progress.hold is not None and progress.hold.kind is HoldKind.TORN
-        assert "torn (the trainer is gone)" in progress.hold.message
+        assert progress.blocked is not None and progress.blocked.kind is BlockedKind.TORN
+        assert "torn (the trainer is gone)" in progress.blocked.message
     else:
         progress.void()
     with pytest.raises(ValueError, match="is_last"):
         progress.check({"a"}, None, is_last=True)
     progress.receive({"a", "b"}, None)
-    assert progress.hold is not None
+    assert progress.blocked is not None
     with pytest.raises(ValueError, match="is_last"):
         progress.check({"c"}, None, is_last=True)
     progress.check({"c", "d"}, None, is_last=True)
     progress.receive({"c", "d"}, None, is_last=True)
-    assert progress.hold is None and progress.torn is None
+    assert progress.blocked is None and progress.torn is None
 
 
 def test_tensors_that_the_model_ignores_change_nothing() -> None:
     progress = UpdateProgress(frozenset(NAMES))
     progress.receive((), "v1")
-    assert progress.hold is None and progress.version is None
+    assert progress.blocked is None and progress.version is None
     progress.receive({"a"}, "v2")
     progress.receive((), None)
     assert progress.missing == {"b", "c", "d"} and progress.version == "v2"

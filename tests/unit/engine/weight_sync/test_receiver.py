@@ -21,7 +21,7 @@ from waybill.engine.control.operations import (
     UpdateWeightsFromDistributed,
     UpdateWeightsFromTensor,
 )
-from waybill.engine.io_struct import Hold, HoldKind
+from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
@@ -133,7 +133,7 @@ def test_an_update_in_buckets(trainer: Trainer, in_one: bool) -> None:
     first = trainer.send(names[:7], tensors, in_one=in_one, weight_version="v1")
     assert first.success and first.weight_version is None and "are still to come" in first.message
     last = trainer.send(names[7:], tensors, in_one=in_one, weight_version="v1")
-    assert last.success and last.weight_version == "v1" and trainer.receiver.progress.hold is None
+    assert last.success and last.weight_version == "v1" and trainer.receiver.progress.blocked is None
     assert trainer.sums() == sums_of(tensors)
     assert trainer.send(names, tensors).weight_version == "update-2"
 
@@ -143,7 +143,7 @@ def test_a_bucket_that_breaks_off_changes_nothing_where_nothing_was_changed_befo
     before = trainer.sums()
     outcome = trainer.send(trainer.names, trainer.tensors(1), num_sent=4)
     assert not outcome.success and outcome.message.endswith("group 'g' is left, join it again; nothing was changed")
-    assert trainer.sums() == before and trainer.receiver.progress.hold is None
+    assert trainer.sums() == before and trainer.receiver.progress.blocked is None
 
 
 def test_a_later_bucket_that_breaks_off_tears_the_update(trainer: Trainer) -> None:
@@ -152,12 +152,12 @@ def test_a_later_bucket_that_breaks_off_tears_the_update(trainer: Trainer) -> No
     assert trainer.send(names[:7], tensors).success
     outcome = trainer.send(names[7:], tensors, num_sent=4)
     assert not outcome.success and outcome.message.startswith("weights: a transfer was torn (the transfer broke off")
-    assert trainer.receiver.progress.hold == Hold(HoldKind.TORN, outcome.message)
+    assert trainer.receiver.progress.blocked == Blocked(BlockedKind.TORN, outcome.message)
     trainer.join()
     assert "is_last" in trainer.send(names[7:], tensors, is_last=True).message
     trainer.join()
-    assert trainer.send(names[7:], tensors).success and trainer.receiver.progress.hold is not None
-    assert trainer.send(names[:7], tensors).success and trainer.receiver.progress.hold is None
+    assert trainer.send(names[7:], tensors).success and trainer.receiver.progress.blocked is not None
+    assert trainer.send(names[:7], tensors).success and trainer.receiver.progress.blocked is None
     assert trainer.sums() == sums_of(tensors)
 
 
@@ -207,9 +207,9 @@ def test_a_file_that_breaks_off_in_the_middle_tears(
     with monkeypatch.context() as patch:
         patch.setattr(transfer.FileTransfer, "tensors", failing)
         assert "torn (the transfer broke off: input/output error)" in load(trainer, tmp_path, whole=True).message
-    assert trainer.receiver.progress.hold is not None
+    assert trainer.receiver.progress.blocked is not None
     assert load(trainer, tmp_path, whole=True).success
-    assert trainer.receiver.progress.hold is None
+    assert trainer.receiver.progress.blocked is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_damaged_files_change_nothing(trainer: Trainer, tmp_path: Path, content:
     before = trainer.sums()
     (tmp_path / "x.safetensors").write_bytes(content)
     outcome = load(trainer, tmp_path / "x.safetensors")
-    assert trainer.sums() == before and trainer.receiver.progress.hold is None
+    assert trainer.sums() == before and trainer.receiver.progress.blocked is None
     if content.endswith(b"{}      "):
         assert outcome.weight_version is None, "a file without tensors names nothing"
     else:

@@ -8,14 +8,14 @@ import threading
 
 import pytest
 
-from waybill.engine.ipc.vital import EXIT_PART_FAILED, start_vital_thread
+from waybill.engine.ipc.critical_thread import EXIT_PART_FAILED, start_critical_thread
 
 PROCESS = """
 import threading
-from waybill.engine.ipc.vital import start_vital_thread
+from waybill.engine.ipc.critical_thread import start_critical_thread
 def fail():
     {how}
-start_vital_thread(fail, "baker")
+start_critical_thread(fail, "baker")
 threading.Event().wait(60)
 """
 
@@ -29,8 +29,8 @@ def test_a_thread_that_fails_ends_its_process_and_says_why(how: str) -> None:
 
 def test_a_thread_whose_work_is_done_ends_nothing_and_an_owner_may_take_the_failure() -> None:
     failures: list[str] = []
-    start_vital_thread(lambda: None, "done", failures.append).join()
+    start_critical_thread(lambda: None, "done", failures.append).join()
     assert failures == []
-    start_vital_thread(lambda: 1 / 0, "baker", failures.append).join()
+    start_critical_thread(lambda: 1 / 0, "baker", failures.append).join()
     assert failures == ["the baker thread has failed: ZeroDivisionError('division by zero')"]
     assert threading.main_thread().is_alive()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..io_struct import BackendMessage
-from ..ipc.record_line import Records
+from ..ipc.record_sender import Records
 from ..ipc.sockets import Sender
 from ..plan import PeerMessage
 from .mailbox import Inbox
@@ -23,7 +23,7 @@ class Endpoints:
 
 
 @dataclass(frozen=True)
-class DpPlace:
+class DpRankInfo:
     """Which leader this is, and where the rows of its tokens stand in a ring slot: `first_recorded_dp` is the dp rank
     whose rows come first there."""
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 
-class ReplyBox:
+class PendingReplies:
     """Lives on one event loop. After `fail_all` nobody waits any more: every `expect` raises."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from waybill.engine.io_struct import FinishReason, OutputRecord, ReqFinished, StepRecord
-from waybill.engine.ipc.record_line import RecordLine
+from waybill.engine.ipc.record_sender import RecordSender
 from waybill.engine.ipc.sockets import Receiver
 
 MAX_QUEUED = 8
@@ -26,7 +26,7 @@ def test_a_leader_waits_for_an_output_processor_that_is_behind_and_loses_nothing
     context = zmq.Context()
     address = f"ipc://{tmp_path}/records"
     receiver: Receiver[OutputRecord] = Receiver(context, address, OutputRecord, max_queued=MAX_QUEUED)
-    line = RecordLine(context, address, max_queued=MAX_QUEUED, timeout_s=30.0)
+    line = RecordSender(context, address, max_queued=MAX_QUEUED, timeout_s=30.0)
     num_records, num_sent = 100, 0
 
     def send() -> None:
@@ -50,7 +50,7 @@ def test_a_leader_waits_for_an_output_processor_that_is_behind_and_loses_nothing
 
 def test_the_wait_is_bounded_and_the_error_says_for_whom(tmp_path: Path) -> None:
     context = zmq.Context()
-    line = RecordLine(context, f"ipc://{tmp_path}/nobody", max_queued=MAX_QUEUED, timeout_s=0.2)
+    line = RecordSender(context, f"ipc://{tmp_path}/nobody", max_queued=MAX_QUEUED, timeout_s=0.2)
     for step in range(MAX_QUEUED):
         line.send(record(step))
     with pytest.raises(TimeoutError, match=r"the output processor has taken no record within 0\.2 s"):

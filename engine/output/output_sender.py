@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..io_struct import FinishReason, Logprobs, OutputBatch, ReqStarted, RequestOutput, TokenOutput
+from ..ipc.critical_thread import start_critical_thread
 from ..ipc.sockets import Sender
-from ..ipc.vital import start_vital_thread
 from ..routing.claims import ClaimError, ClaimStore
 from ..routing.geometry import RouteGeometry
 from ..routing.ledger import RouteSlice
@@ -77,7 +77,7 @@ class _Parcel:
         self.token_ids, self.logprobs = [], None
 
 
-class Shipper:
+class OutputSender:
     """Turns orders into `OutputBatch` messages. `run` is the thread's body."""
 
     def __init__(self, sender: Sender[OutputBatch], decoder: TokenDecoder | None, claims: ClaimStore) -> None:
@@ -97,7 +97,7 @@ class Shipper:
         self._orders.put(order)
 
     def start(self) -> None:
-        start_vital_thread(self.run, "shipper")
+        start_critical_thread(self.run, "output_sender")
 
     def run(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The leaders' meeting over the dp axis: one small all-gather of integers on the CPU."""
+"""The leaders' agreement over the dp axis: one small all-gather of integers on the CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ...parallel.mesh import Axis
 from .agreement import Agreement, Proposal, from_rows, to_row
 
 
-class DpMeeting:
-    """A `Meeting` of all leaders of the axis."""
+class DpSync:
+    """A `StepSync` of all leaders of the axis."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis

@@ -24,7 +24,7 @@ def end_process(reason: str) -> None:
     os._exit(EXIT_PART_FAILED)
 
 
-def start_vital_thread(
+def start_critical_thread(
     target: Callable[[], object], name: str, on_failure: Callable[[str], None] = end_process
 ) -> threading.Thread:
     """Run `target` on a daemon thread. It returns when its work is over, in order; any exception is logged and passed on

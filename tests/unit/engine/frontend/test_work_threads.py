@@ -8,7 +8,7 @@ import threading
 import weakref
 from functools import partial
 
-from waybill.engine.frontend.lanes import MAX_INLINE_US, MAX_SHORT_US, THREADS_PER_LANE, Lanes
+from waybill.engine.frontend.work_threads import MAX_INLINE_US, MAX_SHORT_US, THREADS_PER_POOL, WorkThreads
 
 SHORT, LONG = MAX_INLINE_US + 1, MAX_SHORT_US + 1
 
@@ -19,33 +19,37 @@ def here() -> int:
 
 def test_short_work_passes_long_work_and_small_work_stays_here() -> None:
     async def run() -> None:
-        lanes, may_end = Lanes(), threading.Event()
-        long = [asyncio.ensure_future(lanes.run(LONG, lambda: may_end.wait(30))) for _ in range(2 * THREADS_PER_LANE)]
+        work_threads, may_end = WorkThreads(), threading.Event()
+        long = [
+            asyncio.ensure_future(work_threads.run(LONG, lambda: may_end.wait(30))) for _ in range(2 * THREADS_PER_POOL)
+        ]
         await asyncio.sleep(0)
-        assert await asyncio.wait_for(lanes.run(SHORT, here), 30) != here()
-        assert await lanes.run(MAX_INLINE_US, here) == here()
+        assert await asyncio.wait_for(work_threads.run(SHORT, here), 30) != here()
+        assert await work_threads.run(MAX_INLINE_US, here) == here()
         assert not any(task.done() for task in long)
         may_end.set()
         assert all(await asyncio.gather(*long))
-        lanes.close()
+        work_threads.close()
 
     asyncio.run(run())
 
 
 def test_work_that_nobody_waits_for_is_taken_out() -> None:
     async def run() -> None:
-        lanes, may_end, begun = Lanes(), threading.Event(), []
-        holding = [asyncio.ensure_future(lanes.run(LONG, lambda: may_end.wait(30))) for _ in range(THREADS_PER_LANE)]
+        work_threads, may_end, begun = WorkThreads(), threading.Event(), []
+        holding = [
+            asyncio.ensure_future(work_threads.run(LONG, lambda: may_end.wait(30))) for _ in range(THREADS_PER_POOL)
+        ]
         await asyncio.sleep(0)
-        given_up = asyncio.ensure_future(lanes.run(LONG, lambda: begun.append(1)))
+        given_up = asyncio.ensure_future(work_threads.run(LONG, lambda: begun.append(1)))
         await asyncio.sleep(0)
         given_up.cancel()
         await asyncio.gather(given_up, return_exceptions=True)
         may_end.set()
         await asyncio.gather(*holding)
-        await lanes.run(LONG, here)
+        await work_threads.run(LONG, here)
         assert not begun
-        lanes.close()
+        work_threads.close()
 
     asyncio.run(run())
 
@@ -55,12 +59,14 @@ def test_what_nobody_waits_for_holds_no_memory_until_its_turn_comes() -> None:
         """Something that a request brought."""
 
     async def run() -> None:
-        lanes, may_end = Lanes(), threading.Event()
-        holding = [asyncio.ensure_future(lanes.run(LONG, lambda: may_end.wait(30))) for _ in range(THREADS_PER_LANE)]
+        work_threads, may_end = WorkThreads(), threading.Event()
+        holding = [
+            asyncio.ensure_future(work_threads.run(LONG, lambda: may_end.wait(30))) for _ in range(THREADS_PER_POOL)
+        ]
         await asyncio.sleep(0)
         text = Text()
         seen = weakref.ref(text)
-        given_up = asyncio.ensure_future(lanes.run(LONG, partial(id, text)))
+        given_up = asyncio.ensure_future(work_threads.run(LONG, partial(id, text)))
         del text
         await asyncio.sleep(0)
         given_up.cancel()
@@ -70,6 +76,6 @@ def test_what_nobody_waits_for_holds_no_memory_until_its_turn_comes() -> None:
         assert seen() is None
         may_end.set()
         await asyncio.gather(*holding)
-        lanes.close()
+        work_threads.close()
 
     asyncio.run(run())

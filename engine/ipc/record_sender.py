@@ -32,7 +32,7 @@ class Records(Protocol):
     def send(self, record: OutputRecord) -> None: ...
 
 
-class RecordLine:
+class RecordSender:
     """`Records` over a socket."""
 
     def __init__(

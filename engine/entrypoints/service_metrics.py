@@ -40,7 +40,7 @@ STATE_GAUGES = (
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),
     ("waybill_weight_updates", "Complete updates of the weights, since the start.", "num_weight_updates"),
     ("waybill_paused", "1 while generation is paused.", "is_paused"),
-    ("waybill_held", "1 while the weights are not whole or memory is released.", "is_held"),
+    ("waybill_blocked", "1 while the weights are not whole or memory is released.", "is_blocked"),
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),
 )
 

@@ -278,8 +278,10 @@ def test_a_flush_is_refused_for_the_sake_of_any_rank(engine: Engine) -> None:
         stream.close()
         at_rest(engine)
         engine.flush_cache()
-        state = at_rest(engine)
-        assert [each["num_cached_pages"] for each in state["dp_ranks"]] == [0, 0]
+        # Rank 0 answers for all; what another says of itself may be from the moment before.
+        deadline = time.monotonic() + TIMEOUT_S
+        while at_rest(engine)["num_cached_pages"]:
+            assert time.monotonic() < deadline
         again = engine.generate(input_ids=prompt, sampling_params=greedy(1), routed_dp_rank=rank)
         assert again["meta_info"]["cached_tokens"] == 0
 

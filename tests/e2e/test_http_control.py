@@ -177,7 +177,7 @@ def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Ten
     assert chat.status_code == 503 and "torn" in chat.json()["error"]["message"]
     assert "torn" in refusal(http.post("/continue_generation"))
     assert "torn" in http.get("/get_server_info").json()["blocked"]
-    assert "waybill_held 1.0" in http.get("/metrics").text
+    assert "waybill_blocked 1.0" in http.get("/metrics").text
     assert http.get("/health").status_code == 200
     assert http.get("/health_generate").status_code == 503
     path = f"/dev/shm/waybill-test-{port}.safetensors"
@@ -187,7 +187,7 @@ def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Ten
     finally:
         Path(path).unlink()
     assert generate(http).json()["output_ids"] == started
-    assert "waybill_held 0.0" in http.get("/metrics").text
+    assert "waybill_blocked 0.0" in http.get("/metrics").text
 
 
 @pytest.mark.parametrize("rank", [0, 1])

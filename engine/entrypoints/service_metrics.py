@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from ..frontend.answer import Answer
 from ..io_struct import RequestOutput
@@ -16,33 +19,54 @@ logger = logging.getLogger(__name__)
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-# Metric, help and key of what the engine counts itself; a scrape reads them.
+# Metric, help and key in the state of the engine, which counts these itself; a scrape reads them.
 STATE_GAUGES = (
     ("waybill_running_requests", "Requests on a row of the pool.", "num_running"),
     ("waybill_queued_requests", "Requests that wait to run.", "num_waiting"),
-    ("waybill_retractions", "Requests that gave up their pages, since the start.", "num_retractions"),
     ("waybill_kv_pages", "Pages of the KV pool.", "num_pages"),
     ("waybill_kv_free_pages", "Pages that hold nothing.", "num_free_pages"),
     ("waybill_kv_cached_pages", "Pages of the prefix cache.", "num_cached_pages"),
-    (
-        "waybill_routed_experts_rows_filed",
-        "Rows that the ledger took in, since the start.",
-        "routed_experts_rows_filed",
-    ),
+    ("waybill_routing_ring_slots", "Steps of routing that may wait to be filed.", "routing_ring_slots"),
+    ("waybill_routing_ring_occupied", "Steps of routing that wait to be filed.", "routing_ring_occupied"),
+    ("waybill_max_step_seconds", "The longest step so far, from its launch to its result.", "max_step_s"),
+    ("waybill_paused", "1 while generation is paused.", "is_paused"),
+    ("waybill_blocked", "1 while the weights are not whole or memory is released.", "is_blocked"),
+)
+STATE_COUNTERS = (
+    ("waybill_retractions", "Requests that gave up their pages.", "num_retractions"),
+    ("waybill_routed_experts_rows_filed", "Rows that the ledger took in.", "routed_experts_rows_filed"),
     ("waybill_routed_experts_rows_shipped", "Rows sent or kept for a claim.", "routed_experts_rows_shipped"),
     ("waybill_routed_experts_bytes_shipped", "Their bytes, compact.", "routed_experts_bytes_shipped"),
     ("waybill_routed_experts_refused", "Answers whose rows were missing.", "routed_experts_refused"),
-    ("waybill_routing_ring_slots", "Steps of routing that may wait to be filed.", "routing_ring_slots"),
-    ("waybill_routing_ring_occupied", "Steps of routing that wait to be filed.", "routing_ring_occupied"),
-    ("waybill_routing_ring_waits", "Steps that waited for a free slot, since the start.", "routing_ring_waits"),
-    ("waybill_record_waits", "Records that waited for the output processor, since the start.", "record_waits"),
-    ("waybill_max_step_seconds", "The longest step so far, from its launch to its result.", "max_step_s"),
+    ("waybill_routing_ring_waits", "Steps that waited for a free slot of the ring.", "routing_ring_waits"),
+    ("waybill_record_waits", "Records that waited for the output processor.", "record_waits"),
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),
-    ("waybill_weight_updates", "Complete updates of the weights, since the start.", "num_weight_updates"),
-    ("waybill_paused", "1 while generation is paused.", "is_paused"),
-    ("waybill_blocked", "1 while the weights are not whole or memory is released.", "is_blocked"),
+    ("waybill_weight_updates", "Complete updates of the weights.", "num_weight_updates"),
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),
 )
+
+
+class EngineStateCollector(Collector):
+    """What the engine says of itself, as of the last scrape that reached it; nothing before the first."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        if self.state is None:
+            return
+        for name, text, key in STATE_GAUGES:
+            yield GaugeMetricFamily(name, text, self.state[key])
+        for name, text, key in STATE_COUNTERS:
+            yield CounterMetricFamily(name, text, self.state[key])
+        waits = CounterMetricFamily(
+            "waybill_sync_wait_seconds",
+            "Time that dp rank `rank` waited for `straggler`, which came last, and why that one was late.",
+            labels=["rank", "straggler", "cause"],
+        )
+        for wait in self.state["sync_waits"]:
+            waits.add_metric([str(wait["rank"]), str(wait["straggler"]), wait["cause"]], wait["seconds"])
+        yield waits
 
 
 class ServiceMetrics:
@@ -70,13 +94,8 @@ class ServiceMetrics:
         self._hit_rate = Gauge(
             "waybill_cache_hit_rate", "Share of prompt tokens found in the cache, since the start.", registry=registry
         )
-        self._state = {key: Gauge(name, text, registry=registry) for name, text, key in STATE_GAUGES}
-        self._sync_waits = Gauge(
-            "waybill_sync_wait_seconds",
-            "Time that dp rank `rank` waited for `straggler`, which came last, and why that one was late; since the start.",
-            ["rank", "straggler", "cause"],
-            registry=registry,
-        )
+        self._engine = EngineStateCollector()
+        registry.register(self._engine)
         self._last_seen: dict[str, float] = {}
         self._num_prompt = self._num_cached = 0
 
@@ -121,10 +140,7 @@ class ServiceMetrics:
 
     def render(self, state: dict[str, Any] | None) -> bytes:
         """The text form; `state` is the engine's, None while it is not there."""
-        for key, gauge in self._state.items():
-            if state is not None:
-                gauge.set(state[key])
-        for wait in [] if state is None else state["sync_waits"]:
-            self._sync_waits.labels(wait["rank"], wait["straggler"], wait["cause"]).set(wait["seconds"])
+        if state is not None:
+            self._engine.state = state
         self._hit_rate.set(self._num_cached / self._num_prompt if self._num_prompt else 0.0)
         return generate_latest(self._registry)

@@ -335,7 +335,7 @@ def test_metrics_count_what_happened(http: httpx.Client) -> None:
     assert grew('waybill_requests_total{outcome="refused"}') == 1
     assert grew("waybill_prompt_tokens_total") == len(prompt)
     assert grew("waybill_output_tokens_total") == 6
-    assert grew("waybill_routed_experts_rows_shipped") == len(int32_rows(answer))
+    assert grew("waybill_routed_experts_rows_shipped_total") == len(int32_rows(answer))
     assert after["waybill_kv_pages"] == 16384
 
 

@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Engine": ".launch.engine",
     "EngineConfig": ".engine.config",
-    "EngineDeadError": ".engine.frontend.tokenizer_manager",
-    "EngineStartError": ".engine.frontend.tokenizer_manager",
+    "EngineDeadError": ".engine.frontend.engine_connection",
+    "EngineStartError": ".engine.frontend.engine_connection",
     "GenerationError": ".engine.frontend.answer",
     "RoutedExperts": ".engine.routing.wire",
     "SamplingParams": ".engine.io_struct",

@@ -21,8 +21,9 @@ import msgspec
 from ..engine.config import EngineConfig
 from ..engine.control.methods import ControlMethods
 from ..engine.control.operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
+from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
 from ..engine.frontend.generate_request import GenerateReqInput, parse_generate_request
-from ..engine.frontend.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.frontend.tokenizer_manager import TokenizerManager
 from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.routing.wire import RoutedExperts
 from ..engine.text.tokenizer_file import load_tokenizer
@@ -233,7 +234,7 @@ class Engine(ControlMethods):
         Raises:
             ValueError: the claim is unknown or has expired.
         """
-        return self._call(self._manager.fetch_routed_experts(claim))
+        return self._call(self._manager.queries.fetch_routed_experts(claim))
 
     # --- life -------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from ..engine.entrypoints.json_log import log_json_lines
 from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.frontend.chat_template import load_chat_template
-from ..engine.frontend.tokenizer_manager import EngineDeadError, EngineStartError, TokenizerManager
+from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
+from ..engine.frontend.tokenizer_manager import TokenizerManager
 from ..engine.ipc.critical_thread import EXIT_PART_FAILED, end_process
 from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
 from ..engine.ipc.lifeline import watch_lifeline

@@ -28,8 +28,9 @@ from rich.progress import Progress
 from ..engine.config import EngineConfig
 from ..engine.control.operations import FlushCache
 from ..engine.frontend.chat_template import ChatTemplate, load_chat_template
+from ..engine.frontend.engine_connection import EngineStartError
 from ..engine.frontend.generate_request import parse_generate_request
-from ..engine.frontend.tokenizer_manager import EngineStartError, TokenizerManager
+from ..engine.frontend.tokenizer_manager import TokenizerManager
 from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
 from ..engine.ipc.lifeline import watch_lifeline
 from ..engine.routing.wire import stitch

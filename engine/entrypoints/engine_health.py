@@ -49,7 +49,7 @@ class EngineHealth:
             return self._manager.refusal
         now = time.monotonic()
         is_recent, self._checked_at = now - self._checked_at <= self._timeout_s, now
-        num_outputs, self._num_outputs = self._num_outputs, self._manager.num_outputs
+        num_outputs, self._num_outputs = self._num_outputs, self._manager.outputs.num_outputs
         if is_recent and self._num_outputs > num_outputs:
             # Tokens since the last check: all ranks have made the step that they come from.
             return None
@@ -65,7 +65,7 @@ class EngineHealth:
         tokens: asyncio.Task[str | None] | None = None
         try:
             while True:
-                states = [reply.state for reply in await self._manager.get_leader_states()]
+                states = [reply.state for reply in await self._manager.queries.get_leader_states()]
                 if self._manager.controls.is_under_way or any(
                     state["is_paused"] or state["is_blocked"] for state in states
                 ):

@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from ..frontend.admission import OverloadedError
 from ..frontend.answer import GenerationError
+from ..frontend.engine_connection import EngineDeadError
 from ..frontend.engine_controls import StorageError
 from ..frontend.generation_gate import UnavailableError
-from ..frontend.tokenizer_manager import EngineDeadError
 from ..validation.field_error import FieldError
 from .json_log import FIELDS
 

@@ -10,7 +10,8 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from ..frontend.tokenizer_manager import EngineDeadError, TokenizerManager
+from ..frontend.engine_connection import EngineDeadError
+from ..frontend.tokenizer_manager import TokenizerManager
 from .engine_health import EngineHealth
 from .errors import error_response, json_response
 from .service_metrics import ServiceMetrics
@@ -103,4 +104,4 @@ def info_router(
 def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str, Any]:
     config = manager.config
     options = {name: getattr(config, name) for name in config.__struct_fields__}
-    return {**options, **state, "routed_experts_endpoint": manager.queries_endpoint}
+    return {**options, **state, "routed_experts_endpoint": manager.queries.claims_address}

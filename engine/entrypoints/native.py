@@ -153,7 +153,7 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
     @router.get("/routed_experts/{claim}")
     async def fetch_routed_experts(claim: str) -> Response:
         try:
-            routed = await manager.fetch_routed_experts(claim)
+            routed = await manager.queries.fetch_routed_experts(claim)
         except ClaimError as error:
             return error_response(str(error), 410)
         headers = {META_HEADER: meta_header(routed.meta)}

@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..frontend.admission import OverloadedError
+from ..frontend.engine_connection import EngineDeadError
 from ..frontend.generation_gate import UnavailableError
-from ..frontend.tokenizer_manager import EngineDeadError
 
 logger = logging.getLogger(__name__)
 

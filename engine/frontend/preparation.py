@@ -40,6 +40,11 @@ class Preparation:
         self._admission = admission
         self._observer = observer
 
+    @property
+    def num_held(self) -> int:
+        """Samples that have a place: from before they are tokenised until they end."""
+        return self._admission.num_taken
+
     async def prepare(self, request: GenerateReqInput, limits: EngineLimits) -> PreparedRequest:
         """
         Raises:

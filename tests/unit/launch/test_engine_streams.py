@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from waybill.engine.frontend.tokenizer_manager import EngineDeadError
+from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.launch.engine import Engine, end_tasks
 
 

@@ -25,11 +25,12 @@ from waybill.engine.entrypoints.openai.serving_chat import ChatServing
 from waybill.engine.entrypoints.openai.serving_completions import CompletionServing
 from waybill.engine.entrypoints.responses import unless_disconnected
 from waybill.engine.frontend.chat_template import ChatTemplate
+from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.engine.frontend.generate_request import parse_generate_request
 from waybill.engine.frontend.preparation import PreparedRequest
 from waybill.engine.frontend.request_limits import EngineLimits
 from waybill.engine.frontend.request_observer import NoObserver
-from waybill.engine.frontend.tokenizer_manager import EngineDeadError, TokenizerManager
+from waybill.engine.frontend.tokenizer_manager import TokenizerManager
 from waybill.engine.text.tokenizer_file import load_tokenizer
 from waybill.launch.args import EMBEDDED_MODEL
 
@@ -288,7 +289,7 @@ def test_names_of_aborts_are_bounded_and_fields_known(tmp_path: Path) -> None:
     async def run() -> None:
         async with edge(tmp_path) as (service, client):
             sent: list[Any] = []
-            service.manager._link.send_to_all = sent.append  # type: ignore[method-assign]
+            service.manager._connection.link.send_to_all = sent.append  # type: ignore[method-assign]
             for body, words in (
                 ({"rid": "x" * 2_000}, "rid: String should have at most 528 characters"),
                 ({"rid": "a", "colour": 1}, "colour: is no field"),

@@ -12,7 +12,7 @@ import pytest
 
 from waybill.engine.entrypoints.engine_health import EngineHealth
 from waybill.engine.frontend.admission import OverloadedError
-from waybill.engine.frontend.tokenizer_manager import EngineDeadError
+from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.engine.io_struct import ControlReply
 
 # Long enough for a busy machine to get to what ends the check, short where the check must run into it.
@@ -33,15 +33,16 @@ class FakeManager:
     answers: bool = True
     reasons: list[Any] = field(default_factory=lambda: [LENGTH])
     refusal: str | None = None
-    num_outputs: int = 0
+    outputs: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(num_outputs=0))
     num_questions: int = 0
     asked_ranks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.config = SimpleNamespace(dp_size=self.dp_size)
         self.controls = SimpleNamespace(is_under_way=False)
+        self.queries = SimpleNamespace(get_leader_states=self._get_leader_states)
 
-    async def get_leader_states(self) -> list[ControlReply]:
+    async def _get_leader_states(self) -> list[ControlReply]:
         self.num_questions += 1
         if not self.answers:
             await asyncio.Event().wait()
@@ -146,7 +147,7 @@ def test_tokens_since_the_last_check_count_and_nobody_is_asked() -> None:
         for _ in range(3):
             assert await health.problem() is None
             asked.append(manager.num_questions)
-            manager.num_outputs += 1
+            manager.outputs.num_outputs += 1
         return asked
 
     first, second, third = asyncio.run(run())

@@ -1,4 +1,4 @@
-"""What the frontend does about callers that do not read, requests that fail behind the engine, and what it cannot read."""
+"""What the frontend does about requests that fail behind the engine, ends that nobody knows, and what it cannot read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import zmq
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.frontend.answer import GenerationError
+from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.engine.frontend.generate_request import parse_generate_request
-from waybill.engine.frontend.tokenizer_manager import MAX_UNREAD_OUTPUTS, EngineDeadError, TokenizerManager
+from waybill.engine.frontend.tokenizer_manager import TokenizerManager
 from waybill.engine.io_struct import ControlReply, FinishReason, OutputBatch, RequestOutput
 from waybill.engine.ipc.frontend_messages import AbortReq, FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.ipc.sockets import Receiver
@@ -125,7 +126,7 @@ def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_
 
 def test_many_samples_of_a_long_prompt_are_sent_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between them others have their turn; and a caller who leaves meanwhile leaves no load behind on the rank."""
-    monkeypatch.setattr("waybill.engine.frontend.tokenizer_manager.MAX_SENT_BYTES", 12)
+    monkeypatch.setattr("waybill.engine.frontend.requests_at_engine.MAX_SENT_BYTES", 12)
 
     async def check(wiring: Wiring) -> None:
         request = parse_generate_request({"input_ids": [1, 2], "sampling_params": {"n": 5, "temperature": 1.0}})
@@ -135,11 +136,11 @@ def test_many_samples_of_a_long_prompt_are_sent_in_parts(tmp_path: Path, monkeyp
             await asyncio.sleep(0)
             counts.append(len(wiring.manager._at_engine))
         assert {2, 4} <= set(counts) <= {0, 2, 4}
-        assert wiring.manager._dp_router.load == [5]
+        assert wiring.manager._at_engine._dp_router.load == [5]
         answers.cancel()
         with pytest.raises(asyncio.CancelledError):
             await answers
-        assert wiring.manager._dp_router.load == [4], "those that were sent"
+        assert wiring.manager._at_engine._dp_router.load == [4], "those that were sent"
         assert wiring.manager.num_unfinished == 0
 
     with_wiring(tmp_path, check)
@@ -169,8 +170,8 @@ def out_of_memory(wiring: Wiring) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    wiring.manager._deliver = fail  # type: ignore[method-assign]
-    wiring.say(OutputBatch([output("a")]))
+    wiring.manager._at_engine.end = fail  # type: ignore[method-assign]
+    wiring.say(OutputBatch([output("a", finish_reason=FinishReason("length", length=1))]))
 
 
 @pytest.mark.parametrize("fault", [malformed_output, frames_without_an_owner, out_of_memory])
@@ -192,7 +193,7 @@ def test_a_task_that_fails_is_noticed_and_every_caller_told(tmp_path: Path, faul
 
 def test_a_malformed_reply_of_an_output_processor_is_noticed_too(tmp_path: Path) -> None:
     async def check(wiring: Wiring) -> None:
-        fetch = asyncio.create_task(wiring.manager.fetch_routed_experts("c"))
+        fetch = asyncio.create_task(wiring.manager.queries.fetch_routed_experts("c"))
         while not wiring.queries.poll(0):
             await asyncio.sleep(0.01)
         identity, _ = wiring.queries.recv_multipart()
@@ -202,35 +203,3 @@ def test_a_malformed_reply_of_an_output_processor_is_noticed_too(tmp_path: Path)
         assert len(wiring.failures) == 1
 
     with_wiring(tmp_path, check)
-
-
-def test_all_samples_of_a_request_that_nobody_reads_are_aborted_and_no_other(tmp_path: Path) -> None:
-    async def run() -> set[str]:
-        context = zmq.Context()
-        leader: Receiver[FrontendMessage] = Receiver(context, f"ipc://{tmp_path}/leader", FrontendMessage)
-        manager = TokenizerManager(
-            EngineConfig(model_path="m"),
-            None,
-            leaders=[f"ipc://{tmp_path}/leader"],
-            frontend=f"ipc://{tmp_path}/frontend",
-            queries=[f"ipc://{tmp_path}/queries"],
-        )
-        unread: asyncio.Queue[object] = asyncio.Queue()
-        manager._events = {"a": unread, "ab": unread, "other": asyncio.Queue()}  # type: ignore[dict-item]
-        step = OutputBatch([output("a"), output("ab"), output("other")])
-        for _ in range(MAX_UNREAD_OUTPUTS - 1):
-            manager._deliver(step, [])
-            manager._events["other"].get_nowait()
-        assert not leader.wait(0.05), "not yet"
-        manager._deliver(step, [])
-        aborted = set()
-        while leader.wait(0.2):
-            message = leader.receive_nowait()
-            assert isinstance(message, AbortReq) and message.exact
-            aborted.add(message.rid)
-        manager.close()
-        leader.close()
-        context.term()
-        return aborted
-
-    assert asyncio.run(run()) == {"a", "ab"}

@@ -1,0 +1,82 @@
+"""Questions to the engine's processes that no step answers: states, counters, the rows behind claims."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from ..io_struct import ControlReply, CountersReply, FetchClaimReq, GetCountersReq, OutputQuery, OutputReply
+from ..ipc.frontend_messages import GetInternalStateReq
+from ..ipc.sockets import Endpoint, address_of
+from ..routing.claims import ClaimError, processor_of
+from ..routing.wire import RoutedExperts, decode
+from .admission import OverloadedError
+from .engine_connection import EngineConnection
+from .engine_controls import CONTROL_TIMEOUT_S
+from .engine_state import add_counters, merge_states
+
+# Claims fetched at once.
+MAX_FETCHES = 16
+
+
+class EngineQueries:
+    """Asks the leaders of all dp ranks and the output processors behind `endpoints`."""
+
+    def __init__(self, connection: EngineConnection, endpoints: Sequence[Endpoint | str], dp_size: int) -> None:
+        self._connection = connection
+        self._dp_size = dp_size
+        # Where claims of this node are fetched without HTTP: a ROUTER that takes `FetchClaimReq`.
+        self.claims_address = address_of(endpoints[0])
+        # Rows on their way from there to here: few at once, so that they never wait for each other in a socket's queue.
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
+
+    async def get_state(self) -> dict[str, Any]:
+        """The leaders' states, merged, and the sums of the output processors' counters."""
+        states = await self.get_leader_states()
+        num_processors = len(self._connection.query_sockets)
+        counters = await asyncio.gather(
+            *(self._ask_processor(index, GetCountersReq) for index in range(num_processors))
+        )
+        return {**merge_states(states), **add_counters([reply for reply, _ in counters])}
+
+    async def get_leader_states(self) -> list[ControlReply]:
+        """What each leader says of itself, between two of its steps."""
+        return await asyncio.gather(*map(self._ask_leader, range(self._dp_size)))
+
+    async def fetch_routed_experts(self, claim: str) -> RoutedExperts:
+        """The rows behind a claim, verified.
+
+        Raises:
+            ClaimError: the claim is unknown or has expired.
+            OverloadedError: too many rows are on their way already.
+            ValueError: what arrived is damaged.
+        """
+        processor = processor_of(claim, len(self._connection.query_sockets))
+        async with self._fetches:
+            reply, frames = await self._ask_processor(processor, lambda op_id: FetchClaimReq(op_id, claim))
+        assert not isinstance(reply, CountersReply)
+        if reply.is_busy:
+            raise OverloadedError(str(reply.error))
+        if reply.meta is None:
+            raise ClaimError(reply.error)
+        return decode(reply.meta, frames[0])
+
+    async def _ask_leader(self, dp_rank: int) -> ControlReply:
+        op_id = uuid.uuid4().hex
+        future = self._connection.replies.expect(op_id)
+        self._connection.link.ask(dp_rank, GetInternalStateReq(op_id))
+        reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
+        return reply
+
+    async def _ask_processor(
+        self, processor: int, make: Callable[[str], OutputQuery]
+    ) -> tuple[OutputReply, list[bytes]]:
+        op_id = uuid.uuid4().hex
+        future = self._connection.replies.expect(op_id)
+        await self._connection.query_sockets[processor].send(msgspec.msgpack.encode(make(op_id)))
+        reply: tuple[OutputReply, list[bytes]] = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
+        return reply

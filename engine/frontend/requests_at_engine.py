@@ -1,0 +1,75 @@
+"""Requests that were sent to the engine and are not yet told to have ended, whoever still waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from ..ipc.frontend_messages import AbortReq
+from .dp_router import DpRouter
+from .generate_request import GenerateReqInput, SampleRequest
+from .generation_gate import GenerationGate
+from .leader_link import LeaderLink
+from .preparation import tokenized_request
+
+logger = logging.getLogger(__name__)
+
+# Prompts' bytes that are sent to leaders in one go.
+MAX_SENT_BYTES = 4 << 20
+
+
+class RequestsAtEngine:
+    """Sends samples to the dp rank that the router chooses, which has their load until their end is told."""
+
+    def __init__(self, link: LeaderLink, dp_router: DpRouter, gate: GenerationGate) -> None:
+        self._link = link
+        self._dp_router = dp_router
+        self._gate = gate
+        self._dp_ranks: dict[str, int] = {}
+
+    def __contains__(self, rid: str) -> bool:
+        return rid in self._dp_ranks
+
+    def __len__(self) -> int:
+        return len(self._dp_ranks)
+
+    async def send(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
+        """Send the samples of one prompt to one dp rank; other requests have their turn after some megabytes."""
+        input_ids = samples[0].input_ids.astype("<i4", copy=False).tobytes()
+        dp_rank = self._dp_router.choose(
+            input_ids,
+            request.extra_key or "",
+            session_id=request.session_id,
+            routed_dp_rank=request.routed_dp_rank,
+            num_samples=len(samples),
+        )
+        num_sent = num_bytes = 0
+        try:
+            for sample in samples:
+                self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
+                self._dp_ranks[sample.rid] = dp_rank
+                num_sent += 1
+                num_bytes += len(input_ids)
+                if num_bytes >= MAX_SENT_BYTES:
+                    num_bytes = 0
+                    await asyncio.sleep(0)
+                    # What was sent may have ended, and an update of weights begun.
+                    await self._gate.enter()
+        finally:
+            for _ in range(len(samples) - num_sent):
+                self._dp_router.release(dp_rank)
+
+    def abort(self, rid: str) -> None:
+        """Have the one that is named exactly so ended, if it has not."""
+        self._link.send_to_all(lambda number: AbortReq(number, rid, exact=True))
+
+    def end(self, rid: str) -> None:
+        """The engine has told the end of one."""
+        dp_rank = self._dp_ranks.pop(rid, None)
+        if dp_rank is None:
+            # Every request is at the engine until its one finish is told.
+            logger.error("%s: an end was told of a request that is not at the engine", rid)
+            return
+        self._dp_router.release(dp_rank)

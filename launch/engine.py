@@ -21,6 +21,7 @@ import msgspec
 from ..engine.config import EngineConfig
 from ..engine.control.methods import ControlMethods
 from ..engine.control.operations import ControlOperation, UpdateWeightsFromDisk, UpdateWeightsFromTensor
+from ..engine.frontend.cumulative_answer import cumulative
 from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
 from ..engine.frontend.generate_request import GenerateReqInput, parse_generate_request
 from ..engine.frontend.tokenizer_manager import TokenizerManager
@@ -147,7 +148,7 @@ class Engine(ControlMethods):
     async def _pump(self, request: GenerateReqInput, put: Callable[[Any], object]) -> None:
         """Feed a stream's items to `put`, then None, or the error that ended it."""
         try:
-            async for item in self._manager.generate(request, form="array"):
+            async for item in cumulative(self._manager.generate(request, form="array")):
                 put(item)
             put(None)
         except asyncio.CancelledError:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
+from ..frontend.cumulative_answer import cumulative
 from ..frontend.generate_request import CHAR_COST_US, GenerateReqInput
 from ..frontend.preparation import PreparedRequest
 from ..frontend.text_codec import DECODE_COST_US, TextCodec
@@ -112,6 +113,39 @@ def is_large(prepared: PreparedRequest) -> bool:
     return any(one.return_routed_experts or one.return_logprob for one in options)
 
 
+async def answer_generate(manager: TokenizerManager, request: GenerateReqInput, http: Request) -> Response:
+    """What `/generate` answers.
+
+    Raises:
+        ValueError: the request does not fit the engine, and has no stream to say so in.
+    """
+
+    def refusal(error: Exception) -> dict[str, Any]:
+        return refused_event(request, str(error))
+
+    try:
+        prepared = await unless_disconnected(http, manager.prepare(request), PreparedRequest.release)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_GONE)
+    except ValueError as error:
+        if not request.stream:
+            raise
+        return EventStream(only(refusal(error)), refusal)
+    finally:
+        # Tokens have taken its place.
+        release_body(http)
+    if request.stream:
+        events = cumulative(manager.generate(prepared, form="json"))
+        return EventStream(events, refusal, on_end=prepared.release)
+    try:
+        answer = await unless_disconnected(http, first_answer(manager, prepared))
+    except ClientGoneError:
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        prepared.release()
+    return await encode_json(answer, large=is_large(prepared))
+
+
 def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
     """Routes of the native API over `manager`."""
     router = APIRouter(route_class=bodies.route_class())
@@ -119,31 +153,7 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
     @router.post("/generate")
     @router.put("/generate", include_in_schema=False)
     async def generate(body: GenerateReqInput, http: Request) -> Response:
-        request = with_session(body, http)
-
-        def refusal(error: Exception) -> dict[str, Any]:
-            return refused_event(request, str(error))
-
-        try:
-            prepared = await unless_disconnected(http, manager.prepare(request), PreparedRequest.release)
-        except ClientGoneError:
-            return Response(status_code=CLIENT_GONE)
-        except ValueError as error:
-            if not request.stream:
-                raise
-            return EventStream(only(refusal(error)), refusal)
-        finally:
-            # Tokens have taken its place.
-            release_body(http)
-        if request.stream:
-            return EventStream(manager.generate(prepared, form="json"), refusal, on_end=prepared.release)
-        try:
-            answer = await unless_disconnected(http, first_answer(manager, prepared))
-        except ClientGoneError:
-            return Response(status_code=CLIENT_GONE)
-        finally:
-            prepared.release()
-        return await encode_json(answer, large=is_large(prepared))
+        return await answer_generate(manager, with_session(body, http), http)
 
     @router.post("/abort_request")
     async def abort_request(body: AbortRequestInput) -> Response:

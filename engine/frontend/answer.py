@@ -1,4 +1,4 @@
-"""A caller's answer as it grows, and its rendering in the API's form."""
+"""How one sample fares, and what its outputs are in the API's form."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GenerationError(RuntimeError):
 
 
 class Answer:
-    """Collects the outputs of one sample. Text and ids are cumulative, as streams of the dialect are.
+    """Follows the outputs of one sample: a stream has one a step, each with what is new, any other answer one in all.
 
     In the form "array" the compact format is a numpy array [rows, moe_layers, top_k]; int32 is base64 there, too.
     """
@@ -53,8 +53,7 @@ class Answer:
         self._form = form
         self._num_layers_total = num_layers_total
         self.began = time.perf_counter()
-        self._text = ""
-        self._output_ids: list[int] = []
+        self.completion_tokens = 0
         self._logprobs = AnswerLogprobs(self._options, token_text) if self._options.return_logprob else None
         self._last: RequestOutput | None = None
         self._routed: RoutedExperts | None = None
@@ -80,23 +79,17 @@ class Answer:
         return 0 if self._last is None else self._last.cached_tokens
 
     @property
-    def completion_tokens(self) -> int:
-        return len(self._output_ids)
-
-    @property
     def routed_experts_error(self) -> str | None:
         return None if self._last is None else self._last.routed_experts_error
 
     def add(self, output: RequestOutput, routed: RoutedExperts | None) -> None:
         self._last = output
-        self._text += output.text
-        self._output_ids += output.token_ids
-        if self._logprobs is not None:
-            self._logprobs.add(output.logprobs or Logprobs(), output.token_ids)
+        self.completion_tokens += len(output.token_ids)
         self._routed = routed
 
     async def render(self) -> dict[str, Any]:
-        """The answer so far: `{text, output_ids, meta_info}`."""
+        """The last output: `{text, output_ids, meta_info}`. Text, ids, log-probabilities and rows are what is new in it,
+        the rest is the state now."""
         last = self._last
         assert last is not None
         meta: dict[str, Any] = {
@@ -111,17 +104,17 @@ class Answer:
             "num_retractions": last.num_retractions,
         }
         if self._logprobs is not None:
-            meta.update(self._logprobs.render())
+            meta.update(self._logprobs.render(last.logprobs or Logprobs(), last.token_ids))
         if self._options.return_routed_experts and (self.is_finished or self._options.stream_routed_experts):
             meta.update(await self._render_routes(last))
-        return {"text": self._text, "output_ids": list(self._output_ids), "meta_info": meta}
+        return {"text": last.text, "output_ids": last.token_ids, "meta_info": meta}
 
     async def _render_routes(self, last: RequestOutput) -> dict[str, Any]:
         """Rows in the asked form beside their envelope, a claim in their place, or the reason why there are none."""
         envelope = last.routed_experts
         reason = last.finish_reason
         is_int32 = self._options.routed_experts_format == "int32"
-        if reason is not None and reason.type == "abort" and not self._output_ids and is_int32:
+        if reason is not None and reason.type == "abort" and not self.completion_tokens and is_int32:
             # Readers of this form count on the rows of all tokens but the last, or on none.
             return {}
         if envelope is None:

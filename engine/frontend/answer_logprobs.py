@@ -1,4 +1,4 @@
-"""The log-probabilities of a caller's answer as it grows, and their rendering in the API's form."""
+"""The log-probabilities of an output in the API's form."""
 
 from __future__ import annotations
 
@@ -11,34 +11,28 @@ from ..io_struct import Logprobs, OutputOptions
 LogprobTriple = tuple[float | None, int, str | None]
 TokenText = Callable[[int], str]
 
+# Lists that grow with an answer, as they are named in its `meta_info`.
+LOGPROB_FIELDS = ("output_token_logprobs", "input_token_logprobs", "output_top_logprobs", "input_top_logprobs")
+
 
 class AnswerLogprobs:
-    """Collects those of one sample. Triples are made once: a stream renders all that came so far with every event."""
+    """Renders those of one sample, as far as they were asked for."""
 
     def __init__(self, options: OutputOptions, token_text: TokenText | None) -> None:
         self._options = options
         self._token_text = token_text if options.return_text_in_logprobs else None
-        self._output: list[LogprobTriple] = []
-        self._output_top: list[list[LogprobTriple]] = []
-        self._input: list[LogprobTriple] = []
-        self._input_top: list[list[LogprobTriple] | None] = []
 
-    def add(self, new: Logprobs, token_ids: Sequence[int]) -> None:
+    def render(self, new: Logprobs, token_ids: Sequence[int]) -> dict[str, Any]:
         """`token_ids` are those that the outputs of `new` belong to."""
-        self._output += self._triples(zip(new.output, token_ids, strict=True))
-        self._output_top += [self._triples(pairs) for pairs in new.output_top]
-        self._input += self._triples(new.input)
-        self._input_top += [None if pairs is None else self._triples(pairs) for pairs in new.input_top]
-
-    def render(self) -> dict[str, Any]:
-        """All of them so far, as far as they were asked for."""
-        fields: dict[str, Any] = {"output_token_logprobs": list(self._output)}
+        fields: dict[str, Any] = {"output_token_logprobs": self._triples(zip(new.output, token_ids, strict=True))}
         if self._options.returns_prompt_logprobs:
-            fields["input_token_logprobs"] = list(self._input)
+            fields["input_token_logprobs"] = self._triples(new.input)
         if self._options.top_logprobs_num:
-            fields["output_top_logprobs"] = list(self._output_top)
+            fields["output_top_logprobs"] = [self._triples(pairs) for pairs in new.output_top]
             if self._options.returns_prompt_logprobs:
-                fields["input_top_logprobs"] = list(self._input_top)
+                fields["input_top_logprobs"] = [
+                    None if pairs is None else self._triples(pairs) for pairs in new.input_top
+                ]
         return fields
 
     def _triples(self, pairs: Iterable[tuple[float | None, int]]) -> list[LogprobTriple]:

@@ -154,7 +154,8 @@ class TokenizerManager:
         *,
         form: RoutesForm = "base64",
     ) -> AsyncIterator[dict[str, Any] | list[Any]]:
-        """Answers in the API's form; with `stream` one item per step and request, else one item in all.
+        """Answers in the API's form: with `stream` one item per step and sample, which has what is new (`cumulative` joins
+        them), else one item in all.
 
         A single prompt with one sample gives a dict. A batch, or `n` samples, gives a list in order; streamed, its items
         carry `index`. Leaving the iterator early aborts what still runs. What was not prepared before is prepared.
@@ -214,6 +215,7 @@ class TokenizerManager:
                 raise event
             output, routed = event
             index, answer = by_rid[output.rid]
+            assert request.stream or output.finish_reason is not None, "whole answers come at once"
             answer.add(output, routed)
             self._observer.on_output(answer, output)
             if output.finish_reason is not None:

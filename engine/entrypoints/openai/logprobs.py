@@ -26,17 +26,15 @@ class CompletionLogprobs:
             self._prompt_offsets = text.offsets(skip_special_tokens=False)
             start = len(text.decode(prompt_ids, skip_special_tokens=False)) if text.is_there else 0
         self._offsets = text.offsets(skip_special_tokens=skip_special_tokens, start=start)
-        self._num_told = 0
 
     def take(self, answer: Answer) -> dict[str, Any]:
-        """What the answer so far has beyond what was taken before."""
+        """Those of a whole answer, or of a stream's next chunk."""
         meta = answer["meta_info"]
-        triples: list[Triple] = list(meta["output_token_logprobs"][self._num_told :])
-        tops: list[list[Triple] | None] = list(meta.get("output_top_logprobs", [])[self._num_told :])
+        triples: list[Triple] = meta["output_token_logprobs"]
+        tops: list[list[Triple] | None] = meta.get("output_top_logprobs", [])
         offsets = [self._offsets.next(token) for _, token, _ in triples]
-        self._num_told += len(triples)
         if self._prompt_offsets is not None:
-            prompt = list(meta.get("input_token_logprobs", []))
+            prompt = meta.get("input_token_logprobs", [])
             offsets = [*(self._prompt_offsets.next(token) for _, token, _ in prompt), *offsets]
             triples = [*prompt, *triples]
             tops = [*meta.get("input_top_logprobs", []), *tops]
@@ -61,12 +59,12 @@ class CompletionLogprobs:
         return named
 
 
-def chat_logprobs(answer: Answer, first: int, text: TextCodec) -> dict[str, Any]:
-    """Those of the output tokens from `first` on, as `/v1/chat/completions` has them."""
+def chat_logprobs(answer: Answer, text: TextCodec) -> dict[str, Any]:
+    """Those of the output tokens of an answer or a chunk, as `/v1/chat/completions` has them."""
     meta = answer["meta_info"]
     tops = meta.get("output_top_logprobs", [])
     content = []
-    for position, triple in enumerate(meta["output_token_logprobs"][first:], first):
+    for position, triple in enumerate(meta["output_token_logprobs"]):
         alternatives = tops[position] if position < len(tops) else []
         content.append(_chat_entry(triple, text) | {"top_logprobs": [_chat_entry(one, text) for one in alternatives]})
     return {"content": content}

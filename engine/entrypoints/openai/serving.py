@@ -32,15 +32,8 @@ ROUTE_FIELDS = (
     "routed_experts_dtype",
 )
 
+# A whole answer, or what is new of one in a stream.
 Answer = dict[str, Any]
-
-
-@dataclass
-class Sent:
-    """What a stream has told of one choice so far."""
-
-    num_chars: int = 0
-    num_tokens: int = 0
 
 
 @dataclass

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...frontend.chat_template import ChatTemplate
+from ...frontend.cumulative_answer import CumulativeAnswer
 from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
 from ...frontend.preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
@@ -18,7 +19,7 @@ from ...validation.field_error import FieldError
 from . import serving
 from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest
-from .serving import Answer, Head, Sent
+from .serving import Answer, Head
 
 # What a template takes for a message.
 MESSAGE_COST_US = 50.0
@@ -89,7 +90,7 @@ class ChatServing:
             choice = {
                 "index": index,
                 "message": {"role": "assistant", "content": answer["text"]},
-                "logprobs": chat_logprobs(answer, 0, self._manager.text) if body.logprobs else None,
+                "logprobs": chat_logprobs(answer, self._manager.text) if body.logprobs else None,
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
@@ -104,7 +105,7 @@ class ChatServing:
     def _choice_extras(body: ChatCompletionRequest, answer: Answer) -> dict[str, Any]:
         extras: dict[str, Any] = {}
         if body.return_meta_info:
-            extras["meta_info"] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
+            extras["meta_info"] = meta_info(answer)
         if body.return_routed_experts and body.n > 1:
             extras["sglext"] = serving.routes_of(answer)
         return extras
@@ -115,7 +116,8 @@ class ChatServing:
         self, body: ChatCompletionRequest, head: Head, prepared: PreparedRequest
     ) -> AsyncIterator[dict[str, Any]]:
         samples = prepared.samples
-        sent = [Sent() for _ in samples]
+        # What the last chunk of a choice tells of all its tokens.
+        whole = [CumulativeAnswer() for _ in samples]
         last: list[Answer] = [{} for _ in samples]
         for index in range(len(samples)):
             yield self._chunk(head, index, {"role": "assistant", "content": ""}, None)
@@ -124,7 +126,9 @@ class ChatServing:
                 answer: Answer = dict(item)
                 index = answer.pop("index", 0)
                 last[index] = answer
-                yield self._delta(body, head, index, answer, sent[index])
+                if body.return_meta_info:
+                    whole[index].add(answer)
+                yield self._delta(body, head, index, answer, whole[index])
                 failure = serving.failure_of(answer)
                 if failure and body.n == 1:
                     yield failure
@@ -142,17 +146,23 @@ class ChatServing:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason, **fields}
         return head.make(".chunk", choices=[choice])
 
-    def _delta(self, body: ChatCompletionRequest, head: Head, index: int, answer: Answer, sent: Sent) -> dict[str, Any]:
+    def _delta(
+        self, body: ChatCompletionRequest, head: Head, index: int, answer: Answer, whole: CumulativeAnswer
+    ) -> dict[str, Any]:
         """What is new of one choice."""
-        text = answer["text"][sent.num_chars :]
         fields: dict[str, Any] = {}
         if body.logprobs:
-            fields["logprobs"] = chat_logprobs(answer, sent.num_tokens, self._manager.text)
+            fields["logprobs"] = chat_logprobs(answer, self._manager.text)
         reason = serving.finish_reason(answer)
         if reason is not None:
             fields["matched_stop"] = serving.matched_stop(answer)
             fields |= serving.failure_of(answer)
             if body.return_meta_info:
-                fields["meta_info"] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
-        sent.num_chars, sent.num_tokens = len(answer["text"]), len(answer["output_ids"])
-        return self._chunk(head, index, {"content": text}, reason, **fields)
+                fields["meta_info"] = meta_info(whole.render())
+        return self._chunk(head, index, {"content": answer["text"]}, reason, **fields)
+
+
+def meta_info(answer: Answer) -> dict[str, Any]:
+    """What the native API tells of an answer beside its text."""
+    meta: dict[str, Any] = answer["meta_info"] | {"output_ids": answer["output_ids"]}
+    return meta

@@ -17,7 +17,7 @@ from ...validation.field_error import FieldError
 from . import serving
 from .logprobs import CompletionLogprobs
 from .protocol import CompletionRequest
-from .serving import Answer, Head, Sent
+from .serving import Answer, Head
 
 # OpenAI's default.
 DEFAULT_MAX_TOKENS = 16
@@ -97,7 +97,6 @@ class CompletionServing:
         self, body: CompletionRequest, head: Head, prepared: PreparedRequest
     ) -> AsyncIterator[dict[str, Any]]:
         samples = prepared.samples
-        sent = [Sent() for _ in samples]
         last: list[Answer] = [{} for _ in samples]
         logprobs: dict[int, CompletionLogprobs] = {}
         async with aclosing(self._manager.generate(prepared, form="json")) as answers:  # type: ignore[type-var]
@@ -106,7 +105,6 @@ class CompletionServing:
                 index = answer.pop("index", 0)
                 is_first = not last[index]
                 last[index] = answer
-                state = sent[index]
                 echo = ""
                 if is_first and body.echo:
                     # What grows with the prompt is no work for the event loop.
@@ -115,7 +113,7 @@ class CompletionServing:
                     logprobs[index] = await asyncio.to_thread(self._logprobs, body, samples[index])
                 choice = {
                     "index": index,
-                    "text": echo + answer["text"][state.num_chars :],
+                    "text": echo + answer["text"],
                     "logprobs": None,
                     "finish_reason": serving.finish_reason(answer),
                     **serving.failure_of(answer),
@@ -123,7 +121,6 @@ class CompletionServing:
                 if body.logprobs is not None:
                     take = logprobs[index].take
                     choice["logprobs"] = await asyncio.to_thread(take, answer) if is_first else take(answer)
-                state.num_chars = len(answer["text"])
                 yield head.make(choices=[choice])
                 if len(samples) == 1 and "error" in choice:
                     yield serving.failure_of(answer)

@@ -38,15 +38,19 @@ def pump(*given: Any) -> list[Any]:
     return taken
 
 
-def test_the_end_and_an_error_are_told() -> None:
-    assert pump(1, 2) == [1, 2, None]
+def chunk(text: str) -> dict[str, Any]:
+    return {"text": text, "output_ids": [], "meta_info": {}}
+
+
+def test_items_are_cumulative_and_the_end_and_an_error_are_told() -> None:
+    assert pump(chunk("a"), chunk("b")) == [chunk("a"), chunk("ab"), None]
     error = ValueError("no")
-    assert pump(1, error) == [1, error]
+    assert pump(chunk("a"), error) == [chunk("a"), error]
 
 
 def test_a_stream_that_is_cancelled_by_a_shutdown_does_not_leave_its_reader_waiting() -> None:
-    taken = pump(1, asyncio.CancelledError())
-    assert taken[0] == 1 and isinstance(taken[1], EngineDeadError)
+    taken = pump(chunk("a"), asyncio.CancelledError())
+    assert taken[0] == chunk("a") and isinstance(taken[1], EngineDeadError)
 
 
 def test_nobody_waits_for_a_loop_that_ends() -> None:

@@ -27,7 +27,7 @@ def answer(output: list[int], prompt: list[int], tops: int = 2) -> dict[str, Any
         return [[(-0.5 - i, one + i, None) for i in range(tops)] for one in ids]
 
     meta: dict[str, Any] = {
-        "output_token_logprobs": [(-1.0 - i, one, None) for i, one in enumerate(output)],
+        "output_token_logprobs": [(-1.0 - one, one, None) for one in output],
         "input_token_logprobs": [(None if i == 0 else -0.5, one, None) for i, one in enumerate(prompt)],
     }
     if tops:
@@ -54,8 +54,10 @@ def test_entries_streamed_are_those_of_the_whole(
 
     whole = make().take(answer(output, prompt if echo else [], tops))
     stream, parts = make(), []
-    for end in [*range(cut, len(output), cut), len(output)]:
-        parts.append(stream.take(answer(output[:end], prompt if echo else [], tops)))
+    for start in range(0, len(output), cut):
+        # Those of the prompt come with the first chunk.
+        scored = prompt if echo and start == 0 else []
+        parts.append(stream.take(answer(output[start : start + cut], scored, tops)))
     for name, entries in whole.items():
         assert [one for part in parts for one in part[name] or []] == (entries or []), name
     # A text of the prompt and one of the output, each as it is decoded.
@@ -84,7 +86,7 @@ def test_a_part_of_a_character_has_its_own_bytes_and_the_characters_offset(kind:
     found = completions(kind, ids)
     assert found["tokens"] == ["a", "bytes:\\xe4", "bytes:\\xbd", "bytes:\\xa0", "b"]
     assert found["text_offset"] == [0, 1, 1, 1, 2]
-    content = chat_logprobs(answer(ids, []), 1, CODECS[kind])["content"]
+    content = chat_logprobs(answer(ids[1:], []), CODECS[kind])["content"]
     assert [entry["bytes"] for entry in content] == [[0xE4], [0xBD], [0xA0], [ord("b")]]
     assert [entry["token"] for entry in content] == ["\\xe4", "\\xbd", "\\xa0", "b"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "你b"
@@ -109,7 +111,7 @@ def test_a_word_has_its_space_and_an_unknown_id_nothing() -> None:
     found = completions(kind, ids)
     assert found["tokens"] == [" a", " STOP", ""]
     assert found["text_offset"] == [0, 1, len("a STOP")]
-    content = chat_logprobs(answer(ids, []), 0, CODECS[kind])["content"]
+    content = chat_logprobs(answer(ids, []), CODECS[kind])["content"]
     assert content[1]["bytes"] == list(b" STOP") and content[2]["bytes"] is None and content[2]["token"] == ""
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from waybill.engine.io_struct import BackendMessage
-from waybill.engine.ipc.frontend_messages import FrontendMessage
+from waybill.engine.ipc.frontend_messages import BackendMessage, FrontendMessage
 from waybill.engine.ipc.lifeline import Lifeline
 from waybill.engine.ipc.record_sender import RecordSender
 from waybill.engine.ipc.sockets import Receiver, Sender

@@ -9,10 +9,10 @@ object per token. Route rows never stand in these structs: they follow their env
 Directions:
 
     frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
-                                   GetInternalStateReq, without a number
+                                   GetInternalStateReq, without a number; see `ipc/frontend_messages.py`
     leader -> tp peers             operations and plans, see `plan.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step
-    leader -> frontend             ControlReply
+    leader -> frontend             ControlReply, there as well
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
     frontend <-> output processor  OutputQuery / OutputReply; a claim's rows follow as a frame
 """
@@ -276,14 +276,7 @@ class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
     left: list[str] = []
 
 
-class SyncWait(msgspec.Struct, frozen=True, array_like=True):
-    """How long a leader has waited for the dp rank `straggler`, which came last, in how many steps, and why that one was
-    late (`engine.agreement.Cause`)."""
-
-    straggler: int
-    cause: str
-    seconds: float
-    num_steps: int
+# --- leader -> frontend ---------------------------------------------------------------------------------------------
 
 
 class BlockedKind(Enum):
@@ -301,23 +294,6 @@ class Blocked(msgspec.Struct, frozen=True):
 
     kind: BlockedKind
     message: str
-
-
-class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
-    """A leader's answer to a control operation."""
-
-    op_id: str
-    success: bool
-    message: str = ""
-    state: dict[str, int | float | str] = {}
-    # Why nobody may generate after this operation; None if nothing stands against it.
-    blocked: Blocked | None = None
-    # What an operation asks for, encoded by whoever knows what it is.
-    payload: bytes = b""
-    sync_waits: list[SyncWait] = []
-
-
-BackendMessage = OutputBatch | ControlReply
 
 
 # --- frontend <-> output processor ----------------------------------------------------------------------------------

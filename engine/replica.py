@@ -18,9 +18,9 @@ from ..parallel.dp_attention import rows_per_rank
 from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
 from .config import EngineConfig
-from .io_struct import BackendMessage, ControlReply, RingPlace, RoutingSetup
+from .io_struct import RingPlace, RoutingSetup
 from .ipc.curve import CurveGuard
-from .ipc.frontend_messages import FrontendMessage
+from .ipc.frontend_messages import BackendMessage, ControlReply, FrontendMessage
 from .ipc.record_sender import RecordSender
 from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore

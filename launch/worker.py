@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..engine.config import EngineConfig
-from ..engine.io_struct import BackendMessage, ControlReply
+from ..engine.ipc.frontend_messages import BackendMessage, ControlReply
 from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
 from ..engine.ipc.lifeline import EXIT_ORPHANED, watch_lifeline
 from ..engine.ipc.log_rate import log_to_stderr

@@ -15,8 +15,8 @@ import zmq
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.frontend.leader_link import LeaderLink
-from waybill.engine.io_struct import BackendMessage, RingPlace, RoutingSetup
-from waybill.engine.ipc.frontend_messages import FrontendMessage
+from waybill.engine.io_struct import RingPlace, RoutingSetup
+from waybill.engine.ipc.frontend_messages import BackendMessage, FrontendMessage
 from waybill.engine.ipc.record_sender import RecordSender
 from waybill.engine.ipc.sockets import Receiver, Sender
 from waybill.engine.plan import NewReq, ScheduleBatch, StepResult

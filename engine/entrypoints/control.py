@@ -23,7 +23,7 @@ from ..control.operations import (
 )
 from ..frontend.engine_controls import EngineControls
 from ..frontend.tokenizer_manager import TokenizerManager
-from ..io_struct import ControlReply
+from ..ipc.frontend_messages import ControlReply
 from ..validation.request_model import RequestModel
 from .bodies import BodyReader
 from .errors import error_body, error_response, json_response

@@ -26,8 +26,8 @@ from ..control.operations import (
     UpdateWeightsFromTensor,
     WeightUpdate,
 )
-from ..io_struct import Blocked, BlockedKind, ControlReply
-from ..ipc.frontend_messages import AbortReq, ControlReq, NumberedMessage
+from ..io_struct import Blocked, BlockedKind
+from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq, NumberedMessage
 from ..validation.host_names import check_address
 from ..weight_sync.memory_file import memory_file, write_all
 from .dp_router import DpRouter

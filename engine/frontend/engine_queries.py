@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from ..io_struct import ControlReply, CountersReply, FetchClaimReq, GetCountersReq, OutputQuery, OutputReply
-from ..ipc.frontend_messages import GetInternalStateReq
+from ..io_struct import CountersReply, FetchClaimReq, GetCountersReq, OutputQuery, OutputReply
+from ..ipc.frontend_messages import ControlReply, GetInternalStateReq
 from ..ipc.sockets import Endpoint, address_of
 from ..routing.claims import ClaimError, processor_of
 from ..routing.wire import RoutedExperts, decode

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from ..io_struct import ControlReply, CountersReply, OutputReply
+from ..io_struct import CountersReply, OutputReply
+from ..ipc.frontend_messages import ControlReply
 
 # Of these the engine has the largest of its ranks'; texts are the same on all; the rest adds up.
 LARGEST = ("num_steps", "finish_max_s", "max_step_s", "is_paused", "is_blocked", "num_weight_updates")

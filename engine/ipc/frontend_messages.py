@@ -1,11 +1,11 @@
-"""What a frontend sends to leaders; the other messages are in `io_struct.py`."""
+"""What a frontend sends to leaders, and what comes back; the other messages are in `io_struct.py`."""
 
 from __future__ import annotations
 
 import msgspec
 
 from ..control.operations import ControlOperation
-from ..io_struct import OutputOptions, SamplingParams
+from ..io_struct import Blocked, OutputBatch, OutputOptions, SamplingParams
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
@@ -61,3 +61,33 @@ class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
 
 NumberedMessage = TokenizedGenerateReqInput | SeqNotice | AbortReq | ControlReq | ShutdownReq
 FrontendMessage = NumberedMessage | GetInternalStateReq
+
+
+# --- leader -> frontend ---------------------------------------------------------------------------------------------
+
+
+class SyncWait(msgspec.Struct, frozen=True, array_like=True):
+    """How long a leader has waited for the dp rank `straggler`, which came last, in how many steps, and why that one was
+    late (`engine.scheduler.agreement.Cause`)."""
+
+    straggler: int
+    cause: str
+    seconds: float
+    num_steps: int
+
+
+class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
+    """A leader's answer to a control operation."""
+
+    op_id: str
+    success: bool
+    message: str = ""
+    state: dict[str, int | float | str] = {}
+    # Why nobody may generate after this operation; None if nothing stands against it.
+    blocked: Blocked | None = None
+    # What an operation asks for, encoded by whoever knows what it is.
+    payload: bytes = b""
+    sync_waits: list[SyncWait] = []
+
+
+BackendMessage = OutputBatch | ControlReply

@@ -18,8 +18,8 @@ from ..control.operations import (
     ReleaseMemoryOccupation,
     UpdateWeightsFromDistributed,
 )
-from ..io_struct import BeforeEvent, Blocked, CacheFlushed, ControlReply, FinishReason, ReqFinished
-from ..ipc.frontend_messages import AbortReq, ControlReq
+from ..io_struct import BeforeEvent, Blocked, CacheFlushed, FinishReason, ReqFinished
+from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 from ..plan import PeerOperation
 from ..weight_sync.report import Outcome
 from .agreement import Agreement

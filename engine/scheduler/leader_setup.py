@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..io_struct import BackendMessage
+from ..ipc.frontend_messages import BackendMessage
 from ..ipc.record_sender import Records
 from ..ipc.sockets import Sender
 from ..plan import PeerMessage

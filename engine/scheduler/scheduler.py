@@ -15,8 +15,8 @@ from typing import Generic
 
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
-from ..io_struct import BeforeEvent, ControlReply, ReqFinished, ReqRetracted, StepRecord
-from ..ipc.frontend_messages import GetInternalStateReq, SeqNotice, ShutdownReq, TokenizedGenerateReqInput
+from ..io_struct import BeforeEvent, ReqFinished, ReqRetracted, StepRecord
+from ..ipc.frontend_messages import ControlReply, GetInternalStateReq, SeqNotice, ShutdownReq, TokenizedGenerateReqInput
 from ..plan import LaunchedT, NewReq, Runner, ScheduleBatch, StopPeers
 from ..routing.ring import RouteRing
 from .agreement import NO_AGREEMENT, Agreement, Cause, ForwardMode, Proposal, SingleRankSync, StepSync

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..io_struct import SyncWait
+from ..ipc.frontend_messages import SyncWait
 from .agreement import Cause, ForwardMode, Proposal
 
 NANO = 1e-9

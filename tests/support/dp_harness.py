@@ -20,7 +20,6 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.control.operations import FlushCache
 from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.io_struct import (
-    ControlReply,
     FinishReason,
     OutputBatch,
     OutputOptions,
@@ -31,6 +30,7 @@ from waybill.engine.io_struct import (
 )
 from waybill.engine.ipc.frontend_messages import (
     AbortReq,
+    ControlReply,
     ControlReq,
     FrontendMessage,
     GetInternalStateReq,

@@ -42,8 +42,7 @@ from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.frontend.engine_controls import EngineControls
 from waybill.engine.frontend.request_observer import NoObserver
 from waybill.engine.frontend.work_threads import WorkThreads
-from waybill.engine.io_struct import ControlReply
-from waybill.engine.ipc.frontend_messages import ControlReq
+from waybill.engine.ipc.frontend_messages import ControlReply, ControlReq
 
 TENSORS: dict[str, Any] = {"names": ["a"], "dtypes": ["float32"], "shapes": [[2, 3]], "group_name": "g"}
 VALID: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ import pytest
 from waybill.engine.entrypoints.engine_health import EngineHealth
 from waybill.engine.frontend.admission import OverloadedError
 from waybill.engine.frontend.engine_connection import EngineDeadError
-from waybill.engine.io_struct import ControlReply
+from waybill.engine.ipc.frontend_messages import ControlReply
 
 # Long enough for a busy machine to get to what ends the check, short where the check must run into it.
 LONG_S, SHORT_S = 60.0, 0.3

@@ -19,7 +19,7 @@ from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
 from waybill.engine.frontend.work_threads import WorkThreads
-from waybill.engine.io_struct import ControlReply
+from waybill.engine.ipc.frontend_messages import ControlReply
 
 LOOPBACK = AllowedHosts("127.0.0.1", ("localhost", "box", "waybill.example", "*.cluster.local"))
 OPEN = AllowedHosts("0.0.0.0", ("box",))

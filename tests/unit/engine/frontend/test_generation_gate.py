@@ -19,8 +19,8 @@ from waybill.engine.frontend.engine_controls import EngineControls
 from waybill.engine.frontend.generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.frontend.pending_replies import PendingReplies
-from waybill.engine.io_struct import Blocked, BlockedKind, ControlReply
-from waybill.engine.ipc.frontend_messages import AbortReq, ControlReq
+from waybill.engine.io_struct import Blocked, BlockedKind
+from waybill.engine.ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 
 OPEN = Blocked(BlockedKind.INCOMPLETE, "weights: an update is not complete: 1 of 2 tensors are still to come")
 TORN = Blocked(BlockedKind.TORN, "weights: a transfer was torn (x)")

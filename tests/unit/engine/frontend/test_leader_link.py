@@ -10,11 +10,13 @@ from support.replica_harness import FakeSender
 
 from waybill.engine.frontend.engine_state import merge_states
 from waybill.engine.frontend.leader_link import LeaderLink
-from waybill.engine.io_struct import ControlReply, SamplingParams, SyncWait
+from waybill.engine.io_struct import SamplingParams
 from waybill.engine.ipc.frontend_messages import (
     AbortReq,
+    ControlReply,
     GetInternalStateReq,
     SeqNotice,
+    SyncWait,
     TokenizedGenerateReqInput,
 )
 

@@ -15,8 +15,8 @@ from waybill.engine.frontend.answer import GenerationError
 from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.engine.frontend.generate_request import parse_generate_request
 from waybill.engine.frontend.tokenizer_manager import TokenizerManager
-from waybill.engine.io_struct import ControlReply, FinishReason, OutputBatch, RequestOutput
-from waybill.engine.ipc.frontend_messages import AbortReq, FrontendMessage, TokenizedGenerateReqInput
+from waybill.engine.io_struct import FinishReason, OutputBatch, RequestOutput
+from waybill.engine.ipc.frontend_messages import AbortReq, ControlReply, FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.ipc.sockets import Receiver
 
 WAIT_S = 20.0

@@ -9,8 +9,8 @@ from support.replica_harness import EOS, Replica, expected_output
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.control.operations import FlushCache
-from waybill.engine.io_struct import ControlReply, FinishReason, Logprobs, OutputOptions, SamplingParams
-from waybill.engine.ipc.frontend_messages import AbortReq, ControlReq
+from waybill.engine.io_struct import FinishReason, Logprobs, OutputOptions, SamplingParams
+from waybill.engine.ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 from waybill.engine.scheduler.req import Req
 from waybill.engine.scheduler.stop_checker import StopChecker
 from waybill.engine.text.decoder_stages import DecoderError

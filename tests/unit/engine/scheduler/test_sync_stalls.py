@@ -7,7 +7,7 @@ import gc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waybill.engine.io_struct import SyncWait
+from waybill.engine.ipc.frontend_messages import SyncWait
 from waybill.engine.scheduler.agreement import Cause, ForwardMode, Proposal
 from waybill.engine.scheduler.sync_stalls import GarbageClock, SyncStalls, TurnLog
 

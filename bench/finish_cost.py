@@ -62,7 +62,7 @@ class CommitTimes:
 
     def install(self) -> None:
         commit = self.scheduler.committer.commit
-        record = self.scheduler._record
+        record = self.scheduler.recorder.record_step
 
         def timed_commit(planned: Any, result: Any) -> Any:
             self._began = time.perf_counter()
@@ -76,7 +76,7 @@ class CommitTimes:
                 self.with_finish.append(time.perf_counter() - self._began)
 
         self.scheduler.committer.commit = timed_commit  # type: ignore[method-assign]
-        self.scheduler._record = timed_record  # type: ignore[method-assign]
+        self.scheduler.recorder.record_step = timed_record  # type: ignore[method-assign]
 
 
 class Bench:
@@ -147,13 +147,14 @@ def measure(bench: Bench, num_rows: int, repeats: int) -> dict[str, float]:
     # The first one fills the cache; the others are turns of a conversation that long.
     assert bench.generate(prompt, 0) == num_rows
     finishes, commits = FinishTimes(), CommitTimes(bench.scheduler)
-    original = bench.scheduler.committer.commit, bench.scheduler._record
-    bench.scheduler.committer.finish_cost = finishes
+    committer, recorder = bench.scheduler.committer, bench.scheduler.recorder
+    original = committer.commit, recorder.record_step
+    committer.finish_cost = finishes
     commits.install()
     for repeat in range(repeats):
         start = 0 if repeat % 2 == 0 else num_rows - 200
         assert bench.generate(prompt, start) == num_rows - start
-    bench.scheduler.committer.commit, bench.scheduler._record = original  # type: ignore[method-assign]
+    committer.commit, recorder.record_step = original  # type: ignore[method-assign]
     full, delta = finishes.seconds[0::2], finishes.seconds[1::2]
     return {
         "finish, full history": statistics.median(full),

@@ -18,7 +18,7 @@ from ..control.operations import (
     ReleaseMemoryOccupation,
     UpdateWeightsFromDistributed,
 )
-from ..io_struct import BeforeEvent, Blocked, CacheFlushed, FinishReason, ReqFinished
+from ..io_struct import Blocked, CacheFlushed, FinishReason, ReqFinished
 from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 from ..plan import PeerOperation
 from ..weight_sync.report import Outcome
@@ -27,7 +27,9 @@ from .leader_setup import DpRankInfo, Endpoints
 from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .step_committer import StepCommitter
+from .step_meeting import StepMeeting
 from .step_planner import StepPlanner
+from .step_recorder import StepRecorder
 
 
 class Operations(Protocol):
@@ -44,27 +46,19 @@ class Operations(Protocol):
 
 
 class Steps(Protocol):
-    """The loop between whose steps operations take effect."""
-
-    @property
-    def agreement(self) -> Agreement: ...
-
-    @property
-    def has_notes(self) -> bool: ...
+    """Those that operations take effect between."""
 
     def commit_all(self) -> None: ...
 
-    def note(self, event: BeforeEvent) -> None: ...
-
-    def record_idle(self, finished: list[ReqFinished]) -> None: ...
-
 
 class LeaderControls:
-    """`handlers` by type of message; `may_run` and `weight_version` are what the loop must know."""
+    """`handlers` by type of message; `may_run` is what the loop must know."""
 
     def __init__(
         self,
         steps: Steps,
+        recorder: StepRecorder,
+        meeting: StepMeeting,
         queues: RequestQueues,
         planner: StepPlanner,
         committer: StepCommitter,
@@ -72,9 +66,10 @@ class LeaderControls:
         endpoints: Endpoints,
         place: DpRankInfo,
         operations: Operations | None,
-        weight_version: str,
     ) -> None:
         self._steps = steps
+        self._recorder = recorder
+        self._meeting = meeting
         self._queues = queues
         self._planner = planner
         self._committer = committer
@@ -82,7 +77,6 @@ class LeaderControls:
         self._endpoints = endpoints
         self._place = place
         self._operations = operations
-        self.weight_version = weight_version
         self._num_weight_updates = 0
         self._is_paused = False
         self._unanswered_pauses: list[str] = []
@@ -107,7 +101,7 @@ class LeaderControls:
     def state(self) -> dict[str, int | float | str]:
         """What a question for the leader's state is told of this."""
         return {
-            "weight_version": self.weight_version,
+            "weight_version": self._recorder.weight_version,
             "is_paused": int(self._is_paused),
             "is_blocked": int(self.blocked is not None),
             "blocked": "" if self.blocked is None else self.blocked.message,
@@ -126,7 +120,7 @@ class LeaderControls:
         for req in self._queues.matching(prefix, exact=message.exact):
             req.finish_reason = FinishReason("abort", message="aborted by request")
             finished.append(self._committer.finish(req))
-        self._steps.record_idle(finished)
+        self._recorder.record_idle(finished)
 
     def _on_control(self, message: ControlReq) -> None:
         handler = self._own_operations.get(type(message.operation), self._on_rank_operation)
@@ -135,7 +129,7 @@ class LeaderControls:
     def _on_flush_cache(self, op_id: str, op: FlushCache) -> None:
         """All leaders decide alike, from what the agreement says of all; the first one answers. Requests that wait, as
         after a pause that took their pages, hold none."""
-        num_running = self._steps.agreement.num_running
+        num_running = self._meeting.agreement.num_running
         if num_running == 0:
             self._empty_cache()
         text = f"not flushed: {num_running} requests run" if num_running else "cache flushed"
@@ -146,8 +140,8 @@ class LeaderControls:
         self._steps.commit_all()
         self._pages.flush()
         self._pages.check_integrity()
-        self._steps.note(CacheFlushed())
-        self._steps.record_idle([])
+        self._recorder.note(CacheFlushed())
+        self._recorder.record_idle([])
 
     def _reply(self, op_id: str, outcome: Outcome) -> None:
         """The first leader answers for all, who come to the same outcome."""
@@ -163,10 +157,9 @@ class LeaderControls:
                 req.finish_reason = FinishReason("abort", message="aborted by a pause")
                 finished.append(self._committer.finish(req))
         elif op.mode == "retract":
-            for event in self._planner.retract_running():
-                self._steps.note(event)
-        if finished or self._steps.has_notes:
-            self._steps.record_idle(finished)
+            self._recorder.note_all(self._planner.retract_running())
+        if finished or self._recorder.has_events:
+            self._recorder.record_idle(finished)
         self._is_paused = True
         self._unanswered_pauses.append(op_id)
 
@@ -200,7 +193,7 @@ class LeaderControls:
         if outcome.success and op.empties_cache:
             self._empty_cache()
         if outcome.weight_version is not None:
-            self.weight_version = outcome.weight_version
+            self._recorder.weight_version = outcome.weight_version
             self._num_weight_updates += 1
         self._reply(op_id, outcome)
 
@@ -212,9 +205,9 @@ class LeaderControls:
 
     def _refusal_of(self, op: ControlOperation) -> str | None:
         """Why the operation cannot be done now, by what the agreement says of all leaders."""
-        if isinstance(op, ReleaseMemoryOccupation) and self._steps.agreement.num_reqs:
-            return f"memory is released only when nothing runs or waits: {self._steps.agreement.num_reqs} requests do"
-        num_running = self._steps.agreement.num_running
+        if isinstance(op, ReleaseMemoryOccupation) and self._meeting.agreement.num_reqs:
+            return f"memory is released only when nothing runs or waits: {self._meeting.agreement.num_reqs} requests do"
+        num_running = self._meeting.agreement.num_running
         if op.empties_cache and num_running:
             return (
                 f"flush_cache: must be false while requests run, {num_running} do; or pause with mode 'retract' or 'abort' "

@@ -89,6 +89,14 @@ class PageManager:
         """Drop every cached page; nothing may be running."""
         self.pool.free(self.cache.flush())
 
+    def state(self) -> dict[str, int | float | str]:
+        """Where the pages are."""
+        return {
+            "num_pages": self.pool.num_pages,
+            "num_free_pages": self.pool.num_free,
+            "num_cached_pages": self.cache.num_cached_pages,
+        }
+
     def check_integrity(self) -> None:
         """At idle: every page is free or cached, and the tree is consistent."""
         self.cache.check_integrity()

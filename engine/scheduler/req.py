@@ -23,7 +23,6 @@ class Req:
     """A request on its leader, from receipt to finish. Only the scheduler changes it."""
 
     recv: TokenizedGenerateReqInput
-    arrival: int
     # Prompt and committed output ids as int32 bytes: a page's key is a slice of it.
     tokens: bytearray
     output_ids: list[int] = field(default_factory=list)
@@ -45,7 +44,6 @@ class Req:
     awaited: Req | None = None
     num_awaited_pages: int = 0
 
-    num_retractions: int = 0
     # The next prompt position to score, where prompt log-probabilities were asked for.
     num_scored: int = 0
     finish_reason: FinishReason | None = None
@@ -93,8 +91,8 @@ class Req:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key: higher priority first, then by arrival."""
-        return (-self.recv.priority, self.arrival)
+        """Sort key: higher priority first, then by the frontend's numbers, which rise."""
+        return (-self.recv.priority, self.recv.seq)
 
     def started(self) -> ReqStarted:
         """What the output processor has to know of it."""

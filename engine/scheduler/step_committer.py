@@ -42,6 +42,9 @@ class FinishCost:
         self.total_s += seconds
         self.max_s = max(self.max_s, seconds)
 
+    def state(self) -> dict[str, int | float | str]:
+        return {"num_finished": self.num_finished, "finish_total_s": self.total_s, "finish_max_s": self.max_s}
+
 
 class StepCommitter:
     """Applies step results in order."""

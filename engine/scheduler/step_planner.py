@@ -192,5 +192,4 @@ class StepPlanner:
         plan.before.append(ReqRetracted(victim.rid))
         self._pages.release(victim)
         self._queues.retract(victim)
-        victim.num_retractions += 1
         self.num_retractions += 1

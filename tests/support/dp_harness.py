@@ -255,7 +255,9 @@ class Leader:
     def rests(self) -> bool:
         """Asleep, and nothing there to wake it."""
         scheduler = self.scheduler
-        return scheduler._is_asleep and not scheduler.is_awake and not self.inbox.messages and self.proposal is None
+        return (
+            scheduler.meeting.is_asleep and not scheduler.is_awake and not self.inbox.messages and self.proposal is None
+        )
 
     def turn(self) -> bool:
         """The next thing; whether there was one."""

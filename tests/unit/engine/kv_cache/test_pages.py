@@ -26,7 +26,7 @@ def id_bytes(ids: list[int]) -> bytes:
 
 def make_req(ids: list[int], extra_key: str) -> Req:
     recv = TokenizedGenerateReqInput(0, "r", id_bytes(ids), SamplingParams(), extra_key=extra_key)
-    return Req(recv, 0, bytearray(recv.input_ids))
+    return Req(recv, bytearray(recv.input_ids))
 
 
 class PagesMachine(RuleBasedStateMachine):
@@ -210,6 +210,6 @@ def test_prompt_logprobs_leave_their_positions_to_compute() -> None:
     pages.release(first)
     options = OutputOptions(return_logprob=True, logprob_start_len=2)
     recv = TokenizedGenerateReqInput(0, "s", id_bytes([1, 2, 3, 4]), SamplingParams(), options)
-    second = Req(recv, 0, bytearray(recv.input_ids))
+    second = Req(recv, bytearray(recv.input_ids))
     pages.match(second)
     assert second.num_cached == 1, "position 1 scores token 2, so it is computed"

@@ -40,7 +40,7 @@ class FakeOperations:
     done: list[tuple[ControlOperation, int]] = field(default_factory=list)
 
     def run(self, op_id: str, op: ControlOperation) -> Outcome | None:
-        assert not self.leader.scheduler._in_flight, "a step is in flight under weights that change"
+        assert self.leader.scheduler.steps.is_empty, "a step is in flight under weights that change"
         self.done.append((op, self.leader.num_agreements))
         if isinstance(op, UpdateWeightsFromDisk):
             self.blocked = INCOMPLETE if op.model_path == "open" else None
@@ -78,7 +78,7 @@ class ControlledGroup(DpGroup):
             if batch.num_tokens:
                 assert not scheduler._controls._is_paused, "a step while paused"
                 assert scheduler._controls.blocked is None, "a step with weights that are not whole"
-            self.launched[leader.dp_rank, batch.step] = scheduler._controls.weight_version
+            self.launched[leader.dp_rank, batch.step] = scheduler.recorder.weight_version
             return launch(batch)
 
         leader.runner.launch = watched  # type: ignore[method-assign]

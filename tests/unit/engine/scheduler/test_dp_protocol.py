@@ -451,10 +451,10 @@ def test_the_loop_on_threads_sleeps_wakes_and_ends() -> None:
     assert gc.get_freeze_count() > 0
     gc.unfreeze()
     for scheduler in schedulers:
-        gc.callbacks.remove(scheduler._garbage._on_collection)
+        gc.callbacks.remove(scheduler._clock.garbage._on_collection)
     lengths = [len([record for record in leader.sent if record.ring_seq >= 0 or record.segments]) for leader in records]
-    assert len({scheduler._num_steps for scheduler in schedulers}) == 1
-    assert all(length <= schedulers[0]._num_steps for length in lengths)
+    assert len({scheduler.steps.num_steps for scheduler in schedulers}) == 1
+    assert all(length <= schedulers[0].steps.num_steps for length in lengths)
 
 
 # --- the mailbox alone ----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Run(NamedTuple):
 def run(kind: str, ids: list[int], stop: tuple[str, ...], options: OutputOptions = PLAIN, **params: object) -> Run:
     """The leader's checks and the output processor's text, token by token."""
     sampling = SamplingParams(**{"max_new_tokens": LENGTH, "stop": stop, "ignore_eos": True, **params})  # type: ignore[arg-type]
-    req = Req(TokenizedGenerateReqInput(0, "r", b"", sampling, options), 0, bytearray())
+    req = Req(TokenizedGenerateReqInput(0, "r", b"", sampling, options), bytearray())
     checker = StopChecker((EOS,), DECODERS[kind])
     stream = Detokenizer(DECODERS[kind], options, sampling.stop)
     streamed = ""

@@ -55,6 +55,6 @@ class InlineFinish:
 
 def slots_of(req: Req, page_size: int) -> np.ndarray:
     """KV slots of a request's inputs, all tokens but the last one sampled."""
-    pages = np.asarray(req.pages, dtype=np.int64)
+    pages = np.asarray(req.held.pages, dtype=np.int64)
     slots = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)
     return slots[: req.seqlen - 1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ..kv_cache.page_pool import PagePool, Pages, pages_for
 from ..kv_cache.radix_cache import NullPrefixCache, RadixCache
+from .held_pages import HeldPages
 from .req import Req
 
 # Share of the pool that is evicted beyond what lacks.
@@ -44,15 +45,13 @@ class PageManager:
     def match(self, req: Req) -> None:
         """Start a request on its longest cached prefix."""
         match = self.cache.match_prefix(bytes(req.tokens), req.recv.extra_key, self.num_reusable_tokens(req))
-        req.node = match.node
         self.cache.lock(match.node)
-        req.pages = match.pages
-        req.num_offered_pages = len(match.pages)
+        req.held = HeldPages(match.node, match.pages, num_offered=len(match.pages))
         req.num_cached = req.num_scheduled = req.num_committed = len(match.pages) * self.page_size
 
     def pages_missing(self, req: Req, num_tokens: int) -> int:
         """Pages that the request lacks to hold `num_tokens` more."""
-        return pages_for(req.num_scheduled + num_tokens, self.page_size) - len(req.pages)
+        return pages_for(req.num_scheduled + num_tokens, self.page_size) - len(req.held.pages)
 
     def take(self, num_pages: int) -> Pages[int] | None:
         """`num_pages` from the pool, evicting cached ones as far as needed; None (and nothing evicted) if they are not
@@ -69,21 +68,23 @@ class PageManager:
 
     def offer_full_pages(self, req: Req) -> None:
         """Put pages that committed tokens have filled into the prefix cache."""
-        assert req.node is not None
-        first, end = req.num_offered_pages, req.num_committed // self.page_size
+        held = req.held
+        assert held.node is not None
+        first, end = held.num_offered, req.num_committed // self.page_size
         if first == end:
             return
         tokens = req.token_bytes(first * self.page_size, end * self.page_size)
-        req.node, duplicates = self.cache.extend(req.node, tokens, req.pages[first:end])
-        req.duplicates.extend(duplicates)
-        req.num_offered_pages = end
+        held.node, duplicates = self.cache.extend(held.node, tokens, held.pages[first:end])
+        held.duplicates.extend(duplicates)
+        held.num_offered = end
 
     def release(self, req: Req) -> None:
         """Give everything back; what the cache took stays there, evictable."""
-        assert req.node is not None
-        self.cache.unlock(req.node)
-        self.pool.free(req.pages[req.num_offered_pages :])
-        self.pool.free(req.duplicates)
+        held = req.held
+        assert held.node is not None
+        self.cache.unlock(held.node)
+        self.pool.free(held.pages[held.num_offered :])
+        self.pool.free(held.duplicates)
 
     def flush(self) -> None:
         """Drop every cached page; nothing may be running."""

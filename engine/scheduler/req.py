@@ -13,9 +13,20 @@ from dataclasses import dataclass, field
 
 from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
-from ..kv_cache.page_pool import Pages, no_pages
-from ..kv_cache.radix_cache import Node
 from ..plan import TOKEN_BYTES
+from .held_pages import HeldPages
+
+
+@dataclass(frozen=True)
+class AwaitedPages:
+    """Those that a request waits for: `prefill`, which runs, brings its first `num_pages`; see `shared_prefills`."""
+
+    prefill: Req
+    num_pages: int
+
+    @property
+    def are_to_come(self) -> bool:
+        return self.prefill.is_running and self.prefill.held.num_offered < self.num_pages
 
 
 @dataclass(eq=False)
@@ -29,20 +40,15 @@ class Req:
 
     # Valid while it runs.
     row: int = -1
-    node: Node | None = None
-    pages: Pages[int] = field(default_factory=no_pages)
-    # Pages [0, num_offered_pages) are full and were offered to the prefix cache; those it did not take are `duplicates`.
-    num_offered_pages: int = 0
-    duplicates: Pages[int] = field(default_factory=no_pages)
+    held: HeldPages = field(default_factory=HeldPages)
     num_cached: int = 0
     num_scheduled: int = 0
     num_committed: int = 0
     # Tokens sampled or being sampled; runs ahead of `output_ids` by the steps in flight.
     num_sampled: int = 0
 
-    # Valid while it waits: a running request whose prefill brings so many of its pages; see `shared_prefills`.
-    awaited: Req | None = None
-    num_awaited_pages: int = 0
+    # Valid while it waits.
+    awaited: AwaitedPages | None = None
 
     # The next prompt position to score, where prompt log-probabilities were asked for.
     num_scored: int = 0
@@ -104,10 +110,7 @@ class Req:
     def leave_pool(self) -> None:
         """Forget everything that is valid only while it runs. The sampled count falls back to what is committed."""
         self.row = -1
-        self.node = None
-        self.pages = no_pages()
-        self.num_offered_pages = 0
-        self.duplicates = no_pages()
+        self.held = HeldPages()
         self.num_cached = 0
         self.num_scheduled = 0
         self.num_committed = 0

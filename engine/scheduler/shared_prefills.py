@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from ..kv_cache.radix_cache import num_common_pages
 from .page_manager import PageManager
-from .req import Req
+from .req import AwaitedPages, Req
 
 
 class SharedPrefills:
@@ -25,10 +25,9 @@ class SharedPrefills:
     @staticmethod
     def still_waits(req: Req) -> bool:
         """Whether the pages that it was told to wait for are still to come."""
-        prefill = req.awaited
-        if prefill is None:
+        if req.awaited is None:
             return False
-        if prefill.is_running and prefill.num_offered_pages < req.num_awaited_pages:
+        if req.awaited.are_to_come:
             return True
         req.awaited = None
         return False
@@ -41,18 +40,18 @@ class SharedPrefills:
         page_size = self._pages.page_size
         most = self._pages.num_reusable_tokens(req) // page_size
         to_compute = req.seqlen - req.num_cached
-        fewest = len(req.pages) + max(1, -(-to_compute // (2 * page_size)))
+        fewest = len(req.held.pages) + max(1, -(-to_compute // (2 * page_size)))
         for prefill in running if fewest <= most else ():
             if self._may_bring(prefill, req):
                 num_shared = min(most, num_common_pages(prefill.tokens, req.tokens, page_size))
                 if num_shared >= fewest:
-                    req.awaited, req.num_awaited_pages, fewest = prefill, num_shared, num_shared + 1
+                    req.awaited, fewest = AwaitedPages(prefill, num_shared), num_shared + 1
         return req.awaited is not None
 
     def _may_bring(self, prefill: Req, req: Req) -> bool:
         """Whether it goes before `req` and has prompt tokens whose pages are still to come."""
         return (
-            prefill.num_offered_pages < (prefill.seqlen - 1) // self._pages.page_size
+            prefill.held.num_offered < (prefill.seqlen - 1) // self._pages.page_size
             and prefill.order < req.order
             and prefill.recv.extra_key == req.recv.extra_key
         )

@@ -139,7 +139,7 @@ class StepPlanner:
                 self._unmatch(req)
                 return
             self._queues.start(req)
-            plan.before.append(ReqAdmitted(req.rid, req.pages.tobytes()))
+            plan.before.append(ReqAdmitted(req.rid, req.held.pages.tobytes()))
             self._schedule(req, num_tokens, plan)
             budget.spend(num_tokens)
 
@@ -151,13 +151,13 @@ class StepPlanner:
         start, end = req.num_scheduled, req.num_scheduled + num_tokens
         new_pages = self._pages.take(self._pages.pages_missing(req, num_tokens))
         assert new_pages is not None, "the caller has seen that the pages are there"
-        first_page = len(req.pages)
+        first_page = len(req.held.pages)
         if start == req.num_cached:
             # Its first chunk: the device does not know the cached pages yet.
-            first_page, table_pages = 0, req.pages + new_pages
+            first_page, table_pages = 0, req.held.pages + new_pages
         else:
             table_pages = new_pages
-        req.pages.extend(new_pages)
+        req.held.pages.extend(new_pages)
         is_last = end == req.num_prompt_tokens + req.num_sampled
         sample = is_last and req.params.max_new_tokens > 0
         score_from, scored_ids = self._rows_to_score(req, start, end)

@@ -48,7 +48,7 @@ class PagesMachine(RuleBasedStateMachine):
         self.pages.match(req)
         assert req.num_cached < len(ids), "at least one token is left to compute"
         size = self.page_size
-        for i, page in enumerate(req.pages):
+        for i, page in enumerate(req.held.pages):
             assert self.content[page] == (key, id_bytes(ids[: (i + 1) * size])), "a page of other tokens was matched"
         req.row = 0
         self.running.append(req)
@@ -66,13 +66,13 @@ class PagesMachine(RuleBasedStateMachine):
         assert (taken is not None) == (missing <= available)
         if taken is None:
             return
-        held = [page for other in self.running for page in other.pages]
+        held = [page for other in self.running for page in other.held.pages]
         assert not set(taken) & set(held), "a page in use was given away"
-        req.pages.extend(taken)
+        req.held.pages.extend(taken)
         req.num_scheduled += num_tokens
         req.num_committed = req.num_scheduled
         self.pages.offer_full_pages(req)
-        for i, page in enumerate(req.pages):
+        for i, page in enumerate(req.held.pages):
             end = (i + 1) * self.page_size
             if end <= req.num_committed:
                 self.content[page] = (req.recv.extra_key, req.token_bytes(0, end))
@@ -94,7 +94,8 @@ class PagesMachine(RuleBasedStateMachine):
     def every_page_has_one_place(self) -> None:
         self.pages.cache.check_integrity()
         self.pages.pool.check_integrity()
-        private = [page for req in self.running for page in [*req.pages[req.num_offered_pages :], *req.duplicates]]
+        held = [req.held for req in self.running]
+        private = [page for each in held for page in [*each.pages[each.num_offered :], *each.duplicates]]
         assert len(set(private)) == len(private)
         total = self.pages.pool.num_free + self.pages.cache.num_cached_pages + len(private)
         assert total == NUM_PAGES
@@ -162,7 +163,7 @@ def test_a_root_whose_tree_is_empty_is_forgotten(leave: str) -> None:
         if leave != "nothing is cached":
             taken = pages.take(2)
             assert taken is not None
-            req.pages.extend(taken)
+            req.held.pages.extend(taken)
             req.num_committed = 2
             pages.offer_full_pages(req)
     assert len(cache._roots) == 1000
@@ -187,7 +188,7 @@ def test_a_root_that_is_stood_on_outlives_its_tree() -> None:
     pages.match(first)
     taken = pages.take(2)
     assert taken is not None
-    first.pages.extend(taken)
+    first.held.pages.extend(taken)
     first.num_committed = 2
     pages.offer_full_pages(first)
     pages.match(second)
@@ -204,7 +205,7 @@ def test_prompt_logprobs_leave_their_positions_to_compute() -> None:
     pages.match(first)
     taken = pages.take(4)
     assert taken is not None
-    first.pages.extend(taken)
+    first.held.pages.extend(taken)
     first.num_committed = 4
     pages.offer_full_pages(first)
     pages.release(first)

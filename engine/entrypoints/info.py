@@ -40,17 +40,7 @@ def info_router(
     @router.get("/get_model_info")
     @router.get("/model_info", include_in_schema=False)
     async def model_info() -> Response:
-        config = manager.config
-        return json_response(
-            {
-                "model_path": config.model_path,
-                "tokenizer_path": config.tokenizer_path or config.model_path,
-                "is_generation": True,
-                "weight_version": (await manager.get_state())["weight_version"],
-                "model_type": manager.facts["model_type"],
-                "context_length": manager.facts["context_length"],
-            }
-        )
+        return json_response(model_info_of(manager, await manager.get_state()))
 
     @router.get("/get_weight_version")
     async def weight_version() -> Response:
@@ -63,45 +53,69 @@ def info_router(
 
     @router.get("/v1/loads")
     async def loads() -> Response:
-        engine = await manager.get_state()
-        loads = [
-            {
-                "dp_rank": dp_rank,
-                "num_running_reqs": state["num_running"],
-                "num_waiting_reqs": state["num_waiting"],
-                "num_used_tokens": (state["num_pages"] - state["num_free_pages"]) * engine["page_size"],
-                "max_total_num_tokens": engine["kv_cache_tokens"],
-                "token_usage": 1 - state["num_free_pages"] / state["num_pages"],
-            }
-            for dp_rank, state in enumerate(engine["dp_ranks"])
-        ]
+        loads = loads_of(await manager.get_state())
         return json_response({"timestamp": time.time(), "dp_rank_count": manager.config.dp_size, "loads": loads})
 
     @router.get("/v1/models")
     async def models() -> Response:
-        model = {
-            "id": model_name,
-            "object": "model",
-            "created": started,
-            "owned_by": "waybill",
-            "root": manager.config.model_path,
-            "max_model_len": manager.facts["context_length"],
-        }
-        return json_response({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [model_card(manager, model_name, started)]})
 
     @router.get("/metrics")
     async def prometheus() -> Response:
-        try:
-            ready = manager.not_ready() is None
-            state = await asyncio.wait_for(manager.get_state(), SCRAPE_TIMEOUT_S) if ready else None
-        except (EngineDeadError, TimeoutError):
-            state = None
-        return Response(metrics.render(state), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.render(await state_for_scrape(manager)), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+async def state_for_scrape(manager: TokenizerManager) -> dict[str, Any] | None:
+    """None where the engine does not tell: what the frontend counts can be scraped all the same."""
+    try:
+        ready = manager.not_ready() is None
+        return await asyncio.wait_for(manager.get_state(), SCRAPE_TIMEOUT_S) if ready else None
+    except (EngineDeadError, TimeoutError):
+        return None
+
+
+def model_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str, Any]:
+    config = manager.config
+    return {
+        "model_path": config.model_path,
+        "tokenizer_path": config.tokenizer_path or config.model_path,
+        "is_generation": True,
+        "weight_version": state["weight_version"],
+        "model_type": manager.facts["model_type"],
+        "context_length": manager.facts["context_length"],
+    }
 
 
 def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str, Any]:
     config = manager.config
     options = {name: getattr(config, name) for name in config.__struct_fields__}
     return {**options, **state, "routed_experts_endpoint": manager.queries.claims_address}
+
+
+def loads_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Requests and tokens of every dp rank."""
+    return [
+        {
+            "dp_rank": dp_rank,
+            "num_running_reqs": rank["num_running"],
+            "num_waiting_reqs": rank["num_waiting"],
+            "num_used_tokens": (rank["num_pages"] - rank["num_free_pages"]) * state["page_size"],
+            "max_total_num_tokens": state["kv_cache_tokens"],
+            "token_usage": 1 - rank["num_free_pages"] / rank["num_pages"],
+        }
+        for dp_rank, rank in enumerate(state["dp_ranks"])
+    ]
+
+
+def model_card(manager: TokenizerManager, model_name: str, created: int) -> dict[str, Any]:
+    """As OpenAI's API lists a model."""
+    return {
+        "id": model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "waybill",
+        "root": manager.config.model_path,
+        "max_model_len": manager.facts["context_length"],
+    }

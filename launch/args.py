@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -14,6 +15,10 @@ from .serve_options import ServeCommand, add_serve_options, serve_command
 from .topology import Layout
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
+# Of every command that starts an engine.
+DEFAULTS = {"model_path": str(EMBEDDED_MODEL), "tp_size": 2}
+# argparse has no public name for it.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class RolloutCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,23 +62,37 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
         description="Waybill: MoE rollouts with their routes",
         epilog="torchrun.sh [rollout | serve] --help lists the options of a command",
     )
-    defaults = {"model_path": str(EMBEDDED_MODEL), "tp_size": 2}
     # From the agent alone.
     parser.add_argument("--run-dir", default="", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("engine")
-    rollout = commands.add_parser(
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers.add_parser("engine")
+    commands = {"rollout": add_rollout(subparsers), "serve": add_serve(subparsers)}
+    options = parser.parse_args(argv)
+    if options.command == "engine":
+        return WorkerCommand(run_dir=options.run_dir)
+    try:
+        return worker_command(options)
+    except ValueError as error:
+        commands[options.command].error(str(error))
+
+
+def add_rollout(subparsers: Subparsers) -> argparse.ArgumentParser:
+    rollout = subparsers.add_parser(
         "rollout",
         parents=[node_parser()],
         usage="torchrun.sh [rollout] [options]",
         help="multi-turn conversations with their routes",
-        description="Blocked conversations with a model and show the routes of every turn.",
+        description="Hold conversations with a model and show the routes of every turn.",
         formatter_class=HelpFormatter,
     )
     add_rollout_options(rollout)
     # Routes are what it is about.
-    add_engine_options(rollout, **defaults, enable_return_routed_experts=True)
-    serve = commands.add_parser(
+    add_engine_options(rollout, **DEFAULTS, enable_return_routed_experts=True)
+    return rollout
+
+
+def add_serve(subparsers: Subparsers) -> argparse.ArgumentParser:
+    serve = subparsers.add_parser(
         "serve",
         parents=[node_parser()],
         usage="torchrun.sh serve [options]",
@@ -83,27 +102,30 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     )
     add_serve_options(serve)
     # A line per request.
-    add_engine_options(serve, **defaults, log_level="info")
-    options = parser.parse_args(argv)
-    if options.command == "engine":
-        return WorkerCommand(run_dir=options.run_dir)
-    try:
-        check_model(options.model_path, options.tp_size)
-        check_tokenizer(options.tokenizer_path)
-        if options.dp_size < 1:
-            raise ValueError(f"--dp {options.dp_size}: must be at least 1")
-        nodes = node_options(options)
-        run_secret()
-        config = engine_config(options)
-        if options.command == "serve":
-            command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, serve=serve_command(options))
-        else:
-            rollout_options = rollout_command(options)
-            command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, rollout=rollout_options)
-        Layout.of(config, nodes.nnodes)
-        return command
-    except ValueError as error:
-        (serve if options.command == "serve" else rollout).error(str(error))
+    add_engine_options(serve, **DEFAULTS, log_level="info")
+    return serve
+
+
+def worker_command(options: argparse.Namespace) -> WorkerCommand:
+    """Of `rollout` or `serve`.
+
+    Raises:
+        ValueError: an option is wrong by itself, or does not go with the others.
+    """
+    check_model(options.model_path, options.tp_size)
+    check_tokenizer(options.tokenizer_path)
+    if options.dp_size < 1:
+        raise ValueError(f"--dp {options.dp_size}: must be at least 1")
+    nodes = node_options(options)
+    run_secret()
+    config = engine_config(options)
+    if options.command == "serve":
+        command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, serve=serve_command(options))
+    else:
+        rollout = rollout_command(options)
+        command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, rollout=rollout)
+    Layout.of(config, nodes.nnodes)
+    return command
 
 
 def check_model(path: str, tp: int) -> None:

@@ -206,47 +206,43 @@ def as_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in console.export_text().strip().splitlines())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prefill and decode beside transformers on a CPU.")
-    parser.add_argument("--model", required=True, help="checkpoint folder in bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--write", action="store_true", help="keep the result in bench/results/throughput.md")
-    options = parser.parse_args()
-    bandwidth = read_bandwidth(options.threads)
-    config = AutoConfig.from_pretrained(options.model)
-    waybill = WaybillContender(options.model, options.threads, routing=True)
-    contenders: dict[str, Contender] = {
-        "waybill": waybill,
-        "waybill, routing off": WaybillContender(options.model, options.threads, routing=False),
-        BASELINE: TransformersContender(options.model),
-    }
-    bench = Bench(config.vocab_size, seed=0)
-    limits: dict[int, float] = {}
+def run_rounds(bench: Bench, contenders: dict[str, Contender], num_rounds: int) -> None:
+    """One more than is kept: the first one warms up."""
     with Progress(transient=True) as progress:
         steps = len(contenders) * (len(PREFILLS) + 2 * len(CONCURRENCIES))
-        task = progress.add_task("rounds", total=(options.rounds + 1) * steps)
-        for number in range(options.rounds + 1):
+        task = progress.add_task("rounds", total=(num_rounds + 1) * steps)
+        for number in range(num_rounds + 1):
             bench.round(contenders, lambda: progress.advance(task))
             if number == 0:
-                # The first round warms up.
                 bench.measured.seconds.clear()
+
+
+def decode_limits(bench: Bench, waybill: WaybillContender, config: Any, bandwidth: float) -> dict[int, float]:
+    """Tokens per second at most, by the number of requests: what their steps must read, over the bandwidth."""
+    limits: dict[int, float] = {}
     for count in CONCURRENCIES:
         waybill.generate(bench.prompts(count, DECODE_PROMPT), LONG)
         limits[count] = count * bandwidth / decode_step_bytes(config, waybill.routes, DECODE_PROMPT)
-    memory = Table("contender", "start-up s", "peak memory MiB", box=box.MARKDOWN)
+    return limits
+
+
+def memory_table(contenders: dict[str, Contender]) -> Table:
+    table = Table("contender", "start-up s", "peak memory MiB", box=box.MARKDOWN)
     for name, contender in contenders.items():
-        memory.add_row(name, f"{contender.start_s:.1f}", f"{contender.peak_bytes() / MIB:.0f}")
+        table.add_row(name, f"{contender.start_s:.1f}", f"{contender.peak_bytes() / MIB:.0f}")
+    return table
+
+
+def make_report(options: argparse.Namespace, config: Any, bandwidth: float, speed: Table, memory: Table) -> str:
     weights = sum(entry.stat().st_size for entry in os.scandir(options.model) if entry.name.endswith(".safetensors"))
-    report = f"""# Throughput beside transformers
+    return f"""# Throughput beside transformers
 
 {describe()}, {options.threads} threads. Model: {weights / MIB:.0f} MiB of bfloat16 weights,
 {config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_experts} experts.
 Medians of {options.rounds} interleaved rounds.
 Read bandwidth of this run: {bandwidth / 1e9:.1f} GB/s (torch's sum of a long tensor).
 
-{as_text(make_table(bench, contenders, limits))}
+{as_text(speed)}
 
 `waybill` ships the routes of every token with each answer. Memory is the peak resident memory of the rank's process
 (weights are {weights / MIB:.0f} MiB of it), or of the process that runs transformers; start-up is the time until the
@@ -256,21 +252,51 @@ first request can be sent, processes and torchrun included.
 
 Made by `python bench/throughput.py --model MODEL --write`, the model by `python bench/make_models.py M`.
 """
+
+
+def rates(bench: Bench, name: str) -> dict[str, float]:
+    """Tokens per second of one contender."""
+    return {
+        **{f"prefill_{length}": round(bench.prefill_rate(name, length), 1) for length in PREFILLS},
+        **{f"decode_{count}": round(bench.decode_rate(name, count), 1) for count in CONCURRENCIES},
+    }
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Prefill and decode beside transformers on a CPU.")
+    parser.add_argument("--model", required=True, help="checkpoint folder in bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--write", action="store_true", help="keep the result in bench/results/throughput.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    bandwidth = read_bandwidth(options.threads)
+    config = AutoConfig.from_pretrained(options.model)
+    waybill = WaybillContender(options.model, options.threads, routing=True)
+    unrouted = WaybillContender(options.model, options.threads, routing=False)
+    contenders: dict[str, Contender] = {
+        "waybill": waybill,
+        "waybill, routing off": unrouted,
+        BASELINE: TransformersContender(options.model),
+    }
+    bench = Bench(config.vocab_size, seed=0)
+    run_rounds(bench, contenders, options.rounds)
+    limits = decode_limits(bench, waybill, config, bandwidth)
+    speed = make_table(bench, contenders, limits)
+    report = make_report(options, config, bandwidth, speed, memory_table(contenders))
     Console(width=124).print(report, markup=False, highlight=False)
     if options.write:
         write_result("throughput.md", report)
     if options.json:
-        rates = {
-            name: {
-                **{f"prefill_{n}": round(bench.prefill_rate(name, n), 1) for n in PREFILLS},
-                **{f"decode_{n}": round(bench.decode_rate(name, n), 1) for n in CONCURRENCIES},
-            }
-            for name in contenders
-        }
-        print(json.dumps({"tokens_per_s": rates, "decode_limit": {n: round(v, 1) for n, v in limits.items()}}))
-    for contender in contenders.values():
-        if isinstance(contender, WaybillContender):
-            contender.engine.shutdown()
+        tokens_per_s = {name: rates(bench, name) for name in contenders}
+        decode_limit = {count: round(limit, 1) for count, limit in limits.items()}
+        print(json.dumps({"tokens_per_s": tokens_per_s, "decode_limit": decode_limit}))
+    for contender in (waybill, unrouted):
+        contender.engine.shutdown()
 
 
 if __name__ == "__main__":

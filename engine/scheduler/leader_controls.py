@@ -24,10 +24,10 @@ from ..plan import PeerOperation
 from ..weight_sync.report import Outcome
 from .agreement import Agreement
 from .leader_setup import DpRankInfo, Endpoints
+from .lockstep import Lockstep
 from .page_manager import PageManager
 from .request_queues import RequestQueues
 from .step_committer import StepCommitter
-from .step_meeting import StepMeeting
 from .step_planner import StepPlanner
 from .step_recorder import StepRecorder
 
@@ -58,7 +58,7 @@ class LeaderControls:
         self,
         steps: Steps,
         recorder: StepRecorder,
-        meeting: StepMeeting,
+        lockstep: Lockstep,
         queues: RequestQueues,
         planner: StepPlanner,
         committer: StepCommitter,
@@ -69,7 +69,7 @@ class LeaderControls:
     ) -> None:
         self._steps = steps
         self._recorder = recorder
-        self._meeting = meeting
+        self._lockstep = lockstep
         self._queues = queues
         self._planner = planner
         self._committer = committer
@@ -129,7 +129,7 @@ class LeaderControls:
     def _on_flush_cache(self, op_id: str, op: FlushCache) -> None:
         """All leaders decide alike, from what the agreement says of all; the first one answers. Requests that wait, as
         after a pause that took their pages, hold none."""
-        num_running = self._meeting.agreement.num_running
+        num_running = self._lockstep.agreement.num_running
         if num_running == 0:
             self._empty_cache()
         text = f"not flushed: {num_running} requests run" if num_running else "cache flushed"
@@ -205,9 +205,11 @@ class LeaderControls:
 
     def _refusal_of(self, op: ControlOperation) -> str | None:
         """Why the operation cannot be done now, by what the agreement says of all leaders."""
-        if isinstance(op, ReleaseMemoryOccupation) and self._meeting.agreement.num_reqs:
-            return f"memory is released only when nothing runs or waits: {self._meeting.agreement.num_reqs} requests do"
-        num_running = self._meeting.agreement.num_running
+        if isinstance(op, ReleaseMemoryOccupation) and self._lockstep.agreement.num_reqs:
+            return (
+                f"memory is released only when nothing runs or waits: {self._lockstep.agreement.num_reqs} requests do"
+            )
+        num_running = self._lockstep.agreement.num_running
         if op.empties_cache and num_running:
             return (
                 f"flush_cache: must be false while requests run, {num_running} do; or pause with mode 'retract' or 'abort' "

@@ -1,7 +1,7 @@
 """A leader's loop: receive -> plan -> agree -> launch -> commit.
 
 It orders and delegates: the `Mailbox` says which messages are due, `StepPlanner` decides who runs, the leaders agree on
-the step at a `StepMeeting`, and a `StepPipeline` has it computed and commits it, one step later with `overlap_depth` 1.
+the step at a `Lockstep`, and a `StepPipeline` has it computed and commits it, one step later with `overlap_depth` 1.
 `StepRecorder` tells the output processor what happened. The scheduler holds no tensor.
 """
 
@@ -20,6 +20,7 @@ from ..routing.ring import RouteRing
 from .agreement import Agreement, Cause, Proposal, SingleRankSync, StepSync
 from .leader_controls import LeaderControls, Operations
 from .leader_setup import DpRankInfo, Endpoints
+from .lockstep import Lockstep
 from .mailbox import Mailbox
 from .page_manager import PageManager
 from .req import Req
@@ -27,7 +28,6 @@ from .request_queues import RequestQueues
 from .schedule_policy import StepLimits
 from .step_clock import NANO, StepClock
 from .step_committer import StepCommitter
-from .step_meeting import StepMeeting
 from .step_pipeline import StepPipeline
 from .step_planner import StepPlan, StepPlanner
 from .step_recorder import StepRecorder
@@ -63,14 +63,14 @@ class Scheduler(Generic[LaunchedT]):
         self.committer = StepCommitter(self.queues, pages, stop_checker)
         self.recorder = StepRecorder(config, endpoints.records, place)
         self._clock = StepClock(clock or SyncClock(), ring, endpoints.records)
-        self.meeting = StepMeeting(sync or SingleRankSync(), place.dp_rank)
+        self.lockstep = Lockstep(sync or SingleRankSync(), place.dp_rank)
         self.steps = StepPipeline(
             runner, endpoints.peers, stop_checker, self.committer, self.recorder, self._clock, config.overlap_depth
         )
         self._controls = LeaderControls(
             self.steps,
             self.recorder,
-            self.meeting,
+            self.lockstep,
             self.queues,
             self._planner,
             self.committer,
@@ -96,7 +96,7 @@ class Scheduler(Generic[LaunchedT]):
     def step(self) -> None:
         """Plan a step, agree on it, launch it, and commit those that are due."""
         proposal = self.propose()
-        agreement = self.meeting.agree(proposal)
+        agreement = self.lockstep.agree(proposal)
         self.proceed(agreement)
 
     @property
@@ -106,20 +106,20 @@ class Scheduler(Generic[LaunchedT]):
     @property
     def is_awake(self) -> bool:
         """Whether there is a step to agree on: a number that was not agreed on yet ends a sleep, nothing else."""
-        return not self.meeting.is_asleep or self._mailbox.seen > self.meeting.agreement.num_seen
+        return not self.lockstep.is_asleep or self._mailbox.seen > self.lockstep.agreement.num_seen
 
     # --- the parts of the loop --------------------------------------------------------------------------------------
 
     def receive(self) -> None:
         """Handle what is due; sleep for it when all leaders rest."""
-        if self.meeting.is_asleep:
+        if self.lockstep.is_asleep:
             if self.steps.num_steps:
                 self._clock.garbage.settle()
             self._mailbox.wait(IDLE_WAIT_S)
         began = time.perf_counter()
         self._mailbox.collect()
         cause = Cause.RECEIVE
-        for message in self._mailbox.due(self.meeting.agreement):
+        for message in self._mailbox.due(self.lockstep.agreement):
             self._handlers[type(message)](message)
             if not isinstance(message, (TokenizedGenerateReqInput, SeqNotice)):
                 cause = Cause.CONTROL
@@ -140,7 +140,7 @@ class Scheduler(Generic[LaunchedT]):
             applied=self._mailbox.applied,
             cause=cause,
             cause_ns=cause_ns,
-            agree_wait_ns=int(self.meeting.wait_s * NANO),
+            agree_wait_ns=int(self.lockstep.wait_s * NANO),
             forward_wait_ns=forward_wait_ns,
         )
 
@@ -159,7 +159,7 @@ class Scheduler(Generic[LaunchedT]):
 
     def proceed(self, agreement: Agreement) -> None:
         """Run the step that was agreed on: a forward if anybody has tokens, then the commits that are due."""
-        self.meeting.adopt(agreement)
+        self.lockstep.adopt(agreement)
         self._controls.answer_pauses(agreement)
         if agreement.num_tokens:
             num_rows = agreement.rows_per_rank(self._place.tp_size) if self._place.dp_size > 1 else 0
@@ -192,7 +192,7 @@ class Scheduler(Generic[LaunchedT]):
 
     def _on_get_internal_state(self, message: GetInternalStateReq) -> None:
         self._endpoints.frontend.send(
-            ControlReply(message.op_id, True, state=self.state(), sync_waits=self.meeting.stalls.waits())
+            ControlReply(message.op_id, True, state=self.state(), sync_waits=self.lockstep.stalls.waits())
         )
 
     def _on_shutdown(self, message: ShutdownReq) -> None:

@@ -1,6 +1,6 @@
 """Who makes the others wait, for how long, and why. Pure arithmetic on what the leaders tell each other.
 
-Leaders meet twice a step: at the agreement, and in the MoE layers of the forward. Whoever waits least at a meeting came
+Leaders wait for each other twice a step: at the agreement, and in the MoE layers of the forward. Whoever waits least came
 last; what the others waited longer than that is laid at its door. Every leader times its own waits, so no clocks are
 compared, and brings them to the next agreement with the largest delay that it knows of on its own side.
 """

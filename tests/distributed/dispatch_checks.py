@@ -292,7 +292,7 @@ def check_scattered_tokens(mesh: ParallelMesh) -> None:
 
 
 def check_sync_clock(world: Axis) -> None:
-    """Ranks that come early see time pass in the meeting; the one that comes last hardly any."""
+    """Ranks that come early see time pass in the collective; the one that comes last hardly any."""
     for dispatcher_class in (AllGatherDispatcher, AllToAllDispatcher):
         clock = SyncClock()
         args = (world, clock) if dispatcher_class is AllGatherDispatcher else (world, NUM_EXPERTS, clock)

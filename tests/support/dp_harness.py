@@ -256,7 +256,10 @@ class Leader:
         """Asleep, and nothing there to wake it."""
         scheduler = self.scheduler
         return (
-            scheduler.meeting.is_asleep and not scheduler.is_awake and not self.inbox.messages and self.proposal is None
+            scheduler.lockstep.is_asleep
+            and not scheduler.is_awake
+            and not self.inbox.messages
+            and self.proposal is None
         )
 
     def turn(self) -> bool:
@@ -310,7 +313,7 @@ class DpGroup:
             self.processor.handle(RoutingSetup(leader.dp_rank, num_pages, config.page_size, geometry, place))
 
     def try_to_agree(self) -> None:
-        """All leaders are at the meeting: they agree, and go on."""
+        """All leaders have proposed: they agree, and go on."""
         if any(leader.proposal is None for leader in self.leaders):
             return
         agreement = Agreement(tuple(leader.proposal for leader in self.leaders))

@@ -1,4 +1,4 @@
-"""A leader's side of the meetings at which all leaders agree on a step."""
+"""One leader in lockstep with the others: the step that all have agreed on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .agreement import NO_AGREEMENT, Agreement, Proposal, StepSync
 from .sync_stalls import SyncStalls
 
 
-class StepMeeting:
+class Lockstep:
     """Knows the last `agreement`, whether all leaders rest since, how long this one waited there, and who makes whom
     wait."""
 

@@ -28,7 +28,7 @@ from machine import describe, write_result
 from make_models import write_checkpoint
 
 from waybill import Engine
-from waybill.engine.routing.reference import Agreement, Difference, Reference
+from waybill.engine.routing.transformers_reference import Agreement, Difference, Reference
 from waybill.launch.args import EMBEDDED_MODEL
 
 # Over noise that random weights amplify, logprobs of two right float32 programs differ by this much.

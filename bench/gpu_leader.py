@@ -25,7 +25,7 @@ from waybill.engine.replica import Rank, make_scheduler
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.runner.model_runner import ModelRunner
-from waybill.engine.scheduler.schedule_policy import StepLimits
+from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.launch.args import EMBEDDED_MODEL
 from waybill.parallel.mesh import ParallelMesh
 from waybill.parallel.moe.dispatch import SyncClock

@@ -1,1 +1,4 @@
-"""One replica: token ids in, token ids, log-probabilities and routing out. Each folder is a process or a noun."""
+"""One replica: token ids in, token ids, log-probabilities and routing out.
+
+Each folder is one process, or one concept that several processes share.
+"""

@@ -1,4 +1,5 @@
-"""Every message that crosses a process boundary.
+"""The messages between processes; what a frontend sends and is told by leaders is in `ipc/frontend_messages.py`, and
+plans are in `plan.py`.
 
 All of them are msgspec structs: typed, validated when they are decoded, and never pickled. This module imports neither
 torch nor anything that decides; a trainer or a client can import it alone.

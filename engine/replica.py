@@ -31,15 +31,15 @@ from .routing.capturer import RoutedExpertsCapturer
 from .routing.geometry import RouteGeometry
 from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteRing
-from .runner.memory import kv_pool_pages, peak_rss_bytes
+from .runner.kv_cache_size import kv_pool_pages, peak_rss_bytes
 from .runner.model_runner import LaunchedStep, ModelRunner
 from .runner.rank_operations import RankOperations
 from .scheduler.agreement import SingleRankSync
 from .scheduler.dp_sync import DpSync
 from .scheduler.leader_setup import DpRankInfo, Endpoints
 from .scheduler.page_manager import PageManager
-from .scheduler.schedule_policy import StepLimits
 from .scheduler.scheduler import Scheduler
+from .scheduler.step_limits import StepLimits
 from .scheduler.stop_checker import StopChecker
 from .scheduler.sync_stalls import freeze_garbage_collector
 from .text.tokenizer_file import load_token_decoder

@@ -239,7 +239,7 @@ def explain_differences(
         command = [
             sys.executable,
             "-m",
-            "waybill.engine.routing.reference",
+            "waybill.engine.routing.transformers_reference",
             "--model",
             config.model_path,
             "--routes",

@@ -24,8 +24,8 @@ from waybill.engine.routing.ring import RouteRing
 from waybill.engine.scheduler.agreement import Agreement, from_rows, to_row
 from waybill.engine.scheduler.leader_setup import DpRankInfo, Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
-from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.engine.scheduler.stop_checker import StopChecker
 from waybill.parallel.dp_attention import rows_per_rank
 

@@ -17,8 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from .errors import error_response
-from .gate import OPEN_PATHS
 from .http_limits import HttpLimits
+from .request_guard import OPEN_PATHS
 
 # For a client to take the answer to a request of which it still sends the body, as after 413.
 REST_TIMEOUT_S = 5.0

@@ -1,4 +1,4 @@
-"""Control operations over HTTP: bodies and routes are made of the declarations in `control_operations.py`."""
+"""Control operations over HTTP: bodies and routes are made of the declarations in `control/operations.py`."""
 
 from __future__ import annotations
 

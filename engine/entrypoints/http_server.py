@@ -14,7 +14,6 @@ from .api_keys import ApiKeys
 from .bodies import BodyReader
 from .control import control_router
 from .errors import install_error_handlers
-from .gate import Gate
 from .http_limits import HttpLimits
 from .info import info_router
 from .native import META_HEADER, native_router
@@ -22,6 +21,7 @@ from .openai.protocol import ChatCompletionRequest, CompletionRequest
 from .openai.serving_chat import ChatServing
 from .openai.serving_completions import CompletionServing
 from .origin_guard import AllowedHosts, OriginGuard
+from .request_guard import RequestGuard
 from .service_metrics import ServiceMetrics
 
 
@@ -42,7 +42,7 @@ def make_app(
     app = FastAPI(title="Waybill", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
     # The last one added is the first to see a request.
-    app.add_middleware(Gate, api_keys=api_keys, limits=limits, not_ready=manager.not_ready)
+    app.add_middleware(RequestGuard, api_keys=api_keys, limits=limits, not_ready=manager.not_ready)
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from ..frontend.cumulative_answer import cumulative
 from ..frontend.generate_request import CHAR_COST_US, GenerateReqInput
-from ..frontend.preparation import PreparedRequest
+from ..frontend.request_preparation import PreparedRequest
 from ..frontend.text_codec import DECODE_COST_US, TextCodec
 from ..frontend.tokenizer_manager import MAX_RID_CHARS, TokenizerManager
 from ..io_struct import RoutedExpertsMeta

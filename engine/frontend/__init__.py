@@ -1,1 +1,1 @@
-"""The caller's half of a request: validation, tokens, one future a request, answers. Imports no torch."""
+"""The frontend: validates and tokenises requests, chooses the dp rank, returns outputs. Imports no torch."""

@@ -29,7 +29,7 @@ from .request_limits import (
     check_sampling,
     resolve_max_new_tokens,
 )
-from .sampling_input import SamplingParamsInput, make_sampling_params
+from .sampling_params import SamplingParamsInput, make_sampling_params
 
 # What a sample costs to make, beside its prompt's length.
 SAMPLE_COST_US = 30.0

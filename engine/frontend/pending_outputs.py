@@ -10,7 +10,7 @@ import msgspec
 
 from ..io_struct import OutputBatch, RequestOutput
 from ..routing.wire import RoutedExperts, decode
-from .requests_at_engine import RequestsAtEngine
+from .in_flight_requests import InFlightRequests
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Event = tuple[RequestOutput, RoutedExperts | None] | Exception
 class PendingOutputs:
     """One queue a request, under the rids of all its samples. Lives on one event loop."""
 
-    def __init__(self, at_engine: RequestsAtEngine) -> None:
+    def __init__(self, at_engine: InFlightRequests) -> None:
         self._at_engine = at_engine
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         # Outputs with tokens that have come since the start.

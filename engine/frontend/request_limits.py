@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..io_struct import OutputOptions
 from ..validation.field_error import FieldError
 from ..validation.token_ids import Ids
-from .sampling_input import SamplingParamsInput
+from .sampling_params import SamplingParamsInput
 
 MAX_TOP_LOGPROBS = 100
 DEFAULT_MAX_NEW_TOKENS = 128

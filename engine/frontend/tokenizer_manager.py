@@ -26,11 +26,11 @@ from .engine_controls import EngineControls
 from .engine_queries import EngineQueries
 from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate, UnavailableError
+from .in_flight_requests import InFlightRequests
 from .pending_outputs import Event, PendingOutputs
-from .preparation import Preparation, PreparedRequest
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
-from .requests_at_engine import RequestsAtEngine
+from .request_preparation import PreparedRequest, RequestPreparation
 from .text_codec import TextCodec
 from .work_threads import WorkThreads
 
@@ -62,12 +62,12 @@ class TokenizerManager:
         self._connection = EngineConnection(leaders=leaders, frontend=frontend, queries=queries)
         link, replies, dp_router = self._connection.link, self._connection.replies, DpRouter(config.dp_size)
         self._gate = GenerationGate(config.weight_sync_timeout_s, lambda: len(self._at_engine))
-        self._at_engine = RequestsAtEngine(link, dp_router, self._gate)
+        self._at_engine = InFlightRequests(link, dp_router, self._gate)
         self.outputs = PendingOutputs(self._at_engine)
         self._observer: RequestObserver = observer or NoObserver()
         self.work_threads = WorkThreads()
         admission = Admission(config.max_running_requests + config.max_waiting_requests)
-        self._preparation = Preparation(self.text, self.work_threads, admission, self._observer)
+        self._preparation = RequestPreparation(self.text, self.work_threads, admission, self._observer)
         self.controls = EngineControls(config, link, replies, self._gate, dp_router)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
         self._death: EngineDeadError | None = None

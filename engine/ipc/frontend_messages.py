@@ -46,7 +46,7 @@ class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state")
 
 
 class ControlReq(msgspec.Struct, frozen=True, tag="control"):
-    """Have an operation done; see `control_operations.py`."""
+    """Have an operation done; see `control/operations.py`."""
 
     seq: int
     op_id: str

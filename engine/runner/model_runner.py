@@ -31,8 +31,8 @@ from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start
 from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch
 
 if TYPE_CHECKING:
-    from .decode_graphs import DecodeGraphs
-    from .prefill_graphs import PrefillGraphs
+    from .decode_cuda_graphs import DecodeGraphs
+    from .prefill_cuda_graphs import PrefillGraphs
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
@@ -137,8 +137,8 @@ class ModelRunner:
             return
         assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
         # Their kernels come with torch's CUDA builds alone.
-        from .decode_graphs import DecodeGraphs  # noqa: PLC0415
-        from .prefill_graphs import PrefillGraphs  # noqa: PLC0415
+        from .decode_cuda_graphs import DecodeGraphs  # noqa: PLC0415
+        from .prefill_cuda_graphs import PrefillGraphs  # noqa: PLC0415
 
         parts = GraphParts(
             self.model,

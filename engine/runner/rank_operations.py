@@ -31,7 +31,7 @@ from ..weight_sync.group_registry import GroupRegistry
 from ..weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
 from ..weight_sync.receiver import WeightReceiver
 from ..weight_sync.report import Outcome, RankReport, exchange_reports
-from .device_memory import DeviceMemory, check_tags
+from .memory_occupation import MemoryOccupation, check_tags
 from .model_runner import ModelRunner
 
 # What is read back becomes JSON on the step thread.
@@ -53,7 +53,7 @@ class RankOperations:
         self._answer_later = answer_later
         self._groups = GroupRegistry(mesh, config.weight_sync_timeout_s, config.weight_sync_groups)
         self._receiver = WeightReceiver(runner.model, mesh, self._groups)
-        self._memory = DeviceMemory(runner.model, runner.kv_store)
+        self._memory = MemoryOccupation(runner.model, runner.kv_store)
         self._actions: dict[type, Callable[..., Outcome]] = {
             UpdateWeightsFromDisk: self._update,
             UpdateWeightsFromTensor: self._update,

@@ -25,9 +25,9 @@ from .mailbox import Mailbox
 from .page_manager import PageManager
 from .req import Req
 from .request_queues import RequestQueues
-from .schedule_policy import StepLimits
 from .step_clock import NANO, StepClock
 from .step_committer import StepCommitter
+from .step_limits import StepLimits
 from .step_pipeline import StepPipeline
 from .step_planner import StepPlan, StepPlanner
 from .step_recorder import StepRecorder

@@ -14,8 +14,8 @@ from .agreement import ForwardMode
 from .page_manager import PageManager
 from .req import Req
 from .request_queues import RequestQueues
-from .schedule_policy import PrefillBudget, StepLimits, admission_fits
 from .shared_prefills import SharedPrefills
+from .step_limits import PrefillBudget, StepLimits, admission_fits
 
 
 @dataclass(frozen=True)

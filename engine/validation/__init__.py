@@ -1,1 +1,1 @@
-"""Faults of callers, each named by its field: bodies, token ids, options of the configuration."""
+"""Checks of request bodies, token ids and configuration options; every error names its field."""

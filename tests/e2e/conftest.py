@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.server_process import ServerProcess
 
-from waybill.engine.routing.reference import Reference
+from waybill.engine.routing.transformers_reference import Reference
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of ranks spin while they wait for each other: each worker has cores of its own, and so have its ranks.

@@ -15,7 +15,7 @@ import pytest
 from support.same_rows import check_same_rows
 
 from waybill import Engine
-from waybill.engine.routing.reference import Reference
+from waybill.engine.routing.transformers_reference import Reference
 from waybill.engine.routing.wire import stitch
 
 NUM_MOE_LAYERS, TOP_K = 6, 4

@@ -19,7 +19,7 @@ from support.server_process import ServerProcess
 
 from waybill.client import Client
 from waybill.engine.entrypoints.native import META_HEADER
-from waybill.engine.routing.reference import Reference
+from waybill.engine.routing.transformers_reference import Reference
 from waybill.engine.routing.wire import checksum
 
 NUM_LAYERS, NUM_MOE_LAYERS, TOP_K = 7, 6, 4

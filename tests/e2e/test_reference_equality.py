@@ -1,6 +1,6 @@
 """Greedy tokens, log-probabilities and routes of the engine against `transformers`, in float32.
 
-Equality under the near-tie rule (`engine/routing/reference.py`), for prompts of 1 to 1,500 tokens. `make test`
+Equality under the near-tie rule (`engine/routing/transformers_reference.py`), for prompts of 1 to 1,500 tokens. `make test`
 runs a pairwise covering of the settings, `make test-matrix` all of them. With several dp ranks the prompts are fewer, and
 not spread evenly: one rank has most of them, and where the pool is tight it is tight for that rank alone.
 """
@@ -19,7 +19,7 @@ import pytest
 from support.same_rows import check_same_rows
 
 from waybill import Engine
-from waybill.engine.routing.reference import LOGPROB_TOLERANCE, Agreement, Reference
+from waybill.engine.routing.transformers_reference import LOGPROB_TOLERANCE, Agreement, Reference
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 NUM_PROMPTS = 64

@@ -48,8 +48,8 @@ from waybill.engine.routing.wire import decode
 from waybill.engine.scheduler.agreement import Agreement, Proposal
 from waybill.engine.scheduler.leader_setup import DpRankInfo, Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
-from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.engine.scheduler.stop_checker import StopChecker
 from waybill.parallel.mesh import Axis, ParallelMesh
 

@@ -19,8 +19,8 @@ from waybill.engine.ipc.frontend_messages import FrontendMessage, TokenizedGener
 from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
 from waybill.engine.scheduler.leader_setup import Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
-from waybill.engine.scheduler.schedule_policy import StepLimits
 from waybill.engine.scheduler.scheduler import Scheduler
+from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.engine.scheduler.stop_checker import StopChecker
 
 VOCAB = 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from waybill.engine.routing.reference import Reference
+from waybill.engine.routing.transformers_reference import Reference
 
 
 def check_same_rows(

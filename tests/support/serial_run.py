@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from waybill import Engine
-from waybill.engine.routing.reference import NEAR_TIE, Difference, Reference
+from waybill.engine.routing.transformers_reference import NEAR_TIE, Difference, Reference
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 PROMPT_TOKENS = (1, 160)

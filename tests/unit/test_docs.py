@@ -10,7 +10,7 @@ import pytest
 
 from waybill.engine.control.operations import ControlOperation, Operation
 from waybill.engine.frontend.generate_request import GenerateReqInput
-from waybill.engine.frontend.sampling_input import SamplingParamsInput
+from waybill.engine.frontend.sampling_params import SamplingParamsInput
 
 ROOT = Path(__file__).parents[2]
 API = (ROOT / "docs" / "api.md").read_text()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ...frontend.generate_request import GenerateReqInput
-from ...frontend.sampling_input import MAX_SAMPLES, SamplingParamsInput, check_size
+from ...frontend.sampling_params import MAX_SAMPLES, SamplingParamsInput, check_size
 from ...validation.field_error import FieldError
 from ...validation.request_model import (
     MAX_NAME_CHARS,

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...frontend.generate_request import GenerateReqInput
-from ...frontend.preparation import PreparedRequest
+from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
 from ...validation.field_error import FieldError
 from ..bodies import CLIENT_GONE

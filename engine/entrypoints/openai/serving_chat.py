@@ -13,7 +13,7 @@ from starlette.responses import Response
 from ...frontend.chat_template import ChatTemplate
 from ...frontend.cumulative_answer import CumulativeAnswer
 from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
-from ...frontend.preparation import PreparedRequest
+from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
 from ...validation.field_error import FieldError
 from . import serving

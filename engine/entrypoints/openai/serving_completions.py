@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...frontend.generate_request import GenerateReqInput, SampleRequest, parse_generate_request
-from ...frontend.preparation import PreparedRequest
+from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
 from ...validation.field_error import FieldError
 from . import serving

@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from waybill.engine.entrypoints.api_keys import ApiKeys
-from waybill.engine.entrypoints.gate import Gate
 from waybill.engine.entrypoints.http_limits import HttpLimits
 from waybill.engine.entrypoints.http_server import make_app
 from waybill.engine.entrypoints.origin_guard import AllowedHosts
+from waybill.engine.entrypoints.request_guard import RequestGuard
 from waybill.engine.entrypoints.service_metrics import ServiceMetrics
 from waybill.engine.frontend.work_threads import WorkThreads
 
@@ -23,7 +23,7 @@ class SlowManager:
 
     def __init__(self) -> None:
         self.work_threads = WorkThreads()
-        self.gate: Gate | None = None
+        self.gate: RequestGuard | None = None
         self.held: list[int] = []
         self.config = SimpleNamespace(model_path="m")
         self.controls = None
@@ -65,7 +65,7 @@ def test_the_bytes_count_until_tokens_have_taken_their_place(path: str, body: di
     )
     layer: Any = app.build_middleware_stack()
     app.middleware_stack = layer
-    while not isinstance(layer, Gate):
+    while not isinstance(layer, RequestGuard):
         layer = layer.app if hasattr(layer, "app") else layer._app
     manager.gate = layer
 

@@ -18,8 +18,8 @@ from support.http_service import HttpService, read_to_end, served, statuses, wai
 
 from waybill.engine.entrypoints.api_keys import ApiKeys
 from waybill.engine.entrypoints.errors import install_error_handlers
-from waybill.engine.entrypoints.gate import Gate
 from waybill.engine.entrypoints.http_limits import HttpLimits
+from waybill.engine.entrypoints.request_guard import RequestGuard
 
 HOST = b"Host: h\r\n"
 SHORT = 0.2
@@ -36,7 +36,7 @@ LIMITS = {
 def application(limits: HttpLimits, *, keys: tuple[str, ...] = ()) -> FastAPI:
     app = FastAPI(redirect_slashes=False)
     install_error_handlers(app)
-    app.add_middleware(Gate, api_keys=ApiKeys(keys), limits=limits, not_ready=lambda: None)
+    app.add_middleware(RequestGuard, api_keys=ApiKeys(keys), limits=limits, not_ready=lambda: None)
     app.state.num_calls = 0
 
     @app.post("/size")
@@ -227,9 +227,9 @@ def test_bodies_that_never_end_hold_no_more_than_the_bound() -> None:
         wait_until(lambda: gate_of(app)._budget.held_bytes == 0, "all is given back")
 
 
-def gate_of(app: FastAPI) -> Gate:
+def gate_of(app: FastAPI) -> RequestGuard:
     layer = app.middleware_stack
-    while not isinstance(layer, Gate):
+    while not isinstance(layer, RequestGuard):
         layer = layer.app  # type: ignore[union-attr]
     return layer
 

@@ -27,9 +27,9 @@ from waybill.engine.entrypoints.responses import unless_disconnected
 from waybill.engine.frontend.chat_template import ChatTemplate
 from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.engine.frontend.generate_request import parse_generate_request
-from waybill.engine.frontend.preparation import PreparedRequest
 from waybill.engine.frontend.request_limits import EngineLimits
 from waybill.engine.frontend.request_observer import NoObserver
+from waybill.engine.frontend.request_preparation import PreparedRequest
 from waybill.engine.frontend.tokenizer_manager import TokenizerManager
 from waybill.engine.text.tokenizer_file import load_tokenizer
 from waybill.launch.args import EMBEDDED_MODEL

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from waybill.engine.frontend.generate_request import SampleRequest, expand, parse_generate_request
 from waybill.engine.frontend.request_limits import EngineLimits
-from waybill.engine.frontend.sampling_input import SamplingParamsInput
+from waybill.engine.frontend.sampling_params import SamplingParamsInput
 from waybill.engine.io_struct import OutputOptions
 
 LIMITS = EngineLimits(

@@ -10,9 +10,9 @@ import pytest
 
 from waybill.engine.frontend.dp_router import DpRouter
 from waybill.engine.frontend.generation_gate import GenerationGate
+from waybill.engine.frontend.in_flight_requests import InFlightRequests
 from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.frontend.pending_outputs import MAX_UNREAD_OUTPUTS, PendingOutputs
-from waybill.engine.frontend.requests_at_engine import RequestsAtEngine
 from waybill.engine.io_struct import OutputBatch, RequestOutput
 from waybill.engine.ipc.frontend_messages import AbortReq, FrontendMessage
 from waybill.engine.routing.geometry import RouteGeometry
@@ -33,7 +33,7 @@ class Leader:
 
 
 def pending_outputs(leader: Leader) -> PendingOutputs:
-    return PendingOutputs(RequestsAtEngine(LeaderLink([leader]), DpRouter(1), GenerationGate(1.0, lambda: 0)))
+    return PendingOutputs(InFlightRequests(LeaderLink([leader]), DpRouter(1), GenerationGate(1.0, lambda: 0)))
 
 
 def output(rid: str, **fields: Any) -> RequestOutput:

@@ -126,7 +126,7 @@ def test_a_request_that_fails_behind_the_engine_is_aborted_there_and_its_rid_is_
 
 def test_many_samples_of_a_long_prompt_are_sent_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between them others have their turn; and a caller who leaves meanwhile leaves no load behind on the rank."""
-    monkeypatch.setattr("waybill.engine.frontend.requests_at_engine.MAX_SENT_BYTES", 12)
+    monkeypatch.setattr("waybill.engine.frontend.in_flight_requests.MAX_SENT_BYTES", 12)
 
     async def check(wiring: Wiring) -> None:
         request = parse_generate_request({"input_ids": [1, 2], "sampling_params": {"n": 5, "temperature": 1.0}})

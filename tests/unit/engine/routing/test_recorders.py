@@ -12,7 +12,7 @@ from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.late_gather import LateRouteGather
 from waybill.engine.routing.ring import RouteRing
 from waybill.engine.scheduler.leader_setup import DpRankInfo
-from waybill.engine.scheduler.schedule_policy import StepLimits
+from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.kv_cache.kv_store import KVTensorSpec
-from waybill.engine.runner import memory
-from waybill.engine.runner.memory import available_bytes, kv_memory_fraction, kv_pool_pages
+from waybill.engine.runner import kv_cache_size
+from waybill.engine.runner.kv_cache_size import available_bytes, kv_memory_fraction, kv_pool_pages
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -35,7 +35,7 @@ def pages(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, *, ranks_per_node: int = 1, free: int = FREE, **fields: Any
 ) -> int:
     """Of an engine that finds so many bytes free once its weights are there."""
-    monkeypatch.setattr(memory, "available_bytes", lambda _: free)
+    monkeypatch.setattr(kv_cache_size, "available_bytes", lambda _: free)
     # What ranks tell each other lies on the device.
     make = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda data, device=None: make(data))

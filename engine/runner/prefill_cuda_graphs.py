@@ -22,7 +22,7 @@ from .step_tensors import Forwarded, HostBatch
 SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 
 
-def graph_sizes(max_tokens: int) -> list[int]:
+def capture_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens to capture; no step has more than `max_tokens`."""
     return sorted({min(size, max_tokens) for size in SIZES})
 
@@ -82,7 +82,7 @@ class PrefillGraphs:
 
     def __init__(self, parts: GraphParts, max_tokens: int) -> None:
         self._parts = parts
-        self._sizes = graph_sizes(max_tokens)
+        self._sizes = capture_sizes(max_tokens)
         memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         # The largest first: the others fit into its memory.
         self._graphs = {size: self._capture(size, memory, stream) for size in reversed(self._sizes)}

@@ -12,7 +12,7 @@ from .dp_router import DpRouter
 from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate
 from .leader_link import LeaderLink
-from .preparation import tokenized_request
+from .request_preparation import tokenized_request
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_SENT_BYTES = 4 << 20
 
 
-class RequestsAtEngine:
+class InFlightRequests:
     """Sends samples to the dp rank that the router chooses, which has their load until their end is told."""
 
     def __init__(self, link: LeaderLink, dp_router: DpRouter, gate: GenerationGate) -> None:

@@ -20,7 +20,7 @@ from .step_tensors import HostBatch
 NUM_STAGES = 4
 
 
-def graph_sizes(max_running: int) -> list[int]:
+def capture_sizes(max_running: int) -> list[int]:
     """Batch sizes to capture: fine steps where a padded row weighs most."""
     sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 257, 16)]
     return sorted({min(size, max_running) for size in sizes})
@@ -38,7 +38,7 @@ class DecodeGraphs:
 
     def __init__(self, parts: GraphParts) -> None:
         self._parts = parts
-        sizes = graph_sizes(parts.pool.scratch_row)
+        sizes = capture_sizes(parts.pool.scratch_row)
         self._stages = torch.empty(NUM_STAGES, 3 * sizes[-1], dtype=torch.int64).pin_memory()
         self._stage = 0
         memory = torch.cuda.graph_pool_handle()

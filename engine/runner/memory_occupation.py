@@ -25,7 +25,7 @@ def check_tags(tags: Sequence[str]) -> None:
         raise ValueError(f"tags: {unknown[0]!r} must be one of {', '.join(MEMORY_TAGS)}")
 
 
-class DeviceMemory:
+class MemoryOccupation:
     """The two large owners of one rank's memory."""
 
     def __init__(self, model: CausalLM, kv_store: KVStore) -> None:

@@ -15,7 +15,7 @@ from .http_limits import HttpLimits
 OPEN_PATHS = ("/health", "/metrics")
 
 
-class Gate:
+class RequestGuard:
     """An ASGI middleware; it never holds a body."""
 
     def __init__(

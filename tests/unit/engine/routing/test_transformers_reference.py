@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from waybill.engine.routing.reference import Difference, Reference
+from waybill.engine.routing.transformers_reference import Difference, Reference
 
 CHECKPOINT = Path(__file__).parents[4] / "examples" / "tiny_moe" / "checkpoint"
 SEQUENCES = [list(b"add 21"), list(b"start with 12"), list(b"x")]

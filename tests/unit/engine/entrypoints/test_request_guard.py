@@ -14,8 +14,8 @@ from starlette.responses import Response
 from waybill.engine.entrypoints.api_keys import ApiKeys
 from waybill.engine.entrypoints.bounded_body import BodyBudget, BoundedBody, attach, release_body
 from waybill.engine.entrypoints.errors import install_error_handlers
-from waybill.engine.entrypoints.gate import Gate
 from waybill.engine.entrypoints.http_limits import HttpLimits
+from waybill.engine.entrypoints.request_guard import RequestGuard
 
 LIMITS = HttpLimits(max_body_bytes=10, max_inflight_body_bytes=15, body_timeout_s=0.2)
 
@@ -23,7 +23,7 @@ LIMITS = HttpLimits(max_body_bytes=10, max_inflight_body_bytes=15, body_timeout_
 def ask(method: str, path: str, *keys: str, reason: str | None = None, **request: Any) -> httpx.Response:
     app = FastAPI()
     install_error_handlers(app)
-    app.add_middleware(Gate, api_keys=ApiKeys(keys), limits=LIMITS, not_ready=lambda: reason)
+    app.add_middleware(RequestGuard, api_keys=ApiKeys(keys), limits=LIMITS, not_ready=lambda: reason)
 
     @app.post("/size")
     async def size(http: Request) -> Response:
@@ -128,7 +128,7 @@ def test_bytes_of_a_request_that_fails_are_given_back() -> None:
         async def receive() -> Any:
             return {"type": "http.request", "body": b"abc", "more_body": False}
 
-        gate = Gate(app, api_keys=ApiKeys(()), limits=LIMITS, not_ready=lambda: None)
+        gate = RequestGuard(app, api_keys=ApiKeys(()), limits=LIMITS, not_ready=lambda: None)
         with pytest.raises(RuntimeError):
             await gate({"type": "http", "path": "/", "headers": []}, receive, receive)
         assert gate._budget.held_bytes == 0

@@ -1,6 +1,8 @@
 """The reference that tokens, log-probabilities and routes are compared with: `transformers`, in float32, teacher-forced.
 
-    python -m waybill.engine.routing.reference --model CHECKPOINT --routes FILE.npz     (tokens_0, routes_0, tokens_1, ...)
+    python -m waybill.engine.routing.transformers_reference --model CHECKPOINT --routes FILE.npz
+
+(an archive of tokens_0, routes_0, tokens_1, ...)
 
 The near-tie rule: everything must be equal. Where a choice differs from the reference's, the first difference must be a
 near-tie by the reference's own scores (a gap below `NEAR_TIE`); the reference is then forced to that choice and the

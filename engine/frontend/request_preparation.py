@@ -29,7 +29,7 @@ class PreparedRequest:
         self.places.release()
 
 
-class Preparation:
+class RequestPreparation:
     """Prepares requests, each on the threads that its length asks for."""
 
     def __init__(

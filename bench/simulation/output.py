@@ -24,8 +24,8 @@ from .tape import Tape
 from .workload import Conversations
 
 
-class CalledShipper(OutputSender):
-    """The output_sender without its thread: orders wait until they are asked for."""
+class CalledOutputSender(OutputSender):
+    """An output sender without its thread: orders wait until they are asked for."""
 
     def __init__(self, sender: Sender[OutputBatch], decoder: TokenDecoder | None, claims: ClaimStore) -> None:
         super().__init__(sender, decoder, claims)
@@ -51,7 +51,7 @@ class OutputSide:
         self._records: Receiver[OutputRecord] = Receiver(context, RECORDS, OutputRecord)
         self._answers: Receiver[OutputBatch] = Receiver(context, FRONTEND, OutputBatch)
         sender: Sender[OutputBatch] = Sender(context, FRONTEND)
-        self.output_sender = CalledShipper(sender, decoder, ClaimStore(1 << 20, 60.0, time.monotonic))
+        self.output_sender = CalledOutputSender(sender, decoder, ClaimStore(1 << 20, 60.0, time.monotonic))
         self.processor = OutputProcessor(self.output_sender, dp_size)
         self.profile: Profile | None = None
         self.tape: Tape | None = None

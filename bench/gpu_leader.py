@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.kv_cache.kv_store import KVStore
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.registry import build_model, family_of
+from waybill.engine.plan import StopPeers
 from waybill.engine.replica import Rank, make_scheduler
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.ring import RouteRing
@@ -34,14 +35,15 @@ from waybill.parallel.moe.dispatch import SyncClock
 class Bench:
     """A model of random weights on the device, and leaders over it."""
 
-    def __init__(self, plan: Plan, folder: str) -> None:
+    def __init__(self, plan: Plan, folder: str, mesh: ParallelMesh | None = None, moe_split: str = "ep") -> None:
         self.plan = plan
-        self.device = torch.device(plan.device)
+        self.mesh = mesh or ParallelMesh.single(torch.device(plan.device))
+        self.device = self.mesh.device
         hf_config = Qwen3MoeConfig(
             **plan.shape, norm_topk_prob=True, tie_word_embeddings=False, eos_token_id=None, dtype="bfloat16"
         )
         self.model_config = family_of(hf_config.model_type).parse_config(hf_config, folder, "auto")
-        context = ModelContext(self.model_config, ParallelMesh.single(self.device))
+        context = ModelContext(self.model_config, self.mesh, moe_split)
         self.model = build_model(context, 16384)
         for parameter in self.model.parameters():
             parameter.data.normal_(std=parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.data.fill_(1)
@@ -74,7 +76,7 @@ class Bench:
 
     def make_runner(self, ring: RouteRing | None) -> ModelRunner:
         return ModelRunner(
-            ParallelMesh.single(self.device),
+            self.mesh,
             self.model,
             self.kv_store,
             page_size=1,
@@ -86,13 +88,13 @@ class Bench:
         )
 
     @contextmanager
-    def leader(self, *, capture: bool) -> Iterator[Leader]:
+    def leader(self, *, capture: bool, peers: Sequence[str] = ()) -> Iterator[Leader]:
         ring = RouteRing.create(self.model_config.route_geometry(self.limits.max_tokens), 8) if capture else None
         runner = self.make_runner(ring)
         config = self.config if capture else msgspec.structs.replace(self.config, enable_return_routed_experts=False)
         rank = Rank(
             config,
-            ParallelMesh.single(self.device),
+            self.mesh,
             self.model_config,
             self.limits,
             self.num_pages,
@@ -103,8 +105,12 @@ class Bench:
             {},
         )
         with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
-            surroundings = Surroundings(folder, str(EMBEDDED_MODEL))
+            surroundings = Surroundings(folder, str(EMBEDDED_MODEL), peers)
             yield Leader(make_scheduler(rank, surroundings.endpoints), surroundings, self)
+            for peer in surroundings.endpoints.peers:
+                peer.send(StopPeers())
+            # They leave before the sockets go.
+            time.sleep(0.5)
             surroundings.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,9 +21,10 @@ STOP_TIMEOUT_S = 10
 
 
 class Surroundings:
-    """`endpoints` are the leader's; requests go into `outbox`, and what a frontend would get comes out of `answers`."""
+    """`endpoints` are the leader's, `peers` the addresses of its tp peers; requests go into `outbox`, and what a frontend
+    would get comes out of `answers`."""
 
-    def __init__(self, folder: str, tokenizer_path: str) -> None:
+    def __init__(self, folder: str, tokenizer_path: str, peers: Sequence[str] = ()) -> None:
         self._context = zmq.Context()
         address = {name: f"ipc://{folder}/{name}" for name in ("inbox", "records", "frontend", "queries")}
         self._lifeline = Lifeline(f"{folder}/alive")
@@ -44,7 +46,7 @@ class Surroundings:
         self.outbox: Sender[FrontendMessage] = Sender(self._context, address["inbox"])
         records = RecordSender(self._context, address["records"])
         frontend: Sender[BackendMessage] = Sender(self._context, address["frontend"])
-        self.endpoints = Endpoints(inbox, [], records, frontend)
+        self.endpoints = Endpoints(inbox, [Sender(self._context, peer) for peer in peers], records, frontend)
 
     def close(self) -> None:
         self._lifeline.cut()

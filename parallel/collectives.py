@@ -12,9 +12,12 @@ from .mesh import Axis
 
 
 def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sum over the axis, in place; every rank ends with the same bits."""
-    if axis.size > 1:
-        dist.all_reduce(x, group=axis.group)
+    """Sum over the axis, maybe in place; every rank ends with the same bits."""
+    if axis.size == 1:
+        return x
+    if axis.symmetric is not None and axis.symmetric.takes(x):
+        return axis.symmetric.all_reduce(x)
+    dist.all_reduce(x, group=axis.group)
     return x
 
 

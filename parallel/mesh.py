@@ -5,11 +5,13 @@ World = dp x tp; tp varies fastest, so the ranks of a replica are neighbours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from .symmetric_memory import SymmetricMemory
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Axis:
     size: int
     group: dist.ProcessGroup | None
     ranks: tuple[int, ...]
+    # Where the ranks are GPUs of one host.
+    symmetric: SymmetricMemory | None = None
 
     @staticmethod
     def single(name: str = "single") -> Axis:
@@ -63,12 +67,18 @@ class ParallelMesh:
             raise ValueError(f"dp_size={dp_size} times tp_size={tp_size}: must be the world size, {world_size}")
         # tp varies fastest.
         ranks = torch.arange(world_size).view(dp_size, tp_size)
+        world = _make_axis("world", dist.group.WORLD)
+        if device.type == "cuda" and world.group is not None and num_nodes == 1:
+            world = replace(world, symmetric=SymmetricMemory.of(world.group, device))
+        tp = _make_axis("tp", _own_group(ranks.tolist(), timeout))
+        if tp_size == world_size:
+            tp = replace(world, name="tp")
         return ParallelMesh(
             device,
-            _make_axis("world", dist.group.WORLD),
+            world,
             _make_axis("dp", _own_group(ranks.t().tolist(), timeout)),
-            _make_axis("tp", _own_group(ranks.tolist(), timeout)),
-            _make_axis("ep", dist.group.WORLD),
+            tp,
+            replace(world, name="ep"),
             _make_axis("node", _own_group(ranks.view(num_nodes, -1).tolist(), timeout)),
         )
 

@@ -30,7 +30,7 @@ def capture_sizes(max_running: int) -> list[int]:
 class DecodeGraph:
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor  # [3, B] int64: ids, positions, pool rows
-    logits: torch.Tensor  # [B, V]
+    logits: torch.Tensor | None  # [B, V]; None on tp ranks that do not sample
 
 
 class DecodeGraphs:
@@ -54,18 +54,17 @@ class DecodeGraphs:
             self._forward(inputs)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # Other threads, NCCL's watchdog say, may call the driver meanwhile.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             logits = self._forward(inputs)
         return DecodeGraph(graph, inputs, logits)
 
-    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _forward(self, inputs: torch.Tensor) -> torch.Tensor | None:
         parts = self._parts
         _, positions, rows = inputs
         kv_lens = (positions + 1).to(torch.int32)
         plan = parts.attention.plan_graph(parts.pool.page_table, rows, kv_lens, parts.page_size)
-        logits = parts.model.compute_logits(parts.forward(inputs, parts.attention, plan))
-        assert logits is not None, "graphs serve one rank"
-        return logits
+        return parts.model.compute_logits(parts.forward(inputs, parts.attention, plan))
 
     def size_for(self, host: HostBatch) -> int | None:
         """The batch size to run a step at; None if it is no decode, or too large."""
@@ -73,8 +72,9 @@ class DecodeGraphs:
             return None
         return next((size for size in self._sizes if size >= len(host.req_rows)), None)
 
-    def run(self, host: HostBatch, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replay: logits [B, V], valid until the next replay, and the requests' pool rows [B] on the device."""
+    def run(self, host: HostBatch, size: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Replay: logits [B, V] where tokens are sampled, valid until the next replay, and the requests' pool rows [B] on
+        the device."""
         graph = self._graphs[size]
         num_reqs = len(host.req_rows)
         stage = self._stages[self._stage][: 3 * size].view(3, size)
@@ -84,4 +84,5 @@ class DecodeGraphs:
         values[:, :num_reqs] = host.input_ids, host.positions, host.req_rows
         graph.inputs.copy_(stage, non_blocking=True)
         graph.graph.replay()
-        return graph.logits[:num_reqs], graph.inputs[2, :num_reqs]
+        logits = None if graph.logits is None else graph.logits[:num_reqs]
+        return logits, graph.inputs[2, :num_reqs]

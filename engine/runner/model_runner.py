@@ -130,12 +130,12 @@ class ModelRunner:
         self._sampling_rows[req.row] = sampling_row
 
     def make_graphs(self) -> None:
-        """On CUDA, steps of one rank run as graphs."""
-        if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.world.size > 1:
+        """On CUDA, steps run as graphs where every rank holds every token; their collectives are part of them."""
+        if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.dp.size > 1:
             return
         if not isinstance(self._attention, GraphAttentionBackend):
             return
-        assert not isinstance(self._capturer, LateRouteGather), "one rank has nobody to gather from"
+        assert not isinstance(self._capturer, LateRouteGather), "a rank that holds every token sees every choice"
         # Their kernels come with torch's CUDA builds alone.
         from .decode_cuda_graphs import DecodeGraphs  # noqa: PLC0415
         from .prefill_cuda_graphs import PrefillGraphs  # noqa: PLC0415

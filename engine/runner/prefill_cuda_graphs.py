@@ -59,7 +59,8 @@ class GraphBreaker:
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._graph.capture_begin(pool=self._memory)
+        # Other threads, NCCL's watchdog say, may call the driver meanwhile.
+        self._graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
 
     def end(self) -> torch.cuda.CUDAGraph:
         assert self._graph is not None

@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 120.0) -> None:
+def run_ranks(
+    function: Callable[..., None], world_size: int, *args: Any, timeout_s: float = 120.0, backend: str = "gloo"
+) -> None:
     """Call `function(*args)` on every rank, with the process group running.
 
     `function` must stand in a module that a new process can import. What a rank raises is raised here, with its rank and
@@ -25,7 +27,7 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any, timeou
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
-            _run_rank, (function, world_size, f"{folder}/store", args, timeout_s), world_size, join=False
+            _run_rank, (function, world_size, f"{folder}/store", args, timeout_s, backend), world_size, join=False
         )
         deadline = time.monotonic() + timeout_s
         try:
@@ -39,11 +41,17 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any, timeou
 
 
 def _run_rank(
-    rank: int, function: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...], timeout_s: float
+    rank: int,
+    function: Callable[..., None],
+    world_size: int,
+    store: str,
+    args: tuple[Any, ...],
+    timeout_s: float,
+    backend: str,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,

@@ -1,0 +1,15 @@
+"""Collectives between real GPUs. One start of processes serves all checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed.gpu_checks import check_symmetric_memory
+from distributed.ranks import run_ranks
+
+
+@pytest.mark.gpu
+def test_symmetric_memory_sums_as_nccl_does() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA devices")
+    run_ranks(check_symmetric_memory, 2, backend="cpu:gloo,cuda:nccl")

@@ -91,7 +91,9 @@ def main() -> None:
     with torch.inference_mode():
         bench = Bench(FULL, str(folder), mesh, options.moe_split)
         if mesh.tp.rank > 0:
-            follow(bench.make_runner(None), None, zmq.Context(), peers[mesh.tp.rank - 1])
+            runner = bench.make_runner(None)
+            follow(runner, None, zmq.Context(), peers[mesh.tp.rank - 1])
+            runner.drop_graphs()
         else:
             with bench.leader(capture=True, peers=peers) as leader:
                 for batch in FULL.batches:

@@ -111,6 +111,8 @@ class Bench:
                 peer.send(StopPeers())
             # They leave before the sockets go.
             time.sleep(0.5)
+            # NCCL's groups cannot be left while graphs have recorded collectives of theirs.
+            runner.drop_graphs()
             surroundings.close()
 
 

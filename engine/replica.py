@@ -93,6 +93,8 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     else:
         operations = make_operations(rank, context, endpoints.frontend)
         follow(rank.runner, operations, context, own)
+    # NCCL's groups cannot be left while graphs have recorded collectives of theirs.
+    rank.runner.drop_graphs()
     guard.close()
     context.destroy(linger=int(FAREWELL_S * 1000))
 
@@ -194,7 +196,7 @@ def make_scheduler(
         rank.runner,
         endpoints,
         rank.ring,
-        place=DpRankInfo(dp.rank, dp.size, tp_size, first_recorded_dp),
+        dp=DpRankInfo(dp.rank, dp.size, tp_size, first_recorded_dp),
         sync=SingleRankSync() if dp.size == 1 else DpSync(dp),
         clock=rank.clock,
         operations=operations,

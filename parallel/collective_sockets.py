@@ -85,13 +85,13 @@ def check_whose_connections(listeners: Iterable[int]) -> None:
         RuntimeError: somebody else has.
     """
     inodes = {os.fstat(descriptor).st_ino for descriptor in listeners}
-    if all(has_unauthenticated(list(tcp_sockets()), inodes, os.geteuid()) for _ in range(NUM_LOOKS)):
+    if all(has_other_users(list(tcp_sockets()), inodes, os.geteuid()) for _ in range(NUM_LOOKS)):
         raise RuntimeError(
             "another user of this host has connected to the ranks while they met; this run is given up, start it again"
         )
 
 
-def has_unauthenticated(sockets: Sequence[TcpSocket], inodes: Set[int], uid: int) -> bool:
+def has_other_users(sockets: Sequence[TcpSocket], inodes: Set[int], uid: int) -> bool:
     """Whether a connection to one of the listening sockets `inodes` has another end that is not this user's."""
     addresses = {each.local for each in sockets if each.state == TCP_LISTEN and each.inode in inodes}
     connections = [each for each in sockets if each.state == TCP_ESTABLISHED]

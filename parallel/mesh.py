@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .symmetric_memory import SIZES as SYMMETRIC_SIZES
 from .symmetric_memory import SymmetricMemory
 
 
@@ -54,10 +55,17 @@ class ParallelMesh:
 
     @staticmethod
     def build(
-        dp_size: int, tp_size: int, device: torch.device, num_nodes: int = 1, timeout: timedelta | None = None
+        dp_size: int,
+        tp_size: int,
+        device: torch.device,
+        num_nodes: int = 1,
+        timeout: timedelta | None = None,
+        *,
+        symmetric_memory: bool = True,
     ) -> ParallelMesh:
         """The mesh of the running process group. `timeout` bounds the collectives of every group but the world's, which has
-        its own; None: torch's default.
+        its own; None: torch's default. Where one dp rank's GPUs are on one host and reach each other, they all-reduce
+        through symmetric memory, unless that is turned off.
 
         Raises:
             ValueError: the group does not have dp_size * tp_size ranks.
@@ -68,10 +76,16 @@ class ParallelMesh:
         # tp varies fastest.
         ranks = torch.arange(world_size).view(dp_size, tp_size)
         world = _make_axis("world", dist.group.WORLD)
-        if device.type == "cuda" and world.group is not None and num_nodes == 1:
-            world = replace(world, symmetric=SymmetricMemory.of(world.group, device))
         tp = _make_axis("tp", _own_group(ranks.tolist(), timeout))
-        if tp_size == world_size:
+        if (
+            symmetric_memory
+            and device.type == "cuda"
+            and dp_size == 1
+            and num_nodes == 1
+            and _reach_each_other(world, device)
+        ):
+            assert world.group is not None
+            world = replace(world, symmetric=SymmetricMemory.of(world.group, device))
             tp = replace(world, name="tp")
         return ParallelMesh(
             device,
@@ -81,6 +95,25 @@ class ParallelMesh:
             replace(world, name="ep"),
             _make_axis("node", _own_group(ranks.view(num_nodes, -1).tolist(), timeout)),
         )
+
+
+def _reach_each_other(world: Axis, device: torch.device) -> bool:
+    """Whether each rank has a device of its own that can read and write those of all others; all ranks say the same."""
+    if world.size not in SYMMETRIC_SIZES:
+        return False
+    # The processes may each see their device under the same number: then they do not see the others'.
+    devices = all_gather_ints(device.index, world)
+    reaches = len(set(devices)) == world.size and all(
+        torch.cuda.can_device_access_peer(device.index, other) for other in devices if other != device.index
+    )
+    return all(all_gather_ints(int(reaches), world))
+
+
+def all_gather_ints(value: int, axis: Axis) -> list[int]:
+    """Every rank's number, in rank order; on the CPU."""
+    gathered = [torch.zeros(1, dtype=torch.int64) for _ in range(axis.size)]
+    dist.all_gather(gathered, torch.tensor([value]), group=axis.group)
+    return [int(each) for each in gathered]
 
 
 def _own_group(groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:

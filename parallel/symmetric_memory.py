@@ -1,5 +1,8 @@
 """All-reduces between the GPUs of one host through memory that each can read and write of the others (torch's symmetric
 memory), without NCCL's set-up: one kernel of ours for a few rows, one of torch's for more. A CUDA graph can record both.
+
+A kernel waits for the other ranks' without a bound of its own. A rank that has ended or is stopped is noticed on the host
+(lifelines, the heartbeat), which ends the process and with it the kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ MAX_BYTES = 16 << 20
 ALIGNMENT = 16
 DTYPES = (torch.bfloat16, torch.float32)
 FLAG_BYTES = 4
+# Ranks that torch has a two-shot all-reduce for.
+SIZES = (2, 4, 8)
 
 
 class SymmetricMemory:
@@ -40,14 +45,11 @@ class SymmetricMemory:
         self._flags_of = self._data_of + data_bytes
 
     @staticmethod
-    def of(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:
-        """The group's, made by all of its ranks together; None where their devices cannot reach each other."""
+    def of(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory:
+        """The group's, made by all of its ranks together; their devices must reach each other."""
         # A part of torch's CUDA builds alone.
         import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415
 
-        others = [index for index in range(torch.cuda.device_count()) if index != device.index]
-        if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
-            return None
         num_bytes = 2 * MAX_ROWS * MAX_ROW_BYTES + MAX_ROWS * group.size() * FLAG_BYTES
         buffer = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
         whole = symmetric.empty(MAX_BYTES, dtype=torch.uint8, device=device)
@@ -59,7 +61,8 @@ class SymmetricMemory:
         return SymmetricMemory(buffer, addresses, group.rank(), whole, group.group_name)
 
     def takes(self, x: torch.Tensor) -> bool:
-        return x.dtype in DTYPES and x.is_contiguous() and 0 < x.nbytes <= MAX_BYTES and x.nbytes % ALIGNMENT == 0
+        is_sized = 0 < x.nbytes <= MAX_BYTES and x.nbytes % ALIGNMENT == 0
+        return is_sized and x.dtype in DTYPES and x.is_contiguous() and x.device == self._buffer.device
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum, in a tensor of its own; the same bits on every rank."""

@@ -158,7 +158,7 @@ class Leaders:
             runner,
             Endpoints(inbox, [], records, frontend),
             self.ring if dp_rank == 0 else None,
-            place=DpRankInfo(dp_rank, self.config.dp_size),
+            dp=DpRankInfo(dp_rank, self.config.dp_size),
         )
         return Leader(scheduler, runner, pages)
 

@@ -1,9 +1,9 @@
 """Every control operation, declared once.
 
-A struct is the body of its route, the arguments of its method (`control_methods.py`) and what the ranks are told. Its tag
+A struct is the body of its route, the arguments of its method (`control/methods.py`) and what the ranks are told. Its tag
 names the route. What is annotated beside a type binds bodies alone, see `entrypoints/control.py`; `check` is for all.
 
-A new operation is a struct here and in `ControlOperation`, a method, and an action in `rank_operations.py`.
+A new operation is a struct here and in `ControlOperation`, a method, and an action in `runner/rank_operations.py`.
 """
 
 from __future__ import annotations

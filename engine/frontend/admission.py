@@ -10,7 +10,7 @@ class OverloadedError(RuntimeError):
 
 
 class Admission:
-    """Gives out places, at most `most` at once. Lives on one event loop."""
+    """Gives out permits, at most `most` at once. Lives on one event loop."""
 
     def __init__(self, most: int) -> None:
         self.most = most

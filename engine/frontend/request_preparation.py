@@ -1,4 +1,4 @@
-"""From a checked body to samples that can be sent: places, tokens, checks against the engine; what grows with the prompt
+"""From a checked body to samples that can be sent: permits, tokens, checks against the engine; what grows with the prompt
 happens off the event loop."""
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .work_threads import WorkThreads
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request that fits the engine. It holds its places until `release`, which whoever prepared it must call however it
+    """A request that fits the engine. It holds its permits until `release`, which whoever prepared it must call however it
     ends; a generation that has begun does so itself."""
 
     request: GenerateReqInput
     samples: Sequence[SampleRequest]
-    places: Permits
+    permits: Permits
 
     def release(self) -> None:
-        self.places.release()
+        self.permits.release()
 
 
 class RequestPreparation:
@@ -42,22 +42,22 @@ class RequestPreparation:
 
     @property
     def num_held(self) -> int:
-        """Samples that have a place: from before they are tokenised until they end."""
+        """Samples that have a permit: from before they are tokenised until they end."""
         return self._admission.num_taken
 
     async def prepare(self, request: GenerateReqInput, limits: EngineLimits) -> PreparedRequest:
         """
         Raises:
             ValueError: it does not fit; the message names the field and its range.
-            OverloadedError: there is no place for it.
+            OverloadedError: there is no permit for it.
         """
         try:
-            places = self._admission.take(request.num_samples)
+            permits = self._admission.take(request.num_samples)
             try:
                 encode = partial(self._text.encode, max_tokens=limits.context_length)
                 groups = await self._work_threads.run(request.cost_us, partial(expand, request, limits, encode))
             except BaseException:
-                places.release()
+                permits.release()
                 raise
         except OverloadedError:
             self._observer.on_refusal("overloaded")
@@ -65,7 +65,7 @@ class RequestPreparation:
         except ValueError:
             self._observer.on_refusal("refused")
             raise
-        return PreparedRequest(request, [sample for group in groups for sample in group], places)
+        return PreparedRequest(request, [sample for group in groups for sample in group], permits)
 
 
 def tokenized_request(

@@ -128,7 +128,7 @@ class TokenizerManager:
         return self._preparation.num_held
 
     async def prepare(self, request: GenerateReqInput) -> PreparedRequest:
-        """A request's samples, checked against the engine, with places for them.
+        """A request's samples, checked against the engine, with permits for them.
 
         Raises:
             ValueError: it does not fit; the message names the field and its range.
@@ -222,7 +222,7 @@ class TokenizerManager:
                 num_running -= 1
                 # Its rid is free again, for whoever gets this output.
                 self.outputs.forget(output.rid, queue)
-                prepared.places.give_back(1)
+                prepared.permits.give_back(1)
                 self._observer.on_end(answer, answer.outcome)
             if request.stream:
                 chunk = await answer.render()

@@ -68,7 +68,7 @@ class _ReqState:
 
 
 class OutputProcessor:
-    """Applies the step records of its dp ranks, each rank's in order. Holds no socket: orders go to the output_sender.
+    """Applies the step records of its dp ranks, each rank's in order. Holds no socket: orders go to the output sender.
 
     Its dp ranks are all of the engine's, or those of its node; the first of them records.
     """

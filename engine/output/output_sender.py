@@ -97,7 +97,7 @@ class OutputSender:
         self._orders.put(order)
 
     def start(self) -> None:
-        start_critical_thread(self.run, "output_sender")
+        start_critical_thread(self.run, "output sender")
 
     def run(self) -> None:
         while True:

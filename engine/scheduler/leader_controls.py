@@ -64,7 +64,7 @@ class LeaderControls:
         committer: StepCommitter,
         pages: PageManager,
         endpoints: Endpoints,
-        place: DpRankInfo,
+        dp: DpRankInfo,
         operations: Operations | None,
     ) -> None:
         self._steps = steps
@@ -75,7 +75,7 @@ class LeaderControls:
         self._committer = committer
         self._pages = pages
         self._endpoints = endpoints
-        self._place = place
+        self._dp = dp
         self._operations = operations
         self._num_weight_updates = 0
         self._is_paused = False
@@ -145,7 +145,7 @@ class LeaderControls:
 
     def _reply(self, op_id: str, outcome: Outcome) -> None:
         """The first leader answers for all, who come to the same outcome."""
-        if self._place.dp_rank == 0:
+        if self._dp.dp_rank == 0:
             reply = ControlReply(op_id, outcome.success, outcome.message, blocked=self.blocked, payload=outcome.payload)
             self._endpoints.frontend.send(reply)
 

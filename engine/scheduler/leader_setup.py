@@ -1,4 +1,4 @@
-"""Where a leader stands: its sockets, and its place among the dp ranks."""
+"""What a leader is started with: its sockets, and which dp rank it is."""
 
 from __future__ import annotations
 

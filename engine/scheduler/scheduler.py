@@ -49,21 +49,21 @@ class Scheduler(Generic[LaunchedT]):
         endpoints: Endpoints,
         ring: RouteRing | None = None,
         *,
-        place: DpRankInfo | None = None,
+        dp: DpRankInfo | None = None,
         sync: StepSync | None = None,
         clock: SyncClock | None = None,
         operations: Operations | None = None,
     ) -> None:
-        self._place = place = place or DpRankInfo()
+        self._dp = dp = dp or DpRankInfo()
         self._endpoints = endpoints
         self._pages = pages
         self._mailbox = Mailbox(endpoints.inbox)
         self.queues = RequestQueues(limits.max_running)
         self._planner = StepPlanner(self.queues, pages, limits)
         self.committer = StepCommitter(self.queues, pages, stop_checker)
-        self.recorder = StepRecorder(config, endpoints.records, place)
+        self.recorder = StepRecorder(config, endpoints.records, dp)
         self._clock = StepClock(clock or SyncClock(), ring, endpoints.records)
-        self.lockstep = Lockstep(sync or SingleRankSync(), place.dp_rank)
+        self.lockstep = Lockstep(sync or SingleRankSync(), dp.dp_rank)
         self.steps = StepPipeline(
             runner, endpoints.peers, stop_checker, self.committer, self.recorder, self._clock, config.overlap_depth
         )
@@ -76,7 +76,7 @@ class Scheduler(Generic[LaunchedT]):
             self.committer,
             pages,
             endpoints,
-            place,
+            dp,
             operations,
         )
         self._plan = StepPlan()
@@ -162,7 +162,7 @@ class Scheduler(Generic[LaunchedT]):
         self.lockstep.adopt(agreement)
         self._controls.answer_pauses(agreement)
         if agreement.num_tokens:
-            num_rows = agreement.rows_per_rank(self._place.tp_size) if self._place.dp_size > 1 else 0
+            num_rows = agreement.rows_per_rank(self._dp.tp_size) if self._dp.dp_size > 1 else 0
             self.steps.launch(self._plan, num_rows)
             self.steps.commit_due()
         else:

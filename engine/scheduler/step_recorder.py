@@ -19,9 +19,9 @@ class StepRecorder:
     `weight_version` is the one that steps are launched with; it changes only while none is in flight.
     """
 
-    def __init__(self, config: EngineConfig, records: Records, place: DpRankInfo) -> None:
+    def __init__(self, config: EngineConfig, records: Records, dp: DpRankInfo) -> None:
         self._records = records
-        self._place = place
+        self._dp = dp
         self._has_routes = config.enable_return_routed_experts
         self.weight_version = config.weight_version
         self._num_records = 0
@@ -48,7 +48,7 @@ class StepRecorder:
     def record_step(self, batch: ScheduleBatch, committed: Committed) -> None:
         """The oldest step in flight is committed."""
         ring_seq = batch.step if self._has_routes else -1
-        self._send(self._launched.popleft(), committed, ring_seq, self._place.first_row(batch.num_rows))
+        self._send(self._launched.popleft(), committed, ring_seq, self._dp.first_row(batch.num_rows))
 
     def record_idle(self, finished: list[ReqFinished]) -> None:
         """A record without a forward; what is in flight must have been committed, or the order would be wrong."""
@@ -59,7 +59,7 @@ class StepRecorder:
     def _send(self, before: list[BeforeEvent], committed: Committed, ring_seq: int, first_row: int) -> None:
         self._records.send(
             StepRecord(
-                dp_rank=self._place.dp_rank,
+                dp_rank=self._dp.dp_rank,
                 step=self._num_records,
                 ring_seq=ring_seq,
                 first_row=first_row,

@@ -175,7 +175,7 @@ class Frontend:
         self.link.send_to_all(ShutdownReq)
 
     def send(self, batch: OutputBatch, frames: list[memoryview]) -> None:
-        """The output_sender's sender."""
+        """The output sender's socket."""
         remaining = iter(frames)
         for output in batch.outputs:
             answer = self.answers[output.rid]
@@ -226,7 +226,7 @@ class Leader:
             StopChecker((EOS,), None),
             self.runner,
             Endpoints(self.inbox, [], self.records, self.frontend),
-            place=DpRankInfo(dp_rank, config.dp_size, config.tp_size),
+            dp=DpRankInfo(dp_rank, config.dp_size, config.tp_size),
         )
         handlers = self.scheduler._handlers
         for kind in (AbortReq, ControlReq, ShutdownReq):

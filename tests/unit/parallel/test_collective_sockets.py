@@ -15,7 +15,7 @@ from waybill.parallel.collective_sockets import (
     TcpSocket,
     address_towards,
     check_whose_connections,
-    has_unauthenticated,
+    has_other_users,
     listening_sockets,
     take_in_nobody_else,
 )
@@ -42,8 +42,8 @@ def table(owner: int | None) -> list[TcpSocket]:
 
 @pytest.mark.parametrize(("owner", "strange"), [(OURS, False), (OTHERS, True), (None, True)])
 def test_whose_a_connection_is(owner: int | None, strange: bool) -> None:
-    assert has_unauthenticated(table(owner), {INODE}, OURS) is strange
-    assert not has_unauthenticated(table(owner), {INODE + 1}, OURS)
+    assert has_other_users(table(owner), {INODE}, OURS) is strange
+    assert not has_other_users(table(owner), {INODE + 1}, OURS)
 
 
 def test_a_sealed_listener_keeps_who_is_in_and_takes_nobody_else() -> None:

@@ -24,7 +24,7 @@ def listening(keys: CurveKeys) -> Endpoint:
     return Endpoint(f"tcp://127.0.0.1:{listener.getsockname()[1]}", keys, listener.detach())
 
 
-def strangers(keys: CurveKeys, address: str) -> dict[str, zmq.Socket[Any]]:
+def clients(keys: CurveKeys, address: str) -> dict[str, zmq.Socket[Any]]:
     """Who knows less than the run's keys, and has sent a valid message: nothing, the public keys, another run's."""
     message = msgspec.msgpack.encode(SeqNotice(7))
     other = CurveKeys.make()
@@ -36,13 +36,13 @@ def strangers(keys: CurveKeys, address: str) -> dict[str, zmq.Socket[Any]]:
     }
     sockets = {}
     for name, known in credentials.items():
-        stranger = zmq.Context.instance().socket(zmq.PUSH)
-        stranger.linger = 0
+        client = zmq.Context.instance().socket(zmq.PUSH)
+        client.linger = 0
         if known is not None:
-            stranger.curve_serverkey, stranger.curve_publickey, stranger.curve_secretkey = known
-        stranger.connect(address)
-        stranger.send(message)
-        sockets[name] = stranger
+            client.curve_serverkey, client.curve_publickey, client.curve_secretkey = known
+        client.connect(address)
+        client.send(message)
+        sockets[name] = client
     return sockets
 
 
@@ -51,14 +51,14 @@ def test_only_who_has_the_runs_keys_is_heard() -> None:
     endpoint = listening(keys)
     guard = CurveGuard(context, [endpoint])
     inbox: Receiver[SeqNotice] = Receiver(context, endpoint, SeqNotice)
-    refused = strangers(keys, endpoint.address)
-    assert not inbox.wait(REFUSED_S), "a stranger was heard"
+    refused = clients(keys, endpoint.address)
+    assert not inbox.wait(REFUSED_S), "a client was heard"
     sender: Sender[SeqNotice] = Sender(context, Endpoint(endpoint.address, keys))
     sender.send(SeqNotice(1))
     assert inbox.wait(ARRIVES_S) and inbox.receive_nowait() == SeqNotice(1)
-    assert not inbox.wait(REFUSED_S), "a stranger was heard"
-    for stranger in refused.values():
-        stranger.close()
+    assert not inbox.wait(REFUSED_S), "a client was heard"
+    for client in refused.values():
+        client.close()
     guard.close()
     context.destroy(linger=0)
 
@@ -69,7 +69,7 @@ def test_an_event_loops_sockets_are_guarded_alike() -> None:
         endpoint = listening(keys)
         guard = CurveGuard(context, [endpoint])
         inbox: AsyncReceiver[SeqNotice] = AsyncReceiver(context, endpoint, SeqNotice)
-        refused = strangers(keys, endpoint.address)
+        refused = clients(keys, endpoint.address)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(inbox.receive(), REFUSED_S)
         plain = zmq.Context()
@@ -77,8 +77,8 @@ def test_an_event_loops_sockets_are_guarded_alike() -> None:
         sender.send(SeqNotice(1))
         message, _ = await asyncio.wait_for(inbox.receive(), ARRIVES_S)
         assert message == SeqNotice(1)
-        for stranger in refused.values():
-            stranger.close()
+        for client in refused.values():
+            client.close()
         guard.close()
         context.destroy(linger=0)
         plain.destroy(linger=0)

@@ -423,7 +423,7 @@ def test_the_loop_on_threads_sleeps_wakes_and_ends() -> None:
             StopChecker((EOS,), None),
             FakeRunner(64, PAGE_SIZE, 4, 64, limits.max_tokens),
             Endpoints(inboxes[rank], [], records[rank], FakeSender()),
-            place=DpRankInfo(rank, dp_size),
+            dp=DpRankInfo(rank, dp_size),
             sync=sync.at(rank),
         )
         for rank in range(dp_size)

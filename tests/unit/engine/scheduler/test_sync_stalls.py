@@ -60,7 +60,7 @@ def proposals(*waits: tuple[int, int], **fields: tuple[int, int]) -> list[Propos
 
 
 def test_whoever_waits_least_came_last_and_its_own_words_give_the_cause() -> None:
-    """Waits of a agreement are told at the next one; what the late one did stands in its proposal of the agreement itself."""
+    """Waits at one agreement are told at the next; what the late one did stands in its proposal of the first."""
     stalls = [SyncStalls(0), SyncStalls(1)]
     first = proposals((0, 0), (0, 0), cause=(Cause.RECEIVE, Cause.RETRACTION), mode=(2, 1))
     second = proposals((5, 1), (2, 4), cause=(Cause.DECODE, Cause.DECODE), mode=(1, 1))

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from ..parallel.collectives import gather_bytes
 from ..parallel.dp_attention import rows_per_rank
 from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
@@ -107,7 +108,7 @@ def build_leader(config: EngineConfig, mesh: ParallelMesh, endpoints: Endpoints)
 def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     """Model, KV pool and, on the rank that records with routing on, the ring."""
     began = time.perf_counter()
-    model_config = load_model_config(config)
+    model_config = share_model_config(config, mesh)
     context_length = resolve_context_length(config, model_config)
     limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
     clock = SyncClock()
@@ -135,6 +136,25 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     )
     facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
     return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
+
+
+def share_model_config(config: EngineConfig, mesh: ParallelMesh) -> ModelConfig:
+    """The checkpoint's configuration. One rank reads it for all: the library that does takes seconds to import.
+
+    Raises:
+        ValueError: there is none, or no model file serves it; on every rank.
+    """
+    found: tuple[ModelConfig | None, str] = (None, "")
+    if mesh.world.rank == 0:
+        try:
+            found = (load_model_config(config), "")
+        except ValueError as error:
+            found = (None, str(error))
+    of_all = gather_bytes(msgspec.msgpack.encode(found), mesh.world)
+    model_config, refusal = msgspec.msgpack.decode(of_all[0], type=tuple[ModelConfig | None, str])
+    if model_config is None:
+        raise ValueError(refusal)
+    return model_config
 
 
 def recorded_axis(config: EngineConfig, mesh: ParallelMesh) -> Axis:
@@ -256,7 +276,7 @@ def _facts(
     return {
         "model_path": config.model_path,
         "model_type": model_config.model_type,
-        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "dtype": model_config.dtype_name,
         "context_length": context_length,
         "vocab_size": model_config.vocab_size,
         "num_layers": model_config.num_layers,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
 
 from ..routing.geometry import RouteGeometry
 
@@ -59,7 +58,11 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype_name]
 
     def route_geometry(self, max_tokens: int) -> RouteGeometry:
         """Shape of one step's routing for at most `max_tokens` rows."""
@@ -72,16 +75,24 @@ class ModelConfig:
         )
 
 
-def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to run in: the named one, or the checkpoint's."""
+def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None) -> str:
+    """The name of the dtype to run in: the given one, or the checkpoint's.
+
+    Raises:
+        ValueError: the checkpoint's is none that the engine runs in.
+    """
     if name == "auto":
-        return checkpoint_dtype or torch.float32
-    return TORCH_DTYPES[name]
+        name = str(checkpoint_dtype or torch.float32).removeprefix("torch.")
+    if name not in TORCH_DTYPES:
+        raise ValueError(f"dtype: the checkpoint's is {name}, must be one of {', '.join(TORCH_DTYPES)}")
+    return name
 
 
 def eos_ids(model_path: str, configured: int | list[int] | None) -> tuple[int, ...]:
     """Ids that end a sequence: those of generation_config.json where it stands, else those of config.json."""
     if (Path(model_path) / "generation_config.json").is_file():
+        from transformers import GenerationConfig  # noqa: PLC0415
+
         generation = GenerationConfig.from_pretrained(model_path)
         if generation.eos_token_id is not None:
             configured = generation.eos_token_id
@@ -99,4 +110,7 @@ def read_hf_config(model_path: str) -> Any:
     path = Path(model_path)
     if not (path / "config.json").is_file():
         raise ValueError(f"model_path={model_path!r}: must be a folder with a config.json (Hugging Face format)")
+    # One rank reads for all; the others need not spend their start on this import.
+    from transformers import AutoConfig  # noqa: PLC0415
+
     return AutoConfig.from_pretrained(path, local_files_only=True)

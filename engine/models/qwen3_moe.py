@@ -8,11 +8,10 @@ Legend: P rows that this rank holds between the layers, D hidden.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Qwen3MoeConfig
 
 from ...parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from ...parallel.moe.layer import MoeLayer, RouteRecorder
@@ -28,6 +27,9 @@ from .model_context import ModelContext
 from .moe_block import fused_moe_weights, make_moe_layer, moe_weights
 from .rms_norm import RMSNorm
 from .rotary import RotaryEmbedding, parse_rope
+
+if TYPE_CHECKING:
+    from transformers import Qwen3MoeConfig
 
 
 def parse_config(hf_config: Qwen3MoeConfig, model_path: str, dtype: str) -> ModelConfig:
@@ -74,7 +76,7 @@ def parse_config(hf_config: Qwen3MoeConfig, model_path: str, dtype: str) -> Mode
         tie_word_embeddings=hf_config.tie_word_embeddings,
         max_position_embeddings=hf_config.max_position_embeddings,
         eos_token_ids=eos_ids(model_path, hf_config.eos_token_id),
-        dtype=resolve_dtype(dtype, hf_config.dtype),
+        dtype_name=resolve_dtype(dtype, hf_config.dtype),
     )
 
 

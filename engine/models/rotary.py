@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .model_config import RopeConfig
 from .model_context import ModelContext
@@ -25,6 +24,8 @@ def parse_rope(hf_config: Any) -> RopeConfig:
         return RopeConfig(tuple((1.0 / hf_config.rope_parameters["rope_theta"] ** exponents).tolist()), 1.0)
     if rope_type not in ("linear", "yarn", "llama3"):
         raise ValueError(f"rope_parameters.rope_type={rope_type!r}: must be default, linear, yarn or llama3")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
+
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
     return RopeConfig(tuple(inv_freq.tolist()), scaling)
 

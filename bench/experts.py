@@ -27,6 +27,7 @@ from rich.table import Table
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts, experts_by_group
@@ -55,6 +56,16 @@ class Yardsticks:
     flops_per_s: float
 
 
+@dataclass(frozen=True)
+class OwnBlock:
+    """One of ours as a function of hidden states alone."""
+
+    layer: MoeLayer
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden, ReplicatedTokens(Axis.single())).complete()
+
+
 def make_contenders() -> dict[str, list[Block]]:
     """NUM_LAYERS layers of every contender, which share weights."""
     layers: dict[str, list[Block]] = {name: [] for name in CONTENDERS}
@@ -68,7 +79,7 @@ def make_contenders() -> dict[str, list[Block]]:
         for twin in (torch_only, reference):
             twin.gate_up, twin.down = experts.gate_up, experts.down
         for name, ours in zip(CONTENDERS, (experts, torch_only, reference), strict=False):
-            layers[name].append(MoeLayer(index, router, ReplicatedDispatcher(Axis.single()), ours))
+            layers[name].append(OwnBlock(MoeLayer(index, router, ReplicatedDispatcher(Axis.single()), ours)))
         layers["transformers grouped_mm"].append(make_transformers_block(router, experts))
     return layers
 
@@ -120,7 +131,7 @@ def measure(layers: dict[str, list[Block]], num_tokens: int, rounds: int) -> tup
             # The first round fills torch's own caches.
             if number:
                 times[name].append(elapsed)
-        touched.append(len(layers["fast"][index].router(hidden).ids.unique()))  # type: ignore[attr-defined]
+        touched.append(len(layers["fast"][index].layer.router(hidden).ids.unique()))  # type: ignore[attr-defined]
     return {name: statistics.median(values) for name, values in times.items()}, statistics.mean(touched)
 
 

@@ -10,7 +10,7 @@ from .validation.host_names import check_allowed_hosts
 from .validation.option import Bounds, Option, option_fields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ALL_REDUCE_BACKENDS = ("auto", "collective")
+COLLECTIVES_BACKENDS = ("auto", "torch")
 MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
@@ -51,11 +51,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     moe_dispatcher: Annotated[
         str, Option("how tokens reach their experts where there are several dp ranks", choices=MOE_DISPATCHERS)
     ] = "all_gather"
-    all_reduce_backend: Annotated[
+    collectives_backend: Annotated[
         str,
         Option(
-            "over tp; auto is symmetric memory where one host's GPUs reach each other, else the device's collectives",
-            choices=ALL_REDUCE_BACKENDS,
+            "of hidden states; auto is symmetric memory where one host's GPUs reach each other, else torch.distributed's",
+            choices=COLLECTIVES_BACKENDS,
         ),
     ] = "auto"
     attention_backend: Annotated[str, Option("auto is the device's fastest", choices=ATTENTION_BACKENDS)] = "auto"

@@ -50,16 +50,39 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
 class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """The plan of one step. Rows of the step's tensors follow the order of `reqs`.
 
-    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens.
+    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens. With
+    several dp ranks `is_decode` says that all of them decode or have nothing to do in this step.
     """
 
     step: int
     reqs: list[ScheduledReq]
     num_rows: int = 0
+    is_decode: bool = False
 
     @property
     def num_tokens(self) -> int:
         return sum(req.num_tokens for req in self.reqs)
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """Rows of a rank between the layers for which the runner has CUDA graphs, ascending; none where it has no graphs."""
+
+    decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+
+    def for_decode(self, num_rows: int) -> int | None:
+        """The smallest that holds a decode of so many rows."""
+        return next((size for size in self.decode if size >= num_rows), None)
+
+    def for_prefill(self, num_rows: int) -> int | None:
+        """Likewise of any step."""
+        return next((size for size in self.prefill if size >= num_rows), None)
+
+    def pad(self, num_rows: int, *, is_decode: bool) -> int:
+        """Rows to run a step of `num_rows` with: where a graph serves it, the graph's."""
+        size = self.for_decode(num_rows) if is_decode else None
+        return size or self.for_prefill(num_rows) or num_rows
 
 
 class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):

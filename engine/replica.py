@@ -109,6 +109,8 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     """Model, KV pool and, on the rank that records with routing on, the ring."""
     began = time.perf_counter()
     model_config = share_model_config(config, mesh)
+    if config.collectives_backend == "auto":
+        mesh = mesh.with_symmetric_memory(model_config.row_layout)
     context_length = resolve_context_length(config, model_config)
     limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
     clock = SyncClock()
@@ -182,9 +184,7 @@ def make_recorder(
     gathers_late = config.moe_dispatcher != "all_gather"
     capturer = None
     if ring is not None:
-        # Where in what the recorder is given the recorded ranks begin: of the whole world, or of their own axis.
-        first_rank = 0 if gathers_late else recorded.ranks[0]
-        capturer = RoutedExpertsCapturer(ring, mesh.device, first_rank=first_rank, num_ranks=recorded.size)
+        capturer = RoutedExpertsCapturer(ring, mesh.device, first_rank=recorded.ranks[0], num_ranks=recorded.size)
     if not gathers_late:
         return capturer
     return LateRouteGather(recorded, geometry, geometry.max_tokens // recorded.size, capturer, mesh.device)
@@ -216,7 +216,7 @@ def make_scheduler(
         rank.runner,
         endpoints,
         rank.ring,
-        dp=DpRankInfo(dp.rank, dp.size, tp_size, first_recorded_dp),
+        dp=DpRankInfo(dp.rank, dp.size, tp_size, first_recorded_dp, rank.runner.graph_sizes),
         sync=SingleRankSync() if dp.size == 1 else DpSync(dp),
         clock=rank.clock,
         operations=operations,

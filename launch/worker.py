@@ -219,14 +219,7 @@ def join_mesh(config: EngineConfig, layout: Layout, store: Store, rank: int) -> 
             world_size=config.world_size,
             timeout=timeout,
         )
-        mesh = ParallelMesh.build(
-            config.dp_size,
-            config.tp_size,
-            device,
-            layout.num_nodes,
-            timeout,
-            symmetric_memory=config.all_reduce_backend == "auto",
-        )
+        mesh = ParallelMesh.build(config.dp_size, config.tp_size, device, layout.num_nodes, timeout)
     listeners = listening_sockets() - others
     take_in_nobody_else(listeners)
     if layout.num_nodes == 1:

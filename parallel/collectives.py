@@ -5,18 +5,24 @@ All ranks of an axis must call them in the same order with the same shapes and d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 
-from .mesh import Axis
+if TYPE_CHECKING:
+    from .mesh import Axis
 
 
 def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Sum over the axis, maybe in place; every rank ends with the same bits."""
     if axis.size == 1:
         return x
-    if axis.symmetric is not None and axis.symmetric.takes(x):
-        return axis.symmetric.all_reduce(x)
+    if axis.symmetric is not None:
+        if axis.symmetric.sums(x, scatter=False):
+            return axis.symmetric.sum_rows(x, scatter=False)
+        if axis.symmetric.takes_two_shots(x):
+            return axis.symmetric.two_shot_all_reduce(x)
     dist.all_reduce(x, group=axis.group)
     return x
 
@@ -57,6 +63,8 @@ def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     if axis.size == 1:
         return x
     assert x.shape[0] % axis.size == 0
+    if axis.symmetric is not None and axis.symmetric.sums(x, scatter=True):
+        return axis.symmetric.sum_rows(x, scatter=True)
     if x.device.type == "cpu":
         # gloo reduces in rounds; one exchange and a local sum take a third of the time at the size of a decode step, and
         # the sum is rounded once.

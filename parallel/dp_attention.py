@@ -14,25 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from .collectives import all_gather, all_reduce, reduce_scatter
+from .collectives import all_gather
 from .mesh import Axis
+from .partial_sum import PartialSum
 
 
 class TokenLayout(Protocol):
     """A step's rows on this rank."""
 
     @property
-    def num_tokens(self) -> int:
-        """T."""
+    def is_padding(self) -> torch.Tensor | None:
+        """Which of this rank's rows are no tokens: [P] bool, on their device; None: all are tokens."""
         ...
 
     @property
-    def num_held(self) -> int:
-        """Rows of this rank that are tokens; the rows behind them are padding."""
+    def is_fixed(self) -> bool:
+        """Whether nothing may depend on what the rows are but their number, as in a CUDA graph."""
         ...
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,9 +45,9 @@ class TokenLayout(Protocol):
         """The inverse: [P, D] -> [T, D]."""
         ...
 
-    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> PartialSum:
         """A block that takes all rows of the dp rank, [T, D], and yields a partial sum of them on each tp rank: from this
-        rank's rows of its input to this rank's rows of its result, [P, D] both; padding is zero."""
+        rank's rows of its input to the sum of which this rank wants its rows, [P, D]."""
         ...
 
 
@@ -53,12 +55,9 @@ class TokenLayout(Protocol):
 class ReplicatedTokens:
     """Every rank holds every row: P = T."""
 
-    num_tokens: int
     axis: Axis
-
-    @property
-    def num_held(self) -> int:
-        return self.num_tokens
+    is_fixed: bool = False
+    is_padding: None = None
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -66,8 +65,8 @@ class ReplicatedTokens:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return all_reduce(block(x), self.axis)
+    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> PartialSum:
+        return PartialSum(block(x), self.axis)
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,23 @@ class ScatteredTokens:
     num_tokens: int
     num_rows: int
     axis: Axis
+    device: torch.device
+
+    is_fixed = False
 
     def __post_init__(self) -> None:
         assert self.num_rows * self.axis.size >= self.num_tokens
 
     @property
     def num_held(self) -> int:
+        """Rows of this rank that are tokens; the rows behind them are padding."""
         return min(max(self.num_tokens - self.axis.rank * self.num_rows, 0), self.num_rows)
+
+    @cached_property
+    def is_padding(self) -> torch.Tensor | None:
+        if self.num_held == self.num_rows:
+            return None
+        return torch.arange(self.num_rows, device=self.device) >= self.num_held
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         first = self.axis.rank * self.num_rows
@@ -92,11 +101,37 @@ class ScatteredTokens:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return all_gather(x, self.axis)[: self.num_tokens]
 
-    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> PartialSum:
         if self.num_tokens == 0:
             # All ranks of the axis are here for their experts alone.
-            return torch.zeros_like(x)
-        return reduce_scatter(pad_rows(block(self.gather(x)), self.num_rows * self.axis.size), self.axis)
+            return PartialSum.of_one(torch.zeros_like(x))
+        term = pad_rows(block(self.gather(x)), self.num_rows * self.axis.size)
+        return PartialSum(term, self.axis, scatter=True)
+
+
+@dataclass(frozen=True)
+class FixedTokens:
+    """As `ScatteredTokens`, for a CUDA graph: padding runs through attention, too (T = n * P), and which rows it is only
+    the device knows."""
+
+    num_rows: int
+    axis: Axis
+    padding: torch.Tensor  # [T] bool
+
+    is_fixed = True
+
+    @property
+    def is_padding(self) -> torch.Tensor:
+        return self.scatter(self.padding)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.axis.rank * self.num_rows :][: self.num_rows]
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return all_gather(x, self.axis)
+
+    def run_sharded(self, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> PartialSum:
+        return PartialSum(block(self.gather(x)), self.axis, scatter=True)
 
 
 def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:

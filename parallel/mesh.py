@@ -11,8 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .collectives import all_gather
 from .symmetric_memory import SIZES as SYMMETRIC_SIZES
-from .symmetric_memory import SymmetricMemory
+from .symmetric_memory import RowLayout, SymmetricMemory
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,9 @@ class ParallelMesh:
         device: torch.device,
         num_nodes: int = 1,
         timeout: timedelta | None = None,
-        *,
-        symmetric_memory: bool = True,
     ) -> ParallelMesh:
         """The mesh of the running process group. `timeout` bounds the collectives of every group but the world's, which has
-        its own; None: torch's default. Where one dp rank's GPUs are on one host and reach each other, they all-reduce
-        through symmetric memory, unless that is turned off.
+        its own; None: torch's default.
 
         Raises:
             ValueError: the group does not have dp_size * tp_size ranks.
@@ -76,44 +74,44 @@ class ParallelMesh:
         # tp varies fastest.
         ranks = torch.arange(world_size).view(dp_size, tp_size)
         world = _make_axis("world", dist.group.WORLD)
-        tp = _make_axis("tp", _own_group(ranks.tolist(), timeout))
-        if (
-            symmetric_memory
-            and device.type == "cuda"
-            and dp_size == 1
-            and num_nodes == 1
-            and _reach_each_other(world, device)
-        ):
-            assert world.group is not None
-            world = replace(world, symmetric=SymmetricMemory.of(world.group, device))
-            tp = replace(world, name="tp")
         return ParallelMesh(
             device,
             world,
             _make_axis("dp", _own_group(ranks.t().tolist(), timeout)),
-            tp,
+            _make_axis("tp", _own_group(ranks.tolist(), timeout)),
             replace(world, name="ep"),
             _make_axis("node", _own_group(ranks.view(num_nodes, -1).tolist(), timeout)),
         )
 
+    def with_symmetric_memory(self, layout: RowLayout) -> ParallelMesh:
+        """The same ranks, their collectives of rows through symmetric memory where the GPUs of an axis are on one host and
+        reach each other. Called by all ranks together."""
+        if self.device.type != "cuda" or self.node.size < self.world.size:
+            return self
+        world = _with_symmetric_memory(self.world, layout, self.device)
+        tp = replace(world, name="tp")
+        if self.tp.size < self.world.size:
+            tp = _with_symmetric_memory(self.tp, layout, self.device)
+        return replace(self, world=world, ep=replace(world, name="ep"), tp=tp)
 
-def _reach_each_other(world: Axis, device: torch.device) -> bool:
+
+def _is_connected(axis: Axis, device: torch.device) -> bool:
     """Whether each rank has a device of its own that can read and write those of all others; all ranks say the same."""
-    if world.size not in SYMMETRIC_SIZES:
+    if axis.size not in SYMMETRIC_SIZES:
         return False
     # The processes may each see their device under the same number: then they do not see the others'.
-    devices = all_gather_ints(device.index, world)
-    reaches = len(set(devices)) == world.size and all(
+    devices = all_gather(torch.tensor([device.index]), axis).tolist()
+    reaches = len(set(devices)) == axis.size and all(
         torch.cuda.can_device_access_peer(device.index, other) for other in devices if other != device.index
     )
-    return all(all_gather_ints(int(reaches), world))
+    return bool(all_gather(torch.tensor([int(reaches)]), axis).all())
 
 
-def all_gather_ints(value: int, axis: Axis) -> list[int]:
-    """Every rank's number, in rank order; on the CPU."""
-    gathered = [torch.zeros(1, dtype=torch.int64) for _ in range(axis.size)]
-    dist.all_gather(gathered, torch.tensor([value]), group=axis.group)
-    return [int(each) for each in gathered]
+def _with_symmetric_memory(axis: Axis, layout: RowLayout, device: torch.device) -> Axis:
+    if not _is_connected(axis, device):
+        return axis
+    assert axis.group is not None
+    return replace(axis, symmetric=SymmetricMemory.of(axis.group, layout, device))
 
 
 def _own_group(groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:

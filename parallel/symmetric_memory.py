@@ -1,77 +1,172 @@
-"""All-reduces between the GPUs of one host through memory that each can read and write of the others (torch's symmetric
-memory), without NCCL's set-up: one kernel of ours for a few rows, one of torch's for more. A CUDA graph can record both.
+"""Collectives between the GPUs of one host through memory that each can read and write of the others (torch's symmetric
+memory), without NCCL's set-up: kernels of ours, and torch's two-shot all-reduce for many rows on many ranks. A CUDA graph
+can record them.
 
 A kernel waits for the other ranks' without a bound of its own. A rank that has ended or is stopped is noticed on the host
 (lifelines, the heartbeat), which ends the process and with it the kernel.
+
+Legend: n ranks, T rows of a partial sum, P rows of each rank, D hidden, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-# Rows of a one-shot all-reduce, in which every rank reads the rows of all others: so many on two ranks, fewer on more.
-# Beyond, each rank sums a share of the tensor and hands it out, which is faster from there on.
-MAX_ROWS = 64
-MAX_ROW_BYTES = 32 << 10
-# 4,096 rows of 2,048 values of two bytes; beyond, NCCL is as fast.
-MAX_BYTES = 16 << 20
-ALIGNMENT = 16
-DTYPES = (torch.bfloat16, torch.float32)
-FLAG_BYTES = 4
+if TYPE_CHECKING:
+    from .symmetric_triton import AddNorm, Lane
+
 # Ranks that torch has a two-shot all-reduce for.
 SIZES = (2, 4, 8)
+DTYPES = (torch.bfloat16, torch.float32)
+ALIGNMENT = 16
+FLAG_BYTES = 4
+# Rows that a program handles, and what a lane of memory for so many may take. With few rows the most programs are the
+# fastest; with many, the flags that they send each other weigh.
+NARROW_ROWS, WIDE_ROWS = 1, 4
+MAX_NARROW_ROWS = 64
+WIDE_BYTES = 64 << 20
+# More ranks than two: beyond so many rows over the number of others, each rank sums a share and hands it out.
+MAX_ONE_SHOT_ROWS = 128
+MAX_TWO_SHOT_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What the ranks send each other at most for a row: a hidden state, int32 ids of experts, their weights."""
+
+    width: int  # D
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def ids_at(self) -> int:
+        return align(self.width * self.dtype.itemsize)
+
+    @property
+    def weights_at(self) -> int:
+        return self.ids_at + align(self.top_k * torch.int32.itemsize)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weights_at + align(self.top_k * self.dtype.itemsize)
+
+
+def align(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class SymmetricMemory:
-    """One rank's end. `buffer_addresses` are those of all ranks' buffers of equal layout: places of rows, flags, and a
-    tensor in one piece."""
+    """One rank's end of an axis. All ranks must call it in the same order with the same shapes."""
 
-    def __init__(
-        self, buffer: torch.Tensor, buffer_addresses: Sequence[int], rank: int, whole: torch.Tensor, group_name: str
-    ) -> None:
-        size = len(buffer_addresses)
-        data_bytes = 2 * MAX_ROWS * MAX_ROW_BYTES
-        self._max_rows = MAX_ROWS // (size - 1)
-        self._rank = rank
+    def __init__(self, lanes: list[Lane], layout: RowLayout, whole: torch.Tensor | None, group_name: str) -> None:
+        self._lanes = lanes
+        self._layout = layout
         self._whole = whole
         self._group_name = group_name
-        self._buffer = buffer
-        self._calls = torch.zeros(MAX_ROWS, dtype=torch.int32, device=buffer.device)
-        self._flags = buffer[data_bytes:].view(torch.int32).view(MAX_ROWS, size)
-        self._data_of = torch.tensor(list(buffer_addresses), device=buffer.device)
-        self._flags_of = self._data_of + data_bytes
+        self._size = len(lanes[0].data_of)
 
     @staticmethod
-    def of(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory:
+    def of(group: dist.ProcessGroup, layout: RowLayout, device: torch.device) -> SymmetricMemory:
         """The group's, made by all of its ranks together; their devices must reach each other."""
         # A part of torch's CUDA builds alone.
         import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415
 
-        num_bytes = 2 * MAX_ROWS * MAX_ROW_BYTES + MAX_ROWS * group.size() * FLAG_BYTES
-        buffer = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
-        whole = symmetric.empty(MAX_BYTES, dtype=torch.uint8, device=device)
-        addresses = symmetric.rendezvous(buffer, group.group_name).buffer_ptrs
-        symmetric.rendezvous(whole, group.group_name)
+        size = group.size()
+        wide_places = WIDE_BYTES // (2 * size * WIDE_ROWS * layout.num_bytes)
+        lanes = [
+            make_lane(group, device, MAX_NARROW_ROWS // NARROW_ROWS, NARROW_ROWS, layout.num_bytes),
+            make_lane(group, device, wide_places, WIDE_ROWS, layout.num_bytes),
+        ]
+        whole = None
+        if size > 2:
+            whole = symmetric.empty(MAX_TWO_SHOT_BYTES, dtype=torch.uint8, device=device)
+            symmetric.rendezvous(whole, group.group_name)
         torch.cuda.synchronize(device)
         # Nobody may set a flag before all have cleared theirs.
         dist.barrier(group)
-        return SymmetricMemory(buffer, addresses, group.rank(), whole, group.group_name)
+        return SymmetricMemory(lanes, layout, whole, group.group_name)
 
-    def takes(self, x: torch.Tensor) -> bool:
-        is_sized = 0 < x.nbytes <= MAX_BYTES and x.nbytes % ALIGNMENT == 0
-        return is_sized and x.dtype in DTYPES and x.is_contiguous() and x.device == self._buffer.device
+    def sums(self, x: torch.Tensor, *, scatter: bool) -> bool:
+        """Whether `sum_rows` takes x: a matter of its shape and dtype, so that all ranks say the same."""
+        if x.dim() != 2 or x.dtype != self._layout.dtype or x.shape[1] > self._layout.width or not x.is_contiguous():
+            return False
+        num_rows = x.shape[0]
+        if scatter:
+            return self._lane_for(num_rows // self._size) is not None
+        if self._size > 2 and num_rows * (self._size - 1) > MAX_ONE_SHOT_ROWS:
+            return False
+        return self._lane_for(num_rows) is not None
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def sum_rows(self, x: torch.Tensor, *, scatter: bool, then: AddNorm | None = None) -> torch.Tensor:
+        """The ranks' sum of x [T, D], rounded once, and what follows it; with `scatter` this rank's rows of it alone."""
+        # Kernels come with torch's CUDA builds alone.
+        from .symmetric_triton import sum_rows  # noqa: PLC0415
+
+        lane = self._lane_for(x.shape[0] // self._size if scatter else x.shape[0])
+        assert lane is not None
+        return sum_rows(x, lane, scatter=scatter, then=then)
+
+    def takes_two_shots(self, x: torch.Tensor) -> bool:
+        """Whether `two_shot_all_reduce` takes x; the same on all ranks."""
+        if self._whole is None or x.dtype not in DTYPES or not x.is_contiguous():
+            return False
+        return 0 < x.nbytes <= MAX_TWO_SHOT_BYTES and x.nbytes % ALIGNMENT == 0
+
+    def two_shot_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum, in a tensor of its own; the same bits on every rank."""
-        if x.dim() == 2 and x.shape[0] <= self._max_rows and x.shape[1] * x.itemsize <= MAX_ROW_BYTES:
-            # Kernels come with torch's CUDA builds alone.
-            from .all_reduce_triton import all_reduce_rows  # noqa: PLC0415
-
-            stride = MAX_ROW_BYTES // x.itemsize
-            return all_reduce_rows(x, self._calls, self._flags, self._data_of, self._flags_of, self._rank, stride)
+        assert self._whole is not None
         shared = self._whole[: x.nbytes].view(x.dtype).view(x.shape)
         shared.copy_(x)
         return torch.ops.symm_mem.two_shot_all_reduce_out(shared, "sum", self._group_name, torch.empty_like(x))
+
+    def gathers(self, hidden: torch.Tensor) -> bool:
+        """Whether `gather_routed` takes hidden; the same on all ranks."""
+        return hidden.dtype == self._layout.dtype and self._lane_for(hidden.shape[0]) is not None
+
+    def gather_routed(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        is_padding: torch.Tensor | None,
+        record: torch.Tensor | None,
+        first_recorded: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [P, D], ids [P, K] and weights [P, K] of all ranks in rank order; see `symmetric_triton`."""
+        from .symmetric_triton import gather_routed  # noqa: PLC0415
+
+        lane = self._lane_for(hidden.shape[0])
+        assert lane is not None
+        offsets = (self._layout.ids_at, self._layout.weights_at)
+        return gather_routed(hidden, ids, weights, is_padding, lane, offsets, record, first_recorded)
+
+    def _lane_for(self, num_rows: int) -> Lane | None:
+        if num_rows == 0:
+            return None
+        return next((lane for lane in self._lanes if num_rows <= len(lane.calls) * lane.rows), None)
+
+
+def make_lane(group: dist.ProcessGroup, device: torch.device, num_places: int, rows: int, row_bytes: int) -> Lane:
+    """Memory for `num_places * rows` rows, made by all ranks of the group together."""
+    import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415
+
+    from .symmetric_triton import Lane  # noqa: PLC0415
+
+    size = group.size()
+    data_bytes = 2 * num_places * size * rows * row_bytes
+    buffer = symmetric.empty(data_bytes + num_places * size * FLAG_BYTES, dtype=torch.uint8, device=device).zero_()
+    data_of = torch.tensor(symmetric.rendezvous(buffer, group.group_name).buffer_ptrs, device=device)
+    return Lane(
+        calls=torch.zeros(num_places, dtype=torch.int32, device=device),
+        flags=buffer[data_bytes:].view(torch.int32).view(num_places, size),
+        data_of=data_of,
+        flags_of=data_of + data_bytes,
+        rows=rows,
+        row_bytes=row_bytes,
+        rank=group.rank(),
+        asm=True,
+    )

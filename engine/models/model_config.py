@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...parallel.symmetric_memory import RowLayout
 from ..routing.geometry import RouteGeometry
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +64,11 @@ class ModelConfig:
     @property
     def dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.dtype_name]
+
+    @property
+    def row_layout(self) -> RowLayout:
+        """What ranks send each other for a token."""
+        return RowLayout(self.hidden_size, self.moe.top_k, self.dtype)
 
     def route_geometry(self, max_tokens: int) -> RouteGeometry:
         """Shape of one step's routing for at most `max_tokens` rows."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from ...parallel.moe.layer import MoeLayer, RouteRecorder
+from ...parallel.partial_sum import PartialSum
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, CachedTensors
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
@@ -102,14 +103,14 @@ class DecoderLayer(nn.Module):
         backend: AttentionBackend[Any],
         kv: CachedTensors,
         recorder: RouteRecorder | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[PartialSum, torch.Tensor]:
         """The input, normed and as it is, to what the MLP adds and the residual stream to add it to, all [P, D]: this
         rank's rows, as `batch.layout` spreads them."""
         layout = batch.layout
         attended = layout.run_sharded(lambda rows: self.self_attn(rows, rope, batch, backend, kv), normed)
         normed, residual = self.post_attention_layernorm.add(attended, residual)
         if isinstance(self.mlp, MoeLayer):
-            return self.mlp(normed, layout.num_held, recorder), residual
+            return self.mlp(normed, layout, recorder), residual
         return layout.run_sharded(self.mlp, normed), residual
 
     def sharded_weights(self, prefix: str, config: ModelConfig) -> dict[str, ShardedWeight]:

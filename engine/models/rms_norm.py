@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...parallel.partial_sum import PartialSum
 from ...parallel.weights import ShardedWeight
 from .model_context import ModelContext
 from .norm_rope import select_layer_ops
@@ -25,6 +26,9 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._ops.rms_norm(hidden, self.weight, self._eps)
 
-    def add(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, hidden: PartialSum, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of `hidden + residual`, and that sum, which may overwrite `residual`."""
-        return self._ops.add_rms_norm(hidden, residual, self.weight, self._eps)
+        normed = hidden.add_rms_norm(residual, self.weight, self._eps)
+        if normed is not None:
+            return normed, residual
+        return self._ops.add_rms_norm(hidden.complete(), residual, self.weight, self._eps)

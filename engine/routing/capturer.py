@@ -13,6 +13,7 @@ import weakref
 
 import torch
 
+from ...parallel.moe.dispatch import RecordedRows
 from .geometry import RouteGeometry
 from .ring import RouteRing
 
@@ -51,10 +52,11 @@ class RoutedExpertsCapturer:
         return self._seq
 
     def begin_graph(self, num_rows: int) -> None:
-        """Start to capture a graph of steps of `num_rows` rows; nothing goes to the ring."""
+        """Start to capture a graph of steps of `num_rows` rows a rank; nothing goes to the ring."""
         assert self._device_copy is not None
         self._asked = []
-        self._target = self._device_copy.target(num_rows)
+        self._first_row = num_rows * self._first_rank
+        self._target = self._device_copy.target(num_rows * self._num_ranks)
 
     def begin_replay(self, num_rows: int) -> int:
         """As `begin`, for a step that replays a graph: its layers asked for their slots when it was captured."""
@@ -67,9 +69,9 @@ class RoutedExpertsCapturer:
         self._asked.append(moe_layer_index)
         return self._target[moe_layer_index]
 
-    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
-        """Keep the rows of the recorded ranks, out of ids [G, K] of the whole world."""
-        self.slot(moe_layer_index).copy_(ids[self._first_row : self._first_row + self._num_rows])
+    def rows_of_world(self, moe_layer_index: int) -> RecordedRows:
+        """Where the rows of the recorded ranks go, out of those of the whole world."""
+        return RecordedRows(self.slot(moe_layer_index), self._first_row)
 
     def check(self) -> None:
         """

@@ -12,6 +12,7 @@ import torch
 
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import Axis
+from ...parallel.moe.dispatch import RecordedRows
 from .capturer import RoutedExpertsCapturer, check_asked
 from .geometry import RouteGeometry
 
@@ -37,6 +38,11 @@ class LateRouteGather:
         self._buffer = torch.empty(math.prod(self._shape), dtype=dtype, device=device)
         self._own = torch.empty(0)
 
+    @property
+    def fixed(self) -> RoutedExpertsCapturer | None:
+        """What records in a CUDA graph, where the dispatcher gathers ids."""
+        return self._capturer
+
     def begin(self, num_rows: int) -> int:
         self._asked = []
         num_layers, _, top_k = self._shape
@@ -48,7 +54,7 @@ class LateRouteGather:
         self._asked.append(moe_layer_index)
         return self._own[moe_layer_index]
 
-    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
+    def rows_of_world(self, moe_layer_index: int) -> RecordedRows:
         raise AssertionError("a dispatcher that gathers ids needs no late gather")
 
     def finish(self) -> None:
@@ -62,7 +68,7 @@ class LateRouteGather:
         if self._capturer is None:
             return
         for layer in range(self._shape[0]):
-            self._capturer.record(layer, parts[:, layer].flatten(0, 1))
+            self._capturer.slot(layer).copy_(parts[:, layer].flatten(0, 1))
         self._capturer.finish()
 
     def publish(self, seq: int) -> None:

@@ -1,12 +1,14 @@
 """CUDA graphs of decode steps: one launch instead of a thousand, whatever the requests' lengths.
 
-A graph is captured per batch size; a step runs on the smallest one that holds it, padded with rows that read and write a
-page nobody uses. Its inputs - ids, positions and pool rows - are one tensor at a fixed address; everything else it reads
+A graph is captured per number of rows that a rank holds between the layers - the batch size, unless data-parallel attention
+spreads a batch over tp ranks; a step runs on the smallest one that holds it, padded with rows that read and write a page
+nobody uses. Its inputs - ids, positions and pool rows - are one tensor at a fixed address; everything else it reads
 (page table, last sampled ids, KV pool, capture buffer) stays where it is, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,35 +22,34 @@ from .step_tensors import HostBatch
 NUM_STAGES = 4
 
 
-def capture_sizes(max_running: int) -> list[int]:
-    """Batch sizes to capture: fine steps where a padded row weighs most."""
+def capture_sizes(max_rows: int) -> tuple[int, ...]:
+    """Rows to capture: fine steps where a padded one weighs most."""
     sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 257, 16)]
-    return sorted({min(size, max_running) for size in sizes})
+    return tuple(sorted({min(size, max_rows) for size in sizes}))
 
 
 @dataclass(frozen=True)
 class DecodeGraph:
     graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor  # [3, B] int64: ids, positions, pool rows
-    logits: torch.Tensor | None  # [B, V]; None on tp ranks that do not sample
+    inputs: torch.Tensor  # [3, T] int64: ids, positions, pool rows
+    logits: torch.Tensor | None  # [T, V]; None on tp ranks that do not sample
 
 
 class DecodeGraphs:
-    """Captured on construction; `run` replays."""
+    """Captured on construction, one for each of `sizes`; `run` replays."""
 
-    def __init__(self, parts: GraphParts) -> None:
+    def __init__(self, parts: GraphParts, sizes: Sequence[int]) -> None:
         self._parts = parts
-        sizes = capture_sizes(parts.pool.scratch_row)
-        self._stages = torch.empty(NUM_STAGES, 3 * sizes[-1], dtype=torch.int64).pin_memory()
+        self._stages = torch.empty(NUM_STAGES, 3 * parts.num_tokens(sizes[-1]), dtype=torch.int64).pin_memory()
         self._stage = 0
         memory = torch.cuda.graph_pool_handle()
         # The largest first: the others fit into its memory.
         self._graphs = {size: self._capture(size, memory) for size in reversed(sizes)}
-        self._sizes = sizes
 
     @torch.inference_mode()
     def _capture(self, size: int, memory: Any) -> DecodeGraph:
-        inputs = torch.zeros(3, size, dtype=torch.int64, device=self._parts.device)
+        num_tokens = self._parts.num_tokens(size)
+        inputs = torch.zeros(3, num_tokens, dtype=torch.int64, device=self._parts.device)
         inputs[2] = self._parts.pool.scratch_row
         for _ in range(NUM_WARM_UPS):
             self._forward(inputs)
@@ -66,18 +67,12 @@ class DecodeGraphs:
         plan = parts.attention.plan_graph(parts.pool.page_table, rows, kv_lens, parts.page_size)
         return parts.model.compute_logits(parts.forward(inputs, parts.attention, plan))
 
-    def size_for(self, host: HostBatch) -> int | None:
-        """The batch size to run a step at; None if it is no decode, or too large."""
-        if not host.is_decode:
-            return None
-        return next((size for size in self._sizes if size >= len(host.req_rows)), None)
-
     def run(self, host: HostBatch, size: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Replay: logits [B, V] where tokens are sampled, valid until the next replay, and the requests' pool rows [B] on
         the device."""
         graph = self._graphs[size]
-        num_reqs = len(host.req_rows)
-        stage = self._stages[self._stage][: 3 * size].view(3, size)
+        num_reqs, num_tokens = len(host.req_rows), graph.inputs.shape[1]
+        stage = self._stages[self._stage][: 3 * num_tokens].view(3, num_tokens)
         self._stage = (self._stage + 1) % NUM_STAGES
         values = stage.numpy()
         values[:, num_reqs:] = np.array([[0], [0], [self._parts.pool.scratch_row]])

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ...parallel.dp_attention import ReplicatedTokens
-from ...parallel.mesh import Axis
+from ...parallel.dp_attention import FixedTokens, ReplicatedTokens, TokenLayout
+from ...parallel.mesh import ParallelMesh
 from ..attention.backend import AttentionBackend, GraphAttentionBackend
 from ..kv_cache.kv_store import KVStore
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
@@ -23,7 +23,7 @@ NUM_WARM_UPS = 2
 
 @dataclass(frozen=True)
 class GraphParts:
-    """Legend: T tokens of a step, D hidden."""
+    """Legend: T tokens of a step on this dp rank, P rows of each rank between the layers, D hidden."""
 
     model: CausalLM
     attention: GraphAttentionBackend[Any]
@@ -31,24 +31,35 @@ class GraphParts:
     pool: ReqToTokenPool
     page_size: int
     last_token_ids: torch.Tensor  # [max_requests + 1] int64
-    axis: Axis
+    mesh: ParallelMesh
     capturer: RoutedExpertsCapturer | None
 
     @property
     def device(self) -> torch.device:
         return self.last_token_ids.device
 
+    def num_tokens(self, num_rows: int) -> int:
+        """T for a graph of P rows a rank; with one dp rank every rank holds all."""
+        return num_rows if self.mesh.dp.size == 1 else num_rows * self.mesh.tp.size
+
+    def _layout(self, pool_rows: torch.Tensor) -> TokenLayout:
+        tp = self.mesh.tp
+        if self.mesh.dp.size == 1:
+            return ReplicatedTokens(tp)
+        return FixedTokens(len(pool_rows) // tp.size, tp, pool_rows == self.pool.scratch_row)
+
     def forward(self, inputs: torch.Tensor, attention: AttentionBackend[Any], plan: Any) -> torch.Tensor:
         """Hidden states [T, D] of a step whose ids, positions and pool rows are `inputs` [3, T] int64."""
         ids, positions, rows = inputs
+        layout = self._layout(rows)
         if self.capturer is not None:
-            self.capturer.begin_graph(inputs.shape[1])
+            self.capturer.begin_graph(layout.scatter(rows).shape[0])
         batch: ForwardBatch[Any] = ForwardBatch(
             input_ids=known_ids(ids, rows, self.last_token_ids),
             positions=positions,
             kv_slots=slots_at(self.pool.page_table, rows, positions, self.page_size),
             attention_plan=plan,
-            layout=ReplicatedTokens(inputs.shape[1], self.axis),
+            layout=layout,
             sample_rows=rows,
             sampling_req_rows=rows,
         )

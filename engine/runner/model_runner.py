@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ...parallel.collectives import broadcast
-from ...parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout
+from ...parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout, rows_per_rank
 from ...parallel.host_to_device import to_device
 from ...parallel.mesh import ParallelMesh
 from ..attention import GraphAttentionBackend, make_attention_backend
@@ -23,16 +22,16 @@ from ..kv_cache.kv_store import KVStore
 from ..kv_cache.page_pool import pages_for
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
 from ..models.causal_lm import CausalLM
-from ..plan import NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
+from ..plan import GraphSizes, NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
 from ..routing.capturer import RoutedExpertsCapturer
 from ..routing.late_gather import LateRouteGather
+from .decode_cuda_graphs import DecodeGraphs
+from .decode_cuda_graphs import capture_sizes as decode_sizes
 from .graph_parts import GraphParts
+from .prefill_cuda_graphs import PrefillGraphs
+from .prefill_cuda_graphs import capture_sizes as prefill_sizes
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
 from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch
-
-if TYPE_CHECKING:
-    from .decode_cuda_graphs import DecodeGraphs
-    from .prefill_cuda_graphs import PrefillGraphs
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
@@ -109,8 +108,9 @@ class ModelRunner:
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
-        self._use_graphs = use_graphs
-        self._max_tokens = max_tokens
+        self.graph_sizes = self._choose_graph_sizes(max_running, max_tokens) if use_graphs else GraphSizes()
+        # In a graph every layer sees the ids of the whole world.
+        self._graph_capturer = capturer.fixed if isinstance(capturer, LateRouteGather) else capturer
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self.make_graphs()
@@ -129,17 +129,20 @@ class ModelRunner:
         sampling_row.position = len(known) - req.num_prompt_tokens
         self._sampling_rows[req.row] = sampling_row
 
-    def make_graphs(self) -> None:
-        """On CUDA, steps run as graphs where every rank holds every token; their collectives are part of them."""
-        if not self._use_graphs or self._mesh.device.type != "cuda" or self._mesh.dp.size > 1:
-            return
-        if not isinstance(self._attention, GraphAttentionBackend):
-            return
-        assert not isinstance(self._capturer, LateRouteGather), "a rank that holds every token sees every choice"
-        # Their kernels come with torch's CUDA builds alone.
-        from .decode_cuda_graphs import DecodeGraphs  # noqa: PLC0415
-        from .prefill_cuda_graphs import PrefillGraphs  # noqa: PLC0415
+    def _choose_graph_sizes(self, max_running: int, max_tokens: int) -> GraphSizes:
+        """On CUDA, steps run as graphs; their collectives are part of them."""
+        if self._mesh.device.type != "cuda" or not isinstance(self._attention, GraphAttentionBackend):
+            return GraphSizes()
+        spread = 1 if self._mesh.dp.size == 1 else self._mesh.tp.size
+        return GraphSizes(
+            decode_sizes(rows_per_rank([max_running], spread)), prefill_sizes(rows_per_rank([max_tokens], spread))
+        )
 
+    def make_graphs(self) -> None:
+        """Record those of all sizes."""
+        if not self.graph_sizes.decode:
+            return
+        assert isinstance(self._attention, GraphAttentionBackend)
         parts = GraphParts(
             self.model,
             self._attention,
@@ -147,11 +150,11 @@ class ModelRunner:
             self._pool,
             self._page_size,
             self._last_token_ids,
-            self._mesh.tp,
-            self._capturer,
+            self._mesh,
+            self._graph_capturer,
         )
-        self._graphs = DecodeGraphs(parts)
-        self._prefill_graphs = PrefillGraphs(parts, self._max_tokens)
+        self._graphs = DecodeGraphs(parts, self.graph_sizes.decode)
+        self._prefill_graphs = PrefillGraphs(parts, self.graph_sizes.prefill)
 
     def drop_graphs(self) -> None:
         """They hold the addresses of weights and KV pool, and memory of their own."""
@@ -164,7 +167,8 @@ class ModelRunner:
         if writes:
             self._pool.write(writes)
         host = lay_out(batch)
-        size = None if self._graphs is None else self._graphs.size_for(host)
+        is_decode = host.is_decode if self._mesh.dp.size == 1 else batch.is_decode
+        size = self.graph_sizes.for_decode(batch.num_rows or batch.num_tokens) if is_decode else None
         if self._graphs is not None and size is not None:
             return self._replay(self._graphs, host, size, batch)
         ring_seq, forwarded = self._forward(host, batch)
@@ -182,22 +186,19 @@ class ModelRunner:
 
     def _forward(self, host: HostBatch, batch: ScheduleBatch) -> tuple[int, Forwarded]:
         """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
-        graphs = self._prefill_graphs
-        size = None if graphs is None else graphs.size_for(host)
+        graphs, size = self._prefill_graphs, self.graph_sizes.for_prefill(batch.num_rows or batch.num_tokens)
         if graphs is not None and size is not None:
             ring_seq = self._begin_replay(size)
             forwarded = graphs.run(host, size)
-        else:
-            layout = self._lay_out(batch)
-            forward = make_forward_batch(
-                host, self._pool, self._page_size, self._last_token_ids, self._attention, layout
-            )
-            ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
-            hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
-            forwarded = Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
+            self._finish_replay()
+            return ring_seq, forwarded
+        layout = self._lay_out(batch)
+        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention, layout)
+        ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
+        hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
         if self._capturer is not None:
             self._capturer.finish()
-        return ring_seq, forwarded
+        return ring_seq, Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
 
     @staticmethod
     def _check_chunks(hidden: torch.Tensor, host: HostBatch) -> torch.Tensor:
@@ -208,8 +209,8 @@ class ModelRunner:
 
     def _lay_out(self, batch: ScheduleBatch) -> TokenLayout:
         if batch.num_rows == 0:
-            return ReplicatedTokens(batch.num_tokens, self._mesh.tp)
-        return ScatteredTokens(batch.num_tokens, batch.num_rows, self._mesh.tp)
+            return ReplicatedTokens(self._mesh.tp)
+        return ScatteredTokens(batch.num_tokens, batch.num_rows, self._mesh.tp, self._mesh.device)
 
     def _begin_capture(self, batch: ScheduleBatch) -> int:
         assert self._capturer is not None
@@ -218,17 +219,19 @@ class ModelRunner:
         return ring_seq
 
     def _begin_replay(self, size: int) -> int:
-        if self._capturer is None:
-            return -1
-        assert not isinstance(self._capturer, LateRouteGather)
-        return self._capturer.begin_replay(size)
+        return -1 if self._graph_capturer is None else self._graph_capturer.begin_replay(size)
+
+    def _finish_replay(self) -> None:
+        if self._graph_capturer is not None:
+            self._graph_capturer.finish()
 
     def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
         ring_seq = self._begin_replay(size)
         logits, req_rows = graphs.run(host, size)
-        if self._capturer is not None:
-            self._capturer.finish()
-        return LaunchedStep(self._sample(logits, req_rows, batch.reqs), host.sampling, [], {}, ring_seq)
+        self._finish_replay()
+        # A dp rank without requests is here for its experts alone.
+        sampled = self._sample(logits, req_rows, batch.reqs) if batch.reqs else None
+        return LaunchedStep(sampled, host.sampling, [], {}, ring_seq)
 
     def _sample(
         self,

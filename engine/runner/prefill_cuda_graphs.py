@@ -8,6 +8,7 @@ first layer on. Steps are padded to a few sizes; beyond the largest the device t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ from .step_tensors import Forwarded, HostBatch
 SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
 
 
-def capture_sizes(max_tokens: int) -> list[int]:
-    """Numbers of tokens to capture; no step has more than `max_tokens`."""
-    return sorted({min(size, max_tokens) for size in SIZES})
+def capture_sizes(max_rows: int) -> tuple[int, ...]:
+    """Rows of a rank between the layers to capture; no step has more than `max_rows`."""
+    return tuple(sorted({min(size, max_rows) for size in SIZES}))
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,23 @@ class GraphBreaker:
 
 
 class PrefillGraphs:
-    """Captured on construction; `run` replays."""
+    """Captured on construction, one for each of `sizes`; `run` replays."""
 
-    def __init__(self, parts: GraphParts, max_tokens: int) -> None:
+    def __init__(self, parts: GraphParts, sizes: Sequence[int]) -> None:
         self._parts = parts
-        self._sizes = capture_sizes(max_tokens)
         memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         # The largest first: the others fit into its memory.
-        self._graphs = {size: self._capture(size, memory, stream) for size in reversed(self._sizes)}
+        self._graphs = {size: self._capture(size, memory, stream) for size in reversed(sizes)}
         # What the warm-ups left on a stream that nobody uses again.
         torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> PrefillGraph:
-        parts = self._parts
-        inputs = torch.zeros(3, size, dtype=torch.int64, device=parts.device)
+        parts, num_tokens = self._parts, self._parts.num_tokens(size)
+        inputs = torch.zeros(3, num_tokens, dtype=torch.int64, device=parts.device)
         inputs[2] = parts.pool.scratch_row
-        attended = torch.zeros(size, *parts.model.attention_shape, dtype=parts.model.config.dtype, device=parts.device)
+        shape = (num_tokens, *parts.model.attention_shape)
+        attended = torch.zeros(shape, dtype=parts.model.config.dtype, device=parts.device)
         breaker = GraphBreaker(attended, memory)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -107,19 +108,17 @@ class PrefillGraphs:
             last = breaker.end()
         return PrefillGraph(inputs, breaker.pieces, last, attended, hidden)
 
-    def size_for(self, host: HostBatch) -> int | None:
-        """The size to run a step at; None if it is too large."""
-        return next((size for size in self._sizes if size >= len(host.input_ids)), None)
-
     def run(self, host: HostBatch, size: int) -> Forwarded:
         """Replay, with the step's own attention."""
         parts, graph, num_tokens = self._parts, self._graphs[size], len(host.input_ids)
-        values = np.zeros((3, size), dtype=np.int64)
+        values = np.zeros(graph.inputs.shape, dtype=np.int64)
         values[2] = parts.pool.scratch_row
         values[:, :num_tokens] = host.input_ids, host.positions, np.repeat(host.req_rows, host.q_lens)
         copy_to(graph.inputs, values)
         # The device begins while the host plans.
         graph.pieces[0].graph.replay()
+        if num_tokens == 0:
+            return self._go_on_idle(graph)
         arrays = [host.req_rows, np.cumsum(host.q_lens)[host.sampling] - 1, host.req_rows[host.sampling]]
         packed = to_device(np.concatenate(arrays), graph.inputs.device)
         req_rows, sample_rows, sampling_req_rows = packed.split([len(part) for part in arrays])
@@ -133,6 +132,15 @@ class PrefillGraphs:
             attended.copy_(parts.attention.forward(query, piece.kv, plan, piece.scale))
             after.replay()
         return Forwarded(graph.hidden[:num_tokens], sample_rows, sampling_req_rows)
+
+    @staticmethod
+    def _go_on_idle(graph: PrefillGraph) -> Forwarded:
+        """Behind the first piece, on a dp rank without tokens, which is here for its experts alone."""
+        for piece in graph.pieces[1:]:
+            piece.graph.replay()
+        graph.last.replay()
+        nothing = torch.empty(0, dtype=torch.int64, device=graph.inputs.device)
+        return Forwarded(graph.hidden[:0], nothing, nothing)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ...parallel.dp_attention import rows_per_rank
 
 
 class ForwardMode(IntEnum):
-    """What a leader's own part of a step is."""
+    """What a leader's own part of a step is; a decode is one token of each request, and another one sampled for it."""
 
     IDLE = 0
     DECODE = 1
@@ -96,8 +96,13 @@ class Agreement(msgspec.Struct, frozen=True):
         at_rest = not any(proposal.is_pending for proposal in self.proposals)
         return at_rest and self.num_applied == max(proposal.seen for proposal in self.proposals)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether all leaders decode or have nothing to do."""
+        return all(proposal.mode != ForwardMode.PREFILL for proposal in self.proposals)
+
     def rows_per_rank(self, tp_size: int) -> int:
-        """Rows of every rank's layers in this step."""
+        """Rows of every rank's layers that this step needs."""
         return rows_per_rank([proposal.num_tokens for proposal in self.proposals], tp_size)
 
     def allows(self, number: int, *, asks_for_idle: bool) -> bool:

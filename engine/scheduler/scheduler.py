@@ -162,8 +162,7 @@ class Scheduler(Generic[LaunchedT]):
         self.lockstep.adopt(agreement)
         self._controls.answer_pauses(agreement)
         if agreement.num_tokens:
-            num_rows = agreement.rows_per_rank(self._dp.tp_size) if self._dp.dp_size > 1 else 0
-            self.steps.launch(self._plan, num_rows)
+            self.steps.launch(self._plan, self._dp.shape_of(agreement))
             self.steps.commit_due()
         else:
             self.steps.commit_all()

@@ -13,6 +13,7 @@ from typing import Generic
 
 from ..ipc.sockets import Sender
 from ..plan import LaunchedT, NewReq, PeerMessage, Runner, ScheduleBatch
+from .leader_setup import StepShape
 from .req import Req
 from .step_clock import StepClock
 from .step_committer import StepCommitter
@@ -60,12 +61,12 @@ class StepPipeline(Generic[LaunchedT]):
     def is_empty(self) -> bool:
         return not self._in_flight
 
-    def launch(self, plan: StepPlan, num_rows: int) -> None:
-        """Start a step on all ranks of the group; see `ScheduleBatch` for `num_rows`."""
+    def launch(self, plan: StepPlan, shape: StepShape) -> None:
+        """Start a step on all ranks of the group."""
         for item in plan.planned:
             if item.scheduled.start == item.req.num_cached:
                 self._runner.start_req(self._new_req(item.req))
-        batch = plan.to_batch(self.num_steps, num_rows)
+        batch = plan.to_batch(self.num_steps, shape)
         self.num_steps += 1
         for peer in self._peers:
             peer.send(batch)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ..io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
 from ..plan import ScheduleBatch, ScheduledReq
 from .agreement import ForwardMode
+from .leader_setup import StepShape
 from .page_manager import PageManager
 from .req import Req
 from .request_queues import RequestQueues
@@ -44,10 +45,11 @@ class StepPlan:
     def mode(self) -> ForwardMode:
         if not self.planned:
             return ForwardMode.IDLE
-        return ForwardMode.DECODE if self.num_tokens == len(self.planned) else ForwardMode.PREFILL
+        are_decodes = all(item.scheduled.num_tokens == 1 and item.scheduled.sample for item in self.planned)
+        return ForwardMode.DECODE if are_decodes else ForwardMode.PREFILL
 
-    def to_batch(self, step: int, num_rows: int) -> ScheduleBatch:
-        return ScheduleBatch(step, [planned.scheduled for planned in self.planned], num_rows)
+    def to_batch(self, step: int, shape: StepShape) -> ScheduleBatch:
+        return ScheduleBatch(step, [item.scheduled for item in self.planned], shape.num_rows, shape.is_decode)
 
 
 class StepPlanner:

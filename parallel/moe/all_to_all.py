@@ -15,7 +15,8 @@ import torch
 
 from ..collectives import exchange
 from ..mesh import Axis
-from .dispatch import Dispatched, SyncClock, mask_padding, pack, unpack
+from ..partial_sum import PartialSum
+from .dispatch import AllGatherDispatcher, Dispatched, Dispatcher, RecordedRows, SyncClock, mask_padding, pack, unpack
 from .router import RouterOutput
 
 
@@ -39,10 +40,19 @@ class AllToAllDispatcher:
         self._axis = axis
         self._num_local = num_experts // axis.size
         self._clock = clock
+        # Every row to every rank.
+        self.fixed: Dispatcher = AllGatherDispatcher(axis, clock)
 
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Exchanged:
-        ids = mask_padding(routed.ids, num_held)
-        wanted = self._wanted(routed.ids, num_held)
+    def dispatch(
+        self,
+        hidden: torch.Tensor,
+        routed: RouterOutput,
+        is_padding: torch.Tensor | None,
+        record: RecordedRows | None = None,
+    ) -> Exchanged:
+        assert record is None
+        ids = mask_padding(routed.ids, is_padding)
+        wanted = self._wanted(routed.ids, is_padding)
         sent_rows = wanted.nonzero()[:, 1]
         send = wanted.sum(dim=1)
         began = time.perf_counter()
@@ -54,16 +64,15 @@ class AllToAllDispatcher:
         rows, all_ids, weights = unpack(arrived, hidden, routed)
         return Exchanged(rows, all_ids, weights, sent_rows, send_sizes, receive_sizes, hidden.shape[0])
 
-    def _wanted(self, ids: torch.Tensor, num_held: int) -> torch.Tensor:
+    def _wanted(self, ids: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
         """Which rank needs which row: [W, T] bool."""
-        owners = ids[:num_held] // self._num_local
         wanted = torch.zeros(ids.shape[0], self._axis.size, dtype=torch.bool, device=ids.device)
-        wanted[:num_held].scatter_(1, owners, True)
-        return wanted.t()
+        wanted.scatter_(1, ids // self._num_local, True)
+        return (wanted if is_padding is None else wanted.masked_fill(is_padding[:, None], False)).t()
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
         assert isinstance(dispatched, Exchanged)
         returned = exchange(partial, dispatched.receive_sizes, dispatched.send_sizes, self._axis)
         out = partial.new_zeros(dispatched.num_rows, partial.shape[1], dtype=torch.float32)
         out.index_add_(0, dispatched.sent_rows, returned.float())
-        return out.to(partial.dtype)
+        return PartialSum.of_one(out.to(partial.dtype))

@@ -13,8 +13,9 @@ from typing import Protocol
 
 import torch
 
-from ..collectives import all_gather, all_reduce, reduce_scatter
+from ..collectives import all_gather
 from ..mesh import Axis
+from ..partial_sum import PartialSum
 from .router import RouterOutput
 
 # The id of no expert: rows of padding are nobody's work.
@@ -30,6 +31,18 @@ class Dispatched:
     weights: torch.Tensor
 
 
+@dataclass(frozen=True)
+class RecordedRows:
+    """Where the ids of some rows of the world are recorded: `ids` [R, K], of any integer dtype, from row `first` on."""
+
+    ids: torch.Tensor
+    first: int
+
+    def keep(self, ids: torch.Tensor) -> None:
+        """Take them out of those of the whole world, [G, K]."""
+        self.ids.copy_(ids[self.first : self.first + len(self.ids)])
+
+
 class Dispatcher(Protocol):
     @property
     def gathers_ids(self) -> bool:
@@ -37,11 +50,23 @@ class Dispatcher(Protocol):
         Where it does not, each rank records what its own router chose."""
         ...
 
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
-        """hidden [T, D] and where it is routed to; rows from `num_held` on are padding."""
+    @property
+    def fixed(self) -> Dispatcher:
+        """The form in which sizes depend on shapes alone, as a CUDA graph needs it."""
         ...
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+    def dispatch(
+        self,
+        hidden: torch.Tensor,
+        routed: RouterOutput,
+        is_padding: torch.Tensor | None,
+        record: RecordedRows | None = None,
+    ) -> Dispatched:
+        """hidden [T, D] and where it is routed to; rows where `is_padding` [T] are nobody's work. `record` is for one that
+        gathers ids."""
+        ...
+
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
         """Partial results [G, D] of the local experts -> complete results [T, D] of this rank's tokens."""
         ...
 
@@ -67,11 +92,22 @@ class ReplicatedDispatcher:
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
 
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
+    @property
+    def fixed(self) -> Dispatcher:
+        return self
+
+    def dispatch(
+        self,
+        hidden: torch.Tensor,
+        routed: RouterOutput,
+        is_padding: torch.Tensor | None,
+        record: RecordedRows | None = None,
+    ) -> Dispatched:
+        assert is_padding is None and record is None
         return Dispatched(hidden, routed.ids, routed.weights)
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        return all_reduce(partial, self._axis)
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
+        return PartialSum(partial, self._axis)
 
 
 class AllGatherDispatcher:
@@ -84,15 +120,32 @@ class AllGatherDispatcher:
         self._axis = axis
         self._clock = clock
 
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
-        packed = pack(hidden, mask_padding(routed.ids, num_held), routed.weights)
+    @property
+    def fixed(self) -> Dispatcher:
+        return self
+
+    def dispatch(
+        self,
+        hidden: torch.Tensor,
+        routed: RouterOutput,
+        is_padding: torch.Tensor | None,
+        record: RecordedRows | None = None,
+    ) -> Dispatched:
+        symmetric = self._axis.symmetric
+        if symmetric is not None and symmetric.gathers(hidden):
+            target, first = (None, 0) if record is None else (record.ids, record.first)
+            return Dispatched(*symmetric.gather_routed(hidden, routed.ids, routed.weights, is_padding, target, first))
+        packed = pack(hidden, mask_padding(routed.ids, is_padding), routed.weights)
         began = time.perf_counter()
         gathered = all_gather(packed, self._axis)
         self._clock.add_since(began)
-        return Dispatched(*unpack(gathered, hidden, routed))
+        dispatched = Dispatched(*unpack(gathered, hidden, routed))
+        if record is not None:
+            record.keep(dispatched.ids)
+        return dispatched
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        return reduce_scatter(partial, self._axis)
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
+        return PartialSum(partial, self._axis, scatter=True)
 
 
 class PlainDispatcher:
@@ -103,19 +156,32 @@ class PlainDispatcher:
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
 
-    def dispatch(self, hidden: torch.Tensor, routed: RouterOutput, num_held: int) -> Dispatched:
-        ids = mask_padding(routed.ids, num_held)
-        return Dispatched(*(all_gather(x, self._axis) for x in (hidden, ids, routed.weights)))
+    @property
+    def fixed(self) -> Dispatcher:
+        return self
 
-    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        return all_reduce(partial, self._axis).chunk(self._axis.size)[self._axis.rank]
+    def dispatch(
+        self,
+        hidden: torch.Tensor,
+        routed: RouterOutput,
+        is_padding: torch.Tensor | None,
+        record: RecordedRows | None = None,
+    ) -> Dispatched:
+        ids = mask_padding(routed.ids, is_padding)
+        dispatched = Dispatched(*(all_gather(x, self._axis) for x in (hidden, ids, routed.weights)))
+        if record is not None:
+            record.keep(dispatched.ids)
+        return dispatched
+
+    def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
+        own = PartialSum(partial, self._axis).complete().chunk(self._axis.size)[self._axis.rank]
+        return PartialSum.of_one(own)
 
 
-def mask_padding(ids: torch.Tensor, num_held: int) -> torch.Tensor:
+def mask_padding(ids: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
     """Ids [T, K] as they travel, int32, those of padding `NO_EXPERT`."""
-    masked = ids.to(torch.int32)
-    masked[num_held:] = NO_EXPERT
-    return masked
+    ids = ids.to(torch.int32)
+    return ids if is_padding is None else ids.masked_fill(is_padding[:, None], NO_EXPERT)
 
 
 def pack(*parts: torch.Tensor) -> torch.Tensor:

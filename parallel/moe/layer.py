@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .dispatch import Dispatcher
+from ..dp_attention import TokenLayout
+from ..partial_sum import PartialSum
+from .dispatch import Dispatcher, RecordedRows
 from .experts import Experts
 from .router import TopKRouter
 
@@ -19,13 +21,13 @@ class RouteRecorder(Protocol):
         """Where the layer's router must write the ids [T, K] that it chooses; asked once a step."""
         ...
 
-    def record(self, moe_layer_index: int, ids: torch.Tensor) -> None:
-        """Instead of `slot`, for a layer that has the ids of the whole world: [G, K], in world order."""
+    def rows_of_world(self, moe_layer_index: int) -> RecordedRows:
+        """Instead of `slot`, for a layer that has the ids of the whole world."""
         ...
 
 
 class MoeLayer(nn.Module):
-    """[T, D] -> [T, D]."""
+    """[P, D] -> [P, D]."""
 
     def __init__(self, moe_layer_index: int, router: TopKRouter, dispatcher: Dispatcher, experts: Experts) -> None:
         super().__init__()
@@ -34,14 +36,15 @@ class MoeLayer(nn.Module):
         self.dispatcher = dispatcher
         self.experts = experts
 
-    def forward(self, hidden: torch.Tensor, num_held: int, recorder: RouteRecorder | None = None) -> torch.Tensor:
-        """Rows from `num_held` on are padding."""
-        own = None
-        if recorder is not None and not self.dispatcher.gathers_ids:
+    def forward(self, hidden: torch.Tensor, layout: TokenLayout, recorder: RouteRecorder | None = None) -> PartialSum:
+        """`layout` says which rows are padding."""
+        dispatcher = self.dispatcher.fixed if layout.is_fixed else self.dispatcher
+        own, of_world = None, None
+        if recorder is not None and dispatcher.gathers_ids:
+            of_world = recorder.rows_of_world(self.moe_layer_index)
+        elif recorder is not None:
             own = recorder.slot(self.moe_layer_index)
         routed = self.router(hidden, record=own)
-        dispatched = self.dispatcher.dispatch(hidden, routed, num_held)
-        if recorder is not None and self.dispatcher.gathers_ids:
-            recorder.record(self.moe_layer_index, dispatched.ids)
+        dispatched = dispatcher.dispatch(hidden, routed, layout.is_padding, of_world)
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
-        return self.dispatcher.combine(partial, dispatched)
+        return dispatcher.combine(partial, dispatched)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.testing import assert_close
 
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.late_gather import LateRouteGather
 from waybill.engine.routing.ring import RouteRing
 from waybill.parallel.collectives import all_gather
-from waybill.parallel.dp_attention import ScatteredTokens, rows_per_rank
+from waybill.parallel.dp_attention import FixedTokens, ReplicatedTokens, ScatteredTokens, pad_rows, rows_per_rank
 from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.moe.all_to_all import AllToAllDispatcher
 from waybill.parallel.moe.dispatch import (
@@ -112,6 +113,7 @@ def check_dispatchers(dp_size: int, tp_size: int) -> None:
         check_replicated(case, tokens, mesh)
     for split, dtype in itertools.product(("ep", "tp"), DTYPES):
         check_moe_layers(mesh, split, dtype)
+    check_fixed_tokens(mesh)
     check_sync_clock(mesh.world)
 
 
@@ -132,7 +134,7 @@ def make_dispatchers(world: Axis) -> list[Dispatcher]:
 def check_case(case: Case, tokens: list[Tokens], dispatcher: Dispatcher, mesh: ParallelMesh) -> None:
     name = f"{case} {type(dispatcher).__name__}"
     own = tokens[mesh.dp.rank]
-    layout = ScatteredTokens(len(own.hidden), rows_per_rank(list(case.counts), mesh.tp.size), mesh.tp)
+    layout = ScatteredTokens(len(own.hidden), rows_per_rank(list(case.counts), mesh.tp.size), mesh.tp, CPU)
     hidden, held = layout.scatter(own.hidden), layout.num_held
     routed = RouterOutput(layout.scatter(own.ids), layout.scatter(own.weights))
     # A router routes padding like anything else; it must be the dispatcher that drops it.
@@ -141,8 +143,8 @@ def check_case(case: Case, tokens: list[Tokens], dispatcher: Dispatcher, mesh: P
     routed.weights[held:] = 1
     before = (hidden.clone(), routed.ids.clone(), routed.weights.clone())
     experts = WholeNumberExperts(mesh.world)
-    dispatched = dispatcher.dispatch(hidden, routed, held)
-    out = dispatcher.combine(experts(dispatched.hidden, dispatched.ids, dispatched.weights), dispatched)
+    dispatched = dispatcher.dispatch(hidden, routed, layout.is_padding)
+    out = dispatcher.combine(experts(dispatched.hidden, dispatched.ids, dispatched.weights), dispatched).complete()
     assert experts.num_computed == experts.num_wanted(tokens), f"{name}: padding, or a row twice"
     assert out.dtype == case.dtype and out.shape == hidden.shape, name
     assert torch.equal(layout.gather(out), own.expected), name
@@ -172,8 +174,8 @@ def check_replicated(case: Case, tokens: list[Tokens], mesh: ParallelMesh) -> No
         torch.cat([getattr(part, name) for part in tokens]) for name in ("hidden", "ids", "weights")
     )
     experts, dispatcher = WholeNumberExperts(mesh.world), ReplicatedDispatcher(mesh.world)
-    dispatched = dispatcher.dispatch(hidden, RouterOutput(ids, weights), len(hidden))
-    out = dispatcher.combine(experts(dispatched.hidden, dispatched.ids, dispatched.weights), dispatched)
+    dispatched = dispatcher.dispatch(hidden, RouterOutput(ids, weights), None)
+    out = dispatcher.combine(experts(dispatched.hidden, dispatched.ids, dispatched.weights), dispatched).complete()
     assert torch.equal(out, torch.cat([part.expected for part in tokens])), case
     assert experts.num_computed == experts.num_wanted(tokens), case
 
@@ -189,7 +191,7 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
     weights = [make_weights(hidden, width, rng) for _ in range(2)]
     for counts in COUNTS:
         tokens = [torch.randn(count, hidden, generator=rng).to(dtype) for count in counts]
-        layout = ScatteredTokens(counts[mesh.dp.rank], rows_per_rank(list(counts), mesh.tp.size), mesh.tp)
+        layout = ScatteredTokens(counts[mesh.dp.rank], rows_per_rank(list(counts), mesh.tp.size), mesh.tp, CPU)
         x = layout.scatter(tokens[mesh.dp.rank])
         whole = [
             make_layer(index, each, Axis.single(), split, dtype, top_k, ReplicatedDispatcher(Axis.single()))
@@ -201,8 +203,9 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
             seq = recorder.begin(layout.num_rows) if recorder is not None else -1
             for index, each in enumerate(weights):
                 layer = make_layer(index, each, mesh.world, split, dtype, top_k, dispatcher)
-                out = layout.gather(layer(x, layout.num_held, recorder))
-                expected = whole[index](tokens[mesh.dp.rank], layout.num_tokens) if layout.num_tokens else out
+                out = layout.gather(layer(x, layout, recorder).complete())
+                alone = ReplicatedTokens(Axis.single())
+                expected = whole[index](tokens[mesh.dp.rank], alone).complete() if layout.num_tokens else out
                 tolerance = 1e-5 if dtype == torch.float32 else 2**-7
                 torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * 4)
             if recorder is not None:
@@ -214,11 +217,42 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
                     assert rows.tolist() == chosen, f"{counts} {type(dispatcher).__name__} dp rank {dp_rank}"
         if x.shape[0]:
             # Of the plain twin and the one by all-gather: the same inputs reach the same experts in the same order.
-            plain, packed = (each.dispatch(x, whole[0].router(x), layout.num_held) for each in dispatchers[:2])
+            plain, packed = (each.dispatch(x, whole[0].router(x), layout.is_padding) for each in dispatchers[:2])
             assert torch.equal(plain.hidden, packed.hidden)
             assert torch.equal(plain.ids, packed.ids)
             held = plain.ids[:, 0] >= 0
             assert torch.equal(plain.weights[held], packed.weights[held])
+
+
+def check_fixed_tokens(mesh: ParallelMesh) -> None:
+    """What a CUDA graph records, run as it is: the results and routes of a layout that knows its padding on the host."""
+    rng = torch.Generator().manual_seed(3)
+    top_k, hidden, width, spare = 3, 16, 8, 2
+    weights = make_weights(hidden, width, rng)
+    for counts in COUNTS:
+        num_rows = rows_per_rank(list(counts), mesh.tp.size) + spare
+        num_tokens = counts[mesh.dp.rank]
+        tokens = [torch.randn(count, hidden, generator=rng) for count in counts]
+        padding = torch.arange(num_rows * mesh.tp.size) >= num_tokens
+        known = ScatteredTokens(num_tokens, num_rows, mesh.tp, CPU)
+        fixed = FixedTokens(num_rows, mesh.tp, padding)
+        # Padding has hidden states like anything else.
+        padded = pad_rows(tokens[mesh.dp.rank], num_rows * mesh.tp.size) + padding[:, None]
+        for dispatcher in make_dispatchers(mesh.world):
+            layer = make_layer(0, weights, mesh.world, "ep", torch.float32, top_k, dispatcher)
+            ring, recorder = make_recorder(mesh, known, top_k, dispatcher.fixed, num_layers=1)
+            seq = -1 if recorder is None else recorder.begin(num_rows)
+            found = fixed.gather(layer(fixed.scatter(padded), fixed, recorder).complete())[:num_tokens]
+            expected = known.gather(layer(known.scatter(tokens[mesh.dp.rank]), known).complete())
+            assert_close(found, expected)
+            block = fixed.run_sharded(lambda rows: rows * 2, fixed.scatter(padded)).complete()
+            assert torch.equal(fixed.gather(block), padded * 2 * mesh.tp.size)
+            if recorder is not None:
+                recorder.finish()
+            if ring is not None:
+                for dp_rank, part in enumerate(tokens):
+                    rows = ring.rows(seq, dp_rank * num_rows * mesh.tp.size, len(part))
+                    assert rows[0].tolist() == layer.router(part).ids.tolist(), (counts, dp_rank)
 
 
 def make_weights(hidden: int, width: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -251,9 +285,11 @@ def make_layer(
 
 
 def make_recorder(
-    mesh: ParallelMesh, layout: ScatteredTokens, top_k: int, dispatcher: Dispatcher
+    mesh: ParallelMesh, layout: ScatteredTokens, top_k: int, dispatcher: Dispatcher, num_layers: int = 2
 ) -> tuple[RouteRing | None, RoutedExpertsCapturer | LateRouteGather | None]:
-    geometry = RouteGeometry((0, 1), 2, layout.num_rows * mesh.world.size + 3, top_k, NUM_EXPERTS)
+    geometry = RouteGeometry(
+        tuple(range(num_layers)), num_layers, layout.num_rows * mesh.world.size + 3, top_k, NUM_EXPERTS
+    )
     ring = RouteRing.create(geometry, 2) if mesh.world.rank == 0 else None
     capturer = None if ring is None else RoutedExpertsCapturer(ring, CPU, num_ranks=mesh.world.size)
     if dispatcher.gathers_ids:
@@ -269,7 +305,7 @@ def check_scattered_tokens(mesh: ParallelMesh) -> None:
     axis = mesh.tp
     for num_tokens, spare in itertools.product(range(8), range(3)):
         num_rows = rows_per_rank([num_tokens], axis.size) + spare
-        layout = ScatteredTokens(num_tokens, num_rows, axis)
+        layout = ScatteredTokens(num_tokens, num_rows, axis, CPU)
         x = torch.arange(num_tokens * 2, dtype=torch.float32).view(num_tokens, 2) + 1 + 100 * mesh.dp.rank
         scattered = layout.scatter(x)
         assert scattered.shape == (num_rows, 2)
@@ -285,7 +321,7 @@ def check_scattered_tokens(mesh: ParallelMesh) -> None:
 
         # What stands in the padding must not leak into anybody's rows.
         scattered[layout.num_held :] = 77
-        result = layout.run_sharded(block, scattered)
+        result = layout.run_sharded(block, scattered).complete()
         assert all(torch.equal(rows, x) for rows in calls) and len(calls) == (num_tokens > 0)
         assert not result[layout.num_held :].any()
         assert torch.equal(layout.gather(result), x * sum(range(1, axis.size + 1)))
@@ -303,7 +339,7 @@ def check_sync_clock(world: Axis) -> None:
             busy = torch.ones(1500, 1500)
             for _ in range(20):
                 busy = busy @ busy / 1500
-        dispatcher.dispatch(hidden, routed, 1)
+        dispatcher.dispatch(hidden, routed, None)
         waits = all_gather(torch.tensor([clock.seconds], dtype=torch.float64), world).tolist()
         assert min(waits) == waits[0], waits
     dist.barrier()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from waybill.parallel.collectives import all_gather, all_reduce, broadcast, gather, reduce_scatter
+from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from waybill.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from waybill.parallel.mesh import Axis, ParallelMesh
@@ -166,8 +167,9 @@ def check_moe_layer(axis: Axis, split: str) -> None:
             sharded.sharded_weight(expert_id, part).load(weight)
             whole.sharded_weight(expert_id, part).load(weight)
     x = torch.randn(9, hidden)
-    out = MoeLayer(0, router, ReplicatedDispatcher(axis), sharded)(x, len(x))
-    assert_close(out, MoeLayer(0, router, ReplicatedDispatcher(Axis.single()), whole)(x, len(x)))
+    out = MoeLayer(0, router, ReplicatedDispatcher(axis), sharded)(x, ReplicatedTokens(axis)).complete()
+    alone = Axis.single()
+    assert_close(out, MoeLayer(0, router, ReplicatedDispatcher(alone), whole)(x, ReplicatedTokens(alone)).complete())
     everyones = all_gather(out[None], axis)
     assert torch.equal(everyones, out.expand_as(everyones))
 

@@ -9,7 +9,7 @@ from distributed.ranks import run_ranks
 
 
 @pytest.mark.gpu
-def test_symmetric_memory_sums_as_nccl_does() -> None:
+def test_symmetric_memory_does_what_nccl_does() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 CUDA devices")
     run_ranks(check_symmetric_memory, 2, backend="cpu:gloo,cuda:nccl")

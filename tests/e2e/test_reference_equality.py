@@ -122,7 +122,7 @@ def settings_to_run() -> Iterator[Any]:
 @pytest.mark.parametrize("setting", list(settings_to_run()))
 def test_equals_transformers(setting: Setting, reference: Reference) -> None:
     if setting.dp > 1:
-        check_dp_equality(setting, reference)
+        check_dp_equality(setting, reference, "cpu")
     else:
         check_equality(setting, reference, "cpu")
 
@@ -134,6 +134,9 @@ ON_GPU = [
     Setting(1, "tp", 64, cache=True, retract=False, depth=0),
     Setting(2, "ep", 64, cache=True, retract=True, depth=1),
     Setting(2, "tp", -1, cache=True, retract=False, depth=1),
+    Setting(1, "ep", 64, cache=True, retract=True, depth=1, dp=2),
+    Setting(1, "tp", -1, cache=True, retract=False, depth=1, dp=2),
+    Setting(1, "ep", 64, cache=False, retract=True, depth=0, dp=2, dispatcher="all_to_all"),
 ]
 
 
@@ -141,9 +144,10 @@ ON_GPU = [
 @pytest.mark.parametrize("setting", ON_GPU, ids=str)
 def test_equals_transformers_on_gpu(setting: Setting) -> None:
     """Triton kernels, CUDA graphs and the pinned ring, against `transformers` on the same device."""
-    if torch.cuda.device_count() < setting.tp:
-        pytest.skip(f"needs {setting.tp} CUDA devices")
-    check_equality(setting, Reference(str(CHECKPOINT), "cuda"), "cuda")
+    if torch.cuda.device_count() < setting.dp * setting.tp:
+        pytest.skip(f"needs {setting.dp * setting.tp} CUDA devices")
+    check = check_dp_equality if setting.dp > 1 else check_equality
+    check(setting, Reference(str(CHECKPOINT), "cuda"), "cuda")
 
 
 def check_equality(setting: Setting, reference: Reference, device: str) -> None:
@@ -199,7 +203,7 @@ NUM_ON_ONE_RANK = 14
 NUM_DP_LONG_ANSWERS = 6
 
 
-def check_dp_equality(setting: Setting, reference: Reference) -> None:
+def check_dp_equality(setting: Setting, reference: Reference, device: str) -> None:
     # The shortest come first and, where retraction is wanted, answer at length.
     prompts = sorted(make_prompts()[1::4], key=len)
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
@@ -212,7 +216,7 @@ def check_dp_equality(setting: Setting, reference: Reference) -> None:
         dp_size=setting.dp,
         moe_split=setting.split,
         moe_dispatcher=setting.dispatcher,
-        device="cpu",
+        device=device,
         dtype="float32",
         chunked_prefill_size=setting.chunk,
         enable_prefix_cache=setting.cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def test_another_process_reads_it_and_nothing_is_left() -> None:
         "truth": torch.tensor([True, False]),
         "turned": torch.arange(6.0).view(2, 3).T,
     }
+    # What other tests left in cycles would close its descriptors at any moment.
+    gc.collect()
     names, descriptors = set(os.listdir("/dev/shm")), os.listdir("/proc/self/fd")
     with shared_safetensors(tensors) as path:
         assert set(os.listdir("/dev/shm")) == names

@@ -9,12 +9,15 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
 from waybill.parallel.moe.router import TopKRouter, choose_torch
 from waybill.parallel.weight_format import WeightFormat
+
+WHOLE = ReplicatedTokens(Axis.single())
 
 
 def hf_block(dtype: torch.dtype, norm_topk_prob: bool) -> Any:
@@ -86,7 +89,7 @@ def test_layer_is_that_of_transformers_and_tells_its_ids(backend: str) -> None:
     torch.manual_seed(1)
     block = hf_block(torch.float32, norm_topk_prob=True)
     layer, recorder, x = our_layer(block, backend), Recorder(), torch.randn(40, 64)
-    out = layer(x, len(x), recorder)
+    out = layer(x, WHOLE, recorder).complete()
     torch.testing.assert_close(out, block(x[None])[0], rtol=1e-5, atol=1e-5)
     ((index, ids),) = recorder.records
     assert index == 7
@@ -98,5 +101,5 @@ def test_layer_in_bfloat16_rounds_where_transformers_does() -> None:
     torch.manual_seed(2)
     block = hf_block(torch.bfloat16, norm_topk_prob=True)
     x = torch.randn(40, 64).bfloat16()
-    out, expected = our_layer(block, "auto")(x, len(x)), block(x[None])[0]
+    out, expected = our_layer(block, "auto")(x, WHOLE).complete(), block(x[None])[0]
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())

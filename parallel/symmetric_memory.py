@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 SIZES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16
-FLAG_BYTES = 4
-# Rows that a program handles, and what a lane of memory for so many may take. With few rows the most programs are the
-# fastest; with many, the flags that they send each other weigh.
-NARROW_ROWS, WIDE_ROWS = 1, 4
-MAX_NARROW_ROWS = 64
-WIDE_BYTES = 64 << 20
+FLAG_BYTES = WORD_BYTES = 4
+# Rows that travel as packets, see `symmetric_triton`, and the memory for more.
+MAX_PACKET_ROWS = 64
+PLAIN_BYTES = 64 << 20
 # More ranks than two: beyond so many rows over the number of others, each rank sums a share and hands it out.
 MAX_ONE_SHOT_ROWS = 128
 MAX_TWO_SHOT_BYTES = 16 << 20
@@ -43,20 +41,13 @@ class RowLayout:
     dtype: torch.dtype
 
     @property
-    def ids_at(self) -> int:
-        return align(self.width * self.dtype.itemsize)
-
-    @property
-    def weights_at(self) -> int:
-        return self.ids_at + align(self.top_k * torch.int32.itemsize)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.weights_at + align(self.top_k * self.dtype.itemsize)
+    def num_words(self) -> int:
+        """Of four bytes each; ids and weights have one of their own."""
+        return ceil_div(self.width * self.dtype.itemsize, WORD_BYTES) + 2 * self.top_k
 
 
-def align(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+def ceil_div(value: int, by: int) -> int:
+    return -(-value // by)
 
 
 class SymmetricMemory:
@@ -76,10 +67,10 @@ class SymmetricMemory:
         import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415
 
         size = group.size()
-        wide_places = WIDE_BYTES // (2 * size * WIDE_ROWS * layout.num_bytes)
+        max_rows = PLAIN_BYTES // (2 * size * layout.num_words * WORD_BYTES)
         lanes = [
-            make_lane(group, device, MAX_NARROW_ROWS // NARROW_ROWS, NARROW_ROWS, layout.num_bytes),
-            make_lane(group, device, wide_places, WIDE_ROWS, layout.num_bytes),
+            make_lane(group, layout, MAX_PACKET_ROWS, device, in_packets=True),
+            make_lane(group, layout, max_rows, device, in_packets=False),
         ]
         whole = None
         if size > 2:
@@ -92,7 +83,9 @@ class SymmetricMemory:
 
     def sums(self, x: torch.Tensor, *, scatter: bool) -> bool:
         """Whether `sum_rows` takes x: a matter of its shape and dtype, so that all ranks say the same."""
-        if x.dim() != 2 or x.dtype != self._layout.dtype or x.shape[1] > self._layout.width or not x.is_contiguous():
+        if x.dim() != 2 or x.dtype != self._layout.dtype or not x.is_contiguous():
+            return False
+        if x.shape[1] > self._layout.width or x.shape[1] * x.itemsize % WORD_BYTES:
             return False
         num_rows = x.shape[0]
         if scatter:
@@ -125,7 +118,8 @@ class SymmetricMemory:
 
     def gathers(self, hidden: torch.Tensor) -> bool:
         """Whether `gather_routed` takes hidden; the same on all ranks."""
-        return hidden.dtype == self._layout.dtype and self._lane_for(hidden.shape[0]) is not None
+        is_whole = hidden.shape[1] * hidden.itemsize % WORD_BYTES == 0
+        return hidden.dtype == self._layout.dtype and is_whole and self._lane_for(hidden.shape[0]) is not None
 
     def gather_routed(
         self,
@@ -141,32 +135,33 @@ class SymmetricMemory:
 
         lane = self._lane_for(hidden.shape[0])
         assert lane is not None
-        offsets = (self._layout.ids_at, self._layout.weights_at)
-        return gather_routed(hidden, ids, weights, is_padding, lane, offsets, record, first_recorded)
+        return gather_routed(hidden, ids, weights, is_padding, lane, record, first_recorded)
 
     def _lane_for(self, num_rows: int) -> Lane | None:
         if num_rows == 0:
             return None
-        return next((lane for lane in self._lanes if num_rows <= len(lane.calls) * lane.rows), None)
+        return next((lane for lane in self._lanes if num_rows <= len(lane.calls)), None)
 
 
-def make_lane(group: dist.ProcessGroup, device: torch.device, num_places: int, rows: int, row_bytes: int) -> Lane:
-    """Memory for `num_places * rows` rows, made by all ranks of the group together."""
+def make_lane(
+    group: dist.ProcessGroup, layout: RowLayout, max_rows: int, device: torch.device, *, in_packets: bool
+) -> Lane:
+    """Made by all ranks of the group together."""
     import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415
 
-    from .symmetric_triton import Lane  # noqa: PLC0415
+    from .symmetric_triton import PACKET_BYTES, Lane  # noqa: PLC0415
 
     size = group.size()
-    data_bytes = 2 * num_places * size * rows * row_bytes
-    buffer = symmetric.empty(data_bytes + num_places * size * FLAG_BYTES, dtype=torch.uint8, device=device).zero_()
+    row_bytes = ceil_div(layout.num_words * (PACKET_BYTES if in_packets else WORD_BYTES), ALIGNMENT) * ALIGNMENT
+    data_bytes = 2 * max_rows * size * row_bytes
+    buffer = symmetric.empty(data_bytes + max_rows * size * FLAG_BYTES, dtype=torch.uint8, device=device).zero_()
     data_of = torch.tensor(symmetric.rendezvous(buffer, group.group_name).buffer_ptrs, device=device)
     return Lane(
-        calls=torch.zeros(num_places, dtype=torch.int32, device=device),
-        flags=buffer[data_bytes:].view(torch.int32).view(num_places, size),
+        calls=torch.zeros(max_rows, dtype=torch.int32, device=device),
+        flags=buffer[data_bytes:].view(torch.int32).view(max_rows, size),
         data_of=data_of,
         flags_of=data_of + data_bytes,
-        rows=rows,
         row_bytes=row_bytes,
         rank=group.rank(),
-        asm=True,
+        in_packets=in_packets,
     )

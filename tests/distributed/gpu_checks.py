@@ -11,11 +11,11 @@ from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.moe.dispatch import AllGatherDispatcher, RecordedRows, SyncClock
 from waybill.parallel.moe.router import RouterOutput
 from waybill.parallel.partial_sum import PartialSum
-from waybill.parallel.symmetric_memory import MAX_NARROW_ROWS, RowLayout
+from waybill.parallel.symmetric_memory import MAX_PACKET_ROWS, RowLayout
 
 WIDTH, TOP_K, NUM_EXPERTS = 2048, 8, 128
 # Of both lanes, of NCCL, and numbers that no program's rows divide.
-ROWS = (1, 3, MAX_NARROW_ROWS, MAX_NARROW_ROWS + 1, 302, 1023, 16384)
+ROWS = (1, 3, MAX_PACKET_ROWS, MAX_PACKET_ROWS + 1, 302, 1023, 16384)
 NUM_REPLAYS = 50
 
 
@@ -31,7 +31,7 @@ def check_symmetric_memory() -> None:
             for seed in range(5):
                 check_sums(noise(rows, dtype, device, seed), axis, plain.tp)
                 check_gathers(noise(rows, dtype, device, seed), axis, plain.tp)
-        check_a_graph(noise(MAX_NARROW_ROWS, dtype, device, 0), axis, plain.tp)
+        check_a_graph(noise(MAX_PACKET_ROWS, dtype, device, 0), axis, plain.tp)
 
 
 def noise(rows: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def check_a_graph(x: torch.Tensor, axis: Axis, plain: Axis) -> None:
     def chain(over: Axis) -> torch.Tensor:
         y = x
         for step in range(9):
-            y = all_reduce(y[: MAX_NARROW_ROWS - 7 * step].clone(), over) * 0.5
+            y = all_reduce(y[: MAX_PACKET_ROWS - 7 * step].clone(), over) * 0.5
             wide = y.repeat(40, 1)
             y = y + reduce_scatter(wide, over)[: len(y)]
         return y

@@ -29,6 +29,8 @@ from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
 from waybill.parallel.moe.router import Choose, choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
+from waybill.parallel.symmetric_memory import RowLayout
+from waybill.parallel.symmetric_triton import PACKET_BYTES, WORD_BYTES, AddNorm, Lane, gather_routed, sum_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
@@ -206,3 +208,94 @@ def test_a_kernel_is_found_again_by_what_it_was_compiled_for(dtype: torch.dtype)
             found, expected = (choose(logits, 3, True, None) for choose in (choose_triton, choose_torch))
             assert torch.equal(found[0], expected[0])
             torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
+
+
+class OtherRank:
+    """Rank 1's end of a lane of two, filled as rank 1 would fill it, so that rank 0's kernel need not wait; and what rank 0
+    sends, which lands here."""
+
+    MAX_ROWS = 6
+
+    def __init__(self, layout: RowLayout, *, in_packets: bool) -> None:
+        self.row_bytes = layout.num_words * (PACKET_BYTES if in_packets else WORD_BYTES)
+        self._in_packets = in_packets
+        self._memory = [
+            torch.zeros(2, self.MAX_ROWS, 2, self.row_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)
+        ]
+        flags = [torch.zeros(self.MAX_ROWS, 2, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+        self._flags = flags
+        self.calls = torch.zeros(self.MAX_ROWS, dtype=torch.int32, device=DEVICE)
+        addresses = [torch.tensor([x.data_ptr() for x in each], device=DEVICE) for each in (self._memory, flags)]
+        self.lane = Lane(self.calls, flags[0], *addresses, self.row_bytes, 0, in_packets)
+
+    def send(self, words: torch.Tensor, call: int) -> None:
+        """Words [P, W] int32 of call `call` to rank 0."""
+        for row, line in enumerate(words):
+            place = self._memory[0][call & 1, row, 1]
+            self._flags[0][row, 1] = call
+            if self._in_packets:
+                packets = torch.stack([line, torch.full_like(line, call)], dim=1).flatten()
+                place[: packets.nbytes] = packets.view(torch.uint8)
+            else:
+                place[: line.nbytes] = line.view(torch.uint8)
+
+    def received(self, num_rows: int, num_words: int, call: int) -> torch.Tensor:
+        """Words [P, W] that rank 0 has sent in call `call`."""
+        places = self._memory[1][call & 1, :num_rows, 0].contiguous().view(torch.int32)
+        if not self._in_packets:
+            assert (self._flags[1][:num_rows, 0] == call).all()
+            return places[:, :num_words]
+        packets = places.view(num_rows, -1, 2)[:, :num_words]
+        assert (packets[:, :, 1] == call).all()
+        return packets[:, :, 0]
+
+
+def words_of(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A row as it travels between ranks."""
+    wide = weights.view(torch.int32) if weights.itemsize == 4 else weights.view(torch.int16).to(torch.int32) & 0xFFFF
+    return torch.cat([hidden.view(torch.int32), ids.to(torch.int32), wide], dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_packets", [True, False])
+@pytest.mark.parametrize("scatter", [True, False])
+def test_sums_over_symmetric_memory(dtype: torch.dtype, in_packets: bool, scatter: bool) -> None:
+    """Rank 0 of two: what it sends, and the sum with the add and norm that follow; call after call in the same places."""
+    rows, width = 3, 48
+    other = OtherRank(RowLayout(width, 2, dtype), in_packets=in_packets)
+    for call in range(1, 5):
+        own, theirs = (normal(rows * (1 + scatter), width, dtype=dtype, seed=2 * call + i) for i in range(2))
+        residual, weight = normal(rows, width, dtype=dtype, seed=9), normal(width, dtype=dtype, seed=10)
+        other.send(theirs[:rows].view(torch.int32), call)
+        expected = (own[:rows].float() + theirs[:rows].float()).to(dtype)
+        if call % 2:
+            assert torch.equal(sum_rows(own, other.lane, scatter=scatter), expected)
+        else:
+            wanted, total = TorchLayerOps().add_rms_norm(expected, residual.clone(), weight, 1e-6)
+            normed = sum_rows(own, other.lane, scatter=scatter, then=AddNorm(residual, weight, 1e-6))
+            assert torch.equal(residual, total)
+            torch.testing.assert_close(normed, wanted, **TOLERANCE[dtype])
+        sent = own[rows:] if scatter else own
+        assert torch.equal(other.received(rows, sent.view(torch.int32).shape[1], call), sent.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_packets", [True, False])
+def test_gather_of_routed_rows_over_symmetric_memory(dtype: torch.dtype, in_packets: bool) -> None:
+    rows, width, top_k = 3, 48, 3
+    other = OtherRank(RowLayout(width, top_k, dtype), in_packets=in_packets)
+    is_padding = torch.tensor([False, False, True], device=DEVICE)
+    for call in range(1, 5):
+        hidden = [normal(rows, width, dtype=dtype, seed=2 * call + i) for i in range(2)]
+        weights = [normal(rows, top_k, dtype=dtype, seed=2 * call + i) for i in range(2)]
+        ids = [(torch.arange(rows * top_k, device=DEVICE).view(rows, top_k) * (3 + i) + call) % 16 for i in range(2)]
+        other.send(words_of(hidden[1], ids[1], weights[1]), call)
+        record = torch.full((4, top_k), 255, dtype=torch.uint8, device=DEVICE)
+        found = gather_routed(hidden[0], ids[0], weights[0], is_padding, other.lane, record, 1)
+        masked = torch.where(is_padding[:, None], -1, ids[0])
+        world_ids = torch.cat([masked, ids[1]])
+        for given, expected in zip(found, (torch.cat(hidden), world_ids, torch.cat(weights)), strict=True):
+            assert torch.equal(given, expected)
+        assert torch.equal(record, world_ids[1:5].to(torch.uint8))
+        sent = words_of(hidden[0], masked, weights[0])
+        assert torch.equal(other.received(rows, sent.shape[1], call), sent)

@@ -5,6 +5,7 @@ python bench/make_models.py routing30b --out models/R   the routing shape of Qwe
 python bench/make_models.py wide --out models/W         two layers of Qwen3-30B-A3B, small vocabulary
 python bench/make_models.py deep --out models/D         small and deep; replay_mismatch.py trains one
 python bench/make_models.py T --out models/T            a toy, for tests
+python bench/make_models.py 30b --no-weights --out ...  Qwen3-30B-A3B, for engines with load_format="dummy"
 
 Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
 them: a model of random weights has the cost and the routing load of a real one, not its answers.
@@ -32,7 +33,24 @@ MODELS_FOLDER = Path(__file__).resolve().parents[1] / "models"
 # Written last.
 INDEX = "model.safetensors.index.json"
 
+QWEN3_30B: dict[str, object] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
 SHAPES: dict[str, dict[str, object]] = {
+    "30b": QWEN3_30B,
+    # 10 GB in bfloat16.
+    "wide8": QWEN3_30B | {"num_hidden_layers": 8, "vocab_size": 8192, "max_position_embeddings": 8192},
+    "wide": QWEN3_30B | {"num_hidden_layers": 2, "vocab_size": 8192, "max_position_embeddings": 8192},
     "M": {
         "hidden_size": 1024,
         "num_hidden_layers": 16,
@@ -58,19 +76,6 @@ SHAPES: dict[str, dict[str, object]] = {
         "intermediate_size": 64,
         "vocab_size": 512,
         "max_position_embeddings": 40960,
-    },
-    "wide": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "intermediate_size": 6144,
-        "vocab_size": 8192,
-        "max_position_embeddings": 8192,
     },
     "deep": {
         "hidden_size": 64,
@@ -145,11 +150,27 @@ def mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tupl
 
 
 def make_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norms are ones; matrices keep the variance of their input, so that activations stay sane at any depth."""
+    """Norms are ones; matrices keep the variance of their input, so that activations stay sane at any depth. On the
+    generator's device."""
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    scale = 1.0 if name == "model.embed_tokens.weight" else 1 / math.sqrt(shape[1])
-    return (torch.randn(shape, generator=generator) * scale).to(torch.bfloat16)
+        return torch.ones(shape, dtype=torch.bfloat16, device=generator.device)
+    scale = 1.0 if name == "model.embed_tokens.weight" else 1 / math.sqrt(shape[-1])
+    return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(torch.bfloat16)
+
+
+def fuse_experts(tensors: dict[str, torch.Tensor], config: Qwen3MoeConfig) -> dict[str, torch.Tensor]:
+    """The same tensors as `transformers` has them in memory: the experts of a layer in two."""
+    fused = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        if f"{prefix}.0.down_proj.weight" in tensors:
+            parts = {
+                part: torch.stack([tensors[f"{prefix}.{i}.{part}_proj.weight"] for i in range(config.num_experts)])
+                for part in ("gate", "up", "down")
+            }
+            fused[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+            fused[f"{prefix}.down_proj"] = parts["down"]
+    return fused
 
 
 def split_into_shards(config: Qwen3MoeConfig) -> list[list[tuple[str, tuple[int, ...]]]]:
@@ -166,14 +187,20 @@ def split_into_shards(config: Qwen3MoeConfig) -> list[list[tuple[str, tuple[int,
     return shards
 
 
-def write_checkpoint(shape: str, out: Path, seed: int) -> int:
-    """Write config, tokenizer and shards; returns the number of parameters."""
+def write_config(shape: str, out: Path) -> Qwen3MoeConfig:
+    """All that an engine with random weights needs of a checkpoint (`load_format="dummy"`): config and tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     config = make_config(shape)
     config.save_pretrained(out)
     GenerationConfig(eos_token_id=END_OF_TURN).save_pretrained(out)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, out)
+    return config
+
+
+def write_checkpoint(shape: str, out: Path, seed: int) -> int:
+    """Write config, tokenizer and shards; returns the number of parameters."""
+    config = write_config(shape, out)
     generator = torch.Generator().manual_seed(seed)
     shards = split_into_shards(config)
     weight_map: dict[str, str] = {}
@@ -201,7 +228,11 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-weights", action="store_true", help="config and tokenizer alone")
     args = parser.parse_args()
+    if args.no_weights:
+        write_config(args.shape, args.out)
+        return
     num_parameters = write_checkpoint(args.shape, args.out, args.seed)
     print(f"{args.out}: {num_parameters / 1e9:.3f} B parameters")
 

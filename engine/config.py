@@ -11,6 +11,7 @@ from .validation.option import Bounds, Option, option_fields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLLECTIVES_BACKENDS = ("auto", "torch")
+LOAD_FORMATS = ("auto", "dummy")
 MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
@@ -44,6 +45,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1
     device: Annotated[str, Option("auto, cpu or cuda; auto is CUDA where there is one")] = "auto"
     dtype: Annotated[str, Option("of weights and KV cache; auto is the checkpoint's", choices=DTYPES)] = "auto"
+    load_format: Annotated[
+        str,
+        Option(
+            "auto: the checkpoint's safetensors; dummy: random weights, for measurements, or until an update brings others",
+            choices=LOAD_FORMATS,
+        ),
+    ] = "auto"
     moe_split: Annotated[
         str,
         Option("over the ranks: whole experts (ep), or a slice of every expert's inner width (tp)", choices=MOE_SPLITS),

@@ -15,6 +15,7 @@ from ..config import EngineConfig
 from . import qwen3_moe
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors, load_weights
+from .dummy_weights import fill_with_random_values
 from .model_config import ModelConfig, read_hf_config
 from .model_context import ModelContext
 
@@ -62,13 +63,17 @@ def build_model(context: ModelContext, num_positions: int) -> CausalLM:
 def load_model(
     config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh, clock: SyncClock
 ) -> CausalLM:
-    """Build this rank's part of the model and fill it from the checkpoint. `clock` runs while ranks meet in MoE layers."""
+    """Build this rank's part of the model and fill it. `clock` runs while ranks meet in MoE layers."""
     head_dim = model_config.attention.head_dim
     if mesh.device.type == "cuda" and head_dim & (head_dim - 1):
         raise ValueError(f"head_dim={head_dim}: must be a power of two on CUDA")
     context = ModelContext(model_config, mesh, config.moe_split, config.experts_backend, config.moe_dispatcher, clock)
     model = build_model(context, num_positions)
-    weights, checkpoint = model.sharded_weights(), Checkpoint(config.model_path)
+    weights = model.sharded_weights()
+    if config.load_format == "dummy":
+        fill_with_random_values(weights, model_config.dtype, mesh.device)
+        return model
+    checkpoint = Checkpoint(config.model_path)
     check_tensors(weights, checkpoint, model.ignored_weights)
     load_weights(weights, checkpoint, model.ignored_weights)
     return model

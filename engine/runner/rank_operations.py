@@ -51,6 +51,7 @@ class RankOperations:
         self._runner = runner
         self._mesh = mesh
         self._answer_later = answer_later
+        self._started_at_random = config.load_format == "dummy"
         self._groups = GroupRegistry(mesh, config.weight_sync_timeout_s, config.weight_sync_groups)
         self._receiver = WeightReceiver(runner.model, mesh, self._groups)
         self._memory = MemoryOccupation(runner.model, runner.kv_store)
@@ -139,6 +140,8 @@ class RankOperations:
 
     def _checksum(self, op: CheckWeights) -> Outcome:
         self._check_weights_are_there()
+        if self._started_at_random and not self._receiver.num_updates:
+            raise ValueError("weights: they are random (load_format='dummy'); there are checksums after an update")
         weights = self._receiver.weights
         verdict = exchange_reports(RankReport(payload=piece_checksums(weights)), self._mesh.world)
         checksums = join_checksums([report.payload for report in verdict.reports], weights)

@@ -45,7 +45,7 @@ class WeightReceiver:
         self._ignored = model.ignored_weights
         self.known = self.weights | {name: fused.weight for name, fused in self._fused.items()}
         self.progress = UpdateProgress(frozenset(self.weights))
-        self._num_updates = 0
+        self.num_updates = 0
 
     def update(self, op: WeightUpdate) -> Outcome:
         """Check, transfer, put in place. All ranks come to the same outcome."""
@@ -148,8 +148,8 @@ class WeightReceiver:
         text = f"{len(names)} tensors in {seconds:.3f} s"
         if not self.progress.is_complete:
             return Outcome(True, f"{text}; {len(self.progress.missing)} are still to come")
-        self._num_updates += 1
-        return Outcome(True, text, self.progress.version or f"update-{self._num_updates}")
+        self.num_updates += 1
+        return Outcome(True, text, self.progress.version or f"update-{self.num_updates}")
 
 
 def open_files(op: WeightUpdate) -> Checkpoint:

@@ -1,0 +1,38 @@
+"""`load_format="dummy"`: an engine without a checkpoint, alike in every layout, until an update brings weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from waybill import Engine
+
+PROMPTS = [[i + 1] * 20 for i in range(4)]
+GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+OPTIONS = {"dtype": "float32", "kv_cache_tokens": 2048}
+
+
+def tokens(engine: Engine) -> list[list[int]]:
+    return [answer["output_ids"] for answer in engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)]
+
+
+def test_random_weights_are_alike_in_every_layout_and_give_way_to_an_update(checkpoint: str, tmp_path: Path) -> None:
+    for file in Path(checkpoint).iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors"):
+        Engine(str(tmp_path), tp_size=1, **OPTIONS)
+    with Engine(checkpoint, tp_size=1, **OPTIONS) as engine:
+        trained = tokens(engine)
+    with Engine(str(tmp_path), tp_size=1, load_format="dummy", **OPTIONS) as engine:
+        random = tokens(engine)
+    with Engine(str(tmp_path), tp_size=2, load_format="dummy", **OPTIONS) as engine:
+        assert tokens(engine) == random != trained
+        with pytest.raises(RuntimeError, match=r"weights: they are random \(load_format='dummy'\)"):
+            engine.checksum_weights()
+        engine.update_weights_from_tensor(load_file(f"{checkpoint}/model.safetensors"))
+        assert engine.checksum_weights()
+        assert tokens(engine) == trained

@@ -72,6 +72,7 @@ class WeightSender:
     Args:
         engines: each with its number of ranks, in the order of their ranks in the group.
         address: of this host, as the engines reach it.
+        device: where tensors travel from: a GPU that no rank of the engines is on, for NCCL; by way of the host if None.
         dtype: what floating-point tensors are cast to before they travel; None: as they are.
         bucket_bytes: how much travels in one broadcast, and is held twice meanwhile.
     """
@@ -161,6 +162,9 @@ class WeightSender:
         began = time.perf_counter()
         num_tensors = num_bytes = 0
         for bucket in self._buckets(tensors):
+            if self._device.type == "cuda":
+                # The thread that sends has another stream than the caller, on whose the tensors were made.
+                torch.cuda.current_stream(self._device).synchronize()
             self._send_bucket(bucket, weight_version, flush_cache)
             num_tensors += len(bucket)
             num_bytes += sum(tensor.nbytes for _, tensor in bucket)

@@ -11,6 +11,8 @@ turn; on rank 1 a stream decodes. Each round runs every variant once, in random 
     delta            Waybill, from what the caller holds on
 
     python bench/stall.py [--quick] [--json] [--write]
+    python bench/stall.py --device cuda [--minutes 1]    two GPUs of 80 GB, the model of full width with random weights
+    python bench/stall.py --device cpu --dummy --history 500 --quick    a dry run of that at the narrow width
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +31,8 @@ from pathlib import Path
 import numpy as np
 from caller_priority import lower_priority, run_in_own_session
 from machine import write_result
-from make_models import ensure_checkpoint
+from make_models import SHAPES as ALL_SHAPES
+from make_models import ensure_checkpoint, write_config
 from rich.console import Console
 from stall_report import VariantScores, as_json, plot, report, score
 from stall_segment import (
@@ -42,24 +46,33 @@ from stall_segment import (
     run_segment,
 )
 from tapped_engine import TappedEngine
+from time_limit import end_after
 
 from waybill.engine.output.config import LOW_PRIORITY
 
 RESULTS = Path(__file__).parent / "results"
 # Room for what conversations add to the history before it is evicted.
 SPARE_KV_TOKENS = 8192
+# With a bound on the rounds: what starting, one round and the report may take beside.
+GRACE_S = 240.0
+# By device: the shape, which has the routing shape of the other, and what both engines are started with. Two engines of
+# the full width share two GPUs of 80 GB: 32 GB of weights and 4 GB of KV cache each.
+SHAPES = {"cpu": "routing30b", "cuda": "30b"}
+OPTIONS = {"cpu": {"num_threads": 1}, "cuda": {"max_running_requests": 8}}
 
 
 class StallBench:
     """Both engines, with the history in the prefix cache of rank 0, and the segments that ran on them."""
 
-    def __init__(self, model_path: str, history_tokens: int, seed: int) -> None:
+    def __init__(self, model_path: str, device: str, load_format: str, history_tokens: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         options = {
             "dp_size": 2,
             "tp_size": 1,
-            "num_threads": 1,
+            "device": device,
+            "load_format": load_format,
             "kv_cache_tokens": history_tokens + SPARE_KV_TOKENS,
+            **OPTIONS[device],
         }
         self.routing = TappedEngine(model_path, with_inline=True, enable_return_routed_experts=True, **options)
         self.plain = TappedEngine(model_path, **options)
@@ -87,8 +100,12 @@ class StallBench:
         return asyncio.run(run_segment(tapped, variant, name, self._history, num_turns, self.rng))
 
     def round(self, number: int, num_turns: int) -> None:
-        for variant in self.rng.permutation(VARIANTS):
-            self.segments[str(variant)].append(self.run(str(variant), str(number), num_turns))
+        """Kept when it is whole: ratios pair the variants of a round."""
+        found = {
+            str(variant): self.run(str(variant), str(number), num_turns) for variant in self.rng.permutation(VARIANTS)
+        }
+        for variant, segment in found.items():
+            self.segments[variant].append(segment)
 
     def scores(self) -> dict[str, VariantScores]:
         return {variant: score(variant, self.segments[variant]) for variant in VARIANTS}
@@ -98,53 +115,92 @@ class StallBench:
         self.plain.close()
 
 
-def is_late(began: float, minutes: float | None) -> bool:
-    return minutes is not None and time.monotonic() - began > 60 * minutes
+def run_rounds(bench: StallBench, options: argparse.Namespace, began: float) -> int:
+    """Rounds until there are enough or the time is over, one at least; how many there were. One that fails is the last one,
+    and what was measured before it is still worth a report."""
+    for number in range(options.rounds):
+        if number and options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            return number
+        try:
+            bench.round(number, options.turns)
+        except (AssertionError, RuntimeError) as error:
+            if number == 0:
+                raise
+            print(f"round {number + 1} failed: {error!r}", file=sys.stderr, flush=True)
+            return number
+        took = time.monotonic() - began
+        print(f"round {number + 1} of {options.rounds}, {took:.0f} s", file=sys.stderr, flush=True)
+    return options.rounds
 
 
-def main() -> int:
+def measure(options: argparse.Namespace, model: str, shape: str) -> tuple[dict[str, VariantScores], str]:
+    """Scores and report."""
+    load = os.getloadavg()[0]
+    began = time.monotonic()
+    load_format = "dummy" if options.dummy else "auto"
+    bench = StallBench(model, options.device, load_format, options.history, options.seed)
+    lower_priority(LOW_PRIORITY)
+    print(f"both engines have the history, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    # The first segments warm up; nothing of them is kept.
+    for variant in VARIANTS:
+        bench.run(variant, "warm-up", 1)
+    ready = time.monotonic()
+    num_rounds = run_rounds(bench, options, began)
+    scores = bench.scores()
+    setting = (
+        f"{num_rounds} rounds of {options.turns} turns a variant on {options.history} tokens of history; a turn has "
+        f"{TURN_PROMPT} tokens of prompt and {TURN_OUTPUT} of output.\n{ready - began:.0f} s to start and to prefill, "
+        f"{time.monotonic() - ready:.0f} s of rounds. Load average before the run: {load:.1f}. Model: shape {shape} of "
+        "`bench/make_models.py`, random weights."
+    )
+    name = "stall" if options.device == "cpu" else "stall_gpu"
+    command = "make bench-stall" if options.device == "cpu" else 'make bench-stall ARGS="--device cuda"'
+    text = report(scores, bench.routing.state, setting, command, options.device, f"{name}.png")
+    bench.close()
+    if options.write and not options.quick:
+        plot(scores, RESULTS / f"{name}.png")
+        write_result(f"{name}.md", text)
+        write_result(f"{name}.json", json.dumps(as_json(scores)) + "\n")
+    return scores, text
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint of the shape routing30b; made in models/ if not given")
+    parser.add_argument("--device", choices=tuple(SHAPES), default="cpu", help="cuda: two GPUs")
+    parser.add_argument("--shape", choices=ALL_SHAPES, help="of make_models.py; the device's if not given")
+    parser.add_argument("--model", help="checkpoint of that shape; made in models/ if not given")
+    parser.add_argument("--dummy", action="store_true", help="random weights made by the ranks; always so on cuda")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--turns", type=int, default=14, help="finishes of a variant in a round")
-    parser.add_argument("--minutes", type=float, help="begin no round later than this after the start")
+    parser.add_argument(
+        "--minutes", type=float, help="begin no round later than this after the start, but for the first"
+    )
     parser.add_argument("--history", type=int, default=32768 - 8, help="tokens before the first turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two rounds of four turns, for a look")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--write", action="store_true", help="keep report and plot in bench/results")
     options = parser.parse_args()
+    options.dummy = (options.dummy or options.device == "cuda") and options.model is None
     if options.quick:
         options.rounds, options.turns = 2, 4
+    return options
+
+
+def main() -> int:
+    options = parse_options()
     status = run_in_own_session()
     if status is not None:
         return status
-    load = os.getloadavg()[0]
-    began = time.monotonic()
-    bench = StallBench(options.model or str(ensure_checkpoint("routing30b")), options.history, options.seed)
-    lower_priority(LOW_PRIORITY)
-    # The first segments warm up; nothing of them is kept.
-    for variant in VARIANTS:
-        bench.run(variant, "warm-up", 1)
-    ready = time.monotonic()
-    num_rounds = 0
-    while num_rounds < options.rounds and not is_late(began, options.minutes):
-        bench.round(num_rounds, options.turns)
-        num_rounds += 1
-        print(f"round {num_rounds} of {options.rounds}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    scores = bench.scores()
-    setting = (
-        f"{num_rounds} rounds of {options.turns} turns a variant on {options.history} tokens of history; a turn has "
-        f"{TURN_PROMPT} tokens of prompt and {TURN_OUTPUT} of output.\n{ready - began:.0f} s to start and to prefill, "
-        f"{time.monotonic() - ready:.0f} s of rounds. Load average before the run: {load:.1f}."
-    )
-    text = report(scores, bench.routing.state, setting, "make bench-stall")
-    bench.close()
+    if options.minutes is not None:
+        end_after(60 * options.minutes + GRACE_S)
+    shape = options.shape or SHAPES[options.device]
+    with tempfile.TemporaryDirectory(prefix="waybill-stall-") as folder:
+        if options.dummy:
+            write_config(shape, Path(folder))
+        model = options.model or (folder if options.dummy else str(ensure_checkpoint(shape)))
+        scores, text = measure(options, model, shape)
     Console(width=140).print(text, markup=False, highlight=False)
-    if options.write and not options.quick:
-        plot(scores, RESULTS / "stall.png")
-        write_result("stall.md", text)
-        write_result("stall.json", json.dumps(as_json(scores)) + "\n")
     if options.json:
         sys.stdout.write(json.dumps(as_json(scores)) + "\n")
     return 0

@@ -37,6 +37,13 @@ COLOURS = {
     "full": "#1f6fb2",
     "delta": "#2a9d57",
 }
+# Where the work beside the ranks is done, by the ranks' device.
+WHERE_IT_RUNS = {
+    "cpu": """Two ranks have {cores} cores here, so both processes, at low priority, live on the
+gaps in which ranks wait for each other, and share caches and memory bandwidth with them.""",
+    "cuda": """The ranks compute on GPUs; of the host's {cores} cores the step threads take
+one each.""",
+}
 # `off2` lies on `off`.
 STYLES = {"off2": "--"}
 
@@ -154,7 +161,7 @@ def counters_text(state: dict[str, Any]) -> str:
     )
 
 
-def remains_text(scores: dict[str, VariantScores]) -> str:
+def remains_text(scores: dict[str, VariantScores], device: str) -> str:
     """What is left of a finish, and why."""
     off = scores[OFF]
 
@@ -165,11 +172,12 @@ def remains_text(scores: dict[str, VariantScores]) -> str:
 
     return f"""**What remains.** A finish leaves work beside the ranks: slicing, checksum and sending in the output
 processor, receiving and verifying in the caller. That is {beside(FULL)} of CPU a turn with the full history and
-{beside(DELTA)} with the delta. Two ranks have {os.cpu_count()} cores here, so both processes, at low priority, live on the
-gaps in which ranks wait for each other, and share caches and memory bandwidth with them. The ranks wait for neither."""
+{beside(DELTA)} with the delta. {WHERE_IT_RUNS[device].format(cores=os.cpu_count())} The ranks wait for neither."""
 
 
-def report(scores: dict[str, VariantScores], state: dict[str, Any], setting: str, command: str) -> str:
+def report(
+    scores: dict[str, VariantScores], state: dict[str, Any], setting: str, command: str, device: str, picture: str
+) -> str:
     worst = {variant: of.all_worst for variant, of in scores.items()}
     added = {variant: median(values) - median(worst[OFF]) for variant, values in worst.items()}
     return f"""# What a finish on one rank does to the steps of another
@@ -197,9 +205,9 @@ longest; and the CPU time that a turn costs beside the ranks, more than with rou
 
 {counters_text(state)}
 
-{remains_text(scores)}
+{remains_text(scores, device)}
 
-![ECDF of the longest step after a finish, by variant](stall.png)
+![ECDF of the longest step after a finish, by variant]({picture})
 
 Made by `{command}`.
 """

@@ -51,6 +51,7 @@ class SteadyStream:
 
     def __init__(self) -> None:
         self.arrivals: list[float] = []
+        self._has_ended = False
         self._condition = asyncio.Condition()
 
     async def read(self, engine: Engine, prompt: list[int], variant: str) -> None:
@@ -61,15 +62,26 @@ class SteadyStream:
             routed_dp_rank=STEADY_RANK,
             return_routed_experts=variant in SHIPS_ROUTES,
         )
-        async for _ in stream:
-            self.arrivals.append(time.monotonic())
+        try:
+            async for _ in stream:
+                self.arrivals.append(time.monotonic())
+                async with self._condition:
+                    self._condition.notify_all()
+        finally:
+            self._has_ended = True
             async with self._condition:
                 self._condition.notify_all()
 
     async def wait_for(self, num_more: int) -> None:
+        """
+        Raises:
+            RuntimeError: the stream has ended before.
+        """
         wanted = len(self.arrivals) + num_more
         async with self._condition:
-            await self._condition.wait_for(lambda: len(self.arrivals) >= wanted)
+            await self._condition.wait_for(lambda: self._has_ended or len(self.arrivals) >= wanted)
+        if len(self.arrivals) < wanted:
+            raise RuntimeError(f"the stream ended after {len(self.arrivals)} tokens")
 
 
 @asynccontextmanager
@@ -82,10 +94,12 @@ async def steady_stream(engine: Engine, prompt: list[int], variant: str) -> Asyn
         waiting.cancel()
         reading.result()
         raise RuntimeError("the stream ended before the conversation began")
-    yield stream
-    # Leaving the stream aborts it.
-    reading.cancel()
-    await asyncio.gather(reading, return_exceptions=True)
+    try:
+        yield stream
+    finally:
+        # Leaving the stream aborts it.
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 @dataclass

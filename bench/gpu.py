@@ -2,6 +2,8 @@
 
     python bench/gpu.py                                   one CUDA device of 80 GB, some minutes
     python bench/gpu.py --device cpu --toy                a dry run of every part at a toy size
+    python bench/gpu.py --layouts                         two CUDA devices: tp 1, tp 2 and dp 2 side by side
+    python bench/gpu.py --layouts tp1 dp2                 some of them
 
 Correctness: the whole engine (torchrun, processes, sockets) in float32 against `transformers` on the same device, with the
 embedded model and with one of real width and random weights. Speed: the leader in this process over a model of the shape
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gpu_layout_report import LAYOUTS, compare_layouts
 from gpu_leader import Bench, Leader
 from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_flops, touched_experts
 from gpu_plan import CONTEXT, FULL, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY, Plan, Report
@@ -151,7 +154,12 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="toy sizes, for a dry run")
     parser.add_argument("--skip", nargs="*", default=[], choices=("correctness", "speed", "capture", "profile"))
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/gpu.md")
+    parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all, instead of one GPU")
+    parser.add_argument("--layout-timeout", type=float, default=240.0, help="seconds that one layout may take")
     options = parser.parse_args()
+    if options.layouts is not None:
+        compare_layouts(options.layouts or list(LAYOUTS), options)
+        return
     plan = TOY if options.toy else FULL
     plan = dataclasses.replace(plan, device=options.device)
     report = Report()

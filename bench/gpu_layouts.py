@@ -1,6 +1,7 @@
-"""Decode and prefill of a layout, one process a GPU, started by torchrun; rank 0 prints one JSON object.
+"""Decode and prefill of a layout, one process a device; `gpu.py --layouts` starts it by torchrun and makes the report.
 
-python -m torch.distributed.run --nproc-per-node 2 bench/gpu_layouts.py --moe-split tp
+A rank is what an engine's rank is (`load_rank`, `make_scheduler`, `follow`), with random weights; each leader is driven
+in its own process, and one output processor takes the records of all. Rank 0 prints a line of JSON for each result.
 """
 
 from __future__ import annotations
@@ -8,122 +9,173 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import zmq
-from gpu_leader import Bench
-from gpu_plan import FULL, MILLI
+from gpu_collectives import collective_seconds
+from gpu_leader import Leader
+from gpu_limits import Limits, Share, measure_limits
+from gpu_plan import CONTEXT, FULL, TOY, Plan
+from gpu_profile import profile_decode
+from output_side import Surroundings
 
-from waybill.engine.replica import follow
-from waybill.parallel.collectives import all_reduce
-from waybill.parallel.mesh import Axis, ParallelMesh
+from waybill.engine.config import EngineConfig
+from waybill.engine.plan import StopPeers
+from waybill.engine.replica import Rank, follow, load_rank, make_scheduler
+from waybill.parallel.mesh import ParallelMesh
 
-NUM_IN_A_GRAPH = 96
-NUM_REPLAYS = 20
-
-
-def microseconds_of_an_operation(run: Callable[[], object]) -> float:
-    """Inside a CUDA graph of `NUM_IN_A_GRAPH`."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(NUM_IN_A_GRAPH):
-            run()
-    seconds = []
-    for _ in range(NUM_REPLAYS):
-        torch.cuda.synchronize()
-        dist.barrier()
-        began = time.perf_counter()
-        graph.replay()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds) / NUM_IN_A_GRAPH * 1e6
+MARK = "RESULT "
+CONTEXT_LENGTH = 16384
+TIMEOUT_S = 120
+NUM_ALONE, NUM_BEHIND = 5, 8
 
 
-def collectives(axis: Axis, device: torch.device) -> dict[str, dict[str, float]]:
-    """Microseconds by way and rows of 2,048 bfloat16 values."""
-    found: dict[str, dict[str, float]] = {}
-    shared = axis.symmetric
-    for rows in (1, 8, 64, 256, 2048):
-        x = torch.randn(rows, 2048, dtype=torch.bfloat16, device=device)
-        ways = {"nccl": lambda x=x: dist.all_reduce(x, group=axis.group)}
-        if shared is not None:
-            ways["own"] = lambda x=x, s=shared: s.all_reduce(x)
-            plain = Axis(axis.name, axis.rank, axis.size, axis.group, axis.ranks)
-            for seed in range(20):
-                y = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + axis.rank)).to(x)
-                assert torch.equal(shared.all_reduce(y), all_reduce(y.clone(), plain)), (rows, seed)
-        for way, run in ways.items():
-            try:
-                found.setdefault(way, {})[str(rows)] = round(microseconds_of_an_operation(run), 1)
-            except RuntimeError as error:
-                found.setdefault(way, {})[str(rows)] = str(error)[:80]
-    return found
+def say(kind: str, **values: Any) -> None:
+    print(MARK + json.dumps({"kind": kind, **values}), flush=True)
+
+
+def engine_config(options: argparse.Namespace, plan: Plan) -> EngineConfig:
+    return EngineConfig(
+        model_path=options.model,
+        load_format="dummy",
+        device=options.device,
+        dp_size=options.dp,
+        tp_size=options.tp,
+        moe_split=options.moe_split,
+        kv_cache_tokens=max(max(plan.batches) * (CONTEXT + 128), 2 * max(plan.prefills)),
+        context_length=CONTEXT_LENGTH,
+        max_running_requests=max(plan.batches),
+        chunked_prefill_size=max(plan.prefills),
+        enable_prefix_cache=False,
+        enable_return_routed_experts=True,
+    )
+
+
+def spread_routes(rank: Rank) -> None:
+    """See `Bench.spread_routes`: experts, and with them the ranks, have even work. Powers of two: nothing is lost."""
+    model: Any = rank.runner.model
+    model.embed_tokens.weight.data.mul_(64.0)
+    for layer in model.decoder_layers():
+        layer.self_attn.o_proj.weight.data.mul_(1 / 16)
+
+
+def measure_decode(leader: Leader, rank: Rank, share: Share, bytes_per_s: float, wire_s: dict[int, float]) -> None:
+    plan = leader.plan
+    for batch in plan.batches:
+        seconds = statistics.median(leader.decode_seconds(batch))
+        found = leader.routes_of(CONTEXT, 9, batch)
+        if rank.mesh.world.rank == 0:
+            routes = np.stack(found)[:, CONTEXT:].swapaxes(0, 1)
+            experts = share.touched(routes, plan.shape["num_experts"])
+            bytes_s = share.decode_bytes(plan.shape, experts, batch) / bytes_per_s
+            total = batch * share.dp
+            say("decode", batch=batch, total=total, seconds=seconds, tokens_per_s=total / seconds, experts=experts,
+                bytes_s=bytes_s, wire_s=wire_s[batch], share=(bytes_s + wire_s[batch]) / seconds)  # fmt: skip
+
+
+def measure_prefill(leader: Leader, rank: Rank, share: Share, limits: Limits, wire_s: dict[int, float]) -> None:
+    shape = leader.plan.shape
+    for num_tokens in leader.plan.prefills:
+        leader.prefill_seconds(num_tokens)
+        alone = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(NUM_ALONE))
+        behind = statistics.median(leader.sustained_prefill_seconds(num_tokens, NUM_BEHIND) for _ in range(2))
+        found = leader.routes_of(num_tokens, 1, 1)
+        if rank.mesh.world.rank == 0:
+            # The ranks' prompts are one step: its tokens lie side by side.
+            routes = np.concatenate(found)[None]
+            bytes_s = share.layer_bytes(shape, share.touched(routes, shape["num_experts"])) / limits.bytes_per_s
+            flops_s = share.prefill_flops(shape, num_tokens) / limits.flops_per_s
+            limit_s = max(bytes_s, flops_s) + wire_s[num_tokens]
+            total = num_tokens * share.dp
+            say("prefill", tokens=num_tokens, total=total, alone_s=alone, behind_s=behind, bytes_s=bytes_s,
+                flops_s=flops_s, wire_s=wire_s[num_tokens], tokens_per_s=total / alone,
+                behind_tokens_per_s=total / behind, share=limit_s / behind)  # fmt: skip
+
+
+def lead(
+    rank: Rank, folder: str, peers: list[str], options: argparse.Namespace, limits: Limits, wire_s: dict[int, float]
+) -> None:
+    """All measurements; the leaders of all dp ranks make the same calls."""
+    dp, plan = rank.mesh.dp, options.plan
+    share = Share(options.dp, options.tp, options.moe_split)
+    surroundings = Surroundings(folder, rank.config.model_path, peers, dp_rank=dp.rank, dp_size=dp.size)
+    leader = Leader(make_scheduler(rank, surroundings.endpoints), surroundings, plan, dp.rank, dp.size)
+    if rank.mesh.world.rank == 0:
+        say("limits", bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
+    measure_decode(leader, rank, share, limits.bytes_per_s, wire_s)
+    if not options.no_prefill:
+        measure_prefill(leader, rank, share, limits, wire_s)
+    for batch in () if options.no_profile else plan.batches:
+        found = profile_decode(leader, batch)
+        if rank.mesh.world.rank == 0:
+            say("profile", batch=batch, **found)
+    for peer in surroundings.endpoints.peers:
+        peer.send(StopPeers())
+    # They leave before the sockets go.
+    time.sleep(0.5)
+    surroundings.close()
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder with config and tokenizer")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--moe-split", choices=("ep", "tp"), default="ep")
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--no-profile", action="store_true")
+    options = parser.parse_args()
+    options.plan = TOY if options.toy else FULL
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--moe-split", choices=("ep", "tp"), default="ep")
-    parser.add_argument("--collectives", action="store_true")
-    parser.add_argument("--no-prefill", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    options = parser.parse_args()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=120))
-    mesh = ParallelMesh.build(1, dist.get_world_size(), device)
-    report: dict[str, object] = {"tp": mesh.tp.size, "moe_split": options.moe_split}
-    if options.collectives and mesh.tp.size > 1:
-        report["collectives_us"] = collectives(mesh.tp, device)
-        if mesh.tp.rank == 0:
-            print(json.dumps(report), flush=True)
-    folder = os.environ.get("BENCH_FOLDER") or tempfile.gettempdir()
-    peers = [f"ipc://{folder}/peer-{os.environ['MASTER_PORT']}-{rank}" for rank in range(1, mesh.tp.size)]
-    torch.manual_seed(0)
+    options = parse_options()
+    plan = options.plan
+    device = torch.device("cpu")
+    if options.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    mesh = ParallelMesh.build(options.dp, options.tp, device)
+    # The first rank's folder of sockets is everybody's.
+    folder = [tempfile.mkdtemp(prefix="wb-") if mesh.world.rank == 0 else None]
+    dist.broadcast_object_list(folder, device=torch.device("cpu"))
+    peers = [f"ipc://{folder[0]}/peer{mesh.dp.rank}-{tp_rank}" for tp_rank in range(1, mesh.tp.size)]
     with torch.inference_mode():
-        bench = Bench(FULL, str(folder), mesh, options.moe_split)
-        if mesh.tp.rank > 0:
-            runner = bench.make_runner(None)
-            follow(runner, None, zmq.Context(), peers[mesh.tp.rank - 1])
-            runner.drop_graphs()
+        began = time.perf_counter()
+        # While the memory for it is there.
+        limits = measure_limits(plan)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        rank = load_rank(engine_config(options, plan), mesh)
+        spread_routes(rank)
+        if mesh.world.rank == 0:
+            say("ready", seconds=time.perf_counter() - began, world=mesh.world.size)
+        rows = [*plan.batches, *(() if options.no_prefill else plan.prefills)]
+        wire_s = {n: collective_seconds(rank.mesh, plan.shape, n) for n in rows}
+        if rank.runner.is_leader:
+            lead(rank, str(folder[0]), peers, options, limits, wire_s)
         else:
-            with bench.leader(capture=True, peers=peers) as leader:
-                for batch in FULL.batches:
-                    seconds = statistics.median(leader.decode_seconds(batch))
-                    report[f"decode {batch}"] = round(batch / seconds, 1)
-                    print(f"decode {batch}: {seconds * MILLI:.2f} ms, {batch / seconds:.0f} tokens/s", flush=True)
-                if options.profile:
-                    profile(leader)
-                for num_tokens in () if options.no_prefill else FULL.prefills:
-                    leader.prefill_seconds(num_tokens)
-                    alone = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(7))
-                    behind = statistics.median(leader.sustained_prefill_seconds(num_tokens, 12) for _ in range(3))
-                    report[f"prefill {num_tokens}"] = [round(num_tokens / alone), round(num_tokens / behind)]
-            print(json.dumps(report), flush=True)
+            follow(rank.runner, None, zmq.Context(), peers[mesh.tp.rank - 1])  # type: ignore[arg-type]
+        rank.runner.drop_graphs()
     dist.barrier()
+    if mesh.world.rank == 0:
+        # Its output processor may have removed it.
+        shutil.rmtree(str(folder[0]), ignore_errors=True)
+        say("done")
     dist.destroy_process_group()
-
-
-def profile(leader) -> None:
-    """Kernels of some decode steps, by time."""
-    for batch in (1, 64):
-        leader.start_decoding(batch)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-            for _ in range(10):
-                leader.scheduler.step()
-            torch.cuda.synchronize()
-        leader.drain()
-        rows = sorted(found.key_averages(), key=lambda row: -row.device_time_total)[:14]
-        for row in rows:
-            print(f"{batch}: {row.device_time_total / 10:9.1f} us {row.count / 10:6.1f} x {row.key[:90]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Bench:
         )
         with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
             surroundings = Surroundings(folder, str(EMBEDDED_MODEL), peers)
-            yield Leader(make_scheduler(rank, surroundings.endpoints), surroundings, self)
+            yield Leader(make_scheduler(rank, surroundings.endpoints), surroundings, self.plan)
             for peer in surroundings.endpoints.peers:
                 peer.send(StopPeers())
             # They leave before the sockets go.
@@ -117,26 +117,31 @@ class Bench:
 
 
 class Leader:
-    """Drives a scheduler step by step."""
+    """Drives a scheduler step by step. Where there are several dp ranks each has one in its own process; they do the same
+    calls, so that their schedulers take the same steps."""
 
-    def __init__(self, scheduler: Any, surroundings: Surroundings, bench: Bench) -> None:
+    def __init__(
+        self, scheduler: Any, surroundings: Surroundings, plan: Plan, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
         self.scheduler = scheduler
+        self.plan = plan
         self._surroundings = surroundings
-        self._bench = bench
-        self._rng = np.random.default_rng(0)
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._rng = np.random.default_rng(dp_rank)
         self._num_sent = 0
-        self.prefill_tokens = bench.plan.prefills[0]
+        self.prefill_tokens = plan.prefills[0]
 
     def send(
         self, prompt_tokens: int, max_new_tokens: int, params: SamplingParams = GREEDY, *, routed: bool = True
     ) -> None:
         self._num_sent += 1
-        vocab_size = self._bench.model_config.vocab_size
+        vocab_size = self.plan.shape["vocab_size"]
         params = msgspec.structs.replace(params, max_new_tokens=max_new_tokens, sampling_seed=self._num_sent)
         self._surroundings.outbox.send(
             TokenizedGenerateReqInput(
                 seq=self._num_sent,
-                rid=f"r{self._num_sent}",
+                rid=f"r{self._dp_rank}-{self._num_sent}",
                 input_ids=self._rng.integers(0, vocab_size, prompt_tokens).astype("<i4").tobytes(),
                 sampling_params=params,
                 output_options=OutputOptions(return_routed_experts=routed),
@@ -179,7 +184,6 @@ class Leader:
 
     def sustained_prefill_seconds(self, num_tokens: int, count: int) -> float:
         """Seconds of each of `count` prompts, a step each, launched while the one before it is computed."""
-        assert self._bench.config.overlap_depth == 1, "one is computed while the next is planned"
         began = time.perf_counter()
         for number in range(count):
             self.send(num_tokens, 1, routed=False)
@@ -191,13 +195,13 @@ class Leader:
     def routes_of(
         self, prompt_tokens: int, max_new_tokens: int, count: int, params: SamplingParams = GREEDY
     ) -> list[np.ndarray]:
-        """Rows of requests that run together."""
+        """Rows of requests that run together, `count` of each dp rank; the leader of dp rank 0 gets all."""
         for _ in range(count):
             self.send(prompt_tokens, max_new_tokens, params)
         self.wait_for_requests(count)
         self.drain()
         found: list[np.ndarray] = []
-        while len(found) < count:
+        while self._dp_rank == 0 and len(found) < count * self._dp_size:
             message, frames = self._surroundings.answers.receive()
             if isinstance(message, OutputBatch):
                 for output, frame in zip((o for o in message.outputs if o.routed_experts), frames, strict=True):

@@ -78,3 +78,38 @@ def prefill_flops(shape: dict[str, Any], num_tokens: int) -> float:
     # Causal: half of the score matrix, two products.
     scores = 2 * 2 * shape["num_attention_heads"] * shape["head_dim"] * num_tokens / 2
     return num_tokens * shape["num_hidden_layers"] * (2 * (dense_weights(shape) + experts) + scores)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank of a layout does of a step, in parts of the whole model's work."""
+
+    dp: int
+    tp: int
+    moe_split: str
+
+    def touched(self, routes: np.ndarray, num_experts: int) -> float:
+        """Experts that a layer reads on the rank that reads most; with sliced experts all read the same."""
+        if self.moe_split == "tp":
+            return touched_experts(routes)
+        world = self.dp * self.tp
+        owner = routes // (num_experts // world)
+        # Those of others count as one more expert, which is taken off where there are some.
+        on_ranks = [np.where(owner == rank, routes, -1) for rank in range(world)]
+        return max(touched_experts(own) - float((own < 0).any()) for own in on_ranks)
+
+    def layer_bytes(self, shape: dict[str, Any], experts: float) -> float:
+        """As `layer_bytes` of the whole model, of one rank."""
+        hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+        router = hidden * shape["num_experts"]
+        expert = 3 * hidden * shape["moe_intermediate_size"] / (self.dp * self.tp if self.moe_split == "tp" else 1)
+        return 2 * layers * ((dense_weights(shape) - router) / self.tp + router + experts * expert)
+
+    def decode_bytes(self, shape: dict[str, Any], experts: float, batch: int) -> float:
+        """As `decode_bytes`, of one rank, whose dp rank decodes `batch` requests."""
+        rest = decode_bytes(shape, 0, batch) - layer_bytes(shape, 0)
+        return self.layer_bytes(shape, experts) + rest / self.tp
+
+    def prefill_flops(self, shape: dict[str, Any], num_tokens: int) -> float:
+        """Each dp rank has a prompt of its own, and the experts of all are shared out evenly."""
+        return prefill_flops(shape, num_tokens) / self.tp

@@ -5,21 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from make_models import SHAPES
+
 from waybill.engine.io_struct import SamplingParams
 
-SHAPE_30B: dict[str, Any] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "intermediate_size": 6144,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-}
 CONTEXT = 512
 NUM_WARM_UPS, NUM_STEPS = 8, 48
 # Of prefills that follow each other.
@@ -46,10 +35,8 @@ class Plan:
     num_prompts: int
 
 
-FULL = Plan("cuda", SHAPE_30B, (1, 8, 64, 256), (2048, 8192), "wide", 24)
-TOY_SHAPE = {**SHAPE_30B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-TOY_SHAPE |= {"head_dim": 16, "num_experts": 16, "moe_intermediate_size": 32, "vocab_size": 512}
-TOY = Plan("cpu", TOY_SHAPE, (1, 4), (64,), "T", 6)
+FULL = Plan("cuda", SHAPES["30b"], (1, 8, 64, 256), (2048, 8192), "wide", 24)
+TOY = Plan("cpu", SHAPES["toy30b"], (1, 4), (64,), "T", 6)
 
 
 @dataclass

@@ -1,0 +1,178 @@
+"""Layouts of two devices beside one, all on the same machine in one call: runs `gpu_layouts.py` for each, and reports.
+
+A layout that fails or takes too long is said to, and the others are measured all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from gpu_layouts import MARK
+from gpu_limits import Share
+from gpu_plan import MILLI, Report
+from machine import describe, write_result
+from make_models import write_config
+
+LAYOUTS = {
+    "tp1": Share(1, 1, "ep"),
+    "tp2-tp": Share(1, 2, "tp"),
+    "tp2-ep": Share(1, 2, "ep"),
+    "dp2": Share(2, 1, "ep"),
+}
+BASE = "tp1"
+LAST_WORDS = 25
+
+
+@dataclass
+class Found:
+    """What one layout printed, by kind of result."""
+
+    name: str
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failure: str = ""
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return self.results.get(kind, [])
+
+
+def kill_all(pid: int) -> None:
+    """A process and all that it has started."""
+    agent = psutil.Process(pid)
+    for process in (agent, *agent.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
+    """In processes of its own, which end with their time."""
+    share, found = LAYOUTS[name], Found(name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(share.dp * share.tp), str(Path(__file__).with_name("gpu_layouts.py"))]
+    command += ["--model", model, "--device", options.device, "--dp", str(share.dp), "--tp", str(share.tp)]
+    command += ["--moe-split", share.moe_split, *(["--toy"] if options.toy else [])]
+    command += ["--no-profile"] if "profile" in options.skip else []
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+    timer = threading.Timer(options.layout_timeout, kill_all, (child.pid,))
+    timer.start()
+    began, last = time.monotonic(), deque[str](maxlen=LAST_WORDS)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith(MARK):
+            result = json.loads(line.removeprefix(MARK))
+            found.results.setdefault(result.pop("kind"), []).append(result)
+            print(f"{name}, {time.monotonic() - began:.0f} s: {line.removeprefix(MARK).rstrip()}", flush=True)
+        else:
+            last.append(line)
+    status = child.wait()
+    timer.cancel()
+    if not found.of("done"):
+        late = time.monotonic() - began >= options.layout_timeout
+        found.failure = f"killed after {options.layout_timeout:.0f} s" if late else f"exit status {status}"
+        print(f"{name}: {found.failure}", *last, sep="\n", flush=True)
+    return found
+
+
+def decode_table(all_found: list[Found]) -> list[str]:
+    lines = [
+        "| layout | requests in all | tokens/s | over tp1 | ms a step | experts read | bytes allow, ms | collectives, ms "
+        "| share |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    base = {
+        each["batch"]: each["tokens_per_s"] for found in all_found if found.name == BASE for each in found.of("decode")
+    }
+    for found in all_found:
+        for each in found.of("decode"):
+            over = f"{each['tokens_per_s'] / base[each['batch']]:.2f}" if each["batch"] in base else ""
+            lines.append(
+                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {each['seconds'] * MILLI:.2f} "
+                f"| {each['experts']:.0f} | {each['bytes_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} "
+                f"| {each['share']:.1%} |"
+            )
+    return lines
+
+
+def prefill_table(all_found: list[Found]) -> list[str]:
+    lines = [
+        "| layout | tokens in all | tokens/s | over tp1 | one behind another | over tp1 | bytes allow, ms | "
+        "operations allow, ms | collectives, ms | share |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    base = {each["tokens"]: each for found in all_found if found.name == BASE for each in found.of("prefill")}
+    for found in all_found:
+        for each in found.of("prefill"):
+            of_base = base.get(each["tokens"])
+            over = ["", ""]
+            if of_base is not None:
+                over = [f"{each[key] / of_base[key]:.2f}" for key in ("tokens_per_s", "behind_tokens_per_s")]
+            lines.append(
+                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over[0]} "
+                f"| {each['behind_tokens_per_s']:,.0f} | {over[1]} | {each['bytes_s'] * MILLI:.2f} "
+                f"| {each['flops_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} | {each['share']:.1%} |"
+            )
+    return lines
+
+
+def profile_table(all_found: list[Found]) -> list[str]:
+    lines = [
+        "| layout | requests a dp rank | ms a step, profiled | kernels run, ms | none runs, ms | launches "
+        "| longest kernels, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for found in all_found:
+        for each in found.of("profile"):
+            kernels = ", ".join(f"`{name}` {ms:.2f}" for name, ms in list(each["kernels"].items())[:6])
+            lines.append(
+                f"| {found.name} | {each['batch']} | {each['wall_ms']:.2f} | {each['busy_ms']:.2f} | {each['idle_ms']:.2f} "
+                f"| {each['launches']} | {kernels} |"
+            )
+    return lines
+
+
+def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="waybill-layouts-") as model:
+        write_config("toy30b" if options.toy else "30b", Path(model))
+        all_found = [run_layout(name, model, options) for name in names]
+    report.add("# Layouts of two devices", "", describe() + ".", "", *SETTING.strip().splitlines(), "")
+    for found in all_found:
+        for each in found.of("limits"):
+            rates = f"copy {each['bytes_per_s'] / 1e12:.2f} TB/s, matrices {each['flops_per_s'] / 1e12:.0f} TFLOP/s"
+            report.add(f"- {found.name}: {rates}")
+        if found.failure:
+            report.add(f"- {found.name}: {found.failure}; what is below is what came before")
+    for title, table in (("Decode", decode_table), ("Prefill", prefill_table), ("A decode step", profile_table)):
+        report.add("", f"## {title}", "", *table(all_found))
+    print(json.dumps({found.name: {"failure": found.failure, **found.results} for found in all_found}))
+    if options.write:
+        write_result("gpu_layouts.md", "\n".join(report.lines) + "\n")
+    if any(found.failure for found in all_found):
+        raise SystemExit(1)
+
+
+SETTING = """
+`bench/gpu.py --layouts`: each layout in processes of its own, one after the other on this machine. Qwen3-30B-A3B with
+random weights, bfloat16, routes captured, tokens choosing their experts independently (`spread_routes`), 512 tokens of
+context in decode; leaders driven step by step, a real output processor beside them. Medians. tp1 is one device; tp2-tp and
+tp2-ep are two with experts cut or whole; dp2 is two attention groups (all_gather), each with as many requests as tp1 has:
+"over tp1" compares as many requests for each group.
+
+**Share** of the layout's own limit: what the bytes of the rank that reads most allow at this run's copy bandwidth (its
+weights, the experts that were read, keys and values; in prefill its operations at the matrix rate, if they take longer),
+plus what the collectives of hidden states take by themselves, inside a CUDA graph; over the measured time of a step. Of
+several dp ranks each has its own device, so their limits are one rank's.
+"""

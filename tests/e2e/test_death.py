@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 import zmq
+from support.gpu_memory import free_bytes, wait_until_free
 from support.server_process import ROOT, ServerProcess
 
 from waybill import Engine, EngineDeadError
@@ -115,20 +117,48 @@ def process_of(processes: list[psutil.Process], name: str) -> psutil.Process:
         ("output processor", 1, signal.SIGSTOP),
         ("agent", 1, signal.SIGSTOP),
         ("rank 0", 2, signal.SIGSTOP),
+        ("rank 1", 2, signal.SIGKILL),
     ],
 )
 def test_a_process_of_the_engine_is_killed_or_stopped(
     checkpoint: str, victim: str, dp_size: int, how: signal.Signals
 ) -> None:
     """Two ranks, tensor-parallel or data-parallel; also a rank that only waits for the others' requests."""
+    check_a_death(checkpoint, victim, dp_size, how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("victim", "dp_size", "how"),
+    [
+        ("rank 1", 1, signal.SIGKILL),
+        ("rank 1", 2, signal.SIGKILL),
+        ("rank 0", 1, signal.SIGKILL),
+        ("rank 1", 1, signal.SIGSTOP),
+    ],
+)
+def test_a_rank_on_a_gpu_is_killed_or_stopped(checkpoint: str, victim: str, dp_size: int, how: signal.Signals) -> None:
+    """Inside graphs with collectives, where the other GPU waits for one that does not come any more."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA devices")
+    before = free_bytes()
+    check_a_death(checkpoint, victim, dp_size, how, device="cuda", num_read=20)
+    wait_until_free(before, DEADLINE_S)
+
+
+def check_a_death(
+    checkpoint: str, victim: str, dp_size: int, how: signal.Signals, *, device: str = "cpu", num_read: int = 1
+) -> None:
+    """While requests run of which each has so many tokens."""
     # A server that other tests share, say.
     others = set(children_of(os.getpid()))
     engine = Engine(
         checkpoint,
         tp_size=2 // dp_size,
         dp_size=dp_size,
+        device=device,
         enable_return_routed_experts=True,
-        kv_cache_tokens=8192,
+        kv_cache_tokens=16384,
         heartbeat_timeout_s=HEARTBEAT_S,
     )
     run_dir = engine.run_dir
@@ -145,7 +175,8 @@ def test_a_process_of_the_engine_is_killed_or_stopped(
             for i in range(3)
         ]
         for stream in streams:
-            next(stream)
+            for _ in range(num_read):
+                next(stream)
         began = time.monotonic()
         process_of(processes, victim).send_signal(how)
         for stream in streams:

@@ -56,10 +56,10 @@ def greedy(question: Question) -> dict[str, Any]:
     return {"temperature": 0.0, "max_new_tokens": question.num_new, "ignore_eos": True}
 
 
-def answer_serially(catalogue: list[Question]) -> list[SerialAnswer]:
+def answer_serially(catalogue: list[Question], device: str) -> list[SerialAnswer]:
     answers = []
     options: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 8192, "enable_return_routed_experts": True}
-    with Engine(str(CHECKPOINT), tp_size=1, **options) as engine:
+    with Engine(str(CHECKPOINT), tp_size=1, device=device, **options) as engine:
         for question in catalogue:
             answer = engine.generate(
                 input_ids=question.prompt, sampling_params=greedy(question), return_routed_experts=True
@@ -76,8 +76,8 @@ class SerialRun:
         self._answers = answers
 
     @staticmethod
-    def of(catalogue: list[Question]) -> SerialRun:
-        return SerialRun(catalogue, answer_serially(catalogue))
+    def of(catalogue: list[Question], device: str = "auto") -> SerialRun:
+        return SerialRun(catalogue, answer_serially(catalogue, device))
 
     @cached_property
     def _reference(self) -> Reference:

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from gpu_layouts import MARK
 from gpu_limits import Share
-from gpu_plan import MILLI, Report
+from gpu_plan import FULL, MILLI, TOY, Report
 from machine import describe, write_result
 from make_models import write_config
 
@@ -63,6 +63,11 @@ def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
     command += ["--model", model, "--device", options.device, "--dp", str(share.dp), "--tp", str(share.tp)]
     command += ["--moe-split", share.moe_split, *(["--toy"] if options.toy else [])]
     command += ["--no-profile"] if "profile" in options.skip else []
+    batches = (TOY if options.toy else FULL).batches
+    if name == BASE:
+        # Also as many as two dp ranks have in all, where they fit.
+        batches = tuple(sorted({*batches, *(2 * batch for batch in batches[:-1])}))
+    command += ["--batches", *map(str, batches)]
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
@@ -88,18 +93,22 @@ def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
 
 def decode_table(all_found: list[Found]) -> list[str]:
     lines = [
-        "| layout | requests in all | tokens/s | over tp1 | ms a step | experts read | bytes allow, ms | collectives, ms "
-        "| share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| layout | requests in all | tokens/s | over tp1 | over tp1, as many a group | ms a step | experts read "
+        "| bytes allow, ms | collectives, ms | share |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     base = {
         each["batch"]: each["tokens_per_s"] for found in all_found if found.name == BASE for each in found.of("decode")
     }
     for found in all_found:
         for each in found.of("decode"):
-            over = f"{each['tokens_per_s'] / base[each['batch']]:.2f}" if each["batch"] in base else ""
+            over, over_group = (
+                f"{each['tokens_per_s'] / base[each[number]]:.2f}" if each[number] in base else ""
+                for number in ("total", "batch")
+            )
             lines.append(
-                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {each['seconds'] * MILLI:.2f} "
+                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {over_group} "
+                f"| {each['seconds'] * MILLI:.2f} "
                 f"| {each['experts']:.0f} | {each['bytes_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} "
                 f"| {each['share']:.1%} |"
             )
@@ -168,8 +177,8 @@ SETTING = """
 `bench/gpu.py --layouts`: each layout in processes of its own, one after the other on this machine. Qwen3-30B-A3B with
 random weights, bfloat16, routes captured, tokens choosing their experts independently (`spread_routes`), 512 tokens of
 context in decode; leaders driven step by step, a real output processor beside them. Medians. tp1 is one device; tp2-tp and
-tp2-ep are two with experts cut or whole; dp2 is two attention groups (all_gather), each with as many requests as tp1 has:
-"over tp1" compares as many requests for each group.
+tp2-ep are two with experts cut or whole; dp2 is two attention groups (all_gather). "Over tp1" is over tp1 with as many
+requests in all, "as many a group" over tp1 with as many as each group has; for 512 one GPU of 80 GB has no memory.
 
 **Share** of the layout's own limit: what the bytes of the rank that reads most allow at this run's copy bandwidth (its
 weights, the experts that were read, keys and values; in prefill its operations at the matrix rate, if they take longer),

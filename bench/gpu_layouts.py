@@ -7,6 +7,7 @@ in its own process, and one output processor takes the records of all. Rank 0 pr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -132,10 +133,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--moe-split", choices=("ep", "tp"), default="ep")
+    parser.add_argument("--batches", type=int, nargs="+", help="requests of each dp rank in decode")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-profile", action="store_true")
     options = parser.parse_args()
-    options.plan = TOY if options.toy else FULL
+    plan = TOY if options.toy else FULL
+    options.plan = dataclasses.replace(plan, batches=tuple(options.batches or plan.batches))
     return options
 
 

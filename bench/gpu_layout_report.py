@@ -32,7 +32,7 @@ LAYOUTS = {
     "dp2": Share(2, 1, "ep"),
 }
 BASE = "tp1"
-LAST_WORDS = 25
+LAST_WORDS = 80
 
 
 @dataclass

@@ -95,7 +95,7 @@ class Share:
         world = self.dp * self.tp
         owner = routes // (num_experts // world)
         # Those of others count as one more expert, which is taken off where there are some.
-        on_ranks = [np.where(owner == rank, routes, -1) for rank in range(world)]
+        on_ranks = [np.where(owner == rank, routes.astype(np.int64), -1) for rank in range(world)]
         return max(touched_experts(own) - float((own < 0).any()) for own in on_ranks)
 
     def layer_bytes(self, shape: dict[str, Any], experts: float) -> float:

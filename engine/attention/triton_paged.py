@@ -1,8 +1,8 @@
 """Decode attention straight over the pages, in Triton: keys and values are read once, nothing is gathered or copied.
 
-Each request's keys are split over several programs (Flash-Decoding, Dao et al. 2023), whose partial results a second
-kernel merges by their log-sum-exp. Lengths and pages are read on the device, so one CUDA graph serves any length.
-Prefills run through `SdpaAttention`.
+Where there are few requests, each one's keys are split over several programs (Flash-Decoding, Dao et al. 2023), whose
+partial results a second kernel merges by their log-sum-exp. Lengths and pages are read on the device, so one CUDA graph
+serves any length. Prefills run through `SdpaAttention`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_SPLITS = 32
 @Kernel
 @triton.jit
 def _decode_kernel(
-    query, k_cache, v_cache, page_table, req_rows, kv_lens, partial, lse, scale, table_stride,
+    query, k_cache, v_cache, page_table, req_rows, kv_lens, out, partial, lse, scale, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
     NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -69,10 +69,14 @@ def _decode_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         best = new_best
     # A split without keys has weight exp(-inf) in the merge; its zeros must not be divided by its zero total.
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    place = head * NUM_SPLITS + split
-    tl.store(partial + place[:, None] * WIDTH + columns[None, :], out, rows[:, None] < GROUP)
-    tl.store(lse + place, tl.where(total > 0, best + tl.log(total), float("-inf")), rows < GROUP)
+    attended = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if NUM_SPLITS == 1:
+        target = out + head[:, None] * WIDTH + columns[None, :]
+        tl.store(target, attended.to(out.dtype.element_ty), rows[:, None] < GROUP)
+    else:
+        place = head * NUM_SPLITS + split
+        tl.store(partial + place[:, None] * WIDTH + columns[None, :], attended, rows[:, None] < GROUP)
+        tl.store(lse + place, tl.where(total > 0, best + tl.log(total), float("-inf")), rows < GROUP)
 
 
 @Kernel
@@ -132,17 +136,20 @@ def decode_attention(
     wanted = power_of_2_from(max(1, WANTED_PROGRAMS // (num_reqs * num_kv_heads)))
     num_splits = min(MAX_SPLITS, wanted)
     group = num_heads // num_kv_heads
-    partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
-    lse = query.new_empty(num_reqs, num_heads, num_splits, dtype=torch.float32)
     out = torch.empty_like(query)
+    partial, lse = out, out
+    if num_splits > 1:
+        partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
+        lse = query.new_empty(num_reqs, num_heads, num_splits, dtype=torch.float32)
     options = launch_options(query.device)
     _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
-        query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, partial, lse, scale,
+        query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, out, partial, lse, scale,
         plan.page_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width, PAGE_SIZE=plan.page_size,
         NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)), BLOCK=BLOCK_KEYS, num_warps=4,
         **options,
     )  # fmt: skip
-    _merge_kernel[(num_reqs * num_heads,)](
-        partial, lse, out, WIDTH=width, NUM_SPLITS=num_splits, num_warps=1, **options
-    )
+    if num_splits > 1:
+        _merge_kernel[(num_reqs * num_heads,)](
+            partial, lse, out, WIDTH=width, NUM_SPLITS=num_splits, num_warps=1, **options
+        )
     return out

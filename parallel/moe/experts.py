@@ -20,8 +20,8 @@ from ..weight_format import WeightFormat
 from ..weights import Piece, ShardedWeight
 from .experts_native import experts_native, has_native_experts
 
-# (hidden [T, D], ids [T, K] counted from this rank's first expert, weights [T, K], gate_up [F, 2I, D], down [F, D, I])
-# -> [T, D]; ids outside [0, F) belong to other ranks and add nothing.
+# (hidden [T, D], ids [T, K], weights [T, K], gate_up [F, 2I, D], down [F, D, I]) -> [T, D]; ids of padding, and of experts
+# on other ranks, add nothing.
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Up to so many tokens, sorting them does not pay on a GPU.
 MAX_FEW_TOKENS = 4
@@ -68,16 +68,20 @@ def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) 
     return (chosen * weights[..., None]).sum(dim=1)
 
 
-def select_experts_function(backend: str, down: torch.Tensor) -> ExpertsFunction:
-    """The reference where `backend` is "torch_reference", else the fastest for weights like `down` [F, D, I]."""
-    if backend == "torch_reference":
-        return experts_torch_reference
-    if down.device.type != "cpu":
-        return _experts_on_gpu()
-    return experts_native if has_native_experts(down.dtype, *down.shape[1:]) else experts_by_group
+def select_experts_function(backend: str, down: torch.Tensor, first: int, num_experts: int) -> ExpertsFunction:
+    """The reference where `backend` is "torch_reference", else the fastest for weights like `down` [F, D, I], which are of
+    the experts from `first` on of `num_experts`."""
+    if backend != "torch_reference" and down.device.type != "cpu":
+        return _experts_on_gpu(first, num_experts)
+    function = experts_torch_reference
+    if backend != "torch_reference":
+        function = experts_native if has_native_experts(down.dtype, *down.shape[1:]) else experts_by_group
+    if first == 0:
+        return function
+    return lambda hidden, ids, *rest: function(hidden, ids - first, *rest)
 
 
-def _experts_on_gpu() -> ExpertsFunction:
+def _experts_on_gpu(first: int, num_experts: int) -> ExpertsFunction:
     # Triton comes with torch's CUDA builds alone.
     from .experts_few_triton import experts_few_triton  # noqa: PLC0415
     from .experts_triton import experts_triton  # noqa: PLC0415
@@ -85,8 +89,9 @@ def _experts_on_gpu() -> ExpertsFunction:
     def choose(
         hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
-        function = experts_few_triton if hidden.shape[0] <= MAX_FEW_TOKENS else experts_triton
-        return function(hidden, ids, weights, gate_up, down)
+        if hidden.shape[0] <= MAX_FEW_TOKENS:
+            return experts_few_triton(hidden, ids, weights, gate_up, down, first=first)
+        return experts_triton(hidden, ids, weights, gate_up, down, first=first, num_experts=num_experts)
 
     return choose
 
@@ -115,7 +120,7 @@ class Experts(nn.Module):
         self._full = (intermediate_size, hidden_size)
         self.gate_up = weight_format.empty(self._num_local, 2 * self._width, hidden_size)
         self.down = weight_format.empty(self._num_local, hidden_size, self._width)
-        self._function = select_experts_function(backend, self.down)
+        self._function = select_experts_function(backend, self.down, self._first_expert, num_experts)
 
     def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:
         """One projection of one expert: `part` is "gate" [I, D], "up" [I, D] or "down" [D, I]."""
@@ -149,5 +154,4 @@ class Experts(nn.Module):
         """Partial results [T, D] of the local experts."""
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
-        local = ids - self._first_expert if self._first_expert else ids
-        return self._function(hidden, local, weights, self.gate_up, self.down)
+        return self._function(hidden, ids, weights, self.gate_up, self.down)

@@ -21,7 +21,7 @@ COLUMNS = 2
 @Kernel
 @triton.jit
 def _gate_up_kernel(
-    hidden, ids, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, COLUMNS: tl.constexpr,
+    hidden, ids, gate_up, activated, num_experts, width, intermediate, first, TOP_K: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
@@ -33,7 +33,7 @@ def _gate_up_kernel(
     mask = kept[:, None] & inside[None, :]
     dtype = hidden.dtype.element_ty
     wait_for_previous(PDL)
-    expert = tl.load(ids + pair)
+    expert = tl.load(ids + pair) - first
     if (expert < 0) | (expert >= num_experts):
         return
     where = gate_up + expert.to(tl.int64) * 2 * intermediate * width + columns[:, None] * width + depth[None, :]
@@ -49,7 +49,7 @@ def _gate_up_kernel(
 @Kernel
 @triton.jit
 def _down_kernel(
-    activated, ids, weights, down, out, num_experts, width, intermediate, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
+    activated, ids, weights, down, out, num_experts, width, intermediate, first, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
@@ -62,7 +62,7 @@ def _down_kernel(
     pairs = token * TOP_K + choices
     dtype = out.dtype.element_ty
     wait_for_previous(PDL)
-    experts = tl.load(ids + pairs, choices < TOP_K, other=-1).to(tl.int64)
+    experts = tl.load(ids + pairs, choices < TOP_K, other=-1).to(tl.int64) - first
     held = (experts >= 0) & (experts < num_experts)
     mask = held[:, None, None] & kept[None, :, None] & inside[None, None, :]
     base = tl.where(held, experts, 0) * intermediate * width
@@ -82,19 +82,21 @@ def experts_few_triton(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    *,
+    first: int = 0,
 ) -> torch.Tensor:
-    """An `ExpertsFunction`; see experts.py."""
+    """An `ExpertsFunction`, see experts.py, of the experts from `first` on."""
     (num_tokens, top_k), (num_local, width, intermediate) = ids.shape, down.shape
     activated = hidden.new_empty(num_tokens * top_k, intermediate)
     out = torch.empty_like(hidden)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
     _gate_up_kernel[(ceil_div(intermediate, COLUMNS), num_tokens * top_k)](
-        hidden, ids, gate_up, activated, *sizes, TOP_K=top_k, COLUMNS=COLUMNS,
+        hidden, ids, gate_up, activated, *sizes, first, TOP_K=top_k, COLUMNS=COLUMNS,
         DEPTH=power_of_2_from(width), num_warps=4, **options,
     )  # fmt: skip
     _down_kernel[(ceil_div(width, COLUMNS), num_tokens)](
-        activated, ids, weights, down, out, *sizes, TOP_K=top_k, K_BLOCK=power_of_2_from(top_k),
+        activated, ids, weights, down, out, *sizes, first, TOP_K=top_k, K_BLOCK=power_of_2_from(top_k),
         COLUMNS=COLUMNS, DEPTH=power_of_2_from(intermediate), num_warps=4, **options,
     )  # fmt: skip
     return out

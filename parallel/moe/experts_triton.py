@@ -19,7 +19,7 @@ from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, s
 
 @Kernel
 @triton.jit
-def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr):
+def _sort_kernel(ids, order, ends, num_pairs, first, SCAN: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr):
     """One expert's pairs (token, choice), in their order, behind those of all experts before it; with ONCE all pairs are
     held at the same time."""
     start_next(PDL)
@@ -27,7 +27,7 @@ def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, ONCE: tl.const
     expert = tl.program_id(0)
     lanes = tl.arange(0, SCAN)
     if ONCE:
-        found = tl.load(ids + lanes, lanes < num_pairs, other=-1).to(tl.int32)
+        found = tl.load(ids + lanes, lanes < num_pairs, other=-1).to(tl.int32) - first
         hit = (found == expert).to(tl.int32)
         place = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), axis=0)
         tl.store(order + place + tl.cumsum(hit, axis=0) - 1, lanes, hit > 0)
@@ -36,12 +36,12 @@ def _sort_kernel(ids, order, ends, num_pairs, SCAN: tl.constexpr, ONCE: tl.const
         before = tl.zeros((SCAN,), tl.int32)
         for start in range(0, num_pairs, SCAN):
             pair = start + lanes
-            found = tl.load(ids + pair, pair < num_pairs, other=-1)
+            found = tl.load(ids + pair, pair < num_pairs, other=-1) - first
             before += ((found >= 0) & (found < expert)).to(tl.int32)
         place = tl.sum(before, axis=0)
         for start in range(0, num_pairs, SCAN):
             pair = start + lanes
-            hit = (tl.load(ids + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
+            hit = (tl.load(ids + pair, pair < num_pairs, other=-1) - first == expert).to(tl.int32)
             tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
             place += tl.sum(hit, axis=0)
         tl.store(ends + expert, place)
@@ -169,7 +169,7 @@ def _down_kernel(
 @Kernel
 @triton.jit
 def _combine_kernel(
-    results, ids, weights, out, num_experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
+    results, ids, weights, out, num_experts, width, first, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     start_next(PDL)
     wait_for_previous(PDL)
@@ -180,7 +180,7 @@ def _combine_kernel(
     acc = tl.zeros((COLUMNS,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        expert = tl.load(ids + pair)
+        expert = tl.load(ids + pair) - first
         held = (expert >= 0) & (expert < num_experts)
         value = tl.load(results + pair * width + columns, kept & held, other=0.0).to(tl.float32)
         acc += (value * tl.load(weights + pair).to(tl.float32)).to(dtype).to(tl.float32)
@@ -224,9 +224,13 @@ def experts_triton(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    *,
+    first: int = 0,
+    num_experts: int | None = None,
     tilings: tuple[Tiling, Tiling] | None = None,
 ) -> torch.Tensor:
-    """An `ExpertsFunction`; see experts.py. `tilings` is for measurements."""
+    """An `ExpertsFunction`, see experts.py, of the experts from `first` on of `num_experts`, which share the tokens.
+    `tilings` is for measurements."""
     (num_tokens, top_k), (num_local, width, intermediate) = ids.shape, down.shape
     num_pairs = num_tokens * top_k
     order = torch.empty(num_pairs, dtype=torch.int32, device=hidden.device)
@@ -234,13 +238,13 @@ def experts_triton(
     activated = hidden.new_empty(num_pairs, intermediate)
     results = hidden.new_empty(num_pairs, width)
     out = torch.empty_like(hidden)
-    up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_local, hidden.dtype)
+    up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_experts or num_local, hidden.dtype)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
     lanes = max(128, power_of_2_from(num_pairs))
     once = lanes <= MAX_SORTED_AT_ONCE
     _sort_kernel[(num_local,)](
-        ids, order, ends, num_pairs, SCAN=lanes if once else 4096, ONCE=once,
+        ids, order, ends, num_pairs, first, SCAN=lanes if once else 4096, ONCE=once,
         num_warps=4 if lanes < 1024 else 8, **options,
     )  # fmt: skip
     experts = power_of_2_from(num_local)
@@ -255,7 +259,7 @@ def experts_triton(
     )  # fmt: skip
     block = min(512, power_of_2_from(width))
     _combine_kernel[(num_tokens, ceil_div(width, block))](
-        results, ids, weights, out, num_local, width, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
+        results, ids, weights, out, num_local, width, first, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
     )
     return out
 

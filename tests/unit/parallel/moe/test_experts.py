@@ -141,7 +141,7 @@ def test_without_a_compiler_torch_serves_and_the_log_says_so(
 ) -> None:
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert select_experts_function("auto", torch.empty(1, 32, 32, dtype=torch.bfloat16)) is experts_by_group
+        assert select_experts_function("auto", torch.empty(1, 32, 32, dtype=torch.bfloat16), 0, 1) is experts_by_group
     assert "no C++ compiler" in caplog.text
 
 
@@ -179,7 +179,7 @@ def test_a_kernel_is_built_once_per_source(fresh_kernel: Path) -> None:
 )
 def test_selection(backend: str, dtype: torch.dtype, width: int, expected: str) -> None:
     down = torch.empty(1, 64, width, dtype=dtype)
-    assert select_experts_function(backend, down).__name__ == expected
+    assert select_experts_function(backend, down, 0, 1).__name__ == expected
 
 
 @pytest.mark.parametrize("split", ["ep", "tp"])

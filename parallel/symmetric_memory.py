@@ -26,7 +26,7 @@ ALIGNMENT = 16
 FLAG_BYTES = WORD_BYTES = 4
 # Rows that travel as packets, see `symmetric_triton`, and the memory for more.
 MAX_PACKET_ROWS = 64
-PLAIN_BYTES = 64 << 20
+PLAIN_BYTES = 144 << 20
 # More ranks than two: beyond so many rows over the number of others, each rank sums a share and hands it out.
 MAX_ONE_SHOT_ROWS = 128
 MAX_TWO_SHOT_BYTES = 16 << 20

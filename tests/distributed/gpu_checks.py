@@ -15,7 +15,7 @@ from waybill.parallel.symmetric_memory import MAX_PACKET_ROWS, RowLayout
 
 WIDTH, TOP_K, NUM_EXPERTS = 2048, 8, 128
 # Of both lanes, of NCCL, and numbers that no program's rows divide.
-ROWS = (1, 3, MAX_PACKET_ROWS, MAX_PACKET_ROWS + 1, 302, 1023, 16384)
+ROWS = (1, 3, MAX_PACKET_ROWS, MAX_PACKET_ROWS + 1, 302, 2047, 32768)
 NUM_REPLAYS = 50
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -101,10 +102,6 @@ class WeightSender:
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._group: UpdateGroup | None = None
-        self._threads = self._make_threads()
-
-    def _make_threads(self) -> concurrent.futures.ThreadPoolExecutor:
-        return concurrent.futures.ThreadPoolExecutor(len(self._engines) + 1)
 
     def connect(self) -> None:
         """Form the group with all engines.
@@ -125,7 +122,7 @@ class WeightSender:
         joining = []
         for engine, num_ranks in self._engines:
             joining.append(
-                self._threads.submit(
+                start_call(
                     engine.init_weights_update_group,
                     self._address,
                     port,
@@ -136,7 +133,7 @@ class WeightSender:
                 )
             )
             offset += num_ranks
-        own = self._threads.submit(
+        own = start_call(
             UpdateGroup,
             self._address,
             port,
@@ -190,7 +187,7 @@ class WeightSender:
         dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket]
         shapes = [list(tensor.shape) for _, tensor in bucket]
         calls = [
-            self._threads.submit(
+            start_call(
                 engine.update_weights_from_distributed,
                 names,
                 dtypes,
@@ -202,7 +199,7 @@ class WeightSender:
             )
             for engine, _ in self._engines
         ]
-        own = self._threads.submit(self._group.send_bucket, [tensor for _, tensor in bucket])
+        own = start_call(self._group.send_bucket, [tensor for _, tensor in bucket])
         self._settle(own, calls)
 
     def _settle(self, own: Future, answers: Sequence[Future]) -> None:
@@ -224,9 +221,6 @@ class WeightSender:
             if future.done() and future.exception()
         ]
         self._leave_engines()
-        # What still waits keeps its thread; the next attempt must not queue behind it.
-        self._threads.shutdown(wait=False)
-        self._threads = self._make_threads()
         raise RuntimeError(f"weights were not sent: {'; '.join(said) or own.exception()}")
 
     def _leave_engines(self) -> None:
@@ -255,7 +249,22 @@ class WeightSender:
                     engine.destroy_weights_update_group(self._group_name)
         finally:
             self._close_group()
-            self._threads.shutdown(wait=False)
+
+
+def start_call(function: Callable[..., Any], *args: Any, **options: Any) -> Future:
+    """In a thread of its own. One that never returns - NCCL may wait for who will not come - holds up nothing: neither the
+    next call nor, as a pool's threads would, the end of the process."""
+    future: Future = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args, **options))
+        except BaseException as error:
+            # Not swallowed: it is raised where the result is taken.
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="weight sender", daemon=True).start()
+    return future
 
 
 def gathered_tensors(model: nn.Module, gather: Gather | None = None) -> Iterator[NamedTensor]:

@@ -33,7 +33,6 @@ from caller_priority import lower_priority, run_in_own_session
 from machine import write_result
 from make_models import SHAPES as ALL_SHAPES
 from make_models import ensure_checkpoint, write_config
-from rich.console import Console
 from stall_report import VariantScores, as_json, plot, report, score
 from stall_segment import (
     BUSY_RANK,
@@ -80,8 +79,9 @@ class StallBench:
         for tapped in (self.routing, self.plain):
             tapped.take_steps()
         self._history = self._draw(history_tokens, int(self.plain.state["vocab_size"]))
-        # Prefilling 32k tokens takes minutes on one core, and the two engines need not take turns yet.
-        with ThreadPoolExecutor() as pool:
+        # Prefilling 32k tokens takes minutes on one core, and the two engines need not take turns yet; on GPUs the
+        # collectives of one would wait for those of the other.
+        with ThreadPoolExecutor(max_workers=2 if device == "cpu" else 1) as pool:
             list(pool.map(self._prefill, (self.routing, self.plain)))
 
     def _prefill(self, tapped: TappedEngine) -> None:
@@ -158,9 +158,9 @@ def measure(options: argparse.Namespace, model: str, shape: str) -> tuple[dict[s
     text = report(scores, bench.routing.state, setting, command, options.device, f"{name}.png")
     bench.close()
     if options.write and not options.quick:
-        plot(scores, RESULTS / f"{name}.png")
         write_result(f"{name}.md", text)
         write_result(f"{name}.json", json.dumps(as_json(scores)) + "\n")
+        plot(scores, RESULTS / f"{name}.png")
     return scores, text
 
 
@@ -200,7 +200,7 @@ def main() -> int:
             write_config(shape, Path(folder))
         model = options.model or (folder if options.dummy else str(ensure_checkpoint(shape)))
         scores, text = measure(options, model, shape)
-    Console(width=140).print(text, markup=False, highlight=False)
+    print(text, flush=True)
     if options.json:
         sys.stdout.write(json.dumps(as_json(scores)) + "\n")
     return 0

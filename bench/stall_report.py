@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from inline_finish import RID_SEPARATOR
 from machine import describe
@@ -24,10 +23,6 @@ from stall_scores import (
     worst_of,
 )
 from stall_segment import BUSY_RANK, DELTA, FULL, OFF, STEADY_RANK, Segment
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 COLOURS = {
     "off": "#555555",
@@ -215,6 +210,13 @@ Made by `{command}`.
 
 def plot(scores: dict[str, VariantScores], file: Path) -> None:
     """The share of finishes after which rank 1's longest step was at most so long, all variants in one picture."""
+    # A machine with GPUs need not have it.
+    import matplotlib  # noqa: PLC0415
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: PLC0415
+
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for variant, of in scores.items():
         worst = of.all_worst

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from waybill.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from waybill.parallel.collectives import all_reduce
 from waybill.parallel.mesh import ParallelMesh
+from waybill.parallel.moe.dispatch import AllGatherDispatcher, SyncClock
+from waybill.parallel.moe.router import RouterOutput
 
 # Operations in a CUDA graph, which hides what launching them takes.
 NUM_IN_A_GRAPH = 48
@@ -53,9 +55,13 @@ def collective_seconds(mesh: ParallelMesh, shape: dict[str, Any], rows: int) -> 
     if mesh.dp.size == 1:
         return (2 * layers + 1) * seconds_of(lambda: all_reduce(x, mesh.tp), mesh.device)
     assert mesh.tp.size == 1
-    # Ids and float32 weights beside the hidden states: 12 bytes an expert chosen.
-    packed = torch.randn(rows, hidden + 6 * top_k, dtype=torch.bfloat16, device=mesh.device)
-    partial = torch.randn(rows * mesh.world.size, hidden, dtype=torch.bfloat16, device=mesh.device)
-    there = seconds_of(lambda: all_gather(packed, mesh.world), mesh.device)
-    back = seconds_of(lambda: reduce_scatter(partial, mesh.world), mesh.device)
-    return layers * (there + back)
+    ids = torch.randint(shape["num_experts"], (rows, top_k), device=mesh.device)
+    routed = RouterOutput(ids, torch.rand(rows, top_k, device=mesh.device).bfloat16())
+    partial = torch.randn(rows * mesh.ep.size, hidden, dtype=torch.bfloat16, device=mesh.device)
+    dispatcher = AllGatherDispatcher(mesh.ep, SyncClock())
+
+    def there_and_back() -> None:
+        dispatched = dispatcher.dispatch(x, routed, None)
+        dispatcher.combine(partial, dispatched).complete()
+
+    return layers * seconds_of(there_and_back, mesh.device)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -40,8 +41,7 @@ def run_agent(run_dir: str, arguments: list[str]) -> int:
     """The shell's status for an end by signal, or torchrun's own. Whoever made the folder has called `watch_signals`."""
     start_heartbeat()
     register()
-    # torch makes this one when parts of it are imported, by default in the temporary folder and for good.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{run_dir}/torchinductor")
+    use_temporary_folder(run_dir)
     try:
         # Held until this process is gone.
         Lifeline(agent_lifeline(run_dir))
@@ -53,6 +53,15 @@ def run_agent(run_dir: str, arguments: list[str]) -> int:
             signal.signal(number, signal.SIG_IGN)
         remove_run_dir(run_dir)
     return 0
+
+
+def use_temporary_folder(run_dir: str) -> None:
+    """What the run's processes leave in the middle of their work, a compiler's files say, goes with the run's folder."""
+    temporary = Path(run_dir) / "tmp"
+    temporary.mkdir(mode=0o700, exist_ok=True)
+    os.environ["TMPDIR"] = str(temporary)
+    # torch makes this one when parts of it are imported, by default in the temporary folder and for good.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{run_dir}/torchinductor")
 
 
 def start_heartbeat() -> None:

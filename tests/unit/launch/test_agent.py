@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from waybill.launch import agent as agent_module
+
 START_S = 120.0
 END_S = 30.0
 
@@ -75,3 +77,29 @@ def test_a_signal_is_not_lost_where_the_thread_comes_after_torchruns_handlers(tm
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+LEAVES_A_FILE = "import tempfile; print(tempfile.mkdtemp()); open(tempfile.mkstemp()[1], 'w').write('left')"
+
+
+def test_what_a_rank_leaves_in_the_temporary_folder_goes_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that was killed removes nothing."""
+    folders: list[Path] = []
+
+    def ranks(arguments: list[str]) -> None:
+        done = subprocess.run([sys.executable, "-c", LEAVES_A_FILE], capture_output=True, text=True, check=True)
+        folders.append(Path(done.stdout.strip()))
+        assert folders[0].is_dir()
+
+    for name in ("start_heartbeat", "register"):
+        monkeypatch.setattr(agent_module, name, lambda: None)
+    monkeypatch.setattr(agent_module, "torchrun", ranks)
+    monkeypatch.setattr(agent_module.signal, "signal", lambda number, handler: None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert agent_module.run_agent(str(run_dir), []) == 0
+    assert run_dir in folders[0].parents and os.listdir(tmp_path) == []

@@ -93,22 +93,24 @@ def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
 
 def decode_table(all_found: list[Found]) -> list[str]:
     lines = [
-        "| layout | requests in all | tokens/s | over tp1 | over tp1, as many a group | ms a step | experts read "
-        "| bytes allow, ms | collectives, ms | share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| layout | requests in all | tokens/s | over tp1 | over tp1, as many a group | ms a step | capture on / off "
+        "| experts read | bytes allow, ms | collectives, ms | share |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     base = {
         each["batch"]: each["tokens_per_s"] for found in all_found if found.name == BASE for each in found.of("decode")
     }
     for found in all_found:
+        off = {each["batch"]: each["seconds"] for each in found.of("decode_off")}
         for each in found.of("decode"):
+            capture = f"{each['seconds'] / off[each['batch']]:.3f}" if each["batch"] in off else ""
             over, over_group = (
                 f"{each['tokens_per_s'] / base[each[number]]:.2f}" if each[number] in base else ""
                 for number in ("total", "batch")
             )
             lines.append(
                 f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {over_group} "
-                f"| {each['seconds'] * MILLI:.2f} "
+                f"| {each['seconds'] * MILLI:.2f} | {capture} "
                 f"| {each['experts']:.0f} | {each['bytes_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} "
                 f"| {each['share']:.1%} |"
             )

@@ -14,9 +14,12 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,7 +33,7 @@ from output_side import Surroundings
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.plan import StopPeers
-from waybill.engine.replica import Rank, follow, load_rank, make_scheduler
+from waybill.engine.replica import Rank, follow, load_rank, make_runner, make_scheduler
 from waybill.parallel.mesh import ParallelMesh
 
 MARK = "RESULT "
@@ -101,14 +104,17 @@ def measure_prefill(leader: Leader, rank: Rank, share: Share, limits: Limits, wi
                 behind_tokens_per_s=total / behind, share=limit_s / behind)  # fmt: skip
 
 
-def lead(
-    rank: Rank, folder: str, peers: list[str], options: argparse.Namespace, limits: Limits, wire_s: dict[int, float]
-) -> None:
-    """All measurements; the leaders of all dp ranks make the same calls."""
-    dp, plan = rank.mesh.dp, options.plan
+def measure_without_capture(leader: Leader, rank: Rank) -> None:
+    """The same decodes, for the ratio."""
+    for batch in leader.plan.batches:
+        seconds = statistics.median(leader.decode_seconds(batch))
+        if rank.mesh.world.rank == 0:
+            say("decode_off", batch=batch, seconds=seconds)
+
+
+def measure_all(leader: Leader, rank: Rank, options: argparse.Namespace, limits: Limits) -> None:
+    plan, wire_s = options.plan, options.wire_s
     share = Share(options.dp, options.tp, options.moe_split)
-    surroundings = Surroundings(folder, rank.config.model_path, peers, dp_rank=dp.rank, dp_size=dp.size)
-    leader = Leader(make_scheduler(rank, surroundings.endpoints), surroundings, plan, dp.rank, dp.size)
     if rank.mesh.world.rank == 0:
         say("limits", bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
     measure_decode(leader, rank, share, limits.bytes_per_s, wire_s)
@@ -118,11 +124,37 @@ def lead(
         found = profile_decode(leader, batch)
         if rank.mesh.world.rank == 0:
             say("profile", batch=batch, **found)
-    for peer in surroundings.endpoints.peers:
-        peer.send(StopPeers())
-    # They leave before the sockets go.
-    time.sleep(0.5)
-    surroundings.close()
+
+
+def run_phase(rank: Rank, folder: str, options: argparse.Namespace, measure: Callable[[Leader, Rank], None]) -> None:
+    """One part of the measurements, on all ranks; the leaders of all dp ranks make the same calls. A phase has a folder of
+    sockets of its own."""
+    mesh = rank.mesh
+    peers = [f"ipc://{folder}/peer{mesh.dp.rank}-{tp_rank}" for tp_rank in range(1, mesh.tp.size)]
+    if mesh.world.rank == 0:
+        Path(folder).mkdir()
+    dist.barrier()
+    if rank.runner.is_leader:
+        dp = mesh.dp
+        surroundings = Surroundings(folder, rank.config.model_path, peers, dp_rank=dp.rank, dp_size=dp.size)
+        leader = Leader(make_scheduler(rank, surroundings.endpoints), surroundings, options.plan, dp.rank, dp.size)
+        measure(leader, rank)
+        for peer in surroundings.endpoints.peers:
+            peer.send(StopPeers())
+        # They leave before the sockets go.
+        time.sleep(0.5)
+        surroundings.close()
+    else:
+        follow(rank.runner, None, zmq.Context(), peers[mesh.tp.rank - 1])  # type: ignore[arg-type]
+    rank.runner.drop_graphs()
+
+
+def without_capture(rank: Rank) -> Rank:
+    """The same model and cache, with a runner that records no routes."""
+    config = msgspec.structs.replace(rank.config, enable_return_routed_experts=False)
+    model: Any = rank.runner.model
+    runner = make_runner(config, rank.mesh, model, rank.runner.kv_store, rank.limits, CONTEXT_LENGTH, None)
+    return dataclasses.replace(rank, config=config, runner=runner, geometry=None, ring=None)
 
 
 def parse_options() -> argparse.Namespace:
@@ -155,7 +187,6 @@ def main() -> None:
     # The first rank's folder of sockets is everybody's.
     folder = [tempfile.mkdtemp(prefix="wb-") if mesh.world.rank == 0 else None]
     dist.broadcast_object_list(folder, device=torch.device("cpu"))
-    peers = [f"ipc://{folder[0]}/peer{mesh.dp.rank}-{tp_rank}" for tp_rank in range(1, mesh.tp.size)]
     with torch.inference_mode():
         began = time.perf_counter()
         # While the memory for it is there.
@@ -167,12 +198,9 @@ def main() -> None:
         if mesh.world.rank == 0:
             say("ready", seconds=time.perf_counter() - began, world=mesh.world.size)
         rows = [*plan.batches, *(() if options.no_prefill else plan.prefills)]
-        wire_s = {n: collective_seconds(rank.mesh, plan.shape, n) for n in rows}
-        if rank.runner.is_leader:
-            lead(rank, str(folder[0]), peers, options, limits, wire_s)
-        else:
-            follow(rank.runner, None, zmq.Context(), peers[mesh.tp.rank - 1])  # type: ignore[arg-type]
-        rank.runner.drop_graphs()
+        options.wire_s = {num: collective_seconds(rank.mesh, plan.shape, num) for num in rows}
+        run_phase(rank, f"{folder[0]}/on", options, lambda leader, rank: measure_all(leader, rank, options, limits))
+        run_phase(without_capture(rank), f"{folder[0]}/off", options, measure_without_capture)
     dist.barrier()
     if mesh.world.rank == 0:
         # Its output processor may have removed it.

@@ -25,6 +25,7 @@ from .ipc.frontend_messages import BackendMessage, ControlReply, FrontendMessage
 from .ipc.record_sender import RecordSender
 from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore
+from .models.causal_lm import CausalLM
 from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .plan import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
@@ -123,7 +124,23 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         geometry = model_config.route_geometry(slot_rows(limits, mesh, recorded.size))
         if recorded.rank == 0:
             ring = RouteRing.create(geometry, config.routing_ring_slots)
-    runner = ModelRunner(
+    recorder = None if geometry is None else make_recorder(config, mesh, geometry, ring)
+    runner = make_runner(config, mesh, model, kv_store, limits, context_length, recorder)
+    facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
+    return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
+
+
+def make_runner(
+    config: EngineConfig,
+    mesh: ParallelMesh,
+    model: CausalLM,
+    kv_store: KVStore,
+    limits: StepLimits,
+    context_length: int,
+    recorder: RoutedExpertsCapturer | LateRouteGather | None,
+) -> ModelRunner:
+    """What executes plans over a model and its cache; its graphs are recorded here."""
+    return ModelRunner(
         mesh,
         model,
         kv_store,
@@ -134,10 +151,8 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
         use_graphs=config.experts_backend != "torch_reference",
-        capturer=None if geometry is None else make_recorder(config, mesh, geometry, ring),
+        capturer=recorder,
     )
-    facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
-    return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
 
 
 def share_model_config(config: EngineConfig, mesh: ParallelMesh) -> ModelConfig:

@@ -79,7 +79,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int | None,
         Option("tokens that the KV pool holds; as --kv-memory-fraction allows if not given", bounds=ONE_OR_MORE),
     ] = None
-    # None: see `KV_MEMORY_FRACTIONS`; resolved by `memory.kv_memory_fraction`, which knows the device.
+    # None: see `KV_MEMORY_FRACTIONS`; resolved by `kv_cache_size.kv_memory_fraction`, which knows the device.
     kv_memory_fraction: Annotated[
         float | None,
         Option(

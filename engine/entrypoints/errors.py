@@ -1,4 +1,8 @@
-"""Refusals on the way out: one body for all of them, the one that OpenAI's clients read."""
+"""Refusals on the way out: one body for all of them, the one that OpenAI's clients read.
+
+The text of a 400 is that of a `ValueError`, most often a `FieldError`: `validation/request_model.py` raises it for a field
+of the body, `frontend/request_limits.py` for a prompt that this engine cannot take. Nothing is worded here.
+"""
 
 from __future__ import annotations
 

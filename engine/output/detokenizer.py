@@ -1,7 +1,8 @@
 """Token ids to the text of one request: at once at the end, or piece by piece for a stream.
 
 The pieces of a stream, joined, are exactly the text that a request without streaming gets: characters whose bytes are
-not complete wait, and so does a tail that may turn out to be part of a stop string.
+not complete wait, and so does a tail that may turn out to be part of a stop string. Nobody looks for stop strings here; the
+leader does (`scheduler/stop_checker.py`), and says where the text ends.
 """
 
 from __future__ import annotations

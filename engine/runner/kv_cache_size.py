@@ -1,4 +1,8 @@
-"""How much memory there is, and how many KV pages it gives."""
+"""How much memory there is, and how many KV pages it gives.
+
+`kv_cache_tokens` and `kv_memory_fraction` decide it (vLLM: num_gpu_blocks, gpu_memory_utilization; sglang:
+max_total_num_tokens, mem_fraction_static).
+"""
 
 from __future__ import annotations
 

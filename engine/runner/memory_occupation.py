@@ -1,6 +1,7 @@
 """Giving the memory of weights and KV cache back to the device, and taking it again, for a trainer that shares it.
 
-The tensors stay; their storage shrinks to nothing and grows again. What was in it is gone.
+`release_memory_occupation` and `resume_memory_occupation` (vLLM: sleep and wake_up) come to this. The tensors stay; their
+storage shrinks to nothing and grows again. What was in it is gone.
 """
 
 from __future__ import annotations

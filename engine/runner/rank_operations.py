@@ -56,9 +56,9 @@ class RankOperations:
         self._receiver = WeightReceiver(runner.model, mesh, self._groups)
         self._memory = MemoryOccupation(runner.model, runner.kv_store)
         self._actions: dict[type, Callable[..., Outcome]] = {
-            UpdateWeightsFromDisk: self._update,
-            UpdateWeightsFromTensor: self._update,
-            UpdateWeightsFromDistributed: self._update,
+            UpdateWeightsFromDisk: self._update_weights,
+            UpdateWeightsFromTensor: self._update_weights,
+            UpdateWeightsFromDistributed: self._update_weights,
             DestroyWeightsUpdateGroup: self._destroy_group,
             GetWeightsByName: self._get_weights,
             CheckWeights: self._checksum,
@@ -87,10 +87,10 @@ class RankOperations:
         assert self._memory.blocked is not None
         return self._memory.blocked.message
 
-    def _update(self, op: WeightUpdate) -> Outcome:
+    def _update_weights(self, op: WeightUpdate) -> Outcome:
         if "weights" in self._memory.released:
             return Outcome(False, self._memory_message + self._receiver.leave_group(op))
-        return self._receiver.update(op)
+        return self._receiver.update_weights(op)
 
     def _agreed(self, check: Callable[[], object]) -> None:
         """What a rank knows of groups depends on threads: all refuse where one does.

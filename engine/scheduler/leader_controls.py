@@ -84,8 +84,8 @@ class LeaderControls:
         # What leaders do by themselves; anything else is for all ranks.
         self._own_operations: dict[type, Callable[..., None]] = {
             FlushCache: self._on_flush_cache,
-            PauseGeneration: self._on_pause,
-            ContinueGeneration: self._on_continue,
+            PauseGeneration: self._on_pause_generation,
+            ContinueGeneration: self._on_continue_generation,
         }
 
     @property
@@ -149,7 +149,7 @@ class LeaderControls:
             reply = ControlReply(op_id, outcome.success, outcome.message, blocked=self.blocked, payload=outcome.payload)
             self._endpoints.frontend.send(reply)
 
-    def _on_pause(self, op_id: str, op: PauseGeneration) -> None:
+    def _on_pause_generation(self, op_id: str, op: PauseGeneration) -> None:
         self._steps.commit_all()
         finished: list[ReqFinished] = []
         if op.mode == "abort":
@@ -169,7 +169,7 @@ class LeaderControls:
             self._reply(op_id, Outcome(True, f"paused: {agreement.num_reqs} requests are kept"))
         self._unanswered_pauses.clear()
 
-    def _on_continue(self, op_id: str, op: ContinueGeneration) -> None:
+    def _on_continue_generation(self, op_id: str, op: ContinueGeneration) -> None:
         blocked = self.blocked
         if blocked is None:
             self._is_paused = False

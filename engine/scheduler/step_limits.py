@@ -2,6 +2,9 @@
 
 A step decodes every running request (one token each) and spends a separate budget of prompt tokens on prefills, oldest
 first, so that a long prompt delays a decode by one chunk at most (chunked prefill, Sarathi-Serve, Agrawal et al. 2024).
+
+`chunked_prefill_size` and `max_running_requests` set the two bounds, as in sglang (vLLM: max_num_batched_tokens,
+max_num_seqs).
 """
 
 from __future__ import annotations

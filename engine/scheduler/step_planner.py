@@ -1,7 +1,8 @@
 """Plans a step: which requests run, on which pages. Pure host code, tested without a model.
 
 Order of claims on pages: running decodes first, then running prefills, then admissions by priority and arrival. When a
-running request finds no page, the youngest one is retracted: it gives up its pages and waits, keeping its tokens.
+running request finds no page, the youngest one is retracted (preempted): it gives up its pages and waits, keeping its
+tokens.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class StepPlanner:
         return (first - start, req.token_bytes(first + 1, last + 1)) if first < last else (0, b"")
 
     def _retract(self, victim: Req, plan: StepPlan) -> None:
-        """The victim gives up its pages. Never one that is part of the plan at hand or of a step in flight."""
+        """Preemption: the victim gives up its pages. Never one that is part of the plan at hand or of a step in flight."""
         assert all(item.req is not victim for item in plan.planned)
         plan.before.append(ReqRetracted(victim.rid))
         self._pages.release(victim)

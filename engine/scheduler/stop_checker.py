@@ -1,4 +1,8 @@
-"""Decides when a request is finished. The leader alone asks; nobody else ends a request."""
+"""Decides when a request is finished: stop strings (`stop_strings`, the parameter `stop`), stop token ids, end of sequence
+and length are checked here. The leader alone asks; nobody else ends a request.
+
+`stop_search.py` finds a stop string in the text.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A refusal that knows its field, so that whoever passes it on can say the field's name in the caller's own dialect."""
+"""A refusal (HTTP 400) that knows its field, so that whoever passes it on can say the field's name in the caller's own
+dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the models of all bodies share: unknown fields and faults are refused one at a time, by name."""
+"""What the models of all bodies share: unknown fields and faults are refused (HTTP 400) one at a time, by name."""
 
 from __future__ import annotations
 

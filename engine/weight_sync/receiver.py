@@ -47,7 +47,7 @@ class WeightReceiver:
         self.progress = UpdateProgress(frozenset(self.weights))
         self.num_updates = 0
 
-    def update(self, op: WeightUpdate) -> Outcome:
+    def update_weights(self, op: WeightUpdate) -> Outcome:
         """Check, transfer, put in place. All ranks come to the same outcome."""
         began = time.perf_counter()
         prepared, error = None, None

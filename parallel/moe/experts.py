@@ -3,6 +3,8 @@
 "ep": whole experts, E/n a rank. "tp": a slice I/n of every expert's intermediate dim. Either way a rank computes a
 partial result for the tokens it is given, and the dispatcher sums. Each expert is a SwiGLU MLP.
 
+Expert placement (expert location): contiguous, by rank; no EPLB, no redundant experts.
+
 Legend: T tokens, D hidden, E experts, F experts on this rank, K experts per token, I intermediate width on this rank.
 """
 

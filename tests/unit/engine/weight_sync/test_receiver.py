@@ -106,7 +106,7 @@ class Trainer:
         shapes = [list(tensors[name].shape) for name in names]
         load_format = "flattened_bucket" if in_one else "auto"
         op = UpdateWeightsFromDistributed(names, ["float32"] * len(names), shapes, "g", load_format, **options)
-        outcome = self.receiver.update(op)
+        outcome = self.receiver.update_weights(op)
         if outcome.success:
             sending.result()
         else:
@@ -173,7 +173,7 @@ def test_more_than_may_be_staged_is_torn_when_it_breaks_off(trainer: Trainer, mo
 
 def load(trainer: Trainer, path: Path | str, *, whole: bool = False, **options: Any) -> Outcome:
     kind = UpdateWeightsFromDisk if whole else UpdateWeightsFromTensor
-    return trainer.receiver.update(kind(str(path), **options))
+    return trainer.receiver.update_weights(kind(str(path), **options))
 
 
 def test_files(trainer: Trainer, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Linear layers sharded over an axis (Megatron-LM, Shoeybi et al. 2019).
 
-Column-parallel layers keep a slice of the outputs, row-parallel ones a slice of the inputs and sum the partial results.
+Column-parallel layers keep a slice of the outputs, row-parallel ones a slice of the inputs, and give partial results.
 Every layer cuts its own slice out of the unsharded tensor of a checkpoint. Weights are [out, in], as in torch.
 
 Legend: T tokens, D inputs, O outputs, d head width, n size of the axis.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .collectives import all_reduce
 from .mesh import Axis
 from .weight_format import WeightFormat
 from .weights import ShardedWeight
@@ -41,65 +40,21 @@ class ShardedLinear(nn.Module):
         return self._linear(x, self.weight, self.bias)
 
 
-class ReplicatedLinear(ShardedLinear):
-    """The whole matrix on every rank: [T, D] -> [T, O]."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, weight_format: WeightFormat) -> None:
-        super().__init__(in_features, out_features, bias, weight_format)
-
-    def sharded_weight(self) -> ShardedWeight:
-        return ShardedWeight.of(tuple(self.weight.shape), self.weight.data)
-
-    def sharded_bias(self) -> ShardedWeight:
-        assert self.bias is not None
-        return ShardedWeight.of(tuple(self.bias.shape), self.bias.data)
-
-
 class MergedColumnParallelLinear(ShardedLinear):
     """Several column-parallel matrices with the same input as one product; the outputs stand side by side."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: list[int],
-        axis: Axis,
-        *,
-        bias: bool = False,
-        weight_format: WeightFormat,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: list[int], axis: Axis, *, weight_format: WeightFormat) -> None:
         self._full = out_features
         self._local = [shard_size(size, axis, "out_features") for size in out_features]
         self._in_features = in_features
         self._axis = axis
-        super().__init__(in_features, sum(self._local), bias, weight_format)
+        super().__init__(in_features, sum(self._local), bias=False, weight_format=weight_format)
 
-    def sharded_weight(self, part: int = 0) -> ShardedWeight:
+    def sharded_weight(self, part: int) -> ShardedWeight:
         """This rank's rows of the `part`-th matrix."""
         shape = (self._full[part], self._in_features)
-        return ShardedWeight.of(shape, self._target(self.weight, part), first=self._axis.rank * self._local[part])
-
-    def sharded_bias(self, part: int = 0) -> ShardedWeight:
-        assert self.bias is not None
-        shape = (self._full[part],)
-        return ShardedWeight.of(shape, self._target(self.bias, part), first=self._axis.rank * self._local[part])
-
-    def _target(self, parameter: nn.Parameter, part: int) -> torch.Tensor:
-        return parameter.data.narrow(0, sum(self._local[:part]), self._local[part])
-
-
-class ColumnParallelLinear(MergedColumnParallelLinear):
-    """One column-parallel matrix: [T, D] -> [T, O/n]."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        axis: Axis,
-        *,
-        bias: bool = False,
-        weight_format: WeightFormat,
-    ) -> None:
-        super().__init__(in_features, [out_features], axis, bias=bias, weight_format=weight_format)
+        target = self.weight.data.narrow(0, sum(self._local[:part]), self._local[part])
+        return ShardedWeight.of(shape, target, first=self._axis.rank * self._local[part])
 
 
 class QKVParallelLinear(ShardedLinear):
@@ -152,11 +107,8 @@ class QKVParallelLinear(ShardedLinear):
 
 
 class RowParallelLinear(ShardedLinear):
-    """A slice of the inputs per rank; the partial results are summed: [T, D/n] -> [T, O] on every rank.
-
-    The bias is held by rank 0 of the axis alone, so that the sum has it once. With `reduce=False` a rank returns its
-    partial result, for a caller that sums in a way of its own.
-    """
+    """A slice of the inputs per rank: [T, D/n] -> [T, O], a partial result. The caller sums them over the axis, in a way of
+    its own (vLLM and sglang: `reduce_results=False`). The bias is held by rank 0 of the axis alone: the sum has it once."""
 
     def __init__(
         self,
@@ -165,14 +117,12 @@ class RowParallelLinear(ShardedLinear):
         axis: Axis,
         *,
         bias: bool = False,
-        reduce: bool = True,
         weight_format: WeightFormat,
     ) -> None:
         local = shard_size(in_features, axis, "in_features")
         super().__init__(local, out_features, bias, weight_format)
         self._full = (out_features, in_features)
         self._axis = axis
-        self._reduce = reduce
         if self.bias is not None and axis.rank > 0:
             self.bias.data.zero_()
 
@@ -184,7 +134,3 @@ class RowParallelLinear(ShardedLinear):
     def sharded_bias(self) -> ShardedWeight:
         assert self.bias is not None
         return ShardedWeight.of(self._full[:1], self.bias.data if self._axis.rank == 0 else self.bias.data[:0])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        partial = super().forward(x)
-        return all_reduce(partial, self._axis) if self._reduce else partial

@@ -28,7 +28,6 @@ class DenseMLP(nn.Module):
             config.intermediate_size,
             config.hidden_size,
             context.axis,
-            reduce=False,
             weight_format=context.weight_format,
         )
 

@@ -40,7 +40,6 @@ class GroupedQueryAttention(nn.Module):
             config.hidden_size,
             context.axis,
             bias=shape.bias,
-            reduce=False,
             weight_format=context.weight_format,
         )
         self.q_norm = RMSNorm(shape.head_dim, context)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from waybill.parallel.collectives import all_gather, all_reduce, broadcast, gather, reduce_scatter
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
-from waybill.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from waybill.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts
@@ -104,14 +104,14 @@ def check_all_reduce_bits(axis: Axis) -> None:
 def check_column_then_row(axis: Axis) -> None:
     """Column-parallel, then row-parallel: the way an MLP is sharded. The bias must stand in the sum once."""
     wide, narrow, bias, x = torch.randn(24, 16), torch.randn(16, 24), torch.randn(16), torch.randn(5, 16)
-    column = ColumnParallelLinear(16, 24, axis, **OPTIONS)
-    column.sharded_weight().load(wide)
+    column = MergedColumnParallelLinear(16, [24], axis, **OPTIONS)
+    column.sharded_weight(0).load(wide)
     row = RowParallelLinear(24, 16, axis, bias=True, **OPTIONS)
     row.sharded_weight().load(narrow)
     row.sharded_bias().load(bias)
     middle = F.linear(x, wide)
     assert_close(all_gather(column(x), axis, dim=-1), middle)
-    assert_close(row(column(x)), F.linear(middle, narrow, bias))
+    assert_close(all_reduce(row(column(x)), axis), F.linear(middle, narrow, bias))
 
 
 def check_attention_heads(axis: Axis, num_kv_heads: int) -> None:

@@ -13,10 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from waybill.parallel.linear import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from waybill.parallel.mesh import Axis, ParallelMesh
@@ -39,15 +37,13 @@ def test_single_mesh_has_one_rank_everywhere() -> None:
 
 def test_on_one_rank_layers_are_plain_linear() -> None:
     weight, bias, x = torch.randn(6, 4), torch.randn(6), torch.randn(3, 4)
-    layers: list[Any] = [
-        ReplicatedLinear(4, 6, bias=True, **OPTIONS),
-        ColumnParallelLinear(4, 6, Axis.single(), bias=True, **OPTIONS),
-        RowParallelLinear(4, 6, Axis.single(), bias=True, **OPTIONS),
-    ]
-    for layer in layers:
-        layer.sharded_weight().load(weight)
-        layer.sharded_bias().load(bias)
-        assert torch.equal(layer(x), F.linear(x, weight, bias)), type(layer).__name__
+    column = MergedColumnParallelLinear(4, [6], Axis.single(), **OPTIONS)
+    column.sharded_weight(0).load(weight)
+    assert torch.equal(column(x), F.linear(x, weight))
+    row = RowParallelLinear(4, 6, Axis.single(), bias=True, **OPTIONS)
+    row.sharded_weight().load(weight)
+    row.sharded_bias().load(bias)
+    assert torch.equal(row(x), F.linear(x, weight, bias))
 
 
 def test_merged_columns_keep_each_matrix_together() -> None:
@@ -59,11 +55,11 @@ def test_merged_columns_keep_each_matrix_together() -> None:
         assert torch.equal(layer.weight, torch.cat((gate.chunk(2)[rank], up.chunk(2)[rank])))
 
 
-def test_row_parallel_without_reduction_returns_partial_results() -> None:
+def test_row_parallel_returns_partial_results() -> None:
     weight, bias, x = torch.randn(5, 6), torch.randn(5), torch.randn(2, 6)
     partial = []
     for rank in range(2):
-        layer = RowParallelLinear(6, 5, place(rank, 2), bias=True, reduce=False, **OPTIONS)
+        layer = RowParallelLinear(6, 5, place(rank, 2), bias=True, **OPTIONS)
         layer.sharded_weight().load(weight)
         layer.sharded_bias().load(bias)
         partial.append(layer(x.chunk(2, dim=1)[rank]))
@@ -92,8 +88,8 @@ def test_only_a_shard_is_read_from_a_file(tmp_path: Path) -> None:
     save_file({"w": weight}, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
         source = SafetensorsSource(handle.get_slice("w"))
-        column = ColumnParallelLinear(8, 6, place(1, 2), **OPTIONS)
-        column.sharded_weight().load(source)
+        column = MergedColumnParallelLinear(8, [6], place(1, 2), **OPTIONS)
+        column.sharded_weight(0).load(source)
         row = RowParallelLinear(8, 6, place(1, 2), **OPTIONS)
         row.sharded_weight().load(source)
     assert torch.equal(column.weight, weight[3:])
@@ -103,7 +99,7 @@ def test_only_a_shard_is_read_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ColumnParallelLinear(4, 5, place(0, 2), **OPTIONS), "out_features=5"),
+        (lambda: MergedColumnParallelLinear(4, [5], place(0, 2), **OPTIONS), "out_features=5"),
         (lambda: RowParallelLinear(5, 4, place(0, 2), **OPTIONS), "in_features=5"),
         (lambda: QKVParallelLinear(4, 2, 3, 1, place(0, 2), **OPTIONS), "num_heads=3"),
         (lambda: QKVParallelLinear(4, 2, 8, 3, place(0, 2), **OPTIONS), "num_kv_heads=3"),
@@ -117,4 +113,4 @@ def test_sizes_that_the_axis_does_not_divide_are_refused(make: Callable[[], obje
 
 def test_a_wrong_shape_names_what_was_found_and_expected() -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 6\): must be \(6, 4\)"):
-        ColumnParallelLinear(4, 6, place(0, 2), **OPTIONS).sharded_weight().load(torch.zeros(4, 6))
+        MergedColumnParallelLinear(4, [6], place(0, 2), **OPTIONS).sharded_weight(0).load(torch.zeros(4, 6))

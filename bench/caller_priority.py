@@ -10,11 +10,13 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from waybill.engine.ipc.lifeline import watch_parent
+from waybill.engine.ipc.lifeline import Lifeline, watch_lifeline
 from waybill.engine.ipc.priority import AUTOGROUP, set_autogroup_nice
 
+# Set in the run in its own session: the lifeline of the process that waits for it.
 MARK = "WAYBILL_BENCH_OWN_SESSION"
 
 
@@ -24,13 +26,17 @@ def run_in_own_session() -> int | None:
     Linux may share cores among sessions (see `engine/ipc/priority.py`), and the caller's terminal is nobody's to slow down.
     """
     if MARK in os.environ:
-        watch_parent()
+        watch_lifeline(os.environ[MARK])
         return None
-    child = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {MARK: "1"}, start_new_session=True)
-    try:
-        return child.wait()
-    finally:
-        child.terminate()
+    with tempfile.TemporaryDirectory(prefix="waybill-bench-") as folder:
+        lifeline = Lifeline(f"{folder}/lifeline")
+        child = subprocess.Popen(
+            [sys.executable, *sys.argv], env=os.environ | {MARK: lifeline.path}, start_new_session=True
+        )
+        try:
+            return child.wait()
+        finally:
+            child.terminate()
 
 
 def lower_priority(nice: int) -> None:

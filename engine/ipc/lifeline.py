@@ -46,22 +46,10 @@ def watch_lifeline(path: str, on_death: Callable[[], None] | None = None) -> Non
         orphaned = False
     if orphaned:
         _end(on_death)
-    _watch(fd, on_death, hang_up_only=True)
 
-
-def watch_parent(on_death: Callable[[], None] | None = None) -> None:
-    """Start a watcher of the parent process itself, for parents that hold no lifeline (torchrun's agent)."""
-    parent = os.getppid()
-    fd = os.pidfd_open(parent)
-    if os.getppid() != parent:
-        os._exit(EXIT_ORPHANED)
-    _watch(fd, on_death, hang_up_only=False)
-
-
-def _watch(fd: int, on_death: Callable[[], None] | None, *, hang_up_only: bool) -> None:
     def wait() -> None:
         poller = select.poll()
-        poller.register(fd, select.POLLHUP if hang_up_only else select.POLLIN)
+        poller.register(fd, select.POLLHUP)
         poller.poll()
         _end(on_death)
 

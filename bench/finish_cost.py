@@ -32,7 +32,7 @@ from rich.table import Table
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams
 from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
-from waybill.engine.replica import build_leader
+from waybill.engine.replica import load_rank, make_scheduler
 from waybill.engine.scheduler.scheduler import Scheduler
 from waybill.engine.scheduler.step_committer import FinishCost
 from waybill.parallel.mesh import ParallelMesh
@@ -92,7 +92,7 @@ class Bench:
         self.surroundings = Surroundings(folder, model_path)
         self.outbox, self.answers = self.surroundings.outbox, self.surroundings.answers
         mesh = ParallelMesh.single(torch.device(device))
-        self.scheduler = build_leader(config, mesh, self.surroundings.endpoints)
+        self.scheduler = make_scheduler(load_rank(config, mesh), self.surroundings.endpoints)
         self.num_sent = 0
 
     def generate(self, prompt: np.ndarray, start_len: int) -> int:

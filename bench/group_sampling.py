@@ -31,7 +31,7 @@ from rich.table import Table
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
-from waybill.engine.replica import build_leader
+from waybill.engine.replica import load_rank, make_scheduler
 from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.req import Req
 from waybill.engine.scheduler.shared_prefills import SharedPrefills
@@ -90,7 +90,7 @@ class Bench:
         )
         self.surroundings = Surroundings(folder, model_path)
         mesh = ParallelMesh.single(torch.device(device))
-        self.scheduler = build_leader(config, mesh, self.surroundings.endpoints)
+        self.scheduler = make_scheduler(load_rank(config, mesh), self.surroundings.endpoints)
         self._num_sent = 0
         self._rng = np.random.default_rng(0)
 

@@ -101,11 +101,6 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     context.destroy(linger=int(FAREWELL_S * 1000))
 
 
-def build_leader(config: EngineConfig, mesh: ParallelMesh, endpoints: Endpoints) -> Scheduler[LaunchedStep]:
-    """A leader that the caller drives step by step."""
-    return make_scheduler(load_rank(config, mesh), endpoints)
-
-
 def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     """Model, KV pool and, on the rank that records with routing on, the ring."""
     began = time.perf_counter()

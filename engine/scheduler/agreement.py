@@ -59,9 +59,6 @@ class Proposal(msgspec.Struct, frozen=True, array_like=True):
     forward_wait_ns: int = 0
 
 
-NUM_FIELDS = len(Proposal.__struct_fields__)
-
-
 class Agreement(msgspec.Struct, frozen=True):
     """All proposals of a step, in dp order, and what follows from them."""
 

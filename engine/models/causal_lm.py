@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,15 @@ from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
 from .forward_batch import ForwardBatch
-from .fused_weights import FusedWeight
 from .model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """A tensor that holds several of a checkpoint's in one: this rank's part of it, and the names of those."""
+
+    weight: ShardedWeight
+    names: frozenset[str]
 
 
 class CausalLM(Protocol):

@@ -6,7 +6,7 @@ from ...parallel.moe.experts import Experts
 from ...parallel.moe.layer import MoeLayer
 from ...parallel.moe.router import TopKRouter
 from ...parallel.weights import ShardedWeight
-from .fused_weights import FusedWeight
+from .causal_lm import FusedWeight
 from .model_context import ModelContext
 
 

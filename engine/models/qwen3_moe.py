@@ -19,9 +19,9 @@ from ...parallel.partial_sum import PartialSum
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, CachedTensors
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
+from .causal_lm import FusedWeight
 from .dense_mlp import DenseMLP
 from .forward_batch import ForwardBatch
-from .fused_weights import FusedWeight
 from .grouped_query_attention import GroupedQueryAttention
 from .model_config import AttentionConfig, ModelConfig, MoeConfig, eos_ids, resolve_dtype
 from .model_context import ModelContext

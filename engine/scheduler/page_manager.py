@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from ..kv_cache.page_pool import PagePool, Pages, pages_for
 from ..kv_cache.radix_cache import NullPrefixCache, RadixCache
-from .held_pages import HeldPages
-from .req import Req
+from .req import HeldPages, Req
 
 # Share of the pool that is evicted beyond what lacks.
 EVICTION_SLACK = 64

@@ -13,8 +13,24 @@ from dataclasses import dataclass, field
 
 from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
+from ..kv_cache.page_pool import Pages, no_pages
+from ..kv_cache.radix_cache import Node
 from ..plan import TOKEN_BYTES
-from .held_pages import HeldPages
+
+
+@dataclass(slots=True)
+class HeldPages:
+    """The pages of one running request; a waiting one holds none.
+
+    `node`: how far the prefix cache knows the request's tokens, locked for it. `PageManager` alone changes what is here,
+    apart from new pages, which the planner adds.
+    """
+
+    node: Node | None = None
+    pages: Pages[int] = field(default_factory=no_pages)
+    # Pages [0, num_offered) are full and were offered to the prefix cache; those it did not take are `duplicates`.
+    num_offered: int = 0
+    duplicates: Pages[int] = field(default_factory=no_pages)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ WHERE_IT_RUNS = {
 gaps in which ranks wait for each other, and share caches and memory bandwidth with them.""",
     "cuda": """The ranks compute on GPUs; of the host's {cores} cores the step threads take
 one each.""",
+}
+# What the plot's legend calls them.
+LABELS = {
+    "off": "routing off",
+    "off2": "off again (noise)",
+    "inline": "inline: step thread serialises 32-bit rows",
+    "inline_compact": "inline, compact: step thread slices bytes",
+    "full": "full: whole history, beside the ranks",
+    "delta": "delta: new rows, beside the ranks",
 }
 # `off2` lies on `off`.
 STYLES = {"off2": "--"}
@@ -208,29 +218,26 @@ Made by `{command}`.
 """
 
 
-def plot(scores: dict[str, VariantScores], file: Path) -> None:
-    """The share of finishes after which rank 1's longest step was at most so long, all variants in one picture."""
+def plot(worst_ms: dict[str, Sequence[float]], file: Path) -> None:
+    """The share of finishes after which rank 1's longest step was at most so long, all variants in one picture. Takes what
+    `as_json` keeps, so that the picture can be drawn again without a run."""
     # A machine with GPUs need not have it.
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: PLC0415
 
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for variant, of in scores.items():
-        worst = of.all_worst
-        label = f"{variant}: median {median(worst):.0f} ms, p99 {p99(worst):.0f} ms"
+    figure, axis = plt.subplots(figsize=(9, 6.2), layout="constrained")
+    for variant, values in worst_ms.items():
+        worst = np.asarray(values)
+        label = f"{LABELS[variant]}: median {median(worst):.0f}, p99 {p99(worst):.0f} ms"
         axis.ecdf(worst, color=COLOURS[variant], label=label, linewidth=1.8, linestyle=STYLES.get(variant, "-"))
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlim(left=0)
     axis.set_xlabel(f"longest of rank 1's {WINDOW} steps after a finish on rank 0, ms")
     axis.set_ylabel("share of finishes")
     axis.set_title("What a finish on one rank does to the steps of another", loc="left")
     axis.grid(True, color="#e4e4e4", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    figure.legend(frameon=False, loc="outside lower center")
     figure.savefig(file, dpi=110)
     plt.close(figure)

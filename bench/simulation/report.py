@@ -9,9 +9,18 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter
 
 COLOURS = {"delta": "tab:blue", "full": "tab:red", "stream": "tab:green"}
+MARKERS = {"delta": "o", "full": "s", "stream": "^"}
+LABELS = {
+    "delta": "delta: the rows of a turn",
+    "full": "full: the whole history with every answer",
+    "stream": "stream: delta, and each token's text at once",
+}
 FORWARD = "20"
+# Milliseconds of a step, by line.
+NEEDED = {"10": ":", "20": "--", "50": "-."}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -23,7 +32,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     parts = [
         "# Simulation of the output side\n\n`python bench/simulate.py`, see [docs/scaling.md](../../docs/scaling.md).\n"
         f"{result['machine']}; one thread copies {result['copy_bytes_s'] / 1e9:.1f} GB/s.",
-        "CPU milliseconds of the output processor a step; before/after alternate every ten steps of one run.",
+        "CPU milliseconds of the output processor a step. `before`: records filed segment by segment and every slice "
+        "copied twice (`bench/simulation/before.py`), in turns of ten steps of one run.",
         _costs(result["runs"]),
         f"With a forward of {FORWARD} ms: rows/s needed and possible, the lag when steps end, and the dp size where one "
         "output processor would be busy all the time.",
@@ -132,36 +142,35 @@ def _live(live: list[dict[str, Any]]) -> str:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    figure, (rates, lags) = plt.subplots(1, 2, figsize=(13, 5.4))
+    """The ledger as it is; the tables have the slow one too."""
+    figure, (rates, lags) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     by_variant: dict[str, list[dict[str, Any]]] = {}
     for run in result["runs"]:
         by_variant.setdefault(run["variant"], []).append(run)
     first = next(iter(by_variant.values()))
     sizes = [run["dp"] for run in first]
-    for ms, style in (("10", ":"), ("20", "--"), ("50", "-.")):
-        needed = [run["needed_rows_s"][ms] for run in first]
-        rates.plot(sizes, needed, style, color="black", label=f"needed, step of {ms} ms")
     for variant, runs in by_variant.items():
-        colour = COLOURS[variant]
-        rates.plot(sizes, [run["output"]["capacity_rows_s"] for run in runs], "o-", color=colour, label=f"{variant}")
-        if all(run["output_before"] for run in runs):
-            before = [run["output_before"]["capacity_rows_s"] for run in runs]
-            rates.plot(sizes, before, "x-", color=colour, alpha=0.35, label=f"{variant}, before")
-            behind = [1e3 * run["lag_before"][FORWARD]["behind_s"] for run in runs]
-            lags.plot(sizes, behind, "x-", color=colour, alpha=0.35, label=f"{variant}, before")
-        behind = [1e3 * run["lag"][FORWARD]["behind_s"] for run in runs]
-        lags.plot(sizes, behind, "o-", color=colour, label=variant)
-    lags.axhline(float(FORWARD), color="black", linestyle="--", label=f"one step of {FORWARD} ms")
-    rates.set_ylabel("rows/s")
-    rates.set_title("Rows/s needed, and what one output processor can file and ship")
-    lags.set_ylabel("ms from a step's end to its rows filed and shipped, median")
-    lags.set_title(f"Lag with a forward of {FORWARD} ms (ring of 8 slots)")
+        look = {"color": COLOURS[variant], "marker": MARKERS[variant]}
+        rates.plot(sizes, [run["output"]["capacity_rows_s"] for run in runs], label=LABELS[variant], **look)
+        lags.plot(sizes, [1e3 * run["lag"][FORWARD]["behind_s"] for run in runs], **look)
+    for ms, style in NEEDED.items():
+        needed = [run["needed_rows_s"][ms] for run in first]
+        rates.plot(sizes, needed, style, color="black", marker=".", label=f"needed with a step of {ms} ms")
+    lags.axhline(float(FORWARD), color="black", linestyle=NEEDED[FORWARD])
+    lags.annotate(f"one step, {FORWARD} ms", (sizes[0], float(FORWARD)), (0, 4), textcoords="offset points")
+    rates.set(title="Rows that one output processor files and ships", ylabel="rows/s")
+    lags.set(title=f"How far it is behind, with a step of {FORWARD} ms", ylabel="ms behind, median")
     for axis in (rates, lags):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(plain))
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.set_xlabel("dp ranks, 8 requests each")
         axis.grid(True, which="both", alpha=0.25)
-        axis.legend(fontsize=8, ncols=2)
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file, dpi=110)
+
+
+def plain(value: float, _: int) -> str:
+    """A tick of a logarithmic axis: no power of ten."""
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"

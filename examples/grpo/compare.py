@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -26,6 +27,8 @@ from machine import describe, write_result  # noqa: E402
 from options import EARLY, parse_options  # noqa: E402
 
 MODES = {"replayed": ("routes replayed", [], "tab:blue"), "own": ("own routes", ["--no-replay"], "tab:orange")}
+# The rewards of both lie on each other.
+STYLES = {"replayed": "-", "own": "--"}
 # Steps at either end over which a run's reward is averaged.
 EDGE = 5
 Log = list[dict[str, Any]]
@@ -75,22 +78,27 @@ def table(runs: dict[tuple[str, int], Log]) -> str:
 
 
 def plot(runs: dict[tuple[str, int], Log], file: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, key, title in zip(
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for axis, key, label in zip(
         axes, ("reward", "mismatch_kl"), ("reward: share of right turns", "KL(engine || trainer)"), strict=True
     ):
-        for mode, (label, _, color) in MODES.items():
+        for mode, (_, _, color) in MODES.items():
             logs = [log for (own_mode, _), log in runs.items() if own_mode == mode]
             for log in logs:
-                axis.plot(
-                    [step["step"] for step in log], [step[key] for step in log], color=color, alpha=0.25, linewidth=1
-                )
+                numbers, values = [step["step"] for step in log], [step[key] for step in log]
+                axis.plot(numbers, values, color=color, alpha=0.25, linewidth=1)
             means = [statistics.fmean(step[key] for step in steps) for steps in zip(*logs, strict=False)]
-            axis.plot(range(1, len(means) + 1), means, color=color, linewidth=2, label=f"{label}, mean of {len(logs)}")
-        axis.set(xlabel="step", title=title)
+            axis.plot(range(1, len(means) + 1), means, color=color, linestyle=STYLES[mode], linewidth=2)
+        axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.legend()
     axes[1].set_yscale("log")
+    num_seeds = len({seed for _, seed in runs})
+    lines = [
+        Line2D([], [], color=color, linestyle=STYLES[mode], linewidth=2, label=f"{label}, mean of {num_seeds} seeds")
+        for mode, (label, _, color) in MODES.items()
+    ]
+    lines.append(Line2D([], [], color="grey", alpha=0.5, linewidth=1, label="thin: single seeds"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=110)
 
 

@@ -51,6 +51,8 @@ LABELS = {
 }
 # `off2` lies on `off`.
 STYLES = {"off2": "--"}
+# Beyond it the short ones would be one line on a linear axis.
+MAX_LINEAR_RATIO = 10
 
 
 @dataclass
@@ -226,13 +228,21 @@ def plot(worst_ms: dict[str, Sequence[float]], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415
 
     figure, axis = plt.subplots(figsize=(9, 6.2), layout="constrained")
     for variant, values in worst_ms.items():
         worst = np.asarray(values)
-        label = f"{LABELS[variant]}: median {median(worst):.0f}, p99 {p99(worst):.0f} ms"
+        label = f"{LABELS[variant]}: median {median(worst):.3g}, p99 {p99(worst):.3g} ms"
         axis.ecdf(worst, color=COLOURS[variant], label=label, linewidth=1.8, linestyle=STYLES.get(variant, "-"))
-    axis.set_xlim(left=0)
+    shortest, longest = (of([of(values) for values in worst_ms.values()]) for of in (min, max))
+    if longest > MAX_LINEAR_RATIO * shortest:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_xlim(left=0)
     axis.set_xlabel(f"longest of rank 1's {WINDOW} steps after a finish on rank 0, ms")
     axis.set_ylabel("share of finishes")
     axis.set_title("What a finish on one rank does to the steps of another", loc="left")

@@ -301,7 +301,7 @@ def test_a_failed_start_says_why(checkpoint: str, tmp_path: Path) -> None:
 
 
 def start_server(*options: str) -> subprocess.Popen[bytes]:
-    command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", "--tp", "1", *options]
+    command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", "--tp", "1", "--kv-cache-tokens", "8192", *options]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

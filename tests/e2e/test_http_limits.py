@@ -17,6 +17,8 @@ from support.server_process import ROOT, ServerProcess
 
 pytestmark = pytest.mark.alone
 
+# A quarter of the machine's memory, which is what a server takes if nothing is said, takes seconds to fill.
+SMALL = ("--tp", "1", "--kv-cache-tokens", "8192")
 LONG = {"temperature": 0.0, "max_new_tokens": 2000, "ignore_eos": True}
 SECRET = "key-of-the-limits-test"
 KEY = {"Authorization": f"Bearer {SECRET}"}
@@ -26,8 +28,8 @@ KEY = {"Authorization": f"Bearer {SECRET}"}
 def guarded() -> Iterator[ServerProcess]:
     """One rank, no routing, a key, and room for little."""
     server = ServerProcess(
-        *("--tp", "1", "--max-running-requests", "2", "--max-waiting-requests", "1", "--max-body-bytes", "4096"),
-        *("--host", "127.0.0.2", "--kv-cache-tokens", "8192", "--claim-ttl", "0.1"),
+        *(*SMALL, "--max-running-requests", "2", "--max-waiting-requests", "1", "--max-body-bytes", "4096"),
+        *("--host", "127.0.0.2", "--claim-ttl", "0.1"),
         *("--api-key", SECRET, "--header-timeout", "1.5", "--max-connections", "20", "--allow-host", "waybill.example"),
     )
     yield server
@@ -118,7 +120,7 @@ def test_too_many_requests_are_told_to_come_back(guarded: ServerProcess) -> None
 
 
 def test_a_claim_expires() -> None:
-    server = ServerProcess("--tp", "1", "--enable-return-routed-experts", "--claim-ttl", "0.2")
+    server = ServerProcess(*SMALL, "--enable-return-routed-experts", "--claim-ttl", "0.2")
     try:
         body = {"input_ids": [5, 6], "return_routed_experts": True, "routed_experts_delivery": "reference"}
         claim = httpx.post(f"{server.url}/generate", json=body).json()["meta_info"]["routed_experts_claim"]
@@ -145,7 +147,7 @@ def test_a_claim_expires() -> None:
 
 
 def test_what_outlasts_the_bound_is_aborted_and_answers() -> None:
-    server = ServerProcess("--tp", "1", "--shutdown-timeout", "1")
+    server = ServerProcess(*SMALL, "--shutdown-timeout", "1")
     answers: list[Any] = []
 
     def run() -> None:
@@ -181,14 +183,14 @@ def test_mistakes_on_the_command_line_are_said_at_once(arguments: list[str], wor
 
 def test_a_busy_port_is_named(guarded: ServerProcess) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
-    command = [str(ROOT / "torchrun.sh"), "serve", "--tp", "1", "--host", host, "--port", port]
+    command = [str(ROOT / "torchrun.sh"), "serve", *SMALL, "--host", host, "--port", port]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert ended.returncode != 0
     assert f"--port {port}: Address already in use" in ended.stderr
 
 
 def test_a_server_that_is_told_to_stop_while_it_starts_does() -> None:
-    command = [str(ROOT / "torchrun.sh"), "serve", "--tp", "1", "--port", "0"]
+    command = [str(ROOT / "torchrun.sh"), "serve", *SMALL, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     time.sleep(2.5)
     process.terminate()

@@ -41,7 +41,7 @@ LAYOUTS = [{"tp_size": 2, "overlap_depth": 1}, {"tp_size": 1, "dp_size": 2, "ove
 @pytest.fixture(scope="module", params=LAYOUTS, ids=["tp 2", "dp 2"])
 def engine(request: pytest.FixtureRequest, checkpoint: str) -> Iterator[Engine]:
     options = {"dtype": "float32", "enable_return_routed_experts": True, "page_size": 4, "chunked_prefill_size": 8}
-    with Engine(checkpoint, **options, **request.param) as engine:
+    with Engine(checkpoint, kv_cache_tokens=8192, **options, **request.param) as engine:
         yield engine
 
 

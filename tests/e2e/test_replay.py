@@ -49,7 +49,8 @@ class Rollout:
 @pytest.fixture(scope="module")
 def rollouts() -> list[Rollout]:
     """Sampled multi-turn conversations in float32 on two ranks."""
-    with Engine(str(CHECKPOINT), tp_size=2, dtype="float32", enable_return_routed_experts=True) as engine:
+    options = {"dtype": "float32", "enable_return_routed_experts": True, "kv_cache_tokens": 8192}
+    with Engine(str(CHECKPOINT), tp_size=2, **options) as engine:
         conversations = [Rollout() for _ in range(NUM_CONVERSATIONS)]
         tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
         for turn in TURNS:

@@ -1,16 +1,17 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
+# Else each of the processes that tests start would compile the sources that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
 
-# On two workers, of which each runs whole files; then what is sensitive to others on the machine.
+# On two workers, of which each has half of the cores. Those that share an engine or a server run on one of them.
 test: venv
 	$(PYTEST) tests/unit -n 2 -q -m "not matrix and not gpu" --durations=5
-	$(PYTEST) tests/distributed tests/e2e -n 2 --dist loadscope -q -m "not matrix and not gpu and not nodes and not alone" --durations=10
-	$(PYTEST) tests/e2e -q -m "alone and not gpu" --durations=5
+	$(PYTEST) tests/distributed tests/e2e -n 2 --dist loadscope -q -m "not matrix and not gpu and not nodes" --durations=10
 
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv

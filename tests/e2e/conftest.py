@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.server_process import ServerProcess
+from xdist.scheduler import LoadScopeScheduling
 
 from waybill.engine.routing.transformers_reference import Reference
 
@@ -17,7 +19,40 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     os.sched_setaffinity(0, cores[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)
 
+# Files whose tests share the server that is made here.
+WITH_SERVER = {
+    "test_api_docs.py",
+    "test_exposure.py",
+    "test_http_control.py",
+    "test_http_fuzz.py",
+    "test_http_native.py",
+    "test_http_openai.py",
+    "test_nodes.py",
+    "test_not_finite.py",
+}
+# Files whose tests start what they need, each for itself; the long ones first.
+INDEPENDENT = ("test_reference_equality.py", "test_death.py")
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+
+
+class SharedEngines(LoadScopeScheduling):
+    """One worker runs all tests that share an engine or a server, of a file or of several."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.partition("::")[0]).name
+        if name in INDEPENDENT:
+            return nodeid
+        return "server" if name in WITH_SERVER else name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedEngines:
+    return SharedEngines(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Single tests come last, when they go to whichever worker is free."""
+    items.sort(key=lambda item: INDEPENDENT.index(item.path.name) if item.path.name in INDEPENDENT else -1)
 
 
 @pytest.fixture(scope="session")

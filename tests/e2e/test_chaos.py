@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
 from chaos.catalogue import make_questions
 from chaos.deadly_trial import run_deadly
 from chaos.deck import Trial
@@ -14,8 +13,6 @@ from chaos.service import Shape
 from chaos.shared_services import SharedService
 from chaos.witness import Judge
 from support.serial_run import SerialAnswer, SerialRun, greedy
-
-pytestmark = pytest.mark.alone
 
 KINDS = ("fuzzed bodies", "claim frames")
 SHAPE = Shape("server", 1, True)

@@ -319,7 +319,6 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
     return nanoseconds / 1e9
 
 
-@pytest.mark.alone
 def test_idle_ranks_use_no_cpu(engine: Engine) -> None:
     engine.generate(input_ids=ids("the last one"), sampling_params=greedy(3))
     at_rest(engine)

@@ -24,8 +24,6 @@ from support.server_process import ROOT, ServerProcess
 from waybill import Engine, EngineDeadError
 from waybill.launch.run_dir import RunDir
 
-pytestmark = pytest.mark.alone
-
 DEADLINE_S = 10.0
 START_S = 120.0
 # A process that was stopped is noticed after so long, and all have ended some seconds later.

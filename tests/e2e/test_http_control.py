@@ -140,7 +140,9 @@ def test_fields_of_the_dialect(control: EngineControl, http: httpx.Client, check
         control.destroy_weights_update_group("nobody")
 
 
-def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors) -> None:
+def test_a_trainer_crashes(
+    control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors, tmp_path: Path
+) -> None:
     """Between two buckets of one update: 503 with the reason, until a complete one has come."""
     started = generate(http).json()["output_ids"]
     port, names = free_port("127.0.0.1"), list(other)
@@ -180,12 +182,8 @@ def test_a_trainer_crashes(control: EngineControl, http: httpx.Client, base: Ten
     assert "waybill_blocked 1.0" in http.get("/metrics").text
     assert http.get("/health").status_code == 200
     assert http.get("/health_generate").status_code == 503
-    path = f"/dev/shm/waybill-test-{port}.safetensors"
-    save_file(base, path)
-    try:
-        control.update_weights_from_file(path, weight_version="healed")
-    finally:
-        Path(path).unlink()
+    save_file(base, tmp_path / "base.safetensors")
+    control.update_weights_from_file(str(tmp_path / "base.safetensors"), weight_version="healed")
     assert generate(http).json()["output_ids"] == started
     assert "waybill_blocked 0.0" in http.get("/metrics").text
 

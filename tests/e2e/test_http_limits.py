@@ -15,8 +15,6 @@ import psutil
 import pytest
 from support.server_process import ROOT, ServerProcess
 
-pytestmark = pytest.mark.alone
-
 # A quarter of the machine's memory, which is what a server takes if nothing is said, takes seconds to fill.
 SMALL = ("--tp", "1", "--kv-cache-tokens", "8192")
 LONG = {"temperature": 0.0, "max_new_tokens": 2000, "ignore_eos": True}

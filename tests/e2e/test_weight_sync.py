@@ -22,8 +22,6 @@ from waybill.engine.weight_sync.checksum import checksum
 from waybill.engine.weight_sync.sender import WeightSender, free_port, gathered_tensors
 from waybill.engine.weight_sync.update_group import UpdateGroup
 
-pytestmark = pytest.mark.alone
-
 HERE = "127.0.0.1"
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
 LONG = {**GREEDY, "max_new_tokens": 60}

@@ -298,8 +298,11 @@ def test_a_failed_start_says_why(checkpoint: str, tmp_path: Path) -> None:
         Engine(str(broken), tp_size=1)
 
 
-def start_server(*options: str) -> subprocess.Popen[bytes]:
-    command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", "--tp", "1", "--kv-cache-tokens", "8192", *options]
+SMALL = ("--tp", "1", "--kv-cache-tokens", "8192")
+
+
+def start_server() -> subprocess.Popen[bytes]:
+    command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", *SMALL]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -359,10 +362,13 @@ def test_the_frontend_of_a_server_is_killed(temporary: Path) -> None:
     assert all_gone(processes)
 
 
-def test_a_server_whose_port_is_taken_leaves_nothing() -> None:
+def test_a_server_whose_port_is_taken_names_it_and_leaves_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        server = start_server("--port", str(other.getsockname()[1]))
-        assert server.wait(START_S) != 0
+        port = other.getsockname()[1]
+        command = [str(ROOT / "torchrun.sh"), "serve", *SMALL, "--port", str(port)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert ended.returncode != 0
+    assert f"--port {port}: Address already in use" in ended.stderr
 
 
 def test_the_next_run_removes_what_nobody_could(checkpoint: str, temporary: Path, tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
-"""Set-up that must come before any test: threads, and Triton, whose kernels run in its interpreter without a GPU."""
+"""Set-up before any test: threads, Hypothesis, and Triton, whose kernels run in its interpreter without a GPU."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from hypothesis import settings
+
+# A machine that is busy elsewhere is no fault of the test's.
+settings.register_profile("waybill", deadline=None)
+settings.load_profile("waybill")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of theirs would wait for each other.

@@ -27,6 +27,9 @@ import msgspec
 
 from .routing.geometry import RouteGeometry
 
+# Below it a token is chosen greedily.
+GREEDY_TEMPERATURE = 1e-5
+
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are chosen. Validated at the edge; the names are those of the field's `/generate`."""
@@ -46,6 +49,19 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     # The frontend draws one where the caller gives none, so that a retracted request samples the same tokens again.
     sampling_seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a random choice is among some of the tokens alone."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
 class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):

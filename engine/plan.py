@@ -47,17 +47,30 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
         return len(self.prompt_logprob_ids) // TOKEN_BYTES
 
 
+class Draw(msgspec.Struct, frozen=True, array_like=True):
+    """What one token is sampled by where nothing but a temperature is asked for: 0 chooses the best token, greedily."""
+
+    temperature: float
+    seed: int
+    position: int  # of the token in the output
+    with_logprob: bool = False
+
+
 class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """The plan of one step. Rows of the step's tensors follow the order of `reqs`.
 
     `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens. With
     several dp ranks `is_decode` says that all of them decode or have nothing to do in this step.
+
+    `draws` are those of the requests that sample, in order, if each of them asks for a temperature alone: then every rank
+    chooses among the logits that it holds, and nobody gathers them.
     """
 
     step: int
     reqs: list[ScheduledReq]
     num_rows: int = 0
     is_decode: bool = False
+    draws: list[Draw] = []
 
     @property
     def num_tokens(self) -> int:

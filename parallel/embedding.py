@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .collectives import all_gather, all_reduce, gather
+from .collectives import all_reduce, gather
 from .mesh import Axis
 from .weight_format import WeightFormat
 from .weights import ShardedWeight
@@ -49,29 +49,26 @@ class VocabParallelEmbedding(VocabShard):
 
 
 class ParallelLMHead(VocabShard):
-    """Hidden states [N, D] -> logits [N, V] on the axis' rank 0, which samples; None on the others.
+    """Hidden states [N, D] to this rank's columns of the logits [N, V], and those to all columns on the axis' rank 0."""
 
-    With `gather_to_all` every rank gets them.
-    """
-
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        axis: Axis,
-        *,
-        gather_to_all: bool = False,
-        weight_format: WeightFormat,
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, *, weight_format: WeightFormat) -> None:
         super().__init__(vocab_size, hidden_size, axis, weight_format=weight_format)
-        self._gather_to_all = gather_to_all
         self._linear = weight_format.linear()
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's rows, which are sharded alike."""
         self.weight = embedding.weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        local = self._linear(hidden, self.weight, None)
-        logits = all_gather(local, self._axis, dim=-1) if self._gather_to_all else gather(local, self._axis, dim=-1)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of this rank's tokens, [N, V / n], padding of the vocabulary included."""
+        return self._linear(hidden, self.weight, None)
+
+    def gather(self, local: torch.Tensor) -> torch.Tensor | None:
+        """All columns [N, V] on rank 0; None on the others. Every rank must call it."""
+        logits = gather(local, self._axis, dim=-1)
         return None if logits is None else logits[:, : self._full[0]]
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """The first token that this rank has a column for, and how many there are without padding."""
+        return self._first, max(0, min(self._full[0] - self._first, self._num_rows))

@@ -44,8 +44,17 @@ class CausalLM(Protocol):
         """A step's tokens to hidden states [T, D]; every MoE layer tells `recorder` the ids it chose."""
         ...
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """[N, D] -> [N, V] on tp rank 0, None elsewhere; every tp rank must call it."""
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> this rank's columns [N, V / n]."""
+        ...
+
+    def gather_logits(self, local: torch.Tensor) -> torch.Tensor | None:
+        """Those of all ranks, [N, V], on tp rank 0, None elsewhere; every tp rank must call it."""
+        ...
+
+    @property
+    def logit_columns(self) -> tuple[int, int]:
+        """The token of this rank's first column, and how many columns are tokens."""
         ...
 
     @property

@@ -164,8 +164,16 @@ class Qwen3MoeForCausalLM(nn.Module):
             normed, residual = following.add(added, residual)
         return batch.layout.gather(normed)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        return self.lm_head(hidden)
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits
+
+    def gather_logits(self, local: torch.Tensor) -> torch.Tensor | None:
+        return self.lm_head.gather(local)
+
+    @property
+    def logit_columns(self) -> tuple[int, int]:
+        return self.lm_head.columns
 
     def decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

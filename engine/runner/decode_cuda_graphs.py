@@ -32,7 +32,7 @@ def capture_sizes(max_rows: int) -> tuple[int, ...]:
 class DecodeGraph:
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor  # [3, T] int64: ids, positions, pool rows
-    logits: torch.Tensor | None  # [T, V]; None on tp ranks that do not sample
+    logits: torch.Tensor  # [T, V / n], this rank's columns
 
 
 class DecodeGraphs:
@@ -60,16 +60,16 @@ class DecodeGraphs:
             logits = self._forward(inputs)
         return DecodeGraph(graph, inputs, logits)
 
-    def _forward(self, inputs: torch.Tensor) -> torch.Tensor | None:
+    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
         parts = self._parts
         _, positions, rows = inputs
         kv_lens = (positions + 1).to(torch.int32)
         plan = parts.attention.plan_graph(parts.pool.page_table, rows, kv_lens, parts.page_size)
         return parts.model.compute_logits(parts.forward(inputs, parts.attention, plan))
 
-    def run(self, host: HostBatch, size: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Replay: logits [B, V] where tokens are sampled, valid until the next replay, and the requests' pool rows [B] on
-        the device."""
+    def run(self, host: HostBatch, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replay: this rank's columns of the logits [B, V / n], valid until the next replay, and the requests' pool rows
+        [B] on the device."""
         graph = self._graphs[size]
         num_reqs, num_tokens = len(host.req_rows), graph.inputs.shape[1]
         stage = self._stages[self._stage][: 3 * num_tokens].view(3, num_tokens)
@@ -79,5 +79,4 @@ class DecodeGraphs:
         values[:, :num_reqs] = host.input_ids, host.positions, host.req_rows
         graph.inputs.copy_(stage, non_blocking=True)
         graph.graph.replay()
-        logits = None if graph.logits is None else graph.logits[:num_reqs]
-        return logits, graph.inputs[2, :num_reqs]
+        return graph.logits[:num_reqs], graph.inputs[2, :num_reqs]

@@ -1,8 +1,8 @@
 """Executes plans on one rank; decides nothing.
 
-Every tp rank runs the same forward. The leader samples and broadcasts the tokens, so that ranks cannot drift apart by a
-rounding in the sampler; they stay on the device as the next step's input (`_last_token_ids`), whether or not the host
-has seen them yet.
+Every tp rank runs the same forward. All see the same tokens, so that they cannot drift apart: the leader samples and
+broadcasts them or, where a temperature is all that is asked for, the ranks choose together. They stay on the device as the
+next step's input (`_last_token_ids`), whether or not the host has seen them yet.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from ..kv_cache.kv_store import KVStore
 from ..kv_cache.page_pool import pages_for
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
 from ..models.causal_lm import CausalLM
-from ..plan import GraphSizes, NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
+from ..plan import Draw, GraphSizes, NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
 from ..routing.capturer import RoutedExpertsCapturer
 from ..routing.late_gather import LateRouteGather
 from .decode_cuda_graphs import DecodeGraphs
 from .decode_cuda_graphs import capture_sizes as decode_sizes
 from .graph_parts import GraphParts
+from .gumbel import select_choose
+from .plain_sampling import sample_plain
 from .prefill_cuda_graphs import PrefillGraphs
 from .prefill_cuda_graphs import capture_sizes as prefill_sizes
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
@@ -105,6 +107,7 @@ class ModelRunner:
         self._page_size = page_size
         self._capturer = capturer
         self._attention = make_attention_backend(attention_backend, mesh.device)
+        self._choose = select_choose(mesh.device)
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
@@ -178,7 +181,7 @@ class ModelRunner:
         sampling = [req for req in batch.reqs if req.sample]
         if sampling:
             logits = self.model.compute_logits(hidden[forwarded.sample_rows])
-            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling, are_finite)
+            sampled = self._sample(logits, forwarded.sampling_req_rows, sampling, batch.draws, are_finite)
         elif are_finite is not None:
             sampled = HostCopy(None, are_finite, self._mesh.device)
         scores = self._score_prompts(hidden, batch.reqs)
@@ -230,29 +233,43 @@ class ModelRunner:
         logits, req_rows = graphs.run(host, size)
         self._finish_replay()
         # A dp rank without requests is here for its experts alone.
-        sampled = self._sample(logits, req_rows, batch.reqs) if batch.reqs else None
+        sampled = self._sample(logits, req_rows, batch.reqs, batch.draws) if batch.reqs else None
         return LaunchedStep(sampled, host.sampling, [], {}, ring_seq)
 
     def _sample(
         self,
-        logits: torch.Tensor | None,
+        logits: torch.Tensor,
         req_rows: torch.Tensor,
         sampling: Sequence[ScheduledReq],
+        draws: Sequence[Draw],
         are_finite: torch.Tensor | None = None,
     ) -> HostCopy | None:
-        """Sample on the leader, which has logits [N, V]; every rank keeps the tokens for the rows [N] of its pool."""
-        copy = None
-        if logits is None:
-            token_ids = torch.empty(len(sampling), dtype=torch.int64, device=self._mesh.device)
+        """Sample by this rank's columns [N, V / n]; every rank keeps the tokens for the rows [N] of its pool, and the
+        leader sends them to the host."""
+        sampled: Sampled | None
+        if draws:
+            first, num_columns = self.model.logit_columns
+            sampled = sample_plain(logits[:, :num_columns], first, draws, self._mesh.tp, self._choose)
+            self._last_token_ids[req_rows] = sampled.token_ids
         else:
-            rows = [self._sampling_rows[req.row] for req in sampling]
-            sampled = sample(logits, rows)
+            sampled = self._sample_on_leader(self.model.gather_logits(logits), req_rows, sampling)
+        if not self.is_leader:
+            return None
+        for req in sampling:
+            self._sampling_rows[req.row].position += 1
+        return HostCopy(sampled, are_finite, self._mesh.device)
+
+    def _sample_on_leader(
+        self, logits: torch.Tensor | None, req_rows: torch.Tensor, sampling: Sequence[ScheduledReq]
+    ) -> Sampled | None:
+        """By all columns [N, V], which the leader has."""
+        sampled = None
+        token_ids = torch.empty(len(sampling), dtype=torch.int64, device=self._mesh.device)
+        if logits is not None:
+            sampled = sample(logits, [self._sampling_rows[req.row] for req in sampling])
             token_ids = sampled.token_ids
-            for row in rows:
-                row.position += 1
-            copy = HostCopy(sampled, are_finite, self._mesh.device)
         self._last_token_ids[req_rows] = broadcast(token_ids, self._mesh.tp)
-        return copy
+        return sampled
 
     def _score_prompts(self, hidden: torch.Tensor, reqs: list[ScheduledReq]) -> dict[int, PromptScores]:
         scores: dict[int, PromptScores] = {}
@@ -272,7 +289,7 @@ class ModelRunner:
         top: list[list[tuple[float, int]]] = []
         ids = torch.from_numpy(np.frombuffer(scheduled.prompt_logprob_ids, dtype="<i4").astype(np.int64))
         for block, targets in zip(hidden.split(SCORE_BLOCK_ROWS), ids.split(SCORE_BLOCK_ROWS), strict=True):
-            logits = self.model.compute_logits(block)
+            logits = self.model.gather_logits(self.model.compute_logits(block))
             if logits is not None:
                 num_top = self._sampling_rows[scheduled.row].options.top_logprobs_num
                 block_logprobs, block_top = score_tokens(logits, targets.to(logits.device), num_top)

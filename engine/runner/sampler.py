@@ -1,7 +1,8 @@
 """From logits to tokens: penalties, bias, temperature, top-k, top-p, min-p, and log-probabilities.
 
-Every random choice is a function of the request's seed and the output position alone, drawn on the host: a request
-samples the same tokens whatever else is in its batch, and again after a retraction.
+Every random choice is a function of the request's seed and the output position alone: a request samples the same tokens
+whatever else is in its batch, and again after a retraction. Without filters it is made by the Gumbel-max trick
+(`gumbel.py`), as ranks make it that sample without this file (`plain_sampling.py`).
 
 A row that leaves no choice - NaN or infinity among its scores, or every token banned - is found on the device, costs
 nobody else a bit, and gets a placeholder: the next step, which is launched before the host knows, reads a valid id.
@@ -19,8 +20,9 @@ import torch
 
 from ...parallel.host_to_device import to_device
 from ..io_struct import OutputOptions, SamplingParams, TopLogprobs
+from ..plan import Draw
+from .gumbel import select_choose
 
-GREEDY_TEMPERATURE = 1e-5
 # In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.
 NO_TOKEN = -1
 PLACEHOLDER = 0
@@ -57,15 +59,11 @@ class Sampled:
     top: list[tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=list)  # per row: values, ids
 
 
-def needs_counts(params: SamplingParams) -> bool:
-    return params.frequency_penalty != 0.0 or params.presence_penalty != 0.0 or params.repetition_penalty != 1.0
-
-
 def start_counts(
     row: SamplingRow, token_ids: np.ndarray, num_prompt: int, vocab_size: int, device: torch.device
 ) -> None:
     """Count prompt and output tokens known so far, for requests with penalties only."""
-    if not needs_counts(row.params):
+    if not row.params.has_penalties:
         return
     ids = torch.from_numpy(token_ids.astype(np.int64)).to(device)
     row.output_counts = torch.bincount(ids[num_prompt:], minlength=vocab_size).to(torch.float32)
@@ -88,18 +86,15 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     assert logits.shape[0] == len(rows)
     scores = logits.float()
     adjusted = _adjust(scores, rows)
-    random_rows = [
-        i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE and row.params.top_k != 1
-    ]
-    if len(random_rows) == len(rows):
-        outcomes = _draw(adjusted, rows)
+    filtered = [i for i, row in enumerate(rows) if row.params.is_filtered]
+    if len(filtered) == len(rows):
+        outcomes = _draw_filtered(adjusted, rows)
     else:
-        best, best_ids = adjusted.max(dim=-1)
-        # The maximum is NaN where anything is; infinite where one score is, or where all are banned.
-        outcomes = torch.where(best.abs() < torch.inf, best_ids, NO_TOKEN)
-        if random_rows:
-            where = to_device(random_rows, logits.device)
-            outcomes[where] = _draw(adjusted[where], [rows[i] for i in random_rows])
+        choice = select_choose(logits.device)(adjusted, 0, [_draw_of(row) for row in rows])
+        outcomes = torch.where(choice.scores.abs() < torch.inf, choice.token_ids, NO_TOKEN)
+        if filtered:
+            where = to_device(filtered, logits.device)
+            outcomes[where] = _draw_filtered(adjusted[where], [rows[i] for i in filtered])
     token_ids = outcomes.clamp(min=PLACEHOLDER)
     for i, row in enumerate(rows):
         if row.output_counts is not None and row.seen is not None:
@@ -138,26 +133,23 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     return adjusted
 
 
-def _draw(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _draw_of(row: SamplingRow) -> Draw:
+    """Of a row without filters; of another one its best token will do."""
+    is_random = not row.params.is_greedy and not row.params.is_filtered
+    return Draw(row.params.temperature if is_random else 0.0, row.params.sampling_seed, row.position)
+
+
+def _draw_filtered(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Sample by inverting the cumulative distribution after temperature and filters: [B', V] -> outcomes [B'] int64."""
     device = scores.device
     temperatures = to_device([row.params.temperature for row in rows], device)
     probs = torch.softmax(scores / temperatures[:, None], dim=-1)
     points = to_device([uniform(row.params.sampling_seed, row.position) for row in rows], device, torch.float64)
-    filtered = [i for i, row in enumerate(rows) if is_filtered(row.params)]
-    # A row's way depends on its own parameters alone: orders differ, and so would the token that a point falls on.
-    token_ids = probs.new_empty(len(rows), dtype=torch.int64) if len(filtered) == len(rows) else _invert(probs, points)
-    if filtered:
-        where = to_device(filtered, device)
-        ordered, order = probs[where].sort(dim=-1, descending=True)
-        picked = _invert(_filter(ordered, [rows[i] for i in filtered]), points[where])
-        token_ids[where] = order.gather(1, picked[:, None]).squeeze(1)
+    ordered, order = probs.sort(dim=-1, descending=True)
+    picked = _invert(_filter(ordered, rows), points)
+    token_ids = order.gather(1, picked[:, None]).squeeze(1)
     # A row whose sum is no number is NaN as a whole: any of its probabilities tells.
     return torch.where(probs[:, 0] >= 0, token_ids, NO_TOKEN)
-
-
-def is_filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def _filter(ordered: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -10,6 +10,7 @@ known to the host          [0, seqlen), where seqlen = prompt + committed output
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
@@ -110,6 +111,13 @@ class Req:
         if self.params.max_new_tokens == 0:
             return self.num_remaining == 0
         return self.num_sampled == self.params.max_new_tokens
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether its tokens depend on nothing but the logits, a temperature, and what is drawn."""
+        params = self.params
+        is_adjusted = params.has_penalties or bool(params.logit_bias)
+        return not is_adjusted and not params.is_filtered and self.options.top_logprobs_num == 0
 
     @property
     def order(self) -> tuple[int, int]:

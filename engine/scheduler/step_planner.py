@@ -7,10 +7,11 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
-from ..plan import ScheduleBatch, ScheduledReq
+from ..plan import Draw, ScheduleBatch, ScheduledReq
 from .agreement import ForwardMode
 from .leader_setup import StepShape
 from .page_manager import PageManager
@@ -50,7 +51,22 @@ class StepPlan:
         return ForwardMode.DECODE if are_decodes else ForwardMode.PREFILL
 
     def to_batch(self, step: int, shape: StepShape) -> ScheduleBatch:
-        return ScheduleBatch(step, [item.scheduled for item in self.planned], shape.num_rows, shape.is_decode)
+        reqs = [item.scheduled for item in self.planned]
+        return ScheduleBatch(step, reqs, shape.num_rows, shape.is_decode, plain_draws(self.planned))
+
+
+def plain_draws(planned: Sequence[PlannedReq]) -> list[Draw]:
+    """Of the requests that sample, if none of them asks for more than a temperature and the token's log-probability."""
+    draws = []
+    for item in planned:
+        if item.scheduled.sample:
+            req = item.req
+            position = item.scheduled.start + item.scheduled.num_tokens - req.num_prompt_tokens
+            if not req.is_plain or position < req.params.min_new_tokens:
+                return []
+            temperature = 0.0 if req.params.is_greedy else req.params.temperature
+            draws.append(Draw(temperature, req.params.sampling_seed, position, req.options.return_logprob))
+    return draws
 
 
 class StepPlanner:

@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from waybill.engine.io_struct import OutputOptions, SamplingParams
+from waybill.engine.plan import Draw
+from waybill.engine.runner.gumbel import choose_torch
+from waybill.engine.runner.plain_sampling import sample_plain
+from waybill.engine.runner.sampler import NO_TOKEN, SamplingRow, sample
 from waybill.parallel.collectives import all_gather, all_reduce, broadcast, gather, reduce_scatter
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -145,13 +150,41 @@ def check_vocabulary(axis: Axis) -> None:
     head = ParallelLMHead(vocab_size, hidden, axis, **OPTIONS)
     head.tie(embedding)
     x = torch.randn(4, hidden)
-    logits = head(x)
+    local = head(x)
+    expected = F.linear(x, weight)
+    first, count = head.columns
+    assert_close(local[:, :count], expected[:, first : first + count])
+    logits = head.gather(local)
     assert (logits is None) == (axis.rank > 0)
     if logits is not None:
-        assert_close(logits, F.linear(x, weight))
-    everyones = ParallelLMHead(vocab_size, hidden, axis, gather_to_all=True, **OPTIONS)
-    everyones.sharded_weight().load(weight)
-    assert_close(everyones(x), F.linear(x, weight))
+        assert_close(logits, expected)
+    check_plain_sampling(local[:, :count], first, expected, axis)
+
+
+def check_plain_sampling(local: torch.Tensor, first: int, logits: torch.Tensor, axis: Axis) -> None:
+    """Ranks that choose together against one that has all columns: tokens, what is no choice, log-probabilities."""
+    draws = [Draw(0.0, 0, 0, True), Draw(1.0, 5, 3, True), Draw(0.3, 2**64 - 1, 10**6), Draw(1.0, 5, 3)]
+    spoilt = [logits.clone(), logits.clone()]
+    spoilt[0][1, 8], spoilt[1][2] = float("nan"), -float("inf")
+    for whole in (logits, *spoilt):
+        mine = whole[:, first : first + local.shape[1]]
+        found = sample_plain(mine, first, draws, axis, choose_torch)
+        rows = [
+            SamplingRow(
+                SamplingParams(temperature=draw.temperature, sampling_seed=draw.seed),
+                OutputOptions(return_logprob=draw.with_logprob),
+                (),
+                position=draw.position,
+            )
+            for draw in draws
+        ]
+        expected = sample(whole, rows)
+        assert torch.equal(found.outcomes, expected.outcomes) and torch.equal(found.token_ids, expected.token_ids)
+        assert found.logprobs is not None and expected.logprobs is not None
+        asking = [i for i, draw in enumerate(draws) if draw.with_logprob and found.outcomes[i] != NO_TOKEN]
+        assert_close(found.logprobs[asking], expected.logprobs[asking])
+        everyones = all_gather(found.token_ids[None], axis)
+        assert torch.equal(everyones, found.token_ids.expand_as(everyones))
 
 
 def check_moe_layer(axis: Axis, split: str) -> None:

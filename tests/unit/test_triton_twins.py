@@ -23,6 +23,9 @@ from waybill.engine.attention.torch_reference import TorchReferenceAttention
 from waybill.engine.attention.triton_paged import TritonPagedAttention
 from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
 from waybill.engine.models.norm_rope_triton import TritonLayerOps
+from waybill.engine.plan import Draw
+from waybill.engine.runner.gumbel import choose_torch as choose_token_torch
+from waybill.engine.runner.gumbel_triton import choose_triton as choose_token_triton
 from waybill.parallel.linear_triton import linear_triton
 from waybill.parallel.moe.experts import experts_by_group, experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
@@ -301,3 +304,18 @@ def test_gather_of_routed_rows_over_symmetric_memory(dtype: torch.dtype, in_pack
         assert torch.equal(record, world_ids[1:5].to(torch.uint8))
         sent = words_of(hidden[0], masked, weights[0])
         assert torch.equal(other.received(rows, sent.shape[1], call), sent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_columns", "first"), [(50, 0), (4100, 13)])
+def test_choice_of_tokens(dtype: torch.dtype, num_columns: int, first: int) -> None:
+    """The noise has the same bits; a score may differ in its last ones."""
+    logits = normal(6, num_columns + 3, dtype=dtype)[:, :num_columns]
+    logits[3, 7], logits[4], logits[2, 5] = float("nan"), float("-inf"), float("-inf")
+    logits[0, [9, 40]] = 30.0
+    draws = [Draw(0.0, 1, 0), Draw(1.0, 2**64 - 1, 3), Draw(0.7, 12345, 10**6), Draw(1.0, 5, 5), Draw(1.0, 5, 5)]
+    draws.append(Draw(1e-5, 6, 0))
+    expected, found = (choose(logits, first, draws) for choose in (choose_token_torch, choose_token_triton))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
+    there = [0, 1, 2, 4, 5]
+    assert torch.equal(found.token_ids[there], expected.token_ids[there])

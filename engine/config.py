@@ -57,7 +57,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Option("over the ranks: whole experts (ep), or a slice of every expert's inner width (tp)", choices=MOE_SPLITS),
     ] = "ep"
     moe_dispatcher: Annotated[
-        str, Option("how tokens reach their experts where there are several dp ranks", choices=MOE_DISPATCHERS)
+        str,
+        Option(
+            "how tokens reach their experts where there are several dp ranks; in CUDA graphs, within a node, all_to_all is "
+            "all_gather",
+            choices=MOE_DISPATCHERS,
+        ),
     ] = "all_gather"
     collectives_backend: Annotated[
         str,

@@ -59,8 +59,9 @@ class Draw(msgspec.Struct, frozen=True, array_like=True):
 class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """The plan of one step. Rows of the step's tensors follow the order of `reqs`.
 
-    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens. With
-    several dp ranks `is_decode` says that all of them decode or have nothing to do in this step.
+    `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens.
+    `is_decode` says that all ranks decode - one token of each request, and another one sampled for it - or have nothing to
+    do.
 
     `draws` are those of the requests that sample, in order, if each of them asks for a temperature alone: then every rank
     chooses among the logits that it holds, and nobody gathers them.
@@ -96,6 +97,14 @@ class GraphSizes:
         """Rows to run a step of `num_rows` with: where a graph serves it, the graph's."""
         size = self.for_decode(num_rows) if is_decode else None
         return size or self.for_prefill(num_rows) or num_rows
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What is the same on all ranks of the world; see `ScheduleBatch`."""
+
+    num_rows: int = 0
+    is_decode: bool = False
 
 
 class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):

@@ -135,6 +135,8 @@ def make_runner(
     recorder: RoutedExpertsCapturer | LateRouteGather | None,
 ) -> ModelRunner:
     """What executes plans over a model and its cache; its graphs are recorded here."""
+    # Under graphs all-to-all is an all-gather, see `Dispatcher.fixed`: between nodes that would carry too much.
+    is_uneven = mesh.dp.size > 1 and config.moe_dispatcher == "all_to_all" and mesh.node.size < mesh.world.size
     return ModelRunner(
         mesh,
         model,
@@ -145,7 +147,7 @@ def make_runner(
         context_length=context_length,
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
-        use_graphs=config.experts_backend != "torch_reference",
+        use_graphs=config.experts_backend != "torch_reference" and not is_uneven,
         capturer=recorder,
     )
 

@@ -23,7 +23,7 @@ from ..engine.ipc.heartbeat import Heartbeat
 from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
 from ..engine.ipc.lifeline import Lifeline, watch_lifeline
 from .rendezvous import register
-from .run_dir import agent_lifeline, caller_lifeline, remove_run_dir
+from .run_dir import TEMPORARY, agent_lifeline, caller_lifeline, remove_run_dir
 
 SIGNAL_EXIT_BASE = 128
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -57,7 +57,7 @@ def run_agent(run_dir: str, arguments: list[str]) -> int:
 
 def use_temporary_folder(run_dir: str) -> None:
     """What the run's processes leave in the middle of their work, a compiler's files say, goes with the run's folder."""
-    temporary = Path(run_dir) / "tmp"
+    temporary = Path(run_dir) / TEMPORARY
     temporary.mkdir(mode=0o700, exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     # torch makes this one when parts of it are imported, by default in the temporary folder and for good.

@@ -22,6 +22,8 @@ OUTPUT_PROCESSOR_CONFIG = "output_processor.json"
 ROLLOUT_OPTIONS = "rollout.json"
 SERVE_OPTIONS = "serve.json"
 ADDRESSES = "addresses.json"
+# The temporary folder of the run's processes, within its own.
+TEMPORARY = "tmp"
 
 PREFIX = "waybill-run-"
 # Who writes into the folder while it is removed, as its last act, is outlasted.

@@ -13,10 +13,12 @@ import msgspec
 
 from ..engine.config import EngineConfig
 from ..engine.ipc.sockets import Endpoint
+from .run_dir import TEMPORARY
 
 # The kernel's limit on the path of a unix socket, terminating zero included.
 MAX_SOCKET_PATH = 108
 FRONTEND = "frontend"
+MAX_PID = 1 << 22
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -188,4 +190,7 @@ def one_node_addresses(run_dir: str, layout: Layout) -> Addresses:
         ValueError: the folder's path leaves no room for a socket's name.
     """
     assert layout.num_nodes == 1
+    if layout.world_size > 1:
+        # torch's symmetric memory makes one there for every rank, and does not check its length.
+        ipc_endpoint(run_dir, f"{TEMPORARY}/symm_mem-{MAX_PID}")
     return layout.addresses(run_dir, {place.name: ipc_endpoint(run_dir, place.name) for place in layout.sockets()})

@@ -56,8 +56,9 @@ class ReplicatedTokens:
     """Every rank holds every row: P = T."""
 
     axis: Axis
-    is_fixed: bool = False
-    is_padding: None = None
+
+    is_fixed = False
+    is_padding = None
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         return x

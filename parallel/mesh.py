@@ -86,13 +86,19 @@ class ParallelMesh:
     def with_symmetric_memory(self, layout: RowLayout) -> ParallelMesh:
         """The same ranks, their collectives of rows through symmetric memory where the GPUs of an axis are on one host and
         reach each other. Called by all ranks together."""
-        if self.device.type != "cuda" or self.node.size < self.world.size:
+        if self.device.type != "cuda":
             return self
-        world = _with_symmetric_memory(self.world, layout, self.device)
+        world = self._with_symmetric_memory(self.world, layout)
         tp = replace(world, name="tp")
         if self.tp.size < self.world.size:
-            tp = _with_symmetric_memory(self.tp, layout, self.device)
+            tp = self._with_symmetric_memory(self.tp, layout)
         return replace(self, world=world, ep=replace(world, name="ep"), tp=tp)
+
+    def _with_symmetric_memory(self, axis: Axis, layout: RowLayout) -> Axis:
+        if not set(axis.ranks) <= set(self.node.ranks) or not _is_connected(axis, self.device):
+            return axis
+        assert axis.group is not None
+        return replace(axis, symmetric=SymmetricMemory.of(axis.group, layout, self.device))
 
 
 def _is_connected(axis: Axis, device: torch.device) -> bool:
@@ -105,13 +111,6 @@ def _is_connected(axis: Axis, device: torch.device) -> bool:
         torch.cuda.can_device_access_peer(device.index, other) for other in devices if other != device.index
     )
     return bool(all_gather(torch.tensor([int(reaches)]), axis).all())
-
-
-def _with_symmetric_memory(axis: Axis, layout: RowLayout, device: torch.device) -> Axis:
-    if not _is_connected(axis, device):
-        return axis
-    assert axis.group is not None
-    return replace(axis, symmetric=SymmetricMemory.of(axis.group, layout, device))
 
 
 def _own_group(groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:

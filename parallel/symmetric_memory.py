@@ -24,6 +24,7 @@ SIZES = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16
 FLAG_BYTES = WORD_BYTES = 4
+PACKET_BYTES = 8
 # Rows that travel as packets, see `symmetric_triton`, and the memory for more.
 MAX_PACKET_ROWS = 64
 PLAIN_BYTES = 144 << 20
@@ -43,11 +44,7 @@ class RowLayout:
     @property
     def num_words(self) -> int:
         """Of four bytes each; ids and weights have one of their own."""
-        return ceil_div(self.width * self.dtype.itemsize, WORD_BYTES) + 2 * self.top_k
-
-
-def ceil_div(value: int, by: int) -> int:
-    return -(-value // by)
+        return -(-self.width * self.dtype.itemsize // WORD_BYTES) + 2 * self.top_k
 
 
 class SymmetricMemory:
@@ -149,10 +146,10 @@ def make_lane(
     """Made by all ranks of the group together."""
     import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415
 
-    from .symmetric_triton import PACKET_BYTES, Lane  # noqa: PLC0415
+    from .symmetric_triton import Lane  # noqa: PLC0415
 
     size = group.size()
-    row_bytes = ceil_div(layout.num_words * (PACKET_BYTES if in_packets else WORD_BYTES), ALIGNMENT) * ALIGNMENT
+    row_bytes = -(-layout.num_words * (PACKET_BYTES if in_packets else WORD_BYTES) // ALIGNMENT) * ALIGNMENT
     data_bytes = 2 * max_rows * size * row_bytes
     buffer = symmetric.empty(data_bytes + max_rows * size * FLAG_BYTES, dtype=torch.uint8, device=device).zero_()
     data_of = torch.tensor(symmetric.rendezvous(buffer, group.group_name).buffer_ptrs, device=device)

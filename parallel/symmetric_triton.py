@@ -3,7 +3,8 @@
 A program handles a row: it stores what the others need of it in memory of theirs, waits for what they store in memory of
 its own, and goes on with that. Rows are numbered by calls: a row's n-th call uses one of two places in turn, which is free
 again, because whoever has sent something of call n has done with call n - 1. So there is no barrier at the end, and kernels
-of this file may follow each other in any order that is the same on all ranks.
+of this file may follow each other in any order that is the same on all ranks, on one stream each. Programs of a kernel must
+start in the order of their rows where there are more than the device holds at a time: then the first ones meet first.
 
 That a row is there is told in one of two ways. Few rows travel as packets, 32 bits of data and the call's number in one
 store of 64 bits: nobody waits for anything but the last packet (as NCCL's protocol LL). Many rows travel as they are, half
@@ -19,9 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .symmetric_memory import WORD_BYTES
 from .triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
-
-WORD_BYTES, PACKET_BYTES = 4, 8
 
 
 @triton.jit

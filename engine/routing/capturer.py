@@ -21,7 +21,8 @@ ACQUIRE_TIMEOUT_S = 60.0
 
 
 class RoutedExpertsCapturer:
-    """Fills one ring slot per forward. Call order: `begin`, `slot` or `record` once per MoE layer, `finish`, `publish`.
+    """Fills one ring slot per forward. Call order: `begin`, `slot` or `rows_of_world` once per MoE layer, `finish`,
+    `publish`.
 
     `first_rank` and `num_ranks` say which ranks' rows are recorded where a layer has those of the whole world.
 
@@ -38,6 +39,11 @@ class RoutedExpertsCapturer:
         self._asked: list[int] = []
         self._target = torch.empty(0)
         self._device_copy = None if device.type == "cpu" else DeviceCopy(ring, device)
+
+    @property
+    def fixed(self) -> RoutedExpertsCapturer:
+        """What records in a CUDA graph."""
+        return self
 
     def begin(self, num_rows: int) -> int:
         """Start a step of `num_rows` rows a rank; waits while the ring is full. Returns the step's ring sequence number."""

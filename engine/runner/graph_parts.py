@@ -42,18 +42,22 @@ class GraphParts:
         """T for a graph of P rows a rank; with one dp rank every rank holds all."""
         return num_rows if self.mesh.dp.size == 1 else num_rows * self.mesh.tp.size
 
+    def num_rows(self, num_tokens: int) -> int:
+        """The inverse."""
+        return num_tokens if self.mesh.dp.size == 1 else num_tokens // self.mesh.tp.size
+
     def _layout(self, pool_rows: torch.Tensor) -> TokenLayout:
         tp = self.mesh.tp
         if self.mesh.dp.size == 1:
             return ReplicatedTokens(tp)
-        return FixedTokens(len(pool_rows) // tp.size, tp, pool_rows == self.pool.scratch_row)
+        return FixedTokens(self.num_rows(len(pool_rows)), tp, pool_rows == self.pool.scratch_row)
 
     def forward(self, inputs: torch.Tensor, attention: AttentionBackend[Any], plan: Any) -> torch.Tensor:
         """Hidden states [T, D] of a step whose ids, positions and pool rows are `inputs` [3, T] int64."""
         ids, positions, rows = inputs
         layout = self._layout(rows)
         if self.capturer is not None:
-            self.capturer.begin_graph(layout.scatter(rows).shape[0])
+            self.capturer.begin_graph(self.num_rows(len(rows)))
         batch: ForwardBatch[Any] = ForwardBatch(
             input_ids=known_ids(ids, rows, self.last_token_ids),
             positions=positions,

@@ -8,6 +8,7 @@ next step's input (`_last_token_ids`), whether or not the host has seen them yet
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from ..routing.capturer import RoutedExpertsCapturer
 from ..routing.late_gather import LateRouteGather
 from .decode_cuda_graphs import DecodeGraphs
 from .decode_cuda_graphs import capture_sizes as decode_sizes
+from .device_watchdog import DeviceWatchdog
 from .graph_parts import GraphParts
 from .gumbel import select_choose
 from .plain_sampling import sample_plain
@@ -108,12 +110,14 @@ class ModelRunner:
         self._capturer = capturer
         self._attention = make_attention_backend(attention_backend, mesh.device)
         self._choose = select_choose(mesh.device)
+        # On a CPU nothing is waited for but collectives, which have bounds of their own.
+        self._watchdog = DeviceWatchdog() if mesh.device.type == "cuda" else nullcontext()
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
         self.graph_sizes = self._choose_graph_sizes(max_running, max_tokens) if use_graphs else GraphSizes()
         # In a graph every layer sees the ids of the whole world.
-        self._graph_capturer = capturer.fixed if isinstance(capturer, LateRouteGather) else capturer
+        self._graph_capturer = None if capturer is None else capturer.fixed
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self.make_graphs()
@@ -163,15 +167,18 @@ class ModelRunner:
         """They hold the addresses of weights and KV pool, and memory of their own."""
         self._graphs = self._prefill_graphs = None
 
-    @torch.inference_mode()
     def launch(self, batch: ScheduleBatch) -> LaunchedStep:
         """Run one step's forward and sample; returns before the device is done."""
+        with self._watchdog:
+            return self._launch(batch)
+
+    @torch.inference_mode()
+    def _launch(self, batch: ScheduleBatch) -> LaunchedStep:
         writes = [(req.row, req.first_page, req.pages) for req in batch.reqs if req.pages]
         if writes:
             self._pool.write(writes)
         host = lay_out(batch)
-        is_decode = host.is_decode if self._mesh.dp.size == 1 else batch.is_decode
-        size = self.graph_sizes.for_decode(batch.num_rows or batch.num_tokens) if is_decode else None
+        size = self.graph_sizes.for_decode(batch.num_rows or batch.num_tokens) if batch.is_decode else None
         if self._graphs is not None and size is not None:
             return self._replay(self._graphs, host, size, batch)
         ring_seq, forwarded = self._forward(host, batch)
@@ -191,7 +198,7 @@ class ModelRunner:
         """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
         graphs, size = self._prefill_graphs, self.graph_sizes.for_prefill(batch.num_rows or batch.num_tokens)
         if graphs is not None and size is not None:
-            ring_seq = self._begin_replay(size)
+            ring_seq = self._begin_replay(size, batch)
             forwarded = graphs.run(host, size)
             self._finish_replay()
             return ring_seq, forwarded
@@ -217,19 +224,22 @@ class ModelRunner:
 
     def _begin_capture(self, batch: ScheduleBatch) -> int:
         assert self._capturer is not None
-        ring_seq = self._capturer.begin(batch.num_rows or batch.num_tokens)
+        return self._checked(self._capturer.begin(batch.num_rows or batch.num_tokens), batch)
+
+    def _begin_replay(self, size: int, batch: ScheduleBatch) -> int:
+        return -1 if self._graph_capturer is None else self._checked(self._graph_capturer.begin_replay(size), batch)
+
+    @staticmethod
+    def _checked(ring_seq: int, batch: ScheduleBatch) -> int:
         assert ring_seq in (-1, batch.step), "leaders tell the output processor that steps and ring slots are one count"
         return ring_seq
-
-    def _begin_replay(self, size: int) -> int:
-        return -1 if self._graph_capturer is None else self._graph_capturer.begin_replay(size)
 
     def _finish_replay(self) -> None:
         if self._graph_capturer is not None:
             self._graph_capturer.finish()
 
     def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
-        ring_seq = self._begin_replay(size)
+        ring_seq = self._begin_replay(size, batch)
         logits, req_rows = graphs.run(host, size)
         self._finish_replay()
         # A dp rank without requests is here for its experts alone.
@@ -299,6 +309,10 @@ class ModelRunner:
 
     def result(self, launched: LaunchedStep) -> StepResult:
         """Wait for a step and bring its tokens to the host. Publishes its routing."""
+        with self._watchdog:
+            return self._result(launched)
+
+    def _result(self, launched: LaunchedStep) -> StepResult:
         token_ids: list[int] = []
         logprobs: list[float] = []
         top: list[list[tuple[float, int]]] = []

@@ -20,7 +20,8 @@ from ..attention.backend import AttentionBatch, CachedTensors
 from .graph_parts import NUM_WARM_UPS, GraphParts
 from .step_tensors import Forwarded, HostBatch
 
-SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
+# The last one has room for a chunk of 2,048 tokens and as many decodes as there are graphs of decodes for.
+SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304)
 
 
 def capture_sizes(max_rows: int) -> tuple[int, ...]:

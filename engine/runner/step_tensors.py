@@ -41,12 +41,7 @@ class HostBatch:
     @property
     def not_sampling(self) -> list[int]:
         """Indices of the others: a chunk of a prompt each."""
-        return [] if self.is_decode else sorted(set(range(len(self.q_lens))).difference(self.sampling))
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every request brings one token and samples."""
-        return len(self.input_ids) == len(self.req_rows) == len(self.sampling)
+        return sorted(set(range(len(self.q_lens))).difference(self.sampling))
 
 
 def lay_out(batch: ScheduleBatch) -> HostBatch:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..ipc.frontend_messages import BackendMessage
 from ..ipc.record_sender import Records
 from ..ipc.sockets import Sender
-from ..plan import GraphSizes, PeerMessage
+from ..plan import GraphSizes, PeerMessage, StepShape
 from .agreement import Agreement
 from .mailbox import Inbox
+
+NO_GRAPHS = GraphSizes()
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,6 @@ class Endpoints:
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """What is the same on all ranks of the world; see `ScheduleBatch`."""
-
-    num_rows: int = 0
-    is_decode: bool = False
-
-
-@dataclass(frozen=True)
 class DpRankInfo:
     """Which leader this is, and where the rows of its tokens stand in a ring slot: `first_recorded_dp` is the dp rank
     whose rows come first there."""
@@ -40,13 +34,13 @@ class DpRankInfo:
     dp_size: int = 1
     tp_size: int = 1
     first_recorded_dp: int = 0
-    graph_sizes: GraphSizes = field(default_factory=GraphSizes)
+    graph_sizes: GraphSizes = NO_GRAPHS
 
     def shape_of(self, agreement: Agreement) -> StepShape:
-        """Of the step that was agreed on. With one dp rank the runner sees all that there is."""
-        if self.dp_size == 1:
-            return StepShape()
+        """Of the step that was agreed on."""
         is_decode = agreement.is_decode
+        if self.dp_size == 1:
+            return StepShape(0, is_decode)
         num_rows = self.graph_sizes.pad(agreement.rows_per_rank(self.tp_size), is_decode=is_decode)
         return StepShape(num_rows, is_decode)
 

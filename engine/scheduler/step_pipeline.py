@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from ..ipc.sockets import Sender
-from ..plan import LaunchedT, NewReq, PeerMessage, Runner, ScheduleBatch
-from .leader_setup import StepShape
+from ..plan import LaunchedT, NewReq, PeerMessage, Runner, ScheduleBatch, StepShape
 from .req import Req
 from .step_clock import StepClock
 from .step_committer import StepCommitter

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
-from ..plan import Draw, ScheduleBatch, ScheduledReq
+from ..plan import Draw, ScheduleBatch, ScheduledReq, StepShape
 from .agreement import ForwardMode
-from .leader_setup import StepShape
 from .page_manager import PageManager
 from .req import Req
 from .request_queues import RequestQueues

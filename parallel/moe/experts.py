@@ -23,7 +23,7 @@ from ..weights import Piece, ShardedWeight
 from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K], weights [T, K], gate_up [F, 2I, D], down [F, D, I]) -> [T, D]; ids of padding, and of experts
-# on other ranks, add nothing.
+# on other ranks, add nothing. Those of torch and C++ count from this rank's first expert, those of Triton from a `first`.
 ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Up to so many tokens, sorting them does not pay on a GPU.
 MAX_FEW_TOKENS = 4

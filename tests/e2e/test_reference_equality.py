@@ -53,6 +53,7 @@ class Setting:
     depth: int
     dp: int = 1
     dispatcher: str = "all_gather"
+    attention: str = "auto"
 
     def __str__(self) -> str:
         return "-".join(
@@ -64,6 +65,7 @@ class Setting:
                 "cache" if self.cache else "nocache",
                 "retract" if self.retract else "roomy",
                 f"depth{self.depth}",
+                *([self.attention] if self.attention != "auto" else []),
             )
         )
 
@@ -137,6 +139,9 @@ ON_GPU = [
     Setting(1, "ep", 64, cache=True, retract=True, depth=1, dp=2),
     Setting(1, "tp", -1, cache=True, retract=False, depth=1, dp=2),
     Setting(1, "ep", 64, cache=False, retract=True, depth=0, dp=2, dispatcher="all_to_all"),
+    # Without graphs, in which both dispatchers would be one.
+    Setting(1, "ep", 64, cache=True, retract=True, depth=1, dp=2, attention="sdpa"),
+    Setting(1, "ep", 64, cache=True, retract=True, depth=1, dp=2, dispatcher="all_to_all", attention="sdpa"),
 ]
 
 
@@ -172,6 +177,7 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
         kv_cache_tokens=tight_pool_tokens if setting.retract else 64 * 1600,
         max_running_requests=16,
         overlap_depth=setting.depth,
+        attention_backend=setting.attention,
         enable_return_routed_experts=True,
     ) as engine:
         answers = engine.generate(
@@ -225,6 +231,7 @@ def check_dp_equality(setting: Setting, reference: Reference, device: str) -> No
         context_length=1600,
         max_running_requests=16,
         overlap_depth=setting.depth,
+        attention_backend=setting.attention,
         enable_return_routed_experts=True,
     ) as engine:
 

@@ -39,7 +39,7 @@ from waybill.engine.ipc.frontend_messages import (
 )
 from waybill.engine.output.output_processor import OutputProcessor
 from waybill.engine.output.output_sender import OutputSender
-from waybill.engine.plan import NewReq, ScheduleBatch
+from waybill.engine.plan import GraphSizes, NewReq, ScheduleBatch
 from waybill.engine.replica import slot_rows
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
@@ -51,6 +51,7 @@ from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.scheduler import Scheduler
 from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.engine.scheduler.stop_checker import StopChecker
+from waybill.parallel.dp_attention import rows_per_rank
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 from .replica_harness import EOS, FakeInbox, FakeRunner, FakeSender, FakeStep
@@ -202,6 +203,12 @@ class Applied:
     alive: frozenset[int]
 
 
+def graph_sizes_of(limits: StepLimits, tp_size: int) -> GraphSizes:
+    """Few, so that most steps are padded."""
+    most = rows_per_rank([limits.max_tokens], tp_size)
+    return GraphSizes(decode=(min(2, most), min(5, most)), prefill=(min(7, most),))
+
+
 class Leader:
     """One leader's loop, one thing at a time; see `Scheduler.run`."""
 
@@ -226,7 +233,8 @@ class Leader:
             StopChecker((EOS,), None),
             self.runner,
             Endpoints(self.inbox, [], self.records, self.frontend),
-            dp=DpRankInfo(dp_rank, config.dp_size, config.tp_size),
+            # Rows are padded as for CUDA graphs.
+            dp=DpRankInfo(dp_rank, config.dp_size, config.tp_size, graph_sizes=graph_sizes_of(limits, config.tp_size)),
         )
         handlers = self.scheduler._handlers
         for kind in (AbortReq, ControlReq, ShutdownReq):

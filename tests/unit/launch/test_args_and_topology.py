@@ -79,6 +79,10 @@ def test_every_socket_has_its_own_address_in_the_runs_folder() -> None:
 def test_a_folder_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(ValueError, match="set TMPDIR to a shorter path"):
         one_node_addresses("/tmp/" + "x" * 100, Layout(1, 1))
+    # The sockets fit, but not those that torch makes between GPUs.
+    one_node_addresses("/tmp/" + "x" * 83, Layout(1, 1))
+    with pytest.raises(ValueError, match=r"symm_mem.* set TMPDIR to a shorter path"):
+        one_node_addresses("/tmp/" + "x" * 83, Layout(1, 2))
 
 
 def test_a_server_has_options_of_weight_updates() -> None:

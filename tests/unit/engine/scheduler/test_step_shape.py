@@ -1,0 +1,80 @@
+"""What of a step is the same on all ranks, and what its tokens are drawn by."""
+
+from __future__ import annotations
+
+from waybill.engine.io_struct import OutputOptions, SamplingParams, Segment
+from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
+from waybill.engine.plan import Draw, GraphSizes, ScheduledReq, StepShape
+from waybill.engine.scheduler.agreement import Agreement, ForwardMode, Proposal
+from waybill.engine.scheduler.leader_setup import DpRankInfo
+from waybill.engine.scheduler.req import Req
+from waybill.engine.scheduler.step_planner import PlannedReq, StepPlan, plain_draws
+
+SIZES = GraphSizes(decode=(1, 2, 4), prefill=(64, 128))
+PROMPT = 6
+
+
+def agreed(*parts: tuple[int, ForwardMode]) -> Agreement:
+    return Agreement(tuple(Proposal(num_tokens=num_tokens, mode=mode) for num_tokens, mode in parts))
+
+
+def test_the_shape_of_a_step_follows_from_all_proposals() -> None:
+    two_of_two = DpRankInfo(0, 2, 2, graph_sizes=SIZES)
+    assert two_of_two.shape_of(agreed((5, ForwardMode.DECODE), (0, ForwardMode.IDLE))) == StepShape(4, True)
+    # Beyond the largest graph of decodes one of prefills serves.
+    assert two_of_two.shape_of(agreed((9, ForwardMode.DECODE), (1, ForwardMode.DECODE))) == StepShape(64, True)
+    assert two_of_two.shape_of(agreed((2, ForwardMode.DECODE), (130, ForwardMode.PREFILL))) == StepShape(128, False)
+    assert two_of_two.shape_of(agreed((2, ForwardMode.DECODE), (999, ForwardMode.PREFILL))) == StepShape(500, False)
+    without = DpRankInfo(0, 2, 1)
+    assert without.shape_of(agreed((3, ForwardMode.DECODE), (1, ForwardMode.DECODE))) == StepShape(3, True)
+    alone = DpRankInfo(graph_sizes=SIZES)
+    assert alone.shape_of(agreed((3, ForwardMode.DECODE))) == StepShape(0, True)
+    assert alone.shape_of(agreed((3, ForwardMode.PREFILL))) == StepShape(0, False)
+
+
+def planned(
+    start: int, num_tokens: int, *, sample: bool, logprob: bool = False, top: int = 0, **params: object
+) -> PlannedReq:
+    """Of a request whose prompt has `PROMPT` tokens."""
+    recv = TokenizedGenerateReqInput(
+        seq=1,
+        rid="r",
+        input_ids=bytes(4 * PROMPT),
+        sampling_params=SamplingParams(**params),  # type: ignore[arg-type]
+        output_options=OutputOptions(return_logprob=logprob, top_logprobs_num=top),
+    )
+    req = Req(recv, tokens=bytearray(4 * PROMPT))
+    return PlannedReq(
+        req, Segment("r", start, num_tokens, b""), ScheduledReq(0, start, num_tokens, b"", 0, b"", sample)
+    )
+
+
+def test_a_step_is_a_decode_if_each_request_brings_one_token_and_samples() -> None:
+    decode, last, chunk = (planned(9, 1, sample=True), planned(5, 1, sample=True), planned(4, 1, sample=False))
+    assert StepPlan().mode == ForwardMode.IDLE
+    assert StepPlan([decode, last]).mode == ForwardMode.DECODE
+    assert StepPlan([decode, chunk]).mode == ForwardMode.PREFILL
+    assert StepPlan([decode, planned(3, 3, sample=True)]).mode == ForwardMode.PREFILL
+
+
+def test_draws_are_of_requests_that_ask_for_a_temperature_alone() -> None:
+    random = planned(9, 1, sample=True, temperature=0.7, sampling_seed=5)
+    greedy = planned(3, 3, sample=True, temperature=0.0, logprob=True)
+    chunk = planned(0, 3, sample=False, top_p=0.5)
+    assert plain_draws([random, chunk, greedy]) == [Draw(0.7, 5, 4), Draw(0.0, 0, 0, True)]
+    for asked in (
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"logit_bias": {1: 1.0}},
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"min_new_tokens": 9},
+        {"logprob": True, "top": 2},
+    ):
+        assert plain_draws([random, planned(5, 1, sample=True, **asked)]) == [], asked
+    # Its stop tokens were banned long enough; of one token nothing is filtered.
+    assert plain_draws([planned(9, 1, sample=True, min_new_tokens=4, sampling_seed=1)]) == [Draw(1.0, 1, 4)]
+    assert plain_draws([planned(9, 1, sample=True, top_k=1, top_p=0.5)]) == [Draw(0.0, 0, 4)]
+    assert plain_draws([chunk]) == []

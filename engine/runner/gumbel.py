@@ -22,7 +22,7 @@ TOKENS_A_BLOCK = 8
 WORDS_A_BLOCK = 4
 # The third word of the generator's counter: the first two are the block and the position. `sampler.uniform` has it 0.
 STREAM = 1
-MAX_FLOAT32 = torch.finfo(torch.float32).max
+MAX_FLOAT32 = np.finfo(np.float32).max
 LARGEST_BELOW_1 = np.float32(1.0 - 2.0**-24)
 
 
@@ -46,34 +46,37 @@ def noise(seed: int, position: int, first: int, count: int) -> np.ndarray:
     generator = np.random.Philox(key=seed & (2**64 - 1), counter=[start, position, STREAM, 0])
     bits = generator.random_raw((end - start) * WORDS_A_BLOCK).astype("<u8").view("<u4")
     skipped = first - start * TOKENS_A_BLOCK
-    uniform = (bits[skipped : skipped + count].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    value = bits[skipped : skipped + count].astype(np.float32)
+    value += np.float32(0.5)
+    value *= np.float32(2.0**-32)
     # Numbers next to 1 have rounded to it, and would ban their token.
-    return -np.log(-np.log1p(-np.minimum(uniform, LARGEST_BELOW_1)))
+    np.negative(np.minimum(value, LARGEST_BELOW_1, out=value), out=value)
+    np.negative(np.log1p(value, out=value), out=value)
+    return np.negative(np.log(value, out=value), out=value)
 
 
-def choose_torch(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> Choice:
-    """See `Choose`. The lowest of equally good tokens is chosen."""
-    scores = logits.float()
-    # Also false for NaN.
-    is_number = (scores < torch.inf).all(dim=-1)
-    random = [index for index, draw in enumerate(draws) if draw.temperature > 0]
-    if random:
-        scores = scores.clone() if scores is logits else scores
-    for index in random:
-        draw = draws[index]
-        added = torch.from_numpy(noise(draw.seed, draw.position, first, logits.shape[1])).to(logits.device)
-        scaled = scores[index] / draw.temperature
-        # What is banned stays so.
-        scaled = torch.where(scores[index] > -torch.inf, scaled.clamp(-MAX_FLOAT32, MAX_FLOAT32), -torch.inf)
-        scores[index] = scaled + added
-    best, columns = scores.max(dim=-1)
-    return Choice(torch.where(is_number, best, torch.nan), columns + first)
+def choose_numpy(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> Choice:
+    """See `Choose`, of logits on the CPU. The lowest of equally good tokens is chosen."""
+    scores, token_ids = np.empty(len(draws), np.float32), np.empty(len(draws), np.int64)
+    for index, (row, draw) in enumerate(zip(logits.float().numpy(), draws, strict=True)):
+        considered = row
+        if draw.temperature > 0:
+            with np.errstate(over="ignore"):
+                considered = row / np.float32(draw.temperature)
+            np.clip(considered, -MAX_FLOAT32, MAX_FLOAT32, out=considered)
+            # What is banned stays so.
+            np.copyto(considered, -np.inf, where=row == -np.inf)
+            considered += noise(draw.seed, draw.position, first, len(row))
+        token_ids[index] = first + considered.argmax()
+        # Also false where a logit is NaN.
+        scores[index] = considered.max() if (row < np.inf).all() else np.nan
+    return Choice(torch.from_numpy(scores), torch.from_numpy(token_ids))
 
 
 def select_choose(device: torch.device) -> Choose:
     """The fastest for the device."""
     if device.type == "cpu":
-        return choose_torch
+        return choose_numpy
     # Triton comes with torch's CUDA builds alone.
     from .gumbel_triton import choose_triton  # noqa: PLC0415
 

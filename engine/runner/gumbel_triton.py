@@ -1,4 +1,4 @@
-"""Twin of `choose_torch` in gumbel.py: a kernel that reads the logits once, in their dtype, and makes the noise itself."""
+"""Twin of `choose_numpy` in gumbel.py: a kernel that reads the logits once, in their dtype, and makes the noise itself."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -41,7 +42,9 @@ def clients(keys: CurveKeys, address: str) -> dict[str, zmq.Socket[Any]]:
         if known is not None:
             client.curve_serverkey, client.curve_publickey, client.curve_secretkey = known
         client.connect(address)
-        client.send(message)
+        # Who is refused before the message is sent has nobody to send it to, and would wait for ever.
+        with suppress(zmq.Again):
+            client.send(message, zmq.DONTWAIT)
         sockets[name] = client
     return sockets
 

@@ -47,7 +47,7 @@ def join(pool: concurrent.futures.Executor, name: str, timeout_s: float = 20.0) 
 def test_a_trainer_that_uses_torchs_helper(pool: concurrent.futures.Executor) -> None:
     port = free_port(HERE)
     trainer = pool.submit(init_custom_process_group, f"tcp://{HERE}:{port}", 3, 0, "field helper")
-    joining = [pool.submit(UpdateGroup, HERE, port, rank, 3, "field helper", "gloo", CPU, 20.0) for rank in (1, 2)]
+    joining = [pool.submit(UpdateGroup, HERE, port, rank, 3, "field helper", "gloo", CPU, 60.0) for rank in (1, 2)]
     ranks, group = [future.result() for future in joining], trainer.result()
     for spec in parse_specs(["a", "b", "c"], ["float32", "bfloat16", "float64"], [[5, 3], [7], []]):
         sent = torch.randn(spec.shape).to(getattr(torch, spec.dtype))

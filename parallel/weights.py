@@ -1,8 +1,8 @@
 """Where a layer's weights come from, which part of them a rank keeps, and what they are stored as.
 
-A source is anything that can be sliced without being read whole: a tensor is one, a tensor in a file another. A layer says
-of each tensor of a checkpoint which slices it keeps and where (`ShardedWeight`); loading, updating, reading back and
-checksums all follow from that.
+A layer says of each tensor of a checkpoint which slices it keeps and where (`ShardedWeight`); loading, updating, reading
+back and checksums all follow from that. A source is anything that has the slices: a tensor is one. Files are read by
+their own plan.
 """
 
 from __future__ import annotations
@@ -14,41 +14,12 @@ import torch
 
 
 class TensorSource(Protocol):
-    """A tensor of a checkpoint; `torch.Tensor` is one. Indexing reads just the slice that is asked for."""
+    """A tensor of a checkpoint; `torch.Tensor` is one. Indexing gives just the slice that is asked for."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, index: Any) -> torch.Tensor: ...
-
-
-class SafetensorsSlice(Protocol):
-    """What safetensors' `get_slice` returns."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-    def __getitem__(self, index: Any) -> torch.Tensor: ...
-
-
-class SafetensorsSource:
-    """A tensor in an open safetensors file."""
-
-    def __init__(self, tensor: SafetensorsSlice) -> None:
-        self._tensor = tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._tensor.get_shape())
-
-    @property
-    def dtype(self) -> str:
-        """As safetensors names it, "BF16" for instance."""
-        return self._tensor.get_dtype()
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._tensor[index]
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,20 @@
-"""A checkpoint folder in Hugging Face format, read tensor by tensor.
+"""A checkpoint in Hugging Face format: which tensors it holds and where, checked before a byte of them is read.
 
-Each parameter asks its source for the slice that its rank keeps, so a rank's peak memory is its own shard plus a tensor
-and a bounded part of a mapped file. The same entry serves start-up and later weight updates: `load_weights` may run
-again on a live model.
+`load_weights` of `weight_loader.py` reads them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
-from safetensors import safe_open
 
-from ...parallel.weights import SafetensorsSource, ShardedWeight
+from ...parallel.weights import ShardedWeight
+from .safetensors_file import SafetensorsFile, StoredTensor, dtype_of
 
 NUM_NAMES_SHOWN = 5
-# What was read of a mapped file counts as resident memory until it is closed.
-MAX_MAPPED_BYTES = 256 << 20
 MAX_INDEX_BYTES = 64 << 20
-# An upper bound; only how often a file is opened again depends on it.
-BYTES_PER_ELEMENT = 4
-# As safetensors names them.
-DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 class CheckpointIndex(msgspec.Struct):
@@ -34,56 +24,51 @@ class CheckpointIndex(msgspec.Struct):
 
 
 class Checkpoint:
-    """One safetensors file, or those of a folder: `model.safetensors`, or the shards that its index names.
+    """One safetensors file, or those of a folder: `model.safetensors`, or the shards that its index names. Headers are read
+    here, and once.
 
     Raises:
-        ValueError: the folder has neither, or the index names a file that is not there.
+        ValueError: the folder has neither, or the index names a file or a tensor that is not there.
+        SafetensorError, OSError: a file is none of the kind, or cannot be read.
     """
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._file_of = dict(self._read_names())
+        self.files: list[tuple[SafetensorsFile, list[str]]] = []
+        self.tensors: dict[str, StoredTensor] = {}
+        for file_path, names in self._find_files():
+            file = SafetensorsFile(file_path)
+            names = list(file.tensors) if names is None else names
+            for name in names:
+                if name not in file.tensors:
+                    raise ValueError(f"model_path={path!r}: shard {file_path.name} has no tensor {name}")
+                self.tensors[name] = file.tensors[name]
+            self.files.append((file, names))
 
-    def _read_names(self) -> Iterator[tuple[str, Path]]:
+    def _find_files(self) -> Iterator[tuple[Path, list[str] | None]]:
+        """Each with its tensors' names; None: all."""
         index = self._path / "model.safetensors.index.json"
         single = self._path / "model.safetensors"
         if self._path.is_file():
             single = self._path
         if index.is_file():
+            names_of: dict[str, list[str]] = {}
             for name, file_name in read_index(index).items():
+                names_of.setdefault(file_name, []).append(name)
+            for file_name, names in names_of.items():
                 if Path(file_name).name != file_name:
-                    raise ValueError(f"model_path={str(self._path)!r}: shard of tensor {name} is not in this folder")
-                file = self._path / file_name
-                if not file.is_file():
-                    raise ValueError(f"model_path={str(self._path)!r}: shard {file_name} of tensor {name} is missing")
-                yield name, file
+                    raise ValueError(
+                        f"model_path={str(self._path)!r}: shard of tensor {names[0]} is not in this folder"
+                    )
+                if not (self._path / file_name).is_file():
+                    raise ValueError(
+                        f"model_path={str(self._path)!r}: shard {file_name} of tensor {names[0]} is missing"
+                    )
+                yield self._path / file_name, names
         elif single.is_file():
-            with safe_open(single, framework="pt") as handle:
-                yield from ((name, single) for name in list(handle.keys()))
+            yield single, None
         else:
             raise ValueError(f"model_path={str(self._path)!r}: must hold model.safetensors or its shards and index")
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
-    def tensors(self) -> Iterator[tuple[str, SafetensorsSource]]:
-        """Every tensor with its name, file by file; a source is valid until the next one is asked for."""
-        for file, names in groupby(sorted(self._file_of, key=self._file_of.__getitem__), key=self._file_of.__getitem__):
-            remaining = list(names)
-            while remaining:
-                yield from self._some_tensors(file, remaining)
-
-    @staticmethod
-    def _some_tensors(file: Path, remaining: list[str]) -> Iterator[tuple[str, SafetensorsSource]]:
-        """Take tensors off the list until a bounded part of the file is mapped."""
-        num_bytes = 0
-        with safe_open(file, framework="pt") as handle:
-            while remaining and num_bytes < MAX_MAPPED_BYTES:
-                name = remaining.pop()
-                source = SafetensorsSource(handle.get_slice(name))
-                num_bytes += math.prod(source.shape) * BYTES_PER_ELEMENT
-                yield name, source
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -100,14 +85,16 @@ def read_index(file: Path) -> dict[str, str]:
         raise ValueError(f"model_path={str(file.parent)!r}: {file.name}: {error}") from None
 
 
-def check_dtypes(sources: Iterable[tuple[str, SafetensorsSource]]) -> None:
+def check_dtypes(checkpoint: Checkpoint) -> None:
     """
     Raises:
         ValueError: a tensor does not hold floating-point numbers as they are.
     """
-    for name, source in sources:
-        if source.dtype not in DTYPES:
-            raise ValueError(f"tensor {name}: dtype {source.dtype}: must be one of {', '.join(DTYPES)}")
+    for name, tensor in checkpoint.tensors.items():
+        try:
+            dtype_of(tensor)
+        except ValueError as error:
+            raise ValueError(f"tensor {name}: {error}") from error
 
 
 def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
@@ -120,7 +107,7 @@ def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, 
     Raises:
         ValueError: tensors are missing, unknown, or of the wrong shape; the message names them.
     """
-    present = set(checkpoint.names)
+    present = checkpoint.tensors.keys()
     missing = sorted(weights.keys() - present)
     unknown = sorted(present - weights.keys() - ignored)
     for what, names in (("lacks", missing), ("has unknown", unknown)):
@@ -129,17 +116,10 @@ def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, 
             raise ValueError(
                 f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}"
             )
-    check_dtypes(checkpoint.tensors())
-    for name, source in checkpoint.tensors():
+    check_dtypes(checkpoint)
+    for name, tensor in checkpoint.tensors.items():
         if name not in ignored:
             try:
-                weights[name].check(tuple(source.shape))
+                weights[name].check(tensor.shape)
             except ValueError as error:
                 raise ValueError(f"tensor {name}: {error}") from error
-
-
-def load_weights(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
-    """Fill every parameter from a checkpoint that `check_tensors` has passed."""
-    for name, source in checkpoint.tensors():
-        if name not in ignored:
-            weights[name].load(source)

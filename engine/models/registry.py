@@ -14,10 +14,11 @@ from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from . import qwen3_moe
 from .causal_lm import CausalLM
-from .checkpoint import Checkpoint, check_tensors, load_weights
+from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
 from .model_config import ModelConfig, read_hf_config
 from .model_context import ModelContext
+from .weight_loader import load_weights
 
 
 @dataclass(frozen=True)
@@ -75,5 +76,5 @@ def load_model(
         return model
     checkpoint = Checkpoint(config.model_path)
     check_tensors(weights, checkpoint, model.ignored_weights)
-    load_weights(weights, checkpoint, model.ignored_weights)
+    load_weights(weights, checkpoint, model.ignored_weights, mesh.device)
     return model

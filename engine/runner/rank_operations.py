@@ -119,7 +119,7 @@ class RankOperations:
     def _destroy_group(self, op: DestroyWeightsUpdateGroup) -> Outcome:
         """Left where it was joined: after a join that failed on some ranks the others must not keep it."""
         was_joined = self._groups.discard(op.group_name)
-        verdict = exchange_reports(RankReport(num_changed=int(was_joined)), self._mesh.world)
+        verdict = exchange_reports(RankReport(has_changed=was_joined), self._mesh.world)
         if not verdict.any_changed:
             raise ValueError(f"group_name: {op.group_name!r} was not joined")
         return Outcome(True, f"group {op.group_name!r} is left")

@@ -24,10 +24,11 @@ from ..control.operations import (
 )
 from ..models.causal_lm import CausalLM
 from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
+from ..models.weight_loader import Changes
 from .group_registry import GroupRegistry
 from .manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
-from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Transfer
+from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Target, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class WeightReceiver:
         if prepared is None or verdict.error is not None:
             return Outcome(False, f"{verdict.error}; nothing was changed{self.leave_group(op)}")
         names, transfer = prepared
-        num_changed, error = self._take(transfer)
-        verdict = exchange_reports(RankReport(error, num_changed), self._mesh.world)
+        has_changed, error = self._take(transfer)
+        verdict = exchange_reports(RankReport(error, has_changed), self._mesh.world)
         if verdict.error is not None:
             return self._broken_off(verdict.error + self.leave_group(op), verdict.any_changed)
         return self._conclude(names, op, time.perf_counter() - began)
@@ -90,11 +91,11 @@ class WeightReceiver:
             checkpoint = open_files(op)
             if isinstance(op, UpdateWeightsFromDisk):
                 check_tensors(self.weights, checkpoint, self._ignored)
-            shapes = [(name, tuple(source.shape)) for name, source in checkpoint.tensors()]
+            shapes = [(name, tensor.shape) for name, tensor in checkpoint.tensors.items()]
             check_specs(shapes, self.known, self._ignored)
-            check_dtypes(checkpoint.tensors())
-            transfer = FileTransfer(checkpoint)
-            names = self._covered(name for name, _ in shapes)
+            check_dtypes(checkpoint)
+            transfer = FileTransfer(checkpoint, self._mesh.device)
+            names = self._covered(checkpoint.tensors)
         self.progress.check(names, op.weight_version, self._source_of(op), is_last=op.ends_update)
         return names, transfer
 
@@ -112,18 +113,15 @@ class WeightReceiver:
         check_distinct(covered)
         return frozenset().union(*(parts for _, parts in covered))
 
-    def _take(self, transfer: Transfer) -> tuple[int, str | None]:
-        """Put tensors in place; how many were changed, and why it ended early, if it did."""
-        num_changed = 0
+    def _take(self, transfer: Transfer) -> tuple[bool, str | None]:
+        """Put tensors in place; whether weights were changed, and why it ended early, if it did."""
+        target = Target(self.known, self._ignored, Changes())
         try:
-            for name, source in transfer.tensors(self._all_have_it):
-                if name not in self._ignored:
-                    self.known[name].load(source)
-                    num_changed += 1
+            transfer.load(target, self._all_have_it)
         except (ValueError, *TRANSFER_ERRORS) as error:
             # A value error here: a file is not any more what it was when it was checked.
-            return num_changed, f"the transfer broke off: {error}"
-        return num_changed, None
+            return target.changes.any, f"the transfer broke off: {error}"
+        return target.changes.any, None
 
     def _all_have_it(self, error: str | None) -> str | None:
         """Whether a staged bucket is whole on all ranks; else why not."""
@@ -170,13 +168,10 @@ def open_checkpoint(path: str, *, whole: bool) -> Checkpoint:
     try:
         if not whole and not Path(path).is_file():
             raise ValueError("not a regular file")
-        checkpoint = Checkpoint(path)
-        for _ in checkpoint.tensors():
-            pass
+        return Checkpoint(path)
     except (ValueError, OSError, SafetensorError) as error:
         logger.warning("%s=%r: %s", what, path, str(error)[:MAX_LOGGED])
         kind = "checkpoint folder" if whole else "safetensors file"
         raise ValueError(
             f"{what}={path!r}: must be a {kind} that every rank can read; the ranks' log says why"
         ) from None
-    return checkpoint

@@ -12,10 +12,10 @@ from ...parallel.mesh import Axis
 
 
 class RankReport(msgspec.Struct, frozen=True, array_like=True):
-    """One rank's outcome: why it failed, if it did, how many tensors it has changed, and what it was asked for."""
+    """One rank's outcome: why it failed, if it did, whether it has changed weights, and what it was asked for."""
 
     error: str | None = None
-    num_changed: int = 0
+    has_changed: bool = False
     payload: bytes = b""
 
 
@@ -47,7 +47,7 @@ class Verdict:
 
     @property
     def any_changed(self) -> bool:
-        return any(report.num_changed for report in self.reports)
+        return any(report.has_changed for report in self.reports)
 
 
 def exchange_reports(report: RankReport, world: Axis) -> Verdict:

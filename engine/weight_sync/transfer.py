@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 
-from ...parallel.weights import TensorSource
+from ...parallel.weights import ShardedWeight
 from ..models.checkpoint import Checkpoint
+from ..models.weight_loader import Changes, load_weights
 from .manifest import TensorSpec
 from .update_group import UpdateGroup
 
@@ -18,17 +19,26 @@ from .update_group import UpdateGroup
 MAX_STAGED_BYTES = 2 << 30
 TRANSFER_ERRORS = (RuntimeError, OSError, SafetensorError)
 
-Tensors = Iterator[tuple[str, TensorSource]]
 # Tells the other ranks why this one lacks the bucket (None: it has it); why the bucket must not be used, None if it may.
 AllHaveIt = Callable[[str | None], str | None]
 
 
+@dataclass(frozen=True)
+class Target:
+    """Weights by the names under which they may come, those that may come in vain, and whether they have been changed."""
+
+    weights: Mapping[str, ShardedWeight]
+    ignored: frozenset[str]
+    changes: Changes
+
+
 class Transfer(Protocol):
-    def tensors(self, all_have_it: AllHaveIt) -> Tensors:
-        """Each tensor with its name; a source is valid until the next one is asked for.
+    def load(self, target: Target, all_have_it: AllHaveIt) -> None:
+        """Put every tensor in place.
 
         Raises:
-            RuntimeError, OSError, SafetensorError: it broke off, here or on another rank.
+            ValueError, RuntimeError, OSError, SafetensorError: it broke off, here or on another rank; the target says
+                whether weights were changed.
         """
         ...
 
@@ -38,9 +48,10 @@ class FileTransfer:
     """From safetensors files that every rank reads by itself."""
 
     checkpoint: Checkpoint
+    device: torch.device
 
-    def tensors(self, all_have_it: AllHaveIt) -> Tensors:
-        return self.checkpoint.tensors()
+    def load(self, target: Target, all_have_it: AllHaveIt) -> None:
+        load_weights(target.weights, self.checkpoint, target.ignored, self.device, target.changes)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,13 @@ class BroadcastTransfer:
     specs: Sequence[TensorSpec]
     in_one: bool
 
-    def tensors(self, all_have_it: AllHaveIt) -> Tensors:
+    def load(self, target: Target, all_have_it: AllHaveIt) -> None:
+        for name, source in self._tensors(all_have_it):
+            if name not in target.ignored:
+                target.changes.any = True
+                target.weights[name].load(source)
+
+    def _tensors(self, all_have_it: AllHaveIt) -> Iterator[tuple[str, torch.Tensor]]:
         if not self.in_one and sum(spec.num_bytes for spec in self.specs) > MAX_STAGED_BYTES:
             for spec in self.specs:
                 yield spec.name, self.group.receive(spec)

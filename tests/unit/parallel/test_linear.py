@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from waybill.parallel.linear import (
     MergedColumnParallelLinear,
@@ -19,7 +16,6 @@ from waybill.parallel.linear import (
 )
 from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.weight_format import WeightFormat
-from waybill.parallel.weights import SafetensorsSource
 
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"weight_format": WeightFormat(torch.float32, CPU)}
@@ -80,20 +76,6 @@ def test_kv_heads_are_cut_or_shared(num_kv_heads: int, size: int, expected: tupl
         assert torch.equal(layer.weight[start : start + rows], k[cut])
         assert layer.bias is not None
         assert torch.equal(layer.bias[start : start + rows], bias[cut])
-
-
-def test_only_a_shard_is_read_from_a_file(tmp_path: Path) -> None:
-    """A source's slices are asked for by the shard's bounds, and a safetensors slice answers them."""
-    weight = torch.randn(6, 8)
-    save_file({"w": weight}, tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
-        source = SafetensorsSource(handle.get_slice("w"))
-        column = MergedColumnParallelLinear(8, [6], place(1, 2), **OPTIONS)
-        column.sharded_weight(0).load(source)
-        row = RowParallelLinear(8, 6, place(1, 2), **OPTIONS)
-        row.sharded_weight().load(source)
-    assert torch.equal(column.weight, weight[3:])
-    assert torch.equal(row.weight, weight[:, 4:])
 
 
 @pytest.mark.parametrize(

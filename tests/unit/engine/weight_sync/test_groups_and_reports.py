@@ -242,7 +242,7 @@ def test_after_a_refusal_of_one_engine_the_group_of_several_is_formed_anew() -> 
 
 
 def test_a_verdict_names_the_rank_where_not_all_failed() -> None:
-    good, bad = RankReport(num_changed=1), RankReport("no such file")
+    good, bad = RankReport(has_changed=True), RankReport("no such file")
     assert Verdict([good, good]).error is None
     assert Verdict([good, bad]).error == "rank 1: no such file"
     assert Verdict([bad, bad]).error == "no such file"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from waybill.engine.control.operations import (
     UpdateWeightsFromTensor,
 )
 from waybill.engine.io_struct import Blocked, BlockedKind
+from waybill.engine.models import read_plan, weight_loader
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
+from waybill.engine.models.weight_loader import read_exactly
 from waybill.engine.weight_sync import transfer
 from waybill.engine.weight_sync.checksum import checksum
 from waybill.engine.weight_sync.group_registry import GroupRegistry
 from waybill.engine.weight_sync.inspection import join_checksums, piece_checksums
+from waybill.engine.weight_sync.manifest import UpdateProgress
 from waybill.engine.weight_sync.receiver import WeightReceiver
 from waybill.engine.weight_sync.report import Outcome
 from waybill.engine.weight_sync.sender import free_port
@@ -191,25 +195,64 @@ def test_files(trainer: Trainer, tmp_path: Path) -> None:
     assert outcome.success and outcome.weight_version is None, "the head is tied"
 
 
+def failing_after(num_reads: int) -> Callable[..., None]:
+    """Reads of a file that can be read so far, on a network file system say."""
+    numbers = itertools.count()
+
+    def read(*arguments: Any) -> None:
+        if next(numbers) >= num_reads:
+            raise OSError("input/output error")
+        read_exactly(*arguments)
+
+    return read
+
+
 def test_a_file_that_breaks_off_in_the_middle_tears(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its header is right, and then it cannot be read, on a network file system say."""
+    """Its header is right, and then it cannot be read."""
     save_file(trainer.tensors(1), tmp_path / "model.safetensors")
-    source = transfer.Checkpoint(str(tmp_path)).tensors
-
-    def failing(self: transfer.FileTransfer, all_have_it: object) -> Iterator[Any]:
-        for number, item in enumerate(source()):
-            if number == 3:
-                raise OSError("input/output error")
-            yield item
-
+    before = trainer.sums()
+    monkeypatch.setattr(read_plan, "MAX_READ_BYTES", 256)
     with monkeypatch.context() as patch:
-        patch.setattr(transfer.FileTransfer, "tensors", failing)
+        patch.setattr(weight_loader, "read_exactly", failing_after(0))
+        outcome = load(trainer, tmp_path, whole=True)
+        assert outcome.message == "the transfer broke off: input/output error; nothing was changed"
+        assert trainer.sums() == before and trainer.receiver.progress.blocked is None
+        patch.setattr(weight_loader, "read_exactly", failing_after(3))
         assert "torn (the transfer broke off: input/output error)" in load(trainer, tmp_path, whole=True).message
     assert trainer.receiver.progress.blocked is not None
     assert load(trainer, tmp_path, whole=True).success
     assert trainer.receiver.progress.blocked is None
+
+
+@pytest.mark.parametrize("what", ["gone", "other", "shorter"])
+def test_a_file_that_changes_after_it_was_checked(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = trainer.tensors(1)
+    save_file(tensors, path)
+    before = trainer.sums()
+
+    def change(self: UpdateProgress, *arguments: Any, **options: Any) -> None:
+        if what == "gone":
+            path.unlink()
+        elif what == "other":
+            save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+        else:
+            os.truncate(path, path.stat().st_size - 4)
+
+    monkeypatch.setattr(UpdateProgress, "check", change)
+    outcome = load(trainer, tmp_path, whole=True)
+    words = {
+        "gone": "No such file",
+        "other": "it was written again since it was checked",
+        "shorter": "a file ends before",
+    }
+    assert not outcome.success and words[what] in outcome.message
+    if what != "shorter":
+        assert trainer.sums() == before and trainer.receiver.progress.blocked is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ A `ScheduleBatch` is all that a rank needs to run a step: the leader makes it, s
 executes it like they do. It names requests by `row`, their row in the page table and in the runner's per-request tensors,
 and its size is bounded by the tokens it computes, never by the length of a request - but for the step that admits one,
 which carries the pages that the prefix cache gave. The leader's own runner is also told who begins on a row (`NewReq`):
-it alone samples.
+what its tokens are sampled by, where a batch's draws do not say it.
 """
 
 from __future__ import annotations

@@ -33,8 +33,10 @@ from .routing.capturer import RoutedExpertsCapturer
 from .routing.geometry import RouteGeometry
 from .routing.late_gather import LateRouteGather
 from .routing.ring import RouteRing
+from .runner.device_watchdog import BOUND_S
 from .runner.kv_cache_size import kv_pool_pages, peak_rss_bytes
-from .runner.model_runner import LaunchedStep, ModelRunner
+from .runner.launched_step import LaunchedStep
+from .runner.model_runner import ModelRunner
 from .runner.rank_operations import RankOperations
 from .scheduler.agreement import SingleRankSync
 from .scheduler.dp_sync import DpSync
@@ -148,6 +150,8 @@ def make_runner(
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
         use_graphs=config.experts_backend != "torch_reference" and not is_uneven,
+        # A process under a debugger is given time by the heartbeat's bound.
+        step_timeout_s=max(BOUND_S, config.heartbeat_timeout_s),
         capturer=recorder,
     )
 

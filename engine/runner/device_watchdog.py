@@ -7,7 +7,6 @@ from types import TracebackType
 
 from ..ipc.critical_thread import end_process, start_critical_thread
 
-# As long as a collective between processes may take.
 BOUND_S = 120.0
 CHECKS_A_BOUND = 8
 
@@ -34,4 +33,6 @@ class DeviceWatchdog:
             time.sleep(self._bound_s / CHECKS_A_BOUND)
             since = self._since
             if since is not None and time.monotonic() - since > self._bound_s:
-                end_process(f"the device has not done its part of a step for {self._bound_s:.0f} s")
+                end_process(
+                    f"a step is not done after {self._bound_s:.0f} s: the device, or a rank that it waits for, is stuck"
+                )

@@ -27,7 +27,7 @@ LARGEST_BELOW_1 = np.float32(1.0 - 2.0**-24)
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """Every row's best token among the columns given, [B] int64, and the score that it is the best by, [B] float32: NaN
     where a logit is NaN or infinite, -inf where all are banned. Still on the device."""
 
@@ -36,7 +36,7 @@ class Choice:
 
 
 # (logits [B, C], the first column's token, B draws)
-Choose = Callable[[torch.Tensor, int, Sequence[Draw]], Choice]
+ChooseTokens = Callable[[torch.Tensor, int, Sequence[Draw]], TokenChoice]
 
 
 def noise(seed: int, position: int, first: int, count: int) -> np.ndarray:
@@ -55,8 +55,8 @@ def noise(seed: int, position: int, first: int, count: int) -> np.ndarray:
     return np.negative(np.log(value, out=value), out=value)
 
 
-def choose_numpy(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> Choice:
-    """See `Choose`, of logits on the CPU. The lowest of equally good tokens is chosen."""
+def choose_tokens_numpy(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> TokenChoice:
+    """See `ChooseTokens`, of logits on the CPU. The lowest of equally good tokens is chosen."""
     scores, token_ids = np.empty(len(draws), np.float32), np.empty(len(draws), np.int64)
     for index, (row, draw) in enumerate(zip(logits.float().numpy(), draws, strict=True)):
         considered = row
@@ -70,14 +70,14 @@ def choose_numpy(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> Cho
         token_ids[index] = first + considered.argmax()
         # Also false where a logit is NaN.
         scores[index] = considered.max() if (row < np.inf).all() else np.nan
-    return Choice(torch.from_numpy(scores), torch.from_numpy(token_ids))
+    return TokenChoice(torch.from_numpy(scores), torch.from_numpy(token_ids))
 
 
-def select_choose(device: torch.device) -> Choose:
+def select_choose_tokens(device: torch.device) -> ChooseTokens:
     """The fastest for the device."""
     if device.type == "cpu":
-        return choose_numpy
+        return choose_tokens_numpy
     # Triton comes with torch's CUDA builds alone.
-    from .gumbel_triton import choose_triton  # noqa: PLC0415
+    from .gumbel_triton import choose_tokens_triton  # noqa: PLC0415
 
-    return choose_triton
+    return choose_tokens_triton

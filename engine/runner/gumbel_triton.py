@@ -1,4 +1,4 @@
-"""Twin of `choose_numpy` in gumbel.py: a kernel that reads the logits once, in their dtype, and makes the noise itself."""
+"""Twin of `choose_tokens_numpy` in gumbel.py: a kernel that reads the logits once, in their dtype, and makes the noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from ...parallel.host_to_device import to_device
 from ...parallel.triton_launch import Kernel, ceil_div, launch_options, start_next, wait_for_previous
 from ..plan import Draw
-from .gumbel import STREAM, TOKENS_A_BLOCK, Choice
+from .gumbel import STREAM, TOKENS_A_BLOCK, TokenChoice
 
 # Blocks of the generator that a program makes.
 BLOCKS = 256
@@ -48,7 +48,7 @@ def _gumbel(bits):
 @Kernel
 @triton.jit
 def _choose_kernel(
-    logits, draws, scores, token_ids, first, num_columns, num_rows, stride, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
+    logits, draws, scores, token_ids, first, num_columns, stride, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
     ROUNDS: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
@@ -60,10 +60,10 @@ def _choose_kernel(
     inside = (columns >= 0) & (columns < num_columns)
     value = tl.load(logits + row.to(tl.int64) * stride + columns, inside, other=float("-inf")).to(tl.float32)
     is_bad = tl.max(((value != value) | (value == float("inf"))).to(tl.int32))
-    temperature = tl.load(draws + row).to(tl.float64, bitcast=True).to(tl.float32)
+    temperature = tl.load(draws + 3 * row).to(tl.float64, bitcast=True).to(tl.float32)
     if temperature > 0:
-        key = tl.load(draws + num_rows + row).to(tl.uint64, bitcast=True)
-        position = tl.load(draws + 2 * num_rows + row).to(tl.uint64, bitcast=True)
+        key = tl.load(draws + 3 * row + 1).to(tl.uint64, bitcast=True)
+        position = tl.load(draws + 3 * row + 2).to(tl.uint64, bitcast=True)
         counter = (blocks + 1).to(tl.uint64)
         zeros = tl.zeros_like(counter)
         w0, w1, w2, w3 = _philox(counter, zeros + position, zeros + STREAM, zeros, zeros + key, ROUNDS)
@@ -83,19 +83,19 @@ def _choose_kernel(
     tl.store(token_ids + place, token.to(tl.int64))
 
 
-def choose_triton(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> Choice:
-    """See `Choose`."""
+def choose_tokens_triton(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> TokenChoice:
+    """See `ChooseTokens`."""
     (num_rows, num_columns), device = logits.shape, logits.device
-    packed = np.empty((3, num_rows), dtype=np.int64)
-    packed[0] = np.array([draw.temperature for draw in draws], dtype=np.float64).view(np.int64)
-    packed[1] = np.array([draw.seed for draw in draws], dtype=np.uint64).view(np.int64)
-    packed[2] = [draw.position for draw in draws]
+    packed = np.empty((num_rows, 3), dtype=np.int64)
+    packed[:, 0] = np.array([draw.temperature for draw in draws], dtype=np.float64).view(np.int64)
+    packed[:, 1] = np.array([draw.seed for draw in draws], dtype=np.uint64).view(np.int64)
+    packed[:, 2] = [draw.position for draw in draws]
     num_parts = ceil_div(first % TOKENS_A_BLOCK + num_columns, BLOCKS * TOKENS_A_BLOCK)
     scores = torch.empty(num_rows, num_parts, device=device)
     token_ids = torch.empty(num_rows, num_parts, dtype=torch.int64, device=device)
     _choose_kernel[(num_parts, num_rows)](
-        logits, to_device(packed, device), scores, token_ids, first, num_columns, num_rows, logits.stride(0),
+        logits, to_device(packed, device), scores, token_ids, first, num_columns, logits.stride(0),
         BLOCKS=BLOCKS, TOKENS=TOKENS_A_BLOCK, ROUNDS=NUM_ROUNDS, STREAM=STREAM, num_warps=4, **launch_options(device),
     )  # fmt: skip
     best = scores.amax(dim=1, keepdim=True)
-    return Choice(best.squeeze(1), token_ids.where(scores == best, torch.iinfo(torch.int64).max).amin(dim=1))
+    return TokenChoice(best.squeeze(1), token_ids.where(scores == best, torch.iinfo(torch.int64).max).amin(dim=1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,9 +27,10 @@ from ..routing.capturer import RoutedExpertsCapturer
 from ..routing.late_gather import LateRouteGather
 from .decode_cuda_graphs import DecodeGraphs
 from .decode_cuda_graphs import capture_sizes as decode_sizes
-from .device_watchdog import DeviceWatchdog
+from .device_watchdog import BOUND_S, DeviceWatchdog
 from .graph_parts import GraphParts
-from .gumbel import select_choose
+from .gumbel import select_choose_tokens
+from .launched_step import HostCopy, LaunchedStep
 from .plain_sampling import sample_plain
 from .prefill_cuda_graphs import PrefillGraphs
 from .prefill_cuda_graphs import capture_sizes as prefill_sizes
@@ -45,45 +45,6 @@ NO_CHOICE = (
     "every token is banned"
 )
 NOT_FINITE = "the model's results for the prompt are not finite numbers (weights with NaN or infinite values do that)"
-
-
-class HostCopy:
-    """Tensors on their way to the host: asked for at launch, so that nothing launched later delays them.
-
-    `are_finite` [n] bool is about the requests of the step that do not sample.
-    """
-
-    def __init__(self, sampled: Sampled | None, are_finite: torch.Tensor | None, device: torch.device) -> None:
-        self.outcomes = None if sampled is None else self._start(sampled.outcomes)
-        self.logprobs = None if sampled is None or sampled.logprobs is None else self._start(sampled.logprobs)
-        top = [] if sampled is None else sampled.top
-        self.top = [None if pair is None else (self._start(pair[0]), self._start(pair[1])) for pair in top]
-        self.are_finite = None if are_finite is None else self._start(are_finite)
-        self._done: torch.cuda.Event | None = None
-        if device.type != "cpu":
-            self._done = torch.cuda.Event()
-            self._done.record()
-
-    @staticmethod
-    def _start(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu":
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-    def wait(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
-
-
-@dataclass(frozen=True)
-class LaunchedStep:
-    """A step whose kernels are enqueued; on the leader with everything that its result is made from."""
-
-    sampled: HostCopy | None
-    sampling: list[int]  # indices in the batch of the requests that sample
-    not_sampling: list[int]
-    prompt_scores: dict[int, PromptScores]
-    ring_seq: int
 
 
 class ModelRunner:
@@ -101,6 +62,7 @@ class ModelRunner:
         context_length: int,
         attention_backend: str,
         use_graphs: bool = True,
+        step_timeout_s: float = BOUND_S,
         capturer: RoutedExpertsCapturer | LateRouteGather | None,
     ) -> None:
         self._mesh = mesh
@@ -109,9 +71,9 @@ class ModelRunner:
         self._page_size = page_size
         self._capturer = capturer
         self._attention = make_attention_backend(attention_backend, mesh.device)
-        self._choose = select_choose(mesh.device)
+        self._choose = select_choose_tokens(mesh.device)
         # On a CPU nothing is waited for but collectives, which have bounds of their own.
-        self._watchdog = DeviceWatchdog() if mesh.device.type == "cuda" else nullcontext()
+        self._watchdog = DeviceWatchdog(step_timeout_s) if mesh.device.type == "cuda" else nullcontext()
         num_pages = pages_for(context_length, page_size)
         self._pool = ReqToTokenPool(max_running, num_pages, kv_store.scratch_page, mesh.device)
         self._last_token_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=mesh.device)
@@ -162,6 +124,17 @@ class ModelRunner:
         )
         self._graphs = DecodeGraphs(parts, self.graph_sizes.decode)
         self._prefill_graphs = PrefillGraphs(parts, self.graph_sizes.prefill)
+        self._warm_up_sampling()
+
+    @torch.inference_mode()
+    def _warm_up_sampling(self) -> None:
+        """Have the kernel compiled that chooses tokens, among this rank's and among all: else a step would wait for it."""
+        config, (first, num_columns) = self.model.config, self.model.logit_columns
+        hidden = torch.zeros(1, config.hidden_size, dtype=config.dtype, device=self._mesh.device)
+        draws = [Draw(1.0, 0, 0)]
+        self._choose(self.model.compute_logits(hidden)[:, :num_columns], first, draws)
+        if self.is_leader:
+            self._choose(torch.zeros(1, config.vocab_size, device=self._mesh.device), 0, draws)
 
     def drop_graphs(self) -> None:
         """They hold the addresses of weights and KV pool, and memory of their own."""

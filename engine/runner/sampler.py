@@ -21,7 +21,7 @@ import torch
 from ...parallel.host_to_device import to_device
 from ..io_struct import OutputOptions, SamplingParams, TopLogprobs
 from ..plan import Draw
-from .gumbel import select_choose
+from .gumbel import select_choose_tokens
 
 # In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.
 NO_TOKEN = -1
@@ -90,7 +90,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     if len(filtered) == len(rows):
         outcomes = _draw_filtered(adjusted, rows)
     else:
-        choice = select_choose(logits.device)(adjusted, 0, [_draw_of(row) for row in rows])
+        choice = select_choose_tokens(logits.device)(adjusted, 0, [_draw_of(row) for row in rows])
         outcomes = torch.where(choice.scores.abs() < torch.inf, choice.token_ids, NO_TOKEN)
         if filtered:
             where = to_device(filtered, logits.device)

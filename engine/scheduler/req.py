@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
@@ -44,6 +45,17 @@ class AwaitedPages:
     @property
     def are_to_come(self) -> bool:
         return self.prefill.is_running and self.prefill.held.num_offered < self.num_pages
+
+
+class PlainSampling(NamedTuple):
+    """See `plan.Draw`. The first token has position `num_prompt_tokens` of the sequence; from `first_free` on a stop token
+    may be sampled."""
+
+    temperature: float
+    seed: int
+    with_logprob: bool
+    num_prompt_tokens: int
+    first_free: int
 
 
 @dataclass(eq=False)
@@ -113,11 +125,19 @@ class Req:
         return self.num_sampled == self.params.max_new_tokens
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether its tokens depend on nothing but the logits, a temperature, and what is drawn."""
+    def plain(self) -> PlainSampling | None:
+        """What its tokens are sampled by, where that is no more than a temperature."""
         params = self.params
         is_adjusted = params.has_penalties or bool(params.logit_bias)
-        return not is_adjusted and not params.is_filtered and self.options.top_logprobs_num == 0
+        if is_adjusted or params.is_filtered or self.options.top_logprobs_num:
+            return None
+        return PlainSampling(
+            0.0 if params.is_greedy else params.temperature,
+            params.sampling_seed,
+            self.options.return_logprob,
+            self.num_prompt_tokens,
+            self.num_prompt_tokens + params.min_new_tokens,
+        )
 
     @property
     def order(self) -> tuple[int, int]:

@@ -58,13 +58,13 @@ def plain_draws(planned: Sequence[PlannedReq]) -> list[Draw]:
     """Of the requests that sample, if none of them asks for more than a temperature and the token's log-probability."""
     draws = []
     for item in planned:
-        if item.scheduled.sample:
-            req = item.req
-            position = item.scheduled.start + item.scheduled.num_tokens - req.num_prompt_tokens
-            if not req.is_plain or position < req.params.min_new_tokens:
+        scheduled = item.scheduled
+        if scheduled.sample:
+            plain, place = item.req.plain, scheduled.start + scheduled.num_tokens
+            if plain is None or place < plain.first_free:
                 return []
-            temperature = 0.0 if req.params.is_greedy else req.params.temperature
-            draws.append(Draw(temperature, req.params.sampling_seed, position, req.options.return_logprob))
+            temperature, seed, with_logprob, num_prompt_tokens, _ = plain
+            draws.append(Draw(temperature, seed, place - num_prompt_tokens, with_logprob))
     return draws
 
 

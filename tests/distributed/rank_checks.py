@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from waybill.engine.io_struct import OutputOptions, SamplingParams
 from waybill.engine.plan import Draw
-from waybill.engine.runner.gumbel import choose_numpy
+from waybill.engine.runner.gumbel import choose_tokens_numpy
 from waybill.engine.runner.plain_sampling import sample_plain
 from waybill.engine.runner.sampler import NO_TOKEN, SamplingRow, sample
 from waybill.parallel.collectives import all_gather, all_reduce, broadcast, gather, reduce_scatter
@@ -168,7 +168,7 @@ def check_plain_sampling(local: torch.Tensor, first: int, logits: torch.Tensor, 
     spoilt[0][1, 8], spoilt[1][2] = float("nan"), -float("inf")
     for whole in (logits, *spoilt):
         mine = whole[:, first : first + local.shape[1]]
-        found = sample_plain(mine, first, draws, axis, choose_numpy)
+        found = sample_plain(mine, first, draws, axis, choose_tokens_numpy)
         rows = [
             SamplingRow(
                 SamplingParams(temperature=draw.temperature, sampling_seed=draw.seed),

@@ -224,6 +224,28 @@ def test_one_bad_item_refuses_the_list_and_names_itself(http: httpx.Client) -> N
     assert reply.json()["error"]["message"].startswith("item 1: ")
 
 
+def test_a_request_samples_the_same_tokens_whatever_its_neighbours_ask_for(http: httpx.Client) -> None:
+    """Alone the ranks choose its tokens together, beside one with filters the leader samples; neighbours of several lengths
+    come and go, so that both happen within a request. Log-probabilities agree to rounding."""
+    mine = {"temperature": 1.3, "max_new_tokens": 40, "ignore_eos": True, "sampling_seed": 11}
+    prompt = ids("sampled alone and in company")
+    alone = generate(http, input_ids=prompt, sampling_params=mine, return_logprob=True)
+    for asked in ({"top_p": 0.9}, {"repetition_penalty": 1.2}, {"min_new_tokens": 4}):
+        others = [{"max_new_tokens": 5 + 9 * i, "ignore_eos": True, "sampling_seed": i, **asked} for i in range(3)]
+        answers = generate(
+            http,
+            input_ids=[ids("a neighbour")] * 2 + [prompt, ids("another neighbour")],
+            sampling_params=[*others[:2], mine, others[2]],
+            return_logprob=True,
+        )
+        assert answers[2]["output_ids"] == alone["output_ids"], asked
+        found, expected = (
+            [value for value, _, _ in answer["meta_info"]["output_token_logprobs"]] for answer in (answers[2], alone)
+        )
+        assert len(found) == len(expected) == 40
+        assert np.abs(np.array(found) - np.array(expected)).max() < 1e-4
+
+
 def test_a_client_that_leaves_frees_its_pages(http: httpx.Client, server: ServerProcess) -> None:
     long = {"temperature": 0.0, "max_new_tokens": 3000, "ignore_eos": True}
     with (

@@ -24,8 +24,8 @@ from waybill.engine.attention.triton_paged import TritonPagedAttention
 from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
 from waybill.engine.models.norm_rope_triton import TritonLayerOps
 from waybill.engine.plan import Draw
-from waybill.engine.runner.gumbel import choose_numpy
-from waybill.engine.runner.gumbel_triton import choose_triton as choose_token_triton
+from waybill.engine.runner.gumbel import choose_tokens_numpy
+from waybill.engine.runner.gumbel_triton import choose_tokens_triton
 from waybill.parallel.linear_triton import linear_triton
 from waybill.parallel.moe.experts import experts_by_group, experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
@@ -319,7 +319,7 @@ def test_choice_of_tokens(dtype: torch.dtype, num_columns: int, first: int) -> N
     logits[0, [9, 40]] = 30.0
     draws = [Draw(0.0, 1, 0), Draw(1.0, 2**64 - 1, 3), Draw(0.7, 12345, 10**6), Draw(1.0, 5, 5), Draw(1.0, 5, 5)]
     draws.append(Draw(1e-5, 6, 0))
-    expected, found = choose_numpy(logits.cpu(), first, draws), choose_token_triton(logits, first, draws)
+    expected, found = choose_tokens_numpy(logits.cpu(), first, draws), choose_tokens_triton(logits, first, draws)
     torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
     there = [0, 1, 2, 4, 5]
     assert torch.equal(found.token_ids.cpu()[there], expected.token_ids[there])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waybill.engine.plan import Draw
-from waybill.engine.runner.gumbel import choose_numpy, noise
+from waybill.engine.runner.gumbel import choose_tokens_numpy, noise
 from waybill.engine.runner.sampler import uniform
 
 MASK = 2**64 - 1
@@ -55,10 +55,10 @@ def test_a_choice_is_the_best_of_the_parts_choices() -> None:
     logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     logits[0, [100, 900]] = 9.0
     draws = [Draw(0.0, 0, 0), Draw(1.0, 4, 2), Draw(1e-5, 4, 3)]
-    whole = choose_numpy(logits, 0, draws)
+    whole = choose_tokens_numpy(logits, 0, draws)
     assert whole.token_ids[0] == 100 and whole.token_ids[2] == logits[2].argmax()
     for cut in (1, 333, 992):
-        parts = [choose_numpy(logits[:, :cut], 0, draws), choose_numpy(logits[:, cut:], cut, draws)]
+        parts = [choose_tokens_numpy(logits[:, :cut], 0, draws), choose_tokens_numpy(logits[:, cut:], cut, draws)]
         best = torch.stack([part.scores for part in parts]).argmax(dim=0)
         ids = torch.stack([part.token_ids for part in parts]).gather(0, best[None])[0]
         assert torch.equal(ids, whole.token_ids)
@@ -67,7 +67,7 @@ def test_a_choice_is_the_best_of_the_parts_choices() -> None:
 def test_what_is_no_number_is_told_and_what_is_banned_stays_so() -> None:
     bans = [[-torch.inf, 1.0, -torch.inf], [-torch.inf] * 3, [0.0, torch.nan, 1.0], [0.0, torch.inf, 1.0]]
     for temperature in (0.0, 1.0, 1e-5, 1e6):
-        choice = choose_numpy(torch.tensor(bans), 0, [Draw(temperature, seed, 0) for seed in range(4)])
+        choice = choose_tokens_numpy(torch.tensor(bans), 0, [Draw(temperature, seed, 0) for seed in range(4)])
         assert choice.token_ids[0] == 1 and choice.scores[0].isfinite()
         assert choice.scores[1] == -torch.inf and choice.scores[2:].isnan().all()
-    assert choose_numpy(torch.tensor([[3e38, -3e38]]), 0, [Draw(1e-5, 0, 0)]).token_ids[0] == 0
+    assert choose_tokens_numpy(torch.tensor([[3e38, -3e38]]), 0, [Draw(1e-5, 0, 0)]).token_ids[0] == 0

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.io_struct import OutputOptions, SamplingParams
-from waybill.engine.plan import PromptScores
+from waybill.engine.plan import Draw, PromptScores
+from waybill.engine.runner.gumbel import select_choose_tokens
+from waybill.engine.runner.plain_sampling import sample_plain
 from waybill.engine.runner.sampler import (
     MIN_LOGPROB,
     NO_TOKEN,
@@ -22,6 +24,7 @@ from waybill.engine.runner.sampler import (
     start_counts,
     uniform,
 )
+from waybill.parallel.mesh import Axis
 
 V = 12
 TOP_2 = OutputOptions(return_logprob=True, top_logprobs_num=2)
@@ -241,6 +244,29 @@ def test_rows_without_a_choice_on_a_gpu(way: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert sampled.outcomes.tolist() == [NO_TOKEN] * len(BAD_ROWS) + [3]
     assert sampled.token_ids.min() >= 0 and sampled.token_ids.max() < 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_plain_request_gets_the_token_that_the_leader_would_sample() -> None:
+    """Of bfloat16 columns as of float32 ones, without a wait for the device."""
+    device = torch.device("cuda")
+    logits = torch.randn(6, 4100, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    logits[3, 5] = NAN
+    draws = [Draw(temperature, seed, seed, True) for seed, temperature in enumerate((0.0, 1.0, 0.3, 1.0, 1e-5, 2.0))]
+    rows = [
+        SamplingRow(SamplingParams(temperature=draw.temperature, sampling_seed=draw.seed), TOP_2, (), draw.position)
+        for draw in draws
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = sample_plain(logits, 0, draws, Axis.single(), select_choose_tokens(device))
+        expected = sample(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.outcomes, expected.outcomes) and found.outcomes[3] == NO_TOKEN
+    assert found.logprobs is not None and expected.logprobs is not None
+    there = [0, 1, 2, 4, 5]
+    torch.testing.assert_close(found.logprobs[there], expected.logprobs[there])
 
 
 @pytest.mark.gpu

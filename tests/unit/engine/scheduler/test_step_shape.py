@@ -78,3 +78,24 @@ def test_draws_are_of_requests_that_ask_for_a_temperature_alone() -> None:
     assert plain_draws([planned(9, 1, sample=True, min_new_tokens=4, sampling_seed=1)]) == [Draw(1.0, 1, 4)]
     assert plain_draws([planned(9, 1, sample=True, top_k=1, top_p=0.5)]) == [Draw(0.0, 0, 4)]
     assert plain_draws([chunk]) == []
+
+
+# Options that change no token of a request whose neighbours ask for a temperature alone: when it ends, and the draw itself.
+OF_PLAIN_REQUESTS = {
+    "max_new_tokens",
+    "min_new_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "temperature",
+    "sampling_seed",
+}
+
+
+def test_every_option_of_the_sampler_is_known_to_draws_or_makes_a_request_not_plain() -> None:
+    """A new one that is not sorted here would be ignored where all neighbours are plain."""
+    of_others = {"top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"}
+    assert set(SamplingParams.__struct_fields__) == OF_PLAIN_REQUESTS | of_others
+    values: dict[str, object] = {"top_p": 0.5, "top_k": 3, "min_p": 0.2, "logit_bias": {1: 1.0}}
+    for name in of_others:
+        assert planned(9, 1, sample=True, **{name: values.get(name, 0.5)}).req.plain is None, name

@@ -94,8 +94,8 @@ def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
 def decode_table(all_found: list[Found]) -> list[str]:
     lines = [
         "| layout | requests in all | tokens/s | over tp1 | over tp1, as many a group | ms a step | capture on / off "
-        "| experts read | bytes allow, ms | collectives, ms | share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| experts read | busiest rank / mean | bytes allow, ms | collectives, ms | share |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     base = {
         each["batch"]: each["tokens_per_s"] for found in all_found if found.name == BASE for each in found.of("decode")
@@ -111,8 +111,8 @@ def decode_table(all_found: list[Found]) -> list[str]:
             lines.append(
                 f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {over_group} "
                 f"| {each['seconds'] * MILLI:.2f} | {capture} "
-                f"| {each['experts']:.0f} | {each['bytes_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} "
-                f"| {each['share']:.1%} |"
+                f"| {each['experts']:.0f} | {each['imbalance']:.2f} | {each['bytes_s'] * MILLI:.2f} "
+                f"| {each['wire_s'] * MILLI:.2f} | {each['share']:.1%} |"
             )
     return lines
 
@@ -181,6 +181,8 @@ random weights, bfloat16, routes captured, tokens choosing their experts indepen
 context in decode; leaders driven step by step, a real output processor beside them. Medians. tp1 is one device; tp2-tp and
 tp2-ep are two with experts cut or whole; dp2 is two attention groups (all_gather). "Over tp1" is over tp1 with as many
 requests in all, "as many a group" over tp1 with as many as each group has; for 512 one GPU of 80 GB has no memory.
+
+**Busiest rank**: choices of experts that fall on it, over the mean of the ranks.
 
 **Share** of the layout's own limit: what the bytes of the rank that reads most allow at this run's copy bandwidth (its
 weights, the experts that were read, keys and values; in prefill its operations at the matrix rate, if they take longer),

@@ -81,8 +81,10 @@ def measure_decode(leader: Leader, rank: Rank, share: Share, bytes_per_s: float,
             experts = share.touched(routes, plan.shape["num_experts"])
             bytes_s = share.decode_bytes(plan.shape, experts, batch) / bytes_per_s
             total = batch * share.dp
+            imbalance = share.imbalance(routes, plan.shape["num_experts"])
             say("decode", batch=batch, total=total, seconds=seconds, tokens_per_s=total / seconds, experts=experts,
-                bytes_s=bytes_s, wire_s=wire_s[batch], share=(bytes_s + wire_s[batch]) / seconds)  # fmt: skip
+                imbalance=imbalance, bytes_s=bytes_s, wire_s=wire_s[batch],
+                share=(bytes_s + wire_s[batch]) / seconds)  # fmt: skip
 
 
 def measure_prefill(leader: Leader, rank: Rank, share: Share, limits: Limits, wire_s: dict[int, float]) -> None:

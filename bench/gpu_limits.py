@@ -98,6 +98,16 @@ class Share:
         on_ranks = [np.where(owner == rank, routes.astype(np.int64), -1) for rank in range(world)]
         return max(touched_experts(own) - float((own < 0).any()) for own in on_ranks)
 
+    def imbalance(self, routes: np.ndarray, num_experts: int) -> float:
+        """Choices that fall on the busiest rank over the mean of all ranks, averaged over steps and layers; 1 where every
+        rank has a slice of every expert."""
+        world = self.dp * self.tp
+        if self.moe_split == "tp" or world == 1:
+            return 1.0
+        owner = routes.astype(np.int64) // (num_experts // world)
+        on_ranks = np.stack([(owner == rank).sum(axis=(1, 3)) for rank in range(world)])
+        return float((on_ranks.max(axis=0) / on_ranks.mean(axis=0)).mean())
+
     def layer_bytes(self, shape: dict[str, Any], experts: float) -> float:
         """As `layer_bytes` of the whole model, of one rank."""
         hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]

@@ -32,6 +32,11 @@ def test_the_rank_that_reads_most_counts() -> None:
     assert Share(1, 2, "tp").touched(routes, 4) == 3
     assert Share(1, 2, "ep").touched(routes, 4) == Share(2, 1, "ep").touched(routes, 4) == 2
     assert Share(1, 1, "ep").touched(routes, 4) == 3
+    # Ids as they are shipped. Three of four choices fall on the first rank, whose mean is two.
+    shipped = routes.astype(np.uint8)
+    assert Share(1, 2, "ep").touched(shipped, 4) == 2
+    assert Share(1, 2, "ep").imbalance(shipped, 4) == 1.5
+    assert Share(1, 2, "tp").imbalance(shipped, 4) == Share(1, 1, "ep").imbalance(shipped, 4) == 1.0
 
 
 def test_spans_that_overlap_count_once() -> None:

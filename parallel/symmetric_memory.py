@@ -2,8 +2,8 @@
 memory), without NCCL's set-up: kernels of ours, and torch's two-shot all-reduce for many rows on many ranks. A CUDA graph
 can record them.
 
-A kernel waits for the other ranks' without a bound of its own. A rank that has ended or is stopped is noticed on the host
-(lifelines, the heartbeat), which ends the process and with it the kernel.
+A kernel waits for the other ranks' without a bound of its own. A rank that has ended or is stopped, or a step that does not
+end, is noticed on the host (lifelines, the heartbeat, a watchdog), which ends the process and with it the kernel.
 
 Legend: n ranks, T rows of a partial sum, P rows of each rank, D hidden, K experts per token.
 """

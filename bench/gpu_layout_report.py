@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -140,16 +141,19 @@ def prefill_table(all_found: list[Found]) -> list[str]:
 
 def profile_table(all_found: list[Found]) -> list[str]:
     lines = [
-        "| layout | requests a dp rank | ms a step, profiled | kernels run, ms | none runs, ms | launches "
-        "| longest kernels, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| layout | requests a dp rank | leader's host, ms | launch, slowest rank, ms | ms a step, profiled "
+        "| kernels run, ms | none runs, ms | launches | longest kernels, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for found in all_found:
+        host_s = {each["batch"]: each["host_s"] for each in found.of("decode")}
+        launch_s = {each["batch"]: each["seconds"] for each in found.of("launch")}
         for each in found.of("profile"):
             kernels = ", ".join(f"`{name}` {ms:.2f}" for name, ms in list(each["kernels"].items())[:6])
             lines.append(
-                f"| {found.name} | {each['batch']} | {each['wall_ms']:.2f} | {each['busy_ms']:.2f} | {each['idle_ms']:.2f} "
-                f"| {each['launches']} | {kernels} |"
+                f"| {found.name} | {each['batch']} | {host_s[each['batch']] * MILLI:.2f} "
+                f"| {launch_s.get(each['batch'], math.nan) * MILLI:.2f} | {each['wall_ms']:.2f} | {each['busy_ms']:.2f} "
+                f"| {each['idle_ms']:.2f} | {each['launches']} | {kernels} |"
             )
     return lines
 
@@ -181,6 +185,9 @@ random weights, bfloat16, routes captured, tokens choosing their experts indepen
 context in decode; leaders driven step by step, a real output processor beside them. Medians. tp1 is one device; tp2-tp and
 tp2-ep are two with experts cut or whole; dp2 is two attention groups (all_gather). "Over tp1" is over tp1 with as many
 requests in all, "as many a group" over tp1 with as many as each group has; for 512 one GPU of 80 GB has no memory.
+
+**Host**: what the leader does for a step - planning, agreement, launch, what it makes of the step before - without its
+wait for the device; it runs while the step before is computed. A peer's host launches and no more.
 
 **Busiest rank**: choices of experts that fall on it, over the mean of the ranks.
 

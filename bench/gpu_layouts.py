@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import zmq
 from gpu_collectives import collective_seconds
+from gpu_host_time import LaunchTimes
 from gpu_leader import Leader
 from gpu_limits import Limits, Share, measure_limits
 from gpu_plan import CONTEXT, FULL, TOY, Plan
@@ -75,6 +76,7 @@ def measure_decode(leader: Leader, rank: Rank, share: Share, bytes_per_s: float,
     plan = leader.plan
     for batch in plan.batches:
         seconds = statistics.median(leader.decode_seconds(batch))
+        host_s = leader.host_s
         found = leader.routes_of(CONTEXT, 9, batch)
         if rank.mesh.world.rank == 0:
             routes = np.stack(found)[:, CONTEXT:].swapaxes(0, 1)
@@ -82,8 +84,8 @@ def measure_decode(leader: Leader, rank: Rank, share: Share, bytes_per_s: float,
             bytes_s = share.decode_bytes(plan.shape, experts, batch) / bytes_per_s
             total = batch * share.dp
             imbalance = share.imbalance(routes, plan.shape["num_experts"])
-            say("decode", batch=batch, total=total, seconds=seconds, tokens_per_s=total / seconds, experts=experts,
-                imbalance=imbalance, bytes_s=bytes_s, wire_s=wire_s[batch],
+            say("decode", batch=batch, total=total, seconds=seconds, host_s=host_s, tokens_per_s=total / seconds,
+                experts=experts, imbalance=imbalance, bytes_s=bytes_s, wire_s=wire_s[batch],
                 share=(bytes_s + wire_s[batch]) / seconds)  # fmt: skip
 
 
@@ -122,10 +124,16 @@ def measure_all(leader: Leader, rank: Rank, options: argparse.Namespace, limits:
     measure_decode(leader, rank, share, limits.bytes_per_s, wire_s)
     if not options.no_prefill:
         measure_prefill(leader, rank, share, limits, wire_s)
-    for batch in () if options.no_profile else plan.batches:
+    for batch in () if options.no_profile else (TOY if options.toy else FULL).batches:
         found = profile_decode(leader, batch)
         if rank.mesh.world.rank == 0:
             say("profile", batch=batch, **found)
+
+
+def say_launches(of_ranks: list[dict[int, float]], batches: tuple[int, ...], rank: int) -> None:
+    """Of the slowest rank."""
+    for batch in batches if rank == 0 else ():
+        say("launch", batch=batch, seconds=max(found[batch] for found in of_ranks))
 
 
 def run_phase(rank: Rank, folder: str, options: argparse.Namespace, measure: Callable[[Leader, Rank], None]) -> None:
@@ -201,7 +209,9 @@ def main() -> None:
             say("ready", seconds=time.perf_counter() - began, world=mesh.world.size)
         rows = [*plan.batches, *(() if options.no_prefill else plan.prefills)]
         options.wire_s = {num: collective_seconds(rank.mesh, plan.shape, num) for num in rows}
+        launches = LaunchTimes(rank.runner)
         run_phase(rank, f"{folder[0]}/on", options, lambda leader, rank: measure_all(leader, rank, options, limits))
+        say_launches(launches.medians_of_ranks(), plan.batches, mesh.world.rank)
         run_phase(without_capture(rank), f"{folder[0]}/off", options, measure_without_capture)
     dist.barrier()
     if mesh.world.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from gpu_host_time import DeviceWait
 from gpu_plan import CONTEXT, GREEDY, NUM_STEPS, NUM_WARM_UPS, Plan
 from output_side import Surroundings
 from transformers import Qwen3MoeConfig
@@ -131,6 +133,8 @@ class Leader:
         self._rng = np.random.default_rng(dp_rank)
         self._num_sent = 0
         self.prefill_tokens = plan.prefills[0]
+        # Of the last decodes' steps, the median of all but the wait for the device.
+        self.host_s = 0.0
 
     def send(
         self, prompt_tokens: int, max_new_tokens: int, params: SamplingParams = GREEDY, *, routed: bool = True
@@ -166,11 +170,14 @@ class Leader:
     def decode_seconds(self, batch: int, params: SamplingParams = GREEDY) -> list[float]:
         """Seconds of consecutive steps in which `batch` requests decode, host and device together."""
         self.start_decoding(batch, params)
-        seconds = []
-        for _ in range(NUM_STEPS - 8):
-            began = time.perf_counter()
-            self.scheduler.step()
-            seconds.append(time.perf_counter() - began)
+        seconds, host_seconds, wait = [], [], DeviceWait()
+        with wait.counted():
+            for _ in range(NUM_STEPS - 8):
+                began, waited = time.perf_counter(), wait.seconds
+                self.scheduler.step()
+                seconds.append(time.perf_counter() - began)
+                host_seconds.append(seconds[-1] - (wait.seconds - waited))
+        self.host_s = statistics.median(host_seconds)
         self.drain()
         return seconds
 

@@ -7,6 +7,8 @@ Legend: T tokens, N rows, V vocabulary, D hidden, n size of the axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +17,9 @@ from .collectives import all_reduce, gather
 from .mesh import Axis
 from .weight_format import WeightFormat
 from .weights import ShardedWeight
+
+# See `look_up_torch`.
+LookUp = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class VocabShard(nn.Module):
@@ -35,17 +40,36 @@ class VocabShard(nn.Module):
         return ShardedWeight.of(self._full, self.weight.data[:num_rows], first=self._first)
 
 
+def look_up_torch(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows [T, D] of ids [T], where `weight` has those from `first` on; zeros where it has not."""
+    local = ids - first
+    held = (local >= 0) & (local < weight.shape[0])
+    rows = F.embedding(local.clamp(0, weight.shape[0] - 1), weight)
+    # Filled in, not multiplied: the row that stands in for another rank's may hold NaN.
+    return rows.masked_fill(~held[:, None], 0)
+
+
+def select_look_up(device: torch.device) -> LookUp:
+    """The fastest for the device."""
+    if device.type == "cpu":
+        return look_up_torch
+    # Triton comes with torch's CUDA builds alone.
+    from .embedding_triton import look_up_triton  # noqa: PLC0415
+
+    return look_up_triton
+
+
 class VocabParallelEmbedding(VocabShard):
     """Ids [T] -> [T, D]: each rank looks up the ids it holds, and the sum has every row once."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, *, weight_format: WeightFormat) -> None:
+        super().__init__(vocab_size, hidden_size, axis, weight_format=weight_format)
+        self._look_up = select_look_up(weight_format.device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self._axis.size == 1 or len(ids) == 0:
             return F.embedding(ids, self.weight)
-        local = ids - self._first
-        held = (local >= 0) & (local < self._num_rows)
-        rows = F.embedding(local.clamp(0, self._num_rows - 1), self.weight)
-        # Filled in, not multiplied: the row that stands in for another rank's may hold NaN.
-        return all_reduce(rows.masked_fill(~held[:, None], 0), self._axis)
+        return all_reduce(self._look_up(ids, self.weight, self._first), self._axis)
 
 
 class ParallelLMHead(VocabShard):

@@ -134,6 +134,12 @@ class SymmetricMemory:
         assert lane is not None
         return gather_routed(hidden, ids, weights, is_padding, lane, record, first_recorded)
 
+    def lane_of_choices(self, num_choices: int) -> Lane | None:
+        """Where so many scores and ids fit as packets; the same on all ranks."""
+        lane = self._lanes[0]
+        fits = num_choices > 0 and 2 * lane.choices_a_row(num_choices) * PACKET_BYTES <= lane.row_bytes
+        return lane if fits else None
+
     def _lane_for(self, num_rows: int) -> Lane | None:
         if num_rows == 0:
             return None

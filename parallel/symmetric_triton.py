@@ -25,14 +25,14 @@ from .triton_launch import Kernel, launch_options, power_of_2_from, start_next, 
 
 
 @triton.jit
-def _send(place, words, lanes, there, call):
+def send_words(place, words, lanes, there, call):
     """Words as packets of a call, to lanes of a place."""
     packets = (call.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
     tl.store(place.to(tl.pointer_type(tl.int64)) + lanes, packets, there)
 
 
 @triton.jit
-def _receive(place, lanes, there, call):
+def receive_words(place, lanes, there, call):
     """The words, as soon as all packets are of this call."""
     packets = tl.load(place.to(tl.pointer_type(tl.int64)) + lanes, there, other=0, volatile=True)
     late = tl.sum((there & ((packets >> 32).to(tl.int32) != call)).to(tl.int32), axis=0)
@@ -111,7 +111,7 @@ def _sum_rows_kernel(
             source = (row + peer * num_rows * SCATTER).to(tl.int64)
             if PACKETS:
                 words = tl.load(x_words + source * num_words + lanes, there, other=0)
-                _send(theirs, words, lanes, there, call)
+                send_words(theirs, words, lanes, there, call)
             else:
                 value = tl.load(x + source * num_columns + columns, mask, other=0.0)
                 tl.store(theirs.to(tl.pointer_type(dtype)) + columns, value, mask)
@@ -124,7 +124,7 @@ def _sum_rows_kernel(
             source = (row + RANK * num_rows * SCATTER).to(tl.int64)
             value = tl.load(x + source * num_columns + columns, mask, other=0.0)
         elif PACKETS:
-            value = _values_of(_receive(place, lanes, there, call), dtype, IN_PAIRS)
+            value = _values_of(receive_words(place, lanes, there, call), dtype, IN_PAIRS)
         else:
             value = tl.load(place.to(tl.pointer_type(dtype)) + columns, mask, other=0.0, volatile=True)
         total += value.to(tl.float32)
@@ -180,9 +180,9 @@ def _gather_routed_kernel(
         if peer != RANK:
             theirs = tl.load(data_of + peer) + places + RANK * row_bytes
             if PACKETS:
-                _send(theirs, own_words, lanes, there, call)
-                _send(theirs, own_ids, num_words + choices, kept, call)
-                _send(theirs, _word_of(own_weights, IN_PAIRS), num_words + TOP_K + choices, kept, call)
+                send_words(theirs, own_words, lanes, there, call)
+                send_words(theirs, own_ids, num_words + choices, kept, call)
+                send_words(theirs, _word_of(own_weights, IN_PAIRS), num_words + TOP_K + choices, kept, call)
             else:
                 target = theirs.to(tl.pointer_type(tl.int32))
                 tl.store(target + lanes, own_words, there)
@@ -196,9 +196,9 @@ def _gather_routed_kernel(
         if peer == RANK:
             its_words, its_ids, its_weights = own_words, own_ids, own_weights
         elif PACKETS:
-            its_words = _receive(place, lanes, there, call)
-            its_ids = _receive(place, num_words + choices, kept, call)
-            its_weights = _value_of(_receive(place, num_words + TOP_K + choices, kept, call), dtype, IN_PAIRS)
+            its_words = receive_words(place, lanes, there, call)
+            its_ids = receive_words(place, num_words + choices, kept, call)
+            its_weights = _value_of(receive_words(place, num_words + TOP_K + choices, kept, call), dtype, IN_PAIRS)
         else:
             source = place.to(tl.pointer_type(tl.int32))
             its_words = tl.load(source + lanes, there, other=0, volatile=True)
@@ -228,6 +228,10 @@ class Lane:
     row_bytes: int
     rank: int
     in_packets: bool
+
+    def choices_a_row(self, num_choices: int) -> int:
+        """How many scores and ids travel as one row, so that the rows suffice: a power of two."""
+        return power_of_2_from(-(-num_choices // len(self.calls)))
 
     def constants(self, x: torch.Tensor) -> dict[str, Any]:
         """What kernels over this lane are compiled for, where rows of `x` travel."""

@@ -62,10 +62,9 @@ class DecodeGraphs:
 
     def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
         parts = self._parts
-        _, positions, rows = inputs
-        kv_lens = (positions + 1).to(torch.int32)
-        plan = parts.attention.plan_graph(parts.pool.page_table, rows, kv_lens, parts.page_size)
-        return parts.model.compute_logits(parts.forward(inputs, parts.attention, plan))
+        tokens = parts.read(inputs)
+        plan = parts.attention.plan_graph(parts.pool.page_table, inputs[2], tokens.kv_lens, parts.page_size)
+        return parts.model.compute_logits(parts.forward(inputs, tokens, parts.attention, plan))
 
     def run(self, host: HostBatch, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Replay: this rank's columns of the logits [B, V / n], valid until the next replay, and the requests' pool rows

@@ -15,7 +15,7 @@ from ..kv_cache.req_to_token_pool import ReqToTokenPool
 from ..models.causal_lm import CausalLM
 from ..models.forward_batch import ForwardBatch
 from ..routing.capturer import RoutedExpertsCapturer
-from .step_tensors import known_ids, slots_at
+from .step_tensors import TokenInputs, select_read_inputs
 
 # Runs before a recording, so that kernels are compiled and libraries have their workspaces.
 NUM_WARM_UPS = 2
@@ -52,16 +52,23 @@ class GraphParts:
             return ReplicatedTokens(tp)
         return FixedTokens(self.num_rows(len(pool_rows)), tp, pool_rows == self.pool.scratch_row)
 
-    def forward(self, inputs: torch.Tensor, attention: AttentionBackend[Any], plan: Any) -> torch.Tensor:
-        """Hidden states [T, D] of a step whose ids, positions and pool rows are `inputs` [3, T] int64."""
-        ids, positions, rows = inputs
+    def read(self, inputs: torch.Tensor) -> TokenInputs:
+        """Of a step whose ids, positions and pool rows are `inputs` [3, T] int64."""
+        read_inputs = select_read_inputs(self.device)
+        return read_inputs(inputs, self.last_token_ids, self.pool.page_table, self.page_size)
+
+    def forward(
+        self, inputs: torch.Tensor, tokens: TokenInputs, attention: AttentionBackend[Any], plan: Any
+    ) -> torch.Tensor:
+        """Hidden states [T, D] of the step with these inputs."""
+        _, positions, rows = inputs
         layout = self._layout(rows)
         if self.capturer is not None:
             self.capturer.begin_graph(self.num_rows(len(rows)))
         batch: ForwardBatch[Any] = ForwardBatch(
-            input_ids=known_ids(ids, rows, self.last_token_ids),
+            input_ids=tokens.ids,
             positions=positions,
-            kv_slots=slots_at(self.pool.page_table, rows, positions, self.page_size),
+            kv_slots=tokens.kv_slots,
             attention_plan=plan,
             layout=layout,
             sample_rows=rows,

@@ -4,7 +4,7 @@ A token's noise is a function of the request's seed, the output position and the
 whatever else is in the batch, and by whichever ranks hold the columns. Here as its definition reads; `gumbel_triton.py` has
 it as a kernel, with the same signature.
 
-Legend: B requests, C columns of this rank.
+Legend: B requests, C columns of this rank, M parts of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LARGEST_BELOW_1 = np.float32(1.0 - 2.0**-24)
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Every row's best token among the columns given, [B] int64, and the score that it is the best by, [B] float32: NaN
-    where a logit is NaN or infinite, -inf where all are banned. Still on the device."""
+    """Every row's best tokens in M parts of the columns given, [B, M] int64, and the scores that they are the best by,
+    [B, M] float32: NaN where a logit is NaN or infinite, -inf where all are banned. Still on the device."""
 
     scores: torch.Tensor
     token_ids: torch.Tensor
@@ -56,7 +56,7 @@ def noise(seed: int, position: int, first: int, count: int) -> np.ndarray:
 
 
 def choose_tokens_numpy(logits: torch.Tensor, first: int, draws: Sequence[Draw]) -> TokenChoice:
-    """See `ChooseTokens`, of logits on the CPU. The lowest of equally good tokens is chosen."""
+    """See `ChooseTokens`, of logits on the CPU, as one part. The lowest of equally good tokens is chosen."""
     scores, token_ids = np.empty(len(draws), np.float32), np.empty(len(draws), np.int64)
     for index, (row, draw) in enumerate(zip(logits.float().numpy(), draws, strict=True)):
         considered = row
@@ -70,7 +70,7 @@ def choose_tokens_numpy(logits: torch.Tensor, first: int, draws: Sequence[Draw])
         token_ids[index] = first + considered.argmax()
         # Also false where a logit is NaN.
         scores[index] = considered.max() if (row < np.inf).all() else np.nan
-    return TokenChoice(torch.from_numpy(scores), torch.from_numpy(token_ids))
+    return TokenChoice(torch.from_numpy(scores)[:, None], torch.from_numpy(token_ids)[:, None])
 
 
 def select_choose_tokens(device: torch.device) -> ChooseTokens:

@@ -97,5 +97,4 @@ def choose_tokens_triton(logits: torch.Tensor, first: int, draws: Sequence[Draw]
         logits, to_device(packed, device), scores, token_ids, first, num_columns, logits.stride(0),
         BLOCKS=BLOCKS, TOKENS=TOKENS_A_BLOCK, ROUNDS=NUM_ROUNDS, STREAM=STREAM, num_warps=4, **launch_options(device),
     )  # fmt: skip
-    best = scores.amax(dim=1, keepdim=True)
-    return TokenChoice(best.squeeze(1), token_ids.where(scores == best, torch.iinfo(torch.int64).max).amin(dim=1))
+    return TokenChoice(scores, token_ids)

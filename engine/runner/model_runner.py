@@ -13,10 +13,11 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
+from ...parallel.best_choice import best_choice
 from ...parallel.collectives import broadcast
 from ...parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLayout, rows_per_rank
 from ...parallel.host_to_device import to_device
-from ...parallel.mesh import ParallelMesh
+from ...parallel.mesh import Axis, ParallelMesh
 from ..attention import GraphAttentionBackend, make_attention_backend
 from ..kv_cache.kv_store import KVStore
 from ..kv_cache.page_pool import pages_for
@@ -132,9 +133,14 @@ class ModelRunner:
         config, (first, num_columns) = self.model.config, self.model.logit_columns
         hidden = torch.zeros(1, config.hidden_size, dtype=config.dtype, device=self._mesh.device)
         draws = [Draw(1.0, 0, 0)]
-        self._choose(self.model.compute_logits(hidden)[:, :num_columns], first, draws)
+        choice = self._choose(self.model.compute_logits(hidden)[:, :num_columns], first, draws)
+        max_running = len(self._last_token_ids) - 1
+        for count in (min(1 << power, max_running) for power in range(max_running.bit_length() + 1)):
+            scores, ids = (each.expand(count, -1).contiguous() for each in (choice.scores, choice.token_ids))
+            best_choice(scores, ids, self._mesh.tp)
         if self.is_leader:
-            self._choose(torch.zeros(1, config.vocab_size, device=self._mesh.device), 0, draws)
+            logits = torch.zeros(1, config.vocab_size, device=self._mesh.device)
+            sample_plain(logits, 0, draws, Axis.single(), self._choose)
 
     def drop_graphs(self) -> None:
         """They hold the addresses of weights and KV pool, and memory of their own."""

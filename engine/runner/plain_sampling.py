@@ -11,14 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ...parallel.best_choice import best_choice
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import Axis
 from ..plan import Draw
-from .gumbel import ChooseTokens, TokenChoice
-from .sampler import MIN_LOGPROB, NO_TOKEN, PLACEHOLDER, Sampled
-
-# More than any.
-MAX_ID = 2**31 - 1
+from .gumbel import ChooseTokens
+from .sampler import MIN_LOGPROB, PLACEHOLDER, Sampled
 
 
 def sample_plain(logits: torch.Tensor, first: int, draws: Sequence[Draw], axis: Axis, choose: ChooseTokens) -> Sampled:
@@ -27,24 +25,13 @@ def sample_plain(logits: torch.Tensor, first: int, draws: Sequence[Draw], axis: 
     Args:
         logits: [B, C], this rank's columns of [B, V], from token `first` on.
     """
-    choice = best_of_ranks(choose(logits, first, draws), axis)
-    outcomes = torch.where(choice.scores.abs() < torch.inf, choice.token_ids, NO_TOKEN)
+    choice = choose(logits, first, draws)
+    outcomes = best_choice(choice.scores, choice.token_ids, axis)
     token_ids = outcomes.clamp(min=PLACEHOLDER)
     if not any(draw.with_logprob for draw in draws):
         return Sampled(token_ids, outcomes)
     logprobs = logprobs_of(logits, first, token_ids, axis)
     return Sampled(token_ids, outcomes, logprobs, [None] * len(draws))
-
-
-def best_of_ranks(choice: TokenChoice, axis: Axis) -> TokenChoice:
-    """Of equal scores the lowest id; a score is NaN where any rank's is."""
-    if axis.size == 1:
-        return choice
-    # float64 holds any id.
-    best = all_gather(torch.stack([choice.scores.double(), choice.token_ids.double()])[None], axis)
-    scores = best[:, 0].amax(dim=0)
-    ids = torch.where(best[:, 0] == scores, best[:, 1], float(MAX_ID)).amin(dim=0)
-    return TokenChoice(scores, ids.to(torch.int64))
 
 
 def logprobs_of(logits: torch.Tensor, first: int, token_ids: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -102,10 +102,10 @@ class PrefillGraphs:
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             for _ in range(NUM_WARM_UPS):
-                parts.forward(inputs, breaker, None)
+                parts.forward(inputs, parts.read(inputs), breaker, None)
             torch.cuda.synchronize()
             breaker.begin()
-            hidden = parts.forward(inputs, breaker, None)
+            hidden = parts.forward(inputs, parts.read(inputs), breaker, None)
             last = breaker.end()
         return PrefillGraph(inputs, breaker.pieces, last, attended, hidden)
 

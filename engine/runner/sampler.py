@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ...parallel.best_choice import NO_CHOICE, best_choice
 from ...parallel.host_to_device import to_device
+from ...parallel.mesh import Axis
 from ..io_struct import OutputOptions, SamplingParams, TopLogprobs
 from ..plan import Draw
 from .gumbel import select_choose_tokens
 
 # In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.
-NO_TOKEN = -1
+NO_TOKEN = NO_CHOICE
 PLACEHOLDER = 0
 # What is less likely has this log-probability: JSON holds no infinity, and exp(-9999) is 0 in every format.
 MIN_LOGPROB = -9999.0
@@ -91,7 +93,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         outcomes = _draw_filtered(adjusted, rows)
     else:
         choice = select_choose_tokens(logits.device)(adjusted, 0, [_draw_of(row) for row in rows])
-        outcomes = torch.where(choice.scores.abs() < torch.inf, choice.token_ids, NO_TOKEN)
+        outcomes = best_choice(choice.scores, choice.token_ids, Axis.single())
         if filtered:
             where = to_device(filtered, logits.device)
             outcomes[where] = _draw_filtered(adjusted[where], [rows[i] for i in filtered])

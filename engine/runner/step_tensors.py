@@ -5,6 +5,7 @@ Legend: T tokens of the step, B requests, N rows whose logits are wanted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ from ..attention.backend import AttentionBackend, AttentionBatch
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
 from ..models.forward_batch import ForwardBatch, PlanT
 from ..plan import ScheduleBatch
+
+# See `read_inputs_torch`.
+ReadInputs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], "TokenInputs"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,41 @@ def lay_out(batch: ScheduleBatch) -> HostBatch:
         kv_lens=[req.start + req.num_tokens for req in batch.reqs],
         sampling=[i for i, req in enumerate(batch.reqs) if req.sample],
     )
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the device knows of T tokens: their ids and KV slots [T] int64, and how many keys each sees, [T] int32."""
+
+    ids: torch.Tensor
+    kv_slots: torch.Tensor
+    kv_lens: torch.Tensor
+
+
+def read_inputs_torch(
+    inputs: torch.Tensor, last_token_ids: torch.Tensor, page_table: torch.Tensor, page_size: int
+) -> TokenInputs:
+    """
+    Args:
+        inputs: [3, T] int64: ids, positions, pool rows.
+        last_token_ids: [max_requests + 1] int64, the last token sampled per pool row.
+    """
+    ids, positions, rows = inputs
+    return TokenInputs(
+        known_ids(ids, rows, last_token_ids),
+        slots_at(page_table, rows, positions, page_size),
+        (positions + 1).to(torch.int32),
+    )
+
+
+def select_read_inputs(device: torch.device) -> ReadInputs:
+    """The fastest for the device."""
+    if device.type == "cpu":
+        return read_inputs_torch
+    # Triton comes with torch's CUDA builds alone.
+    from .step_tensors_triton import read_inputs_triton  # noqa: PLC0415
+
+    return read_inputs_triton
 
 
 def known_ids(input_ids: torch.Tensor, token_rows: torch.Tensor, last_token_ids: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,14 @@ from waybill.engine.models.norm_rope_triton import TritonLayerOps
 from waybill.engine.plan import Draw
 from waybill.engine.runner.gumbel import choose_tokens_numpy
 from waybill.engine.runner.gumbel_triton import choose_tokens_triton
+from waybill.engine.runner.step_tensors import read_inputs_torch
+from waybill.engine.runner.step_tensors_triton import read_inputs_triton
+from waybill.parallel.best_choice import NO_CHOICE, best_choice_torch
+from waybill.parallel.best_choice_triton import best_choice_triton
+from waybill.parallel.embedding import look_up_torch
+from waybill.parallel.embedding_triton import look_up_triton
 from waybill.parallel.linear_triton import linear_triton
+from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.experts import experts_by_group, experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
@@ -320,6 +327,58 @@ def test_choice_of_tokens(dtype: torch.dtype, num_columns: int, first: int) -> N
     draws = [Draw(0.0, 1, 0), Draw(1.0, 2**64 - 1, 3), Draw(0.7, 12345, 10**6), Draw(1.0, 5, 5), Draw(1.0, 5, 5)]
     draws.append(Draw(1e-5, 6, 0))
     expected, found = choose_tokens_numpy(logits.cpu(), first, draws), choose_tokens_triton(logits, first, draws)
-    torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
-    there = [0, 1, 2, 4, 5]
-    assert torch.equal(found.token_ids.cpu()[there], expected.token_ids[there])
+    best = found.scores.amax(dim=1, keepdim=True).cpu()
+    torch.testing.assert_close(best, expected.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for choose in (best_choice_torch, lambda scores, ids, _: best_choice_triton(scores, ids, None)):
+        ids = choose(found.scores, found.token_ids, Axis.single()).cpu()
+        wanted = best_choice_torch(expected.scores, expected.token_ids, Axis.single())
+        assert torch.equal(ids, wanted) and wanted[3] == NO_CHOICE
+
+
+BAD = {0: float("nan"), 3: float("inf"), 4: float("-inf")}
+
+
+def test_best_choice_of_two_ranks() -> None:
+    """More rows than the lane has: several travel as one. Ties, rows without a choice here or there."""
+    rows, candidates = 11, 5
+    other = OtherRank(RowLayout(16, 2, torch.float32), in_packets=True)
+    together = other.lane.choices_a_row(rows)
+    assert together == 2
+    for call in range(1, 5):
+        scores = [normal(rows, candidates, dtype=torch.float32, seed=2 * call + i).round(decimals=1) for i in range(2)]
+        ids = [torch.arange(candidates, device=DEVICE).repeat(rows, 1) * 2 + i for i in range(2)]
+        for row, value in BAD.items():
+            scores[(row + call) % 2][row] = value
+        scores[1 - (4 + call) % 2][4] = float("-inf")
+        best = scores[1].nan_to_num(float("-inf"), float("inf"), float("-inf")).amax(dim=1)
+        sent = torch.where(scores[1].isnan().any(dim=1), float("nan"), best)
+        sent_ids = torch.where(scores[1] == best[:, None], ids[1], 99).amin(dim=1).to(torch.int32)
+        packed = torch.zeros(6, 2, together, dtype=torch.int32, device=DEVICE)
+        for row in range(rows):
+            packed[row // together, :, row % together] = torch.stack([sent[row].view(torch.int32), sent_ids[row]])
+        other.send(packed.flatten(1), call)
+        found = best_choice_triton(scores[0], ids[0], other.lane)
+        assert torch.equal(found, best_choice_torch(torch.cat(scores, 1), torch.cat(ids, 1), Axis.single()))
+        assert (found[list(BAD)] == NO_CHOICE).all() and (found >= 0).sum() == rows - len(BAD)
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_inputs_of_a_step(page_size: int) -> None:
+    table = (torch.arange(6 * 9, dtype=torch.int32, device=DEVICE) * 7 % 54).view(6, 9)
+    last = torch.tensor([3, 1, 4, 1, 5, 9], device=DEVICE)
+    inputs = torch.tensor([[-1, 8, -1, 0], [0, 7, 8, 3], [2, 0, 5, 4]], device=DEVICE)
+    expected = read_inputs_torch(inputs, last, table, page_size)
+    found = read_inputs_triton(inputs, last, table, page_size)
+    for name in ("ids", "kv_slots", "kv_lens"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_look_up_of_a_shard(dtype: torch.dtype) -> None:
+    """A row of NaN reaches none but its own token."""
+    weight = normal(5, 100, dtype=dtype)
+    weight[0], weight[4] = float("nan"), float("nan")
+    ids = torch.tensor([9, 10, 12, 13, 14, 15, 2**30], device=DEVICE)
+    found = look_up_triton(ids, weight, 10)
+    torch.testing.assert_close(found, look_up_torch(ids, weight, 10), rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().any(dim=1).tolist() == [False, True, False, False, True, False, False]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from waybill.engine.plan import Draw
 from waybill.engine.runner.gumbel import choose_tokens_numpy, noise
 from waybill.engine.runner.sampler import uniform
+from waybill.parallel.best_choice import best_choice
+from waybill.parallel.mesh import Axis
 
 MASK = 2**64 - 1
 
@@ -56,12 +60,11 @@ def test_a_choice_is_the_best_of_the_parts_choices() -> None:
     logits[0, [100, 900]] = 9.0
     draws = [Draw(0.0, 0, 0), Draw(1.0, 4, 2), Draw(1e-5, 4, 3)]
     whole = choose_tokens_numpy(logits, 0, draws)
-    assert whole.token_ids[0] == 100 and whole.token_ids[2] == logits[2].argmax()
+    assert whole.token_ids[0, 0] == 100 and whole.token_ids[2, 0] == logits[2].argmax()
     for cut in (1, 333, 992):
         parts = [choose_tokens_numpy(logits[:, :cut], 0, draws), choose_tokens_numpy(logits[:, cut:], cut, draws)]
-        best = torch.stack([part.scores for part in parts]).argmax(dim=0)
-        ids = torch.stack([part.token_ids for part in parts]).gather(0, best[None])[0]
-        assert torch.equal(ids, whole.token_ids)
+        scores, ids = (torch.cat(each, dim=1) for each in zip(*map(astuple, parts), strict=True))
+        assert torch.equal(best_choice(scores, ids, Axis.single()), whole.token_ids[:, 0])
 
 
 def test_what_is_no_number_is_told_and_what_is_banned_stays_so() -> None:

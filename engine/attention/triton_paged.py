@@ -20,7 +20,10 @@ from .sdpa import SdpaAttention, SdpaPlan
 
 # Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
 MIN_TILE = 16
-BLOCK_KEYS = 32
+# Keys that a program reads at a time, and its warps and pipeline stages. Programs of whole requests are many, and hide
+# latency by their number; those of parts of requests by what each has on its way.
+WHOLE = {"BLOCK": 16, "num_warps": 1, "num_stages": 2}
+PART = {"BLOCK": 32, "num_warps": 4, "num_stages": 3}
 # Programs that keep the device busy.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 32
@@ -145,7 +148,7 @@ def decode_attention(
     _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
         query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, out, partial, lse, scale,
         plan.page_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width, PAGE_SIZE=plan.page_size,
-        NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)), BLOCK=BLOCK_KEYS, num_warps=4,
+        NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)), **(WHOLE if num_splits == 1 else PART),
         **options,
     )  # fmt: skip
     if num_splits > 1:

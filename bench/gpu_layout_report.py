@@ -56,9 +56,9 @@ def kill_all(pid: int) -> None:
             process.kill()
 
 
-def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
-    """In processes of its own, which end with their time."""
-    share, found = LAYOUTS[name], Found(name)
+def start_layout(name: str, model: str, options: argparse.Namespace) -> subprocess.Popen[str]:
+    """In processes of its own, which wait behind their imports until `go_file` is there."""
+    share = LAYOUTS[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(share.dp * share.tp), str(Path(__file__).with_name("gpu_layouts.py"))]
     command += ["--model", model, "--device", options.device, "--dp", str(share.dp), "--tp", str(share.tp)]
@@ -68,10 +68,20 @@ def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
     if name == BASE:
         # Also as many as two dp ranks have in all, where they fit.
         batches = tuple(sorted({*batches, *(2 * batch for batch in batches[:-1])}))
-    command += ["--batches", *map(str, batches)]
-    child = subprocess.Popen(
+    command += ["--batches", *map(str, batches), "--go-file", str(go_file(name, model))]
+    return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
+
+
+def go_file(name: str, model: str) -> Path:
+    return Path(model) / f"{name}.go"
+
+
+def run_layout(name: str, model: str, child: subprocess.Popen[str], options: argparse.Namespace) -> Found:
+    """Have the processes begin, and read what they print until they end, with their time at the latest."""
+    found = Found(name)
+    go_file(name, model).touch()
     timer = threading.Timer(options.layout_timeout, kill_all, (child.pid,))
     timer.start()
     began, last = time.monotonic(), deque[str](maxlen=LAST_WORDS)
@@ -90,6 +100,21 @@ def run_layout(name: str, model: str, options: argparse.Namespace) -> Found:
         found.failure = f"killed after {options.layout_timeout:.0f} s" if late else f"exit status {status}"
         print(f"{name}: {found.failure}", *last, sep="\n", flush=True)
     return found
+
+
+def run_layouts(names: list[str], model: str, options: argparse.Namespace) -> list[Found]:
+    """One after the other; while one is measured, the processes of the next import their libraries."""
+    all_found = []
+    children = [start_layout(names[0], model, options)]
+    try:
+        for index, name in enumerate(names):
+            children += [start_layout(following, model, options) for following in names[index + 1 : index + 2]]
+            all_found.append(run_layout(name, model, children[index], options))
+    finally:
+        for child in children:
+            if child.poll() is None:
+                kill_all(child.pid)
+    return all_found
 
 
 def decode_table(all_found: list[Found]) -> list[str]:
@@ -162,7 +187,7 @@ def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
     report = Report()
     with tempfile.TemporaryDirectory(prefix="waybill-layouts-") as model:
         write_config("toy30b" if options.toy else "30b", Path(model))
-        all_found = [run_layout(name, model, options) for name in names]
+        all_found = run_layouts(names, model, options)
     report.add("# Layouts of two devices", "", describe() + ".", "", *SETTING.strip().splitlines(), "")
     for found in all_found:
         for each in found.of("limits"):

@@ -39,6 +39,8 @@ from waybill.parallel.mesh import ParallelMesh
 
 MARK = "RESULT "
 CONTEXT_LENGTH = 16384
+# For the layout before it.
+GO_TIMEOUT_S = 600.0
 TIMEOUT_S = 120
 NUM_ALONE, NUM_BEHIND = 5, 8
 
@@ -117,7 +119,7 @@ def measure_without_capture(leader: Leader, rank: Rank) -> None:
 
 
 def measure_all(leader: Leader, rank: Rank, options: argparse.Namespace, limits: Limits) -> None:
-    plan, wire_s = options.plan, options.wire_s
+    wire_s = options.wire_s
     share = Share(options.dp, options.tp, options.moe_split)
     if rank.mesh.world.rank == 0:
         say("limits", bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
@@ -178,15 +180,30 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", help="requests of each dp rank in decode")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--go-file", type=Path, help="begin when it is there")
     options = parser.parse_args()
     plan = TOY if options.toy else FULL
     options.plan = dataclasses.replace(plan, batches=tuple(options.batches or plan.batches))
     return options
 
 
+def wait_for(file: Path) -> None:
+    """
+    Raises:
+        TimeoutError: it does not come; whoever should make it has died, say.
+    """
+    deadline = time.monotonic() + GO_TIMEOUT_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{file} was not made within {GO_TIMEOUT_S:.0f} s")
+        time.sleep(0.05)
+
+
 def main() -> None:
     options = parse_options()
     plan = options.plan
+    if options.go_file is not None:
+        wait_for(options.go_file)
     device = torch.device("cpu")
     if options.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

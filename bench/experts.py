@@ -32,7 +32,7 @@ from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts, experts_by_group
 from waybill.parallel.moe.layer import MoeLayer
-from waybill.parallel.moe.router import TopKRouter
+from waybill.parallel.moe.router import RouterConfig, TopKRouter
 from waybill.parallel.weight_format import WeightFormat
 
 D, E, K, I = 1024, 64, 8, 512
@@ -70,7 +70,7 @@ def make_contenders() -> dict[str, list[Block]]:
     """NUM_LAYERS layers of every contender, which share weights."""
     layers: dict[str, list[Block]] = {name: [] for name in CONTENDERS}
     for index in range(NUM_LAYERS):
-        router = TopKRouter(D, E, K, norm_topk_prob=True, **OPTIONS)
+        router = TopKRouter(D, RouterConfig(E, K), **OPTIONS)
         experts = make_experts("fast")
         for weight in (router.weight, experts.gate_up, experts.down):
             weight.normal_(std=0.02)

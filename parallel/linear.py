@@ -95,7 +95,11 @@ class QKVParallelLinear(ShardedLinear):
 
     def sharded_bias(self, part: str) -> ShardedWeight:
         assert self.bias is not None
-        return ShardedWeight.of((self._full[part],), self._target(self.bias, part), first=self._first_row(part))
+        return self.sharded_vector(part, self._target(self.bias, part))
+
+    def sharded_vector(self, part: str, storage: torch.Tensor) -> ShardedWeight:
+        """One number for each row of the query, key or value matrix; `storage` has those of this rank's rows."""
+        return ShardedWeight.of((self._full[part],), storage, first=self._first_row(part))
 
     def _first_row(self, part: str) -> int:
         shard = self._axis.rank if part == "q" else self._axis.rank // self._num_kv_replicas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,12 @@ class PartialSum:
     def of_one(x: torch.Tensor) -> PartialSum:
         """A sum that is complete."""
         return PartialSum(x, Axis.single())
+
+    def plus(self, other: PartialSum) -> PartialSum:
+        """The sum of both: made as one where it is over the same ranks."""
+        if self.axis.ranks == other.axis.ranks and self.scatter == other.scatter:
+            return replace(self, term=self.term + other.term)
+        return PartialSum.of_one(self.complete() + other.complete())
 
     def complete(self) -> torch.Tensor:
         return reduce_scatter(self.term, self.axis) if self.scatter else all_reduce(self.term, self.axis)

@@ -54,17 +54,17 @@ def _values_of(words, dtype: tl.constexpr, IN_PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _word_of(value, IN_PAIRS: tl.constexpr):
-    """A value in a word of its own."""
-    if IN_PAIRS:
+def _word_of(value, SHORT: tl.constexpr):
+    """A value, of 16 bits or of 32, in a word of its own."""
+    if SHORT:
         return value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     else:
         return value.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _value_of(word, dtype: tl.constexpr, IN_PAIRS: tl.constexpr):
-    if IN_PAIRS:
+def _value_of(word, dtype: tl.constexpr, SHORT: tl.constexpr):
+    if SHORT:
         return word.to(tl.int16).to(dtype, bitcast=True)
     else:
         return word.to(dtype, bitcast=True)
@@ -160,14 +160,15 @@ def _gather_routed_kernel(
     hidden, hidden_words, ids, weights, padding, out, out_words, out_ids, out_weights, record, calls, flags, data_of,
     flags_of, num_rows, num_columns, num_words, row_bytes, first_recorded, num_recorded, RANK: tl.constexpr,
     SIZE: tl.constexpr, MAX_ROWS: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, WORDS: tl.constexpr,
-    PADDED: tl.constexpr, RECORD: tl.constexpr, PACKETS: tl.constexpr, IN_PAIRS: tl.constexpr, PDL: tl.constexpr,
+    PADDED: tl.constexpr, RECORD: tl.constexpr, SHORT: tl.constexpr, PACKETS: tl.constexpr, IN_PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A row is sent as words: its hidden state, its ids and its weights, each of these in a word of its own."""
     start_next(PDL)
     row = tl.program_id(0)
     lanes, choices = tl.arange(0, WORDS), tl.arange(0, K_BLOCK)
     there, kept = lanes < num_words, choices < TOP_K
-    dtype = hidden.dtype.element_ty
+    dtype = weights.dtype.element_ty
     wait_for_previous(PDL)
     call = tl.load(calls + row) + 1
     places = (((call & 1) * MAX_ROWS + row) * SIZE).to(tl.int64) * row_bytes
@@ -182,12 +183,12 @@ def _gather_routed_kernel(
             if PACKETS:
                 send_words(theirs, own_words, lanes, there, call)
                 send_words(theirs, own_ids, num_words + choices, kept, call)
-                send_words(theirs, _word_of(own_weights, IN_PAIRS), num_words + TOP_K + choices, kept, call)
+                send_words(theirs, _word_of(own_weights, SHORT), num_words + TOP_K + choices, kept, call)
             else:
                 target = theirs.to(tl.pointer_type(tl.int32))
                 tl.store(target + lanes, own_words, there)
                 tl.store(target + num_words + choices, own_ids, kept)
-                tl.store(target + num_words + TOP_K + choices, _word_of(own_weights, IN_PAIRS), kept)
+                tl.store(target + num_words + TOP_K + choices, _word_of(own_weights, SHORT), kept)
     if not PACKETS:
         _meet(flags, flags_of, row, call, RANK, SIZE)
     for peer in tl.static_range(SIZE):
@@ -198,13 +199,13 @@ def _gather_routed_kernel(
         elif PACKETS:
             its_words = receive_words(place, lanes, there, call)
             its_ids = receive_words(place, num_words + choices, kept, call)
-            its_weights = _value_of(receive_words(place, num_words + TOP_K + choices, kept, call), dtype, IN_PAIRS)
+            its_weights = _value_of(receive_words(place, num_words + TOP_K + choices, kept, call), dtype, SHORT)
         else:
             source = place.to(tl.pointer_type(tl.int32))
             its_words = tl.load(source + lanes, there, other=0, volatile=True)
             its_ids = tl.load(source + num_words + choices, kept, other=-1, volatile=True)
             word = tl.load(source + num_words + TOP_K + choices, kept, other=0, volatile=True)
-            its_weights = _value_of(word, dtype, IN_PAIRS)
+            its_weights = _value_of(word, dtype, SHORT)
         tl.store(out_words + where * num_words + lanes, its_words, there)
         _keep_choices(
             out_ids, out_weights, record, where, its_ids, its_weights, choices, kept, first_recorded, num_recorded,
@@ -294,6 +295,7 @@ def gather_routed(
         out.view(torch.int32), out_ids, out_weights, recorded, lane.calls, lane.flags, lane.data_of, lane.flags_of,
         num_rows, num_columns, words.shape[1], lane.row_bytes, first_recorded, len(recorded), TOP_K=top_k,
         K_BLOCK=power_of_2_from(top_k), PADDED=is_padding is not None, RECORD=record is not None,
+        SHORT=weights.itemsize < WORD_BYTES,
         **lane.constants(hidden),
     )  # fmt: skip
     return out, out_ids, out_weights

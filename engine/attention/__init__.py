@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 
-from .backend import AttentionBackend, AttentionBatch, CachedTensors, GraphAttentionBackend
+from .backend import AttentionBackend, AttentionBatch, AttentionRule, CachedTensors, GraphAttentionBackend
 from .sdpa import SdpaAttention
 from .torch_reference import TorchReferenceAttention
 
-__all__ = ["AttentionBackend", "AttentionBatch", "CachedTensors", "GraphAttentionBackend", "make_attention_backend"]
+__all__ = [
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionRule",
+    "CachedTensors",
+    "GraphAttentionBackend",
+    "make_attention_backend",
+]
 
 
 def make_attention_backend(name: str, device: torch.device) -> AttentionBackend[Any]:

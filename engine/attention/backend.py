@@ -16,6 +16,16 @@ PlanT = TypeVar("PlanT")
 CachedTensors = Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionRule:
+    """What attention computes in a layer: scores are scaled, a query sees the last `window` keys up to its own (None: all),
+    and shares its attention with its head's sink, a score [H] without a value (None: there are none)."""
+
+    scale: float
+    window: int | None = None
+    sinks: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class AttentionBatch:
     """A step's requests, their tokens concatenated in order.
@@ -43,7 +53,7 @@ class AttentionBackend(Protocol[PlanT]):
         """Everything that depends on the step alone."""
         ...
 
-    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: PlanT, scale: float) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: PlanT, rule: AttentionRule) -> torch.Tensor:
         """query [T, H, d] -> [T, H, d]; H is a multiple of the G heads that are cached (grouped queries)."""
         ...
 

@@ -2,19 +2,28 @@
 
 Requests that bring one token (decodes) run together, in groups of similar length so that padding at most doubles the
 keys that are read; the query heads that share a kv head are its query rows, so that each key is read once. Requests that
-bring more (prefills) run one by one.
+bring more (prefills) run one by one. Where a layer has a window, no key outside of it is gathered for a decode, and a
+prefill runs in blocks of rows that read their own windows alone.
+
+A sink is a key of its own before all others: heads get one more dim, in which the queries have the sink's score, that key
+has one and all others zero.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from ...parallel.host_to_device import to_device
-from .backend import AttentionBatch, CachedTensors, first_slots, slots_at, slots_of
+from .backend import AttentionBatch, AttentionRule, CachedTensors, first_slots, slots_at, slots_of
+
+# Rows of a windowed prefill that run together, or as many as the window is wide.
+MIN_BLOCK_ROWS = 256
+# The fused kernels want heads of a multiple of so many dims.
+WIDTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -38,103 +47,150 @@ class Prefill:
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    decodes: list[DecodeGroup]
+    """`firsts` are the requests' first rows. Groups of decodes are made once for every window that a layer asks for."""
+
+    batch: AttentionBatch
+    tables: torch.Tensor
+    firsts: list[int]
     prefills: list[Prefill]
+    groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
+
+    def decodes(self, window: int | None) -> list[DecodeGroup]:
+        if window not in self.groups:
+            members: dict[int, list[int]] = defaultdict(list)
+            for i, (q_len, kv_len) in enumerate(zip(self.batch.q_lens, self.batch.kv_lens, strict=True)):
+                if q_len == 1:
+                    members[min(kv_len, window or kv_len).bit_length()].append(i)
+            self.groups[window] = [self._group(each, window) for each in members.values()]
+        return self.groups[window]
+
+    def _group(self, members: list[int], window: int | None) -> DecodeGroup:
+        device, page_size = self.tables.device, self.batch.page_size
+        ends = [self.batch.kv_lens[i] for i in members]
+        lengths = [min(end, window or end) for end in ends]
+        num_keys = max(lengths)
+        positions = torch.arange(num_keys, device=device)
+        table = self.tables[to_device(members, device)]
+        rows = to_device([self.firsts[i] for i in members], device)
+        if min(lengths) == max(ends):
+            return DecodeGroup(rows, slots_of(table, positions, page_size).flatten(), num_keys, None)
+        begins = to_device([end - length for end, length in zip(ends, lengths, strict=True)], device)[:, None]
+        last = to_device(ends, device)[:, None] - 1
+        wanted = begins + positions
+        mask = None if min(lengths) == num_keys else (wanted <= last)[:, None, None, :]
+        # Padding repeats a request's own last key: beyond it lies what others left, and no mask hides NaN.
+        slots = slots_at(table, torch.minimum(wanted, last), page_size)
+        return DecodeGroup(rows, slots.flatten(), num_keys, mask)
 
 
 class SdpaAttention:
     def plan(self, batch: AttentionBatch) -> SdpaPlan:
-        groups: dict[int, list[int]] = defaultdict(list)
         prefills: list[Prefill] = []
         firsts: list[int] = []
         first = 0
         tables = batch.tables()
         for i, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
             firsts.append(first)
-            if q_len == 1:
-                groups[kv_len.bit_length()].append(i)
-            else:
+            if q_len != 1:
                 prefills.append(Prefill(first, first + q_len, first_slots(tables[i], kv_len, batch.page_size)))
             first += q_len
-        decodes = [self._plan_group(batch, tables, members, firsts) for members in groups.values()]
-        return SdpaPlan(decodes, prefills)
+        return SdpaPlan(batch, tables, firsts, prefills)
 
-    @staticmethod
-    def _plan_group(batch: AttentionBatch, tables: torch.Tensor, members: list[int], firsts: list[int]) -> DecodeGroup:
-        device = tables.device
-        lengths = [batch.kv_lens[i] for i in members]
-        num_keys = max(lengths)
-        positions = torch.arange(num_keys, device=device)
-        table = tables[to_device(members, device)]
-        rows = to_device([firsts[i] for i in members], device)
-        if min(lengths) == num_keys:
-            return DecodeGroup(rows, slots_of(table, positions, batch.page_size).flatten(), num_keys, None)
-        ends = to_device(lengths, device)[:, None]
-        mask = (positions[None, :] < ends)[:, None, None, :]
-        # Padding repeats a request's own last key: beyond it lies what others left, and no mask hides NaN.
-        slots = slots_at(table, torch.minimum(positions[None, :], ends - 1), batch.page_size)
-        return DecodeGroup(rows, slots.flatten(), num_keys, mask)
-
-    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, scale: float) -> torch.Tensor:
-        k_cache, v_cache = kv["k"], kv["v"]
-        if not plan.decodes and len(plan.prefills) == 1:
-            return self._prefill(query, k_cache, v_cache, plan.prefills[0], scale)
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule) -> torch.Tensor:
+        decodes = plan.decodes(rule.window)
+        if not decodes and len(plan.prefills) == 1:
+            return prefill(query, kv, plan.prefills[0], rule)
         out = torch.empty_like(query)
-        for group in plan.decodes:
-            self._decode(query, k_cache, v_cache, group, scale, out)
-        for prefill in plan.prefills:
-            out[prefill.first : prefill.last] = self._prefill(query, k_cache, v_cache, prefill, scale)
+        for group in decodes:
+            out[group.rows] = decode(query, kv, group, rule)
+        for each in plan.prefills:
+            out[each.first : each.last] = prefill(query[each.first : each.last], kv, each, rule)
         return out
 
-    @staticmethod
-    def _decode(
-        query: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        group: DecodeGroup,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        num_reqs, num_kv_heads, width = len(group.rows), k_cache.shape[1], k_cache.shape[2]
-        shape = (num_reqs, group.num_keys, num_kv_heads, width)
-        keys = k_cache.index_select(0, group.slots).view(shape).transpose(1, 2)
-        values = v_cache.index_select(0, group.slots).view(shape).transpose(1, 2)
-        # [B', G, H / G, d]: heads of one group are adjacent, and become its query rows.
-        rows = query.index_select(0, group.rows).view(num_reqs, num_kv_heads, -1, width)
-        result = F.scaled_dot_product_attention(rows, keys, values, attn_mask=group.mask, scale=scale)
-        out[group.rows] = result.reshape(num_reqs, -1, width)
 
-    @staticmethod
-    def _prefill(
-        query: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        prefill: Prefill,
-        scale: float,
-    ) -> torch.Tensor:
-        """Results of the prefill's own rows [n, H, d]."""
-        rows = query[prefill.first : prefill.last].transpose(0, 1)[None]
-        keys = k_cache.index_select(0, prefill.slots).transpose(0, 1)[None]
-        values = v_cache.index_select(0, prefill.slots).transpose(0, 1)[None]
-        num_rows, num_keys = rows.shape[2], keys.shape[2]
-        if num_rows == num_keys:
-            result = F.scaled_dot_product_attention(
-                rows, keys, values, is_causal=True, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
-            )
-        else:
-            visible = causal_mask(num_rows, num_keys, rows.device)
-            result = F.scaled_dot_product_attention(
-                rows, keys, values, attn_mask=visible, scale=scale, enable_gqa=rows.shape[1] != keys.shape[1]
-            )
-        return result[0].transpose(0, 1)
+def decode(query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, rule: AttentionRule) -> torch.Tensor:
+    """Results of the group's own rows [B', H, d]."""
+    num_reqs, (num_kv_heads, width) = len(group.rows), kv["k"].shape[1:]
+    shape = (num_reqs, group.num_keys, num_kv_heads, width)
+    keys, values = (kv[name].index_select(0, group.slots).view(shape).transpose(1, 2) for name in ("k", "v"))
+    # [B', G, H / G, d]: heads of one group are adjacent, and become its query rows.
+    rows = query.index_select(0, group.rows).view(num_reqs, num_kv_heads, -1, width)
+    mask = group.mask
+    if rule.sinks is not None:
+        scores = rule.sinks.view(num_kv_heads, -1).expand(num_reqs, -1, -1)
+        rows, keys, values = with_sink(rows, keys, values, scores, rule.scale)
+        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    result = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=rule.scale)
+    return result[..., :width].reshape(num_reqs, -1, width)
 
 
-def causal_mask(num_rows: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """What each of the last `num_rows` of `num_keys` positions may see: [num_rows, num_keys]."""
-    if device.type == "cpu":
-        return torch.ones(num_rows, num_keys, dtype=torch.bool).tril_(num_keys - num_rows)
-    # A bias that the fused kernels know, so that they need no mask in memory. Importing it imports torch's compiler, which
-    # is a third of what a rank imports.
-    from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415
+def prefill(query: torch.Tensor, kv: CachedTensors, request: Prefill, rule: AttentionRule) -> torch.Tensor:
+    """Results of a request's own rows: query [n, H, d] -> [n, H, d]."""
+    num_rows, num_keys = len(query), len(request.slots)
+    if rule.window is None or rule.window >= num_keys:
+        return attend(query, kv, request.slots, rule, None)
+    out = torch.empty_like(query)
+    for first in range(0, num_rows, max(rule.window, MIN_BLOCK_ROWS)):
+        last = min(first + max(rule.window, MIN_BLOCK_ROWS), num_rows)
+        end = num_keys - num_rows + last
+        begin = max(0, end - (last - first) - rule.window + 1)
+        out[first:last] = attend(query[first:last], kv, request.slots[begin:end], rule, rule.window)
+    return out
 
-    return causal_lower_right(num_rows, num_keys)
+
+def attend(
+    query: torch.Tensor, kv: CachedTensors, slots: torch.Tensor, rule: AttentionRule, window: int | None
+) -> torch.Tensor:
+    """The last n of some positions, query [n, H, d], to all of these, whose KV is in `slots`: [n, H, d]."""
+    width = query.shape[-1]
+    rows = query.transpose(0, 1)[None]
+    keys, values = (kv[name].index_select(0, slots).transpose(0, 1)[None] for name in ("k", "v"))
+    num_sinks = 0
+    if rule.sinks is not None:
+        scores = rule.sinks[None, :, None].expand(1, -1, rows.shape[2])
+        rows, keys, values = with_sink(rows, keys, values, scores, rule.scale)
+        num_sinks = 1
+    num_rows, num_keys = rows.shape[2], keys.shape[2]
+    is_causal = window is None and num_rows == num_keys
+    mask = None if is_causal else visible_keys(num_rows, num_keys, window, num_sinks, rows.device)
+    result = F.scaled_dot_product_attention(
+        rows,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=rule.scale,
+        enable_gqa=rows.shape[1] != keys.shape[1],
+    )
+    return result[0, ..., :width].transpose(0, 1)
+
+
+def with_sink(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query [B, H, n, d], keys and values [B, G, m, d] with one more dim each, padded, and one more key before the others;
+    `scores` [B, H, n] are the sinks'."""
+    extra = WIDTH_MULTIPLE - query.shape[-1] % WIDTH_MULTIPLE
+    query = F.pad(query, (0, extra))
+    query[..., -extra] = scores / scale
+    keys, values = F.pad(keys, (0, extra, 1, 0)), F.pad(values, (0, extra, 1, 0))
+    keys[..., 0, -extra] = 1.0
+    return query, keys, values
+
+
+def visible_keys(
+    num_rows: int, num_keys: int, window: int | None, num_sinks: int, device: torch.device
+) -> torch.Tensor:
+    """What each of the last `num_rows` of `num_keys` positions may see: [num_rows, num_keys]. The first `num_sinks` are
+    seen by all."""
+    if device.type != "cpu" and window is None:
+        # A bias that the fused kernels know, so that they need no mask in memory. Importing it imports torch's compiler,
+        # which is a third of what a rank imports.
+        from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415
+
+        return causal_lower_right(num_rows, num_keys)
+    visible = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_rows)
+    if window is not None:
+        visible.triu_(num_keys - num_rows - window + 1)
+        visible[:, :num_sinks] = True
+    return visible

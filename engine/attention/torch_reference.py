@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend import AttentionBatch, CachedTensors, slots_of
+from .backend import AttentionBatch, AttentionRule, CachedTensors, slots_of
 
 
 @dataclass(frozen=True)
 class ReferencePlan:
-    """Per request: rows [first, last) of the step, KV slots [n] and the mask [rows, n] of what each row may see."""
+    """Per request: rows [first, last) of the step, KV slots [n], and how far behind each row each key is [rows, n]."""
 
     requests: list[tuple[int, int, torch.Tensor, torch.Tensor]]
 
@@ -24,19 +24,24 @@ class TorchReferenceAttention:
         for i, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
             positions = torch.arange(kv_len, device=tables.device)
             slots = slots_of(tables[i : i + 1], positions, batch.page_size)[0]
-            visible = positions[None, :] <= positions[kv_len - q_len :, None]
-            requests.append((first, first + q_len, slots, visible))
+            distance = positions[kv_len - q_len :, None] - positions[None, :]
+            requests.append((first, first + q_len, slots, distance))
             first += q_len
         return ReferencePlan(requests)
 
-    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: ReferencePlan, scale: float) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: ReferencePlan, rule: AttentionRule) -> torch.Tensor:
         k_cache, v_cache = kv["k"], kv["v"]
         out = torch.empty_like(query)
         num_shared = query.shape[1] // k_cache.shape[1]
-        for first, last, slots, visible in plan.requests:
+        for first, last, slots, distance in plan.requests:
             keys = k_cache[slots].repeat_interleave(num_shared, dim=1)
             values = v_cache[slots].repeat_interleave(num_shared, dim=1)
-            scores = torch.einsum("qhd,khd->hqk", query[first:last].float(), keys.float()) * scale
-            weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+            scores = torch.einsum("qhd,khd->hqk", query[first:last].float(), keys.float()) * rule.scale
+            hidden = distance < 0 if rule.window is None else (distance < 0) | (distance >= rule.window)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if rule.sinks is not None:
+                sinks = rule.sinks.float()[:, None, None].expand(-1, last - first, 1)
+                scores = torch.cat((scores, sinks), dim=-1)
+            weights = torch.softmax(scores, dim=-1)[..., : len(slots)]
             out[first:last] = torch.einsum("hqk,khd->qhd", weights, values.float()).to(query.dtype)
         return out

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...parallel.host_to_device import to_device
 from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
-from .backend import AttentionBatch, CachedTensors
+from .backend import AttentionBatch, AttentionRule, CachedTensors
 from .sdpa import SdpaAttention, SdpaPlan
 
 # Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
@@ -32,9 +32,10 @@ MAX_SPLITS = 32
 @Kernel
 @triton.jit
 def _decode_kernel(
-    query, k_cache, v_cache, page_table, req_rows, kv_lens, out, partial, lse, scale, table_stride,
+    query, k_cache, v_cache, sinks, page_table, req_rows, kv_lens, out, partial, lse, scale, table_stride, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -42,8 +43,11 @@ def _decode_kernel(
     # the first-level cache, which may hold another step's.
     length = tl.load(kv_lens + request, cache_modifier=".cg").to(tl.int32)
     table = page_table + tl.load(req_rows + request, cache_modifier=".cg") * table_stride
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK), NUM_SPLITS) * BLOCK
-    first = split * per_split
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - window, 0)
+    per_split = tl.cdiv(tl.cdiv(length - begin, BLOCK), NUM_SPLITS) * BLOCK
+    first = begin + split * per_split
     end = tl.minimum(first + per_split, length)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     head = request.to(tl.int64) * NUM_KV_HEADS * GROUP + kv_head * GROUP + rows
@@ -71,6 +75,9 @@ def _decode_kernel(
         acc = acc * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         total = total * shrink + tl.sum(weights, axis=1)
         best = new_best
+    if SINKS and NUM_SPLITS == 1:
+        sink = tl.load(sinks + kv_head * GROUP + rows, rows < GROUP, other=float("-inf")).to(tl.float32)
+        total += tl.exp(sink - best)
     # A split without keys has weight exp(-inf) in the merge; its zeros must not be divided by its zero total.
     attended = acc / tl.where(total > 0, total, 1.0)[:, None]
     if NUM_SPLITS == 1:
@@ -84,14 +91,21 @@ def _decode_kernel(
 
 @Kernel
 @triton.jit
-def _merge_kernel(partial, lse, out, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr):
+def _merge_kernel(
+    partial, lse, sinks, out, num_heads, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     start_next(PDL)
     wait_for_previous(PDL)
     head = tl.program_id(0).to(tl.int64)
     splits, columns = tl.arange(0, NUM_SPLITS), tl.arange(0, WIDTH)
     logs = tl.load(lse + head * NUM_SPLITS + splits)
-    weights = tl.exp(logs - tl.max(logs, axis=0))
-    weights = weights / tl.sum(weights, axis=0)
+    best = tl.max(logs, axis=0)
+    weights = tl.exp(logs - best)
+    total = tl.sum(weights, axis=0)
+    if SINKS:
+        total += tl.exp(tl.load(sinks + head % num_heads).to(tl.float32) - best)
+    weights = weights / total
     parts = tl.load(partial + (head * NUM_SPLITS + splits[:, None]) * WIDTH + columns[None, :])
     tl.store(out + head * WIDTH + columns, tl.sum(parts * weights[:, None], axis=0).to(out.dtype.element_ty))
 
@@ -124,15 +138,15 @@ class TritonPagedAttention:
         return DecodePlan(page_table, req_rows, kv_lens, page_size)
 
     def forward(
-        self, query: torch.Tensor, kv: CachedTensors, plan: DecodePlan | SdpaPlan, scale: float
+        self, query: torch.Tensor, kv: CachedTensors, plan: DecodePlan | SdpaPlan, rule: AttentionRule
     ) -> torch.Tensor:
         if isinstance(plan, SdpaPlan):
-            return self._prefill.forward(query, kv, plan, scale)
-        return decode_attention(query, kv["k"], kv["v"], plan, scale)
+            return self._prefill.forward(query, kv, plan, rule)
+        return decode_attention(query, kv["k"], kv["v"], plan, rule)
 
 
 def decode_attention(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: DecodePlan, scale: float
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: DecodePlan, rule: AttentionRule
 ) -> torch.Tensor:
     """One query token per request: query [B, H, d], caches [S, G, d] -> [B, H, d]."""
     (num_reqs, num_heads, width), num_kv_heads = query.shape, k_cache.shape[1]
@@ -141,18 +155,28 @@ def decode_attention(
     group = num_heads // num_kv_heads
     out = torch.empty_like(query)
     partial, lse = out, out
+    sinks = out if rule.sinks is None else rule.sinks
     if num_splits > 1:
         partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
         lse = query.new_empty(num_reqs, num_heads, num_splits, dtype=torch.float32)
     options = launch_options(query.device)
     _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
-        query, k_cache, v_cache, plan.page_table, plan.req_rows, plan.kv_lens, out, partial, lse, scale,
-        plan.page_table.stride(0), NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width, PAGE_SIZE=plan.page_size,
-        NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)), **(WHOLE if num_splits == 1 else PART),
-        **options,
+        query, k_cache, v_cache, sinks, plan.page_table, plan.req_rows, plan.kv_lens, out, partial, lse, rule.scale,
+        plan.page_table.stride(0), rule.window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width,
+        PAGE_SIZE=plan.page_size, NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)),
+        WINDOW=rule.window is not None, SINKS=rule.sinks is not None, **(WHOLE if num_splits == 1 else PART), **options,
     )  # fmt: skip
     if num_splits > 1:
         _merge_kernel[(num_reqs * num_heads,)](
-            partial, lse, out, WIDTH=width, NUM_SPLITS=num_splits, num_warps=1, **options
+            partial,
+            lse,
+            sinks,
+            out,
+            num_heads,
+            WIDTH=width,
+            NUM_SPLITS=num_splits,
+            SINKS=rule.sinks is not None,
+            num_warps=1,
+            **options,
         )
     return out

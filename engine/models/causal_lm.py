@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,19 @@ class FusedWeight:
 
     weight: ShardedWeight
     names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class IgnoredWeights:
+    """Tensors that a checkpoint may have and the model does not need: by name, or by how a name begins or ends."""
+
+    names: frozenset[str] = frozenset()
+    prefixes: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+
+    def __contains__(self, name: object) -> bool:
+        assert isinstance(name, str)
+        return name in self.names or name.startswith(self.prefixes) or name.endswith(self.suffixes)
 
 
 class CausalLM(Protocol):
@@ -75,7 +88,7 @@ class CausalLM(Protocol):
         ...
 
     @property
-    def ignored_weights(self) -> frozenset[str]:
+    def ignored_weights(self) -> Container[str]:
         """Names that a checkpoint may have and the model does not need."""
         ...
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from ...parallel.weights import ShardedWeight
+from .causal_lm import FusedWeight
 from .safetensors_file import SafetensorsFile, StoredTensor, dtype_of
 
 NUM_NAMES_SHOWN = 5
@@ -97,19 +98,27 @@ def check_dtypes(checkpoint: Checkpoint) -> None:
             raise ValueError(f"tensor {name}: {error}") from error
 
 
-def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, ignored: frozenset[str]) -> None:
+def check_tensors(
+    weights: Mapping[str, ShardedWeight],
+    checkpoint: Checkpoint,
+    ignored: Container[str],
+    fused: Mapping[str, FusedWeight] | None = None,
+) -> None:
     """Compare names and shapes with what the model needs, without reading a tensor.
 
     Args:
         weights: one entry per tensor that the model needs, by its name in the checkpoint.
         ignored: names that may stand in the checkpoint without being used (a tied head).
+        fused: names under which several of the tensors may stand as one.
 
     Raises:
         ValueError: tensors are missing, unknown, or of the wrong shape; the message names them.
     """
+    fused = fused or {}
     present = checkpoint.tensors.keys()
-    missing = sorted(weights.keys() - present)
-    unknown = sorted(present - weights.keys() - ignored)
+    covered = set(present).union(*(fused[name].names for name in present if name in fused))
+    missing = sorted(weights.keys() - covered)
+    unknown = sorted(name for name in present if not (name in weights or name in fused or name in ignored))
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             shown = ", ".join(names[:NUM_NAMES_SHOWN])
@@ -120,6 +129,6 @@ def check_tensors(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint, 
     for name, tensor in checkpoint.tensors.items():
         if name not in ignored:
             try:
-                weights[name].check(tensor.shape)
+                (weights[name] if name in weights else fused[name].weight).check(tensor.shape)
             except ValueError as error:
                 raise ValueError(f"tensor {name}: {error}") from error

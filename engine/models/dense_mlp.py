@@ -1,6 +1,6 @@
-"""The MLP of layers that do not route.
+"""The MLP of layers that do not route, and of experts that all tokens share.
 
-Legend: T tokens, D hidden.
+Legend: T tokens, P rows that this rank holds between the layers, D hidden.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...parallel.dp_attention import TokenLayout
 from ...parallel.linear import MergedColumnParallelLinear, RowParallelLinear
+from ...parallel.moe.layer import RouteRecorder
+from ...parallel.partial_sum import PartialSum
 from ...parallel.weights import ShardedWeight
+from .causal_lm import FusedWeight
 from .model_context import ModelContext
 
 
 class DenseMLP(nn.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), as partial sums over the axis."""
 
-    def __init__(self, context: ModelContext) -> None:
+    def __init__(self, context: ModelContext, width: int) -> None:
         super().__init__()
         config = context.config
-        sizes = [config.intermediate_size] * 2
         self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size, sizes, context.axis, weight_format=context.weight_format
+            config.hidden_size, [width, width], context.axis, weight_format=context.weight_format
         )
         self.down_proj = RowParallelLinear(
-            config.intermediate_size,
+            width,
             config.hidden_size,
             context.axis,
             weight_format=context.weight_format,
@@ -41,3 +44,20 @@ class DenseMLP(nn.Module):
             f"{prefix}.up_proj.weight": self.gate_up_proj.sharded_weight(part=1),
             f"{prefix}.down_proj.weight": self.down_proj.sharded_weight(),
         }
+
+
+class DenseBlock(nn.Module):
+    """The MLP of a layer that does not route, as a `LayerMLP`."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        self.mlp = DenseMLP(context, context.config.intermediate_size)
+
+    def forward(self, hidden: torch.Tensor, layout: TokenLayout, recorder: RouteRecorder | None) -> PartialSum:
+        return layout.run_sharded(self.mlp, hidden)
+
+    def sharded_weights(self, layer: str) -> dict[str, ShardedWeight]:
+        return self.mlp.sharded_weights(f"{layer}.mlp")
+
+    def fused_weights(self, layer: str) -> dict[str, FusedWeight]:
+        return {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import torch
 
+from ...parallel.moe.router import RouterConfig
 from ...parallel.symmetric_memory import RowLayout
 from ..routing.geometry import RouteGeometry
 
@@ -22,15 +24,34 @@ class RopeConfig:
     attention_scaling: float
 
 
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention: query heads, the kv heads that groups of them share, and their width."""
+class GroupedQueryConfig(msgspec.Struct, frozen=True, tag=True):
+    """Grouped-query attention: query heads, the kv heads that groups of them share, and their width.
+
+    `norms` is what queries and keys are normed over before they are turned: each "head", or all heads together ("width").
+    `clip` bounds queries, keys and values. `windows` has, for every layer, how many of the last keys a query sees.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    bias: bool
     rope: RopeConfig
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    norms: Literal["none", "head", "width"] = "none"
+    clip: float | None = None
+
+
+# Kinds of attention, each a tagged structure with `rope`: what a token's entry in the cache is follows from it.
+AttentionConfig = GroupedQueryConfig
+
+
+@dataclass(frozen=True)
+class SharedExpertConfig:
+    """An expert of every token, of this width; `gated`: weighted by the sigmoid of a score of its own."""
+
+    intermediate_size: int
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,15 +59,23 @@ class MoeConfig:
     """The layers that route, and how. `intermediate_size` is an expert's."""
 
     layer_ids: tuple[int, ...]
-    num_experts: int
-    top_k: int
-    norm_topk_prob: bool
+    router: RouterConfig
     intermediate_size: int
+    shared: SharedExpertConfig | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.router.top_k
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only MoE model. Layers that do not route have a dense MLP of `intermediate_size`."""
+    """A decoder-only MoE model. Layers that do not route have a dense MLP of `intermediate_size`. A checkpoint may have
+    `num_extra_layers` behind the model's own, which draft tokens and are not used."""
 
     model_type: str
     vocab_size: int
@@ -60,6 +89,7 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype_name: str
+    num_extra_layers: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +109,46 @@ class ModelConfig:
             top_k=self.moe.top_k,
             num_experts=self.moe.num_experts,
         )
+
+
+def refuse_others(hf_config: Any, **values: Any) -> None:
+    """
+    Raises:
+        ValueError: one of these settings is another than what the model file computes.
+    """
+    for name, value in values.items():
+        found = getattr(hf_config, name)
+        if found != value:
+            raise ValueError(f"{name}={found!r}: must be {value!r}")
+
+
+def model_config(
+    hf_config: Any, model_path: str, dtype: str, attention: AttentionConfig, moe: MoeConfig, **others: Any
+) -> ModelConfig:
+    """With what every family's configuration has."""
+    fields = {
+        "intermediate_size": hf_config.intermediate_size,
+        "rms_norm_eps": hf_config.rms_norm_eps,
+        "tie_word_embeddings": hf_config.tie_word_embeddings,
+        "max_position_embeddings": hf_config.max_position_embeddings,
+        "eos_token_ids": eos_ids(model_path, hf_config.eos_token_id),
+        "dtype_name": resolve_dtype(dtype, hf_config.dtype),
+    }
+    return ModelConfig(
+        hf_config.model_type,
+        hf_config.vocab_size,
+        hf_config.hidden_size,
+        hf_config.num_hidden_layers,
+        attention,
+        moe,
+        **(fields | others),
+    )
+
+
+def head_width(hf_config: Any) -> int:
+    """Where the configuration may leave it out."""
+    stated = hf_config.to_dict().get("head_dim")
+    return stated or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None) -> str:

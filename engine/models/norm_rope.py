@@ -3,7 +3,7 @@
 Here as their definitions read, in the arithmetic of `transformers`; `norm_rope_triton.py` has each as one kernel, with
 the same signature. Rows are independent of each other.
 
-Legend: T tokens, D hidden, H query heads, G kv heads, d head width, S slots of the KV pool.
+Legend: T tokens, D hidden, H query heads, G kv heads, d head width, r of it that is turned, S slots of the KV pool.
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ class LayerOps(Protocol):
     def norm_rope_store(
         self,
         qkv: torch.Tensor,
-        norms: HeadNorms,
+        norms: HeadNorms | None,
         rope: tuple[torch.Tensor, torch.Tensor],
         kv_slots: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> torch.Tensor:
-        """Norm and rotate queries and keys of `qkv` [T, (H + 2 G) d] by cos and sin [T, 1, d] (Su et al. 2021), and write
-        keys and values to the slots [T] of the caches [S, G, d]. Returns the queries [T, H, d]."""
+        """Norm (where there are `norms`) and rotate queries and keys of `qkv` [T, (H + 2 G) d] by cos and sin [T, 1, r] (Su
+        et al. 2021), and write keys and values to the slots [T] of the caches [S, G, d]. Returns the queries [T, H, d]."""
         ...
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate [T, heads, d]; pairs are (i, i + d/2)."""
-    half = x.shape[-1] // 2
+    """Rotate the first r dims of [T, heads, d], as many as `cos` has; pairs are (i, i + r/2)."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
+    half = width // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + rotated * sin
 
@@ -74,7 +77,7 @@ class TorchLayerOps:
     def norm_rope_store(
         self,
         qkv: torch.Tensor,
-        norms: HeadNorms,
+        norms: HeadNorms | None,
         rope: tuple[torch.Tensor, torch.Tensor],
         kv_slots: torch.Tensor,
         k_cache: torch.Tensor,
@@ -83,9 +86,11 @@ class TorchLayerOps:
         num_kv_heads, width = k_cache.shape[1:]
         heads = qkv.view(qkv.shape[0], -1, width)
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-        k_cache.index_copy_(0, kv_slots, rotate(self.rms_norm(key, norms.key, norms.eps), *rope))
+        if norms is not None:
+            query, key = self.rms_norm(query, norms.query, norms.eps), self.rms_norm(key, norms.key, norms.eps)
+        k_cache.index_copy_(0, kv_slots, rotate(key, *rope))
         v_cache.index_copy_(0, kv_slots, value)
-        return rotate(self.rms_norm(query, norms.query, norms.eps), *rope)
+        return rotate(query, *rope)
 
 
 def select_layer_ops(device: torch.device) -> LayerOps:

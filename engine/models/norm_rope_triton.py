@@ -38,7 +38,8 @@ def _rms_norm_kernel(
 @triton.jit
 def _norm_rope_store_kernel(
     qkv, q_weight, k_weight, cos, sin, kv_slots, k_cache, v_cache, out, eps, NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's heads, query, key and value heads side by side; value heads are stored as they are."""
     start_next(PDL)
@@ -46,7 +47,8 @@ def _norm_rope_store_kernel(
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
-    others = (columns + WIDTH // 2) % WIDTH
+    turns = columns < TURNED
+    others = tl.where(turns, (columns + TURNED // 2) % TURNED, columns)
     dtype = qkv.dtype.element_ty
     inside = heads < NUM_HEADS + 2 * NUM_KV_HEADS
     is_query = heads < NUM_HEADS
@@ -54,17 +56,19 @@ def _norm_rope_store_kernel(
     is_value = (heads >= NUM_HEADS + NUM_KV_HEADS) & inside
     base = qkv + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * WIDTH + heads * WIDTH
     raw = tl.load(base + columns, inside, other=0.0)
-    wide = raw.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + eps)[:, None]
-    weight = tl.where(is_query, tl.load(q_weight + columns), tl.load(k_weight + columns)).to(tl.float32)
-    value = ((wide * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-    weight = tl.where(is_query, tl.load(q_weight + others), tl.load(k_weight + others)).to(tl.float32)
+    value = raw.to(tl.float32)
     other = tl.load(base + others, inside, other=0.0).to(tl.float32)
-    other = ((other * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-    other = tl.where(columns < WIDTH // 2, -other, other)
-    straight = (value * tl.load(cos + token * WIDTH + columns).to(tl.float32)).to(dtype).to(tl.float32)
-    crossed = (other * tl.load(sin + token * WIDTH + columns).to(tl.float32)).to(dtype).to(tl.float32)
-    rotated = (straight + crossed).to(dtype)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None]
+        weight = tl.where(is_query, tl.load(q_weight + columns), tl.load(k_weight + columns)).to(tl.float32)
+        value = ((value * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        weight = tl.where(is_query, tl.load(q_weight + others), tl.load(k_weight + others)).to(tl.float32)
+        other = ((other * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    other = tl.where(columns < TURNED // 2, -other, other)
+    straight = value * tl.load(cos + token * TURNED + columns, turns, other=1.0).to(tl.float32)
+    crossed = other * tl.load(sin + token * TURNED + columns, turns, other=0.0).to(tl.float32)
+    rotated = (straight.to(dtype).to(tl.float32) + crossed.to(dtype).to(tl.float32)).to(dtype)
+    rotated = tl.where(turns, rotated, value.to(dtype))
     tl.store(out + (token * NUM_HEADS + heads) * WIDTH + columns, rotated, is_query)
     slot = tl.load(kv_slots + token) * NUM_KV_HEADS
     tl.store(k_cache + (slot + heads - NUM_HEADS) * WIDTH + columns, rotated, is_key)
@@ -95,7 +99,7 @@ class TritonLayerOps:
     def norm_rope_store(
         self,
         qkv: torch.Tensor,
-        norms: HeadNorms,
+        norms: HeadNorms | None,
         rope: tuple[torch.Tensor, torch.Tensor],
         kv_slots: torch.Tensor,
         k_cache: torch.Tensor,
@@ -104,9 +108,11 @@ class TritonLayerOps:
         num_tokens, (num_kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
         num_heads = qkv.shape[1] // width - 2 * num_kv_heads
         out = qkv.new_empty(num_tokens, num_heads, width)
+        weights = (qkv, qkv) if norms is None else (norms.query, norms.key)
         _norm_rope_store_kernel[(num_tokens, ceil_div(num_heads + 2 * num_kv_heads, HEADS))](
-            qkv, norms.query, norms.key, *rope, kv_slots, k_cache, v_cache, out, norms.eps,
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, WIDTH=width, HEADS=HEADS,
+            qkv, *weights, *rope, kv_slots, k_cache, v_cache, out, 0.0 if norms is None else norms.eps,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, WIDTH=width, TURNED=rope[0].shape[-1], HEADS=HEADS,
+            NORM=norms is not None,
             num_warps=4, **launch_options(qkv.device),
         )  # fmt: skip
         return out

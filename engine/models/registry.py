@@ -33,7 +33,7 @@ class ModelFamily:
     build: Callable[[ModelContext, int], CausalLM]
 
 
-FAMILIES = {"qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.Qwen3MoeForCausalLM)}
+FAMILIES = {"qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.build)}
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -75,6 +75,8 @@ def load_model(
         fill_with_random_values(weights, model_config.dtype, mesh.device)
         return model
     checkpoint = Checkpoint(config.model_path)
-    check_tensors(weights, checkpoint, model.ignored_weights)
-    load_weights(weights, checkpoint, model.ignored_weights, mesh.device)
+    fused = model.fused_weights()
+    check_tensors(weights, checkpoint, model.ignored_weights, fused)
+    known = weights | {name: each.weight for name, each in fused.items()}
+    load_weights(known, checkpoint, model.ignored_weights, mesh.device)
     return model

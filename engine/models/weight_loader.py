@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def plan(weights: Mapping[str, ShardedWeight], file: SafetensorsFile, names: Ite
 def load_weights(
     weights: Mapping[str, ShardedWeight],
     checkpoint: Checkpoint,
-    ignored: frozenset[str],
+    ignored: Container[str],
     device: torch.device,
     changes: Changes | None = None,
 ) -> None:

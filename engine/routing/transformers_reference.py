@@ -15,13 +15,14 @@ import argparse
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from .replay.routers import router_weights
+from .replay.routers import RouterKind, router_kind, router_weights
 
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
@@ -50,8 +51,10 @@ class Agreement:
 
 @dataclass
 class RouterTap:
-    """Records one router's logits [T, E] and, where told, replaces its choice."""
+    """Records one router's logits [T, E] and choice [T, K], the best first, and, where told, replaces the choice."""
 
+    router: Any
+    kind: RouterKind
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     # Position -> ids [K] that the router must choose there.
@@ -59,13 +62,27 @@ class RouterTap:
 
     def __call__(self, module: nn.Module, args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         logits, weights, ids = output
+        found = self._in_order(module, logits, ids)
         if self.forced:
             positions = torch.tensor(list(self.forced), device=ids.device)
-            ids = ids.clone()
-            ids[positions] = torch.stack(list(self.forced.values())).to(ids.device)
-            weights = router_weights(module, logits, ids)
-        self.logits, self.ids = logits.cpu(), ids.cpu()
+            found = found.clone()
+            found[positions] = torch.stack(list(self.forced.values())).to(ids.device)
+            weights, ids = router_weights(module, logits, found), found
+        self.logits, self.ids = logits.cpu(), found.cpu()
         return logits, weights, ids
+
+    def _in_order(self, router: object, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if not self.kind.is_grouped:
+            return ids
+        scores = self.kind.choice(router, logits).gather(1, ids)
+        return ids.gather(1, scores.argsort(dim=-1, descending=True, stable=True))
+
+    def gap(self, position: int, ids: torch.Tensor) -> float:
+        """See `choice_gap`."""
+        scores = self.kind.choice(self.router, self.logits[position].to(self.router.weight.device)).float().cpu()
+        if self.kind.is_grouped:
+            return grouped_choice_gap(scores, ids, self.router.num_group, self.router.topk_group)
+        return choice_gap(scores, ids)
 
 
 @dataclass(frozen=True)
@@ -83,9 +100,10 @@ class Reference:
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval().to(device)
         self._taps: list[RouterTap] = []
         for layer in self._model.model.layers:
-            if hasattr(layer.mlp, "gate"):
-                self._taps.append(RouterTap())
-                layer.mlp.gate.register_forward_hook(self._taps[-1])
+            for module in layer.mlp.children():
+                if (kind := router_kind(module)) is not None:
+                    self._taps.append(RouterTap(module, kind))
+                    module.register_forward_hook(self._taps[-1])
         assert self._taps, "the model has no router"
         self._num_kept = num_kept
         self._kept: OrderedDict[tuple[int, ...], Forward] = OrderedDict()
@@ -136,8 +154,7 @@ class Reference:
         rows = self._differences(layer, routes, start)
         for row in rows:
             ids = torch.from_numpy(routes[row, layer].astype(np.int64))
-            scores = self._taps[layer].logits[start + row].float()
-            gap = choice_gap(scores, ids)
+            gap = self._taps[layer].gap(start + row, ids)
             if gap >= NEAR_TIE:
                 raise Difference(
                     f"position {start + row}, MoE layer {layer}: engine {ids.tolist()}, reference "
@@ -184,6 +201,21 @@ def choice_gap(scores: torch.Tensor, ids: torch.Tensor) -> float:
     others = scores.clone()
     others[ids] = float("-inf")
     return max(out_of_order, float(others.max() - chosen.min()), 0.0)
+
+
+def grouped_choice_gap(scores: torch.Tensor, ids: torch.Tensor, num_groups: int, num_chosen: int) -> float:
+    """The same where groups of experts, as many as `num_chosen`, have been chosen first, by their two best scores."""
+    groups = scores.view(num_groups, -1)
+    sums = groups.topk(2, dim=-1).values.sum(dim=-1)
+    used = (ids // groups.shape[1]).unique()
+    if len(used) > num_chosen:
+        return float("inf")
+    # Those that no chosen expert is of, the best first.
+    is_out = torch.ones(num_groups, dtype=torch.bool).index_fill_(0, used, False)
+    others = [int(group) for group in sums.argsort(descending=True) if is_out[group]]
+    is_out[others[: num_chosen - len(used)]] = False
+    gap = float((sums[is_out].max() - sums[~is_out].min()).clamp(min=0)) if is_out.any() else 0.0
+    return max(gap, choice_gap(groups.masked_fill(is_out[:, None], float("-inf")).flatten(), ids))
 
 
 def main() -> int:

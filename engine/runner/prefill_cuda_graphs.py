@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...parallel.host_to_device import copy_to, to_device
-from ..attention.backend import AttentionBatch, CachedTensors
+from ..attention.backend import AttentionBatch, AttentionRule, CachedTensors
 from .graph_parts import NUM_WARM_UPS, GraphParts
 from .step_tensors import Forwarded, HostBatch
 
@@ -36,7 +36,7 @@ class Piece:
     graph: torch.cuda.CUDAGraph
     query: torch.Tensor
     kv: CachedTensors
-    scale: float
+    rule: AttentionRule
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class GraphBreaker:
     def plan(self, batch: AttentionBatch) -> None:
         """Lengths are not known."""
 
-    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: None, scale: float) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, kv: CachedTensors, plan: None, rule: AttentionRule) -> torch.Tensor:
         if self._graph is not None:
             graph = self.end()
-            self.pieces.append(Piece(graph, alias(query), kv, scale))
+            self.pieces.append(Piece(graph, alias(query), kv, rule))
             self.begin()
         return self._attended
 
@@ -130,7 +130,7 @@ class PrefillGraphs:
         following = [piece.graph for piece in graph.pieces[1:]] + [graph.last]
         for piece, after in zip(graph.pieces, following, strict=True):
             query = piece.query[:num_tokens]
-            attended.copy_(parts.attention.forward(query, piece.kv, plan, piece.scale))
+            attended.copy_(parts.attention.forward(query, piece.kv, plan, piece.rule))
             after.replay()
         return Forwarded(graph.hidden[:num_tokens], sample_rows, sampling_req_rows)
 

@@ -6,7 +6,7 @@ model is a mixture that nobody may generate from; so it is after a transfer that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,7 +71,7 @@ def parse_specs(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Se
 
 
 def check_specs(
-    tensors: Sequence[tuple[str, tuple[int, ...]]], known: Mapping[str, Shaped], ignored: Collection[str]
+    tensors: Sequence[tuple[str, tuple[int, ...]]], known: Mapping[str, Shaped], ignored: Container[str]
 ) -> None:
     """Every tensor, by name and shape, must be one of the model's, in its unsharded shape.
 

@@ -90,7 +90,7 @@ class WeightReceiver:
         else:
             checkpoint = open_files(op)
             if isinstance(op, UpdateWeightsFromDisk):
-                check_tensors(self.weights, checkpoint, self._ignored)
+                check_tensors(self.weights, checkpoint, self._ignored, self._fused)
             shapes = [(name, tensor.shape) for name, tensor in checkpoint.tensors.items()]
             check_specs(shapes, self.known, self._ignored)
             check_dtypes(checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class Target:
     """Weights by the names under which they may come, those that may come in vain, and whether they have been changed."""
 
     weights: Mapping[str, ShardedWeight]
-    ignored: frozenset[str]
+    ignored: Container[str]
     changes: Changes
 
 

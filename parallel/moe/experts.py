@@ -38,7 +38,7 @@ def experts_torch_reference(
         tokens, choice = torch.where(ids == expert)
         gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, dim=-1)
         result = F.linear(F.silu(gate) * up, down[expert])
-        out.index_add_(0, tokens, result * weights[tokens, choice, None])
+        out.index_add_(0, tokens, (result * weights[tokens, choice, None]).to(out.dtype))
     return out
 
 
@@ -67,7 +67,7 @@ def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) 
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     chosen = results[back].view(*weights.shape, results.shape[-1])
-    return (chosen * weights[..., None]).sum(dim=1)
+    return (chosen * weights[..., None]).to(results.dtype).sum(dim=1)
 
 
 def select_experts_function(backend: str, down: torch.Tensor, first: int, num_experts: int) -> ExpertsFunction:

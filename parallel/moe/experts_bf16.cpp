@@ -29,7 +29,7 @@ constexpr int BLOCK = 16;  // outputs whose weights stay in the first cache leve
 struct Problem {
     const bf16* hidden;    // [T, D]
     const int64_t* ids;    // [T, K]; outside [0, F): an expert of another rank
-    const bf16* weights;   // [T, K]
+    const float* weights;  // [T, K]
     const bf16* gate_up;   // [F, 2I, D]
     const bf16* down;      // [F, D, I]
     bf16* activated;       // [pairs, I], scratch
@@ -161,7 +161,7 @@ void project(const Problem& m, const Groups& groups, int64_t e, Range columns) {
             _mm512_store_ps(values, round_to_bf16(tile(n, x, m.down + (e * m.D + d) * m.I, m.I)));
             for (int t = 0; t < n; ++t) {
                 const int64_t choice = groups.choice[p + t];
-                const __m128 weight = _mm_castsi128_ps(_mm_set1_epi32(m.weights[choice] << 16));
+                const __m128 weight = _mm_set1_ps(m.weights[choice]);
                 float* sum = m.sums + choice / m.K * m.D + d;
                 const __m128 value = round_to_bf16(_mm_mul_ps(_mm_load_ps(values + t * TILE), weight));
                 _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), value));
@@ -180,7 +180,7 @@ void for_each_block(const Problem& m, Range columns, Step step) {
 }  // namespace
 
 // Tensors as in `Problem`, all contiguous. D and I are multiples of 32.
-extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, const bf16* weights, const bf16* gate_up,
+extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, const float* weights, const bf16* gate_up,
                                      const bf16* down, bf16* activated, float* sums, bf16* out, int64_t T, int64_t D,
                                      int64_t F, int64_t K, int64_t I, int num_threads) {
     const Problem m{hidden, ids, weights, gate_up, down, activated, sums, out, T, D, F, K, I};

@@ -95,7 +95,7 @@ def experts_native(
     sums = torch.zeros(num_tokens, width)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     # Bound to names: the tensors must live until the kernel returns.
-    tensors = [x.contiguous() for x in (hidden, ids, weights, gate_up, down)] + [activated, sums, out]
+    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)] + [activated, sums, out]
     sizes = (num_tokens, width, num_local, top_k, intermediate)
     kernel(*(x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
     return out

@@ -29,12 +29,21 @@ class RouteRecorder(Protocol):
 class MoeLayer(nn.Module):
     """[P, D] -> [P, D]."""
 
-    def __init__(self, moe_layer_index: int, router: TopKRouter, dispatcher: Dispatcher, experts: Experts) -> None:
+    def __init__(
+        self,
+        moe_layer_index: int,
+        router: TopKRouter,
+        dispatcher: Dispatcher,
+        experts: Experts,
+        shared: nn.Module | None = None,
+    ) -> None:
+        """`shared` runs on every token: rows to partial sums over the axis that dense parts are sharded over."""
         super().__init__()
         self.moe_layer_index = moe_layer_index
         self.router = router
         self.dispatcher = dispatcher
         self.experts = experts
+        self.shared = shared
 
     def forward(self, hidden: torch.Tensor, layout: TokenLayout, recorder: RouteRecorder | None = None) -> PartialSum:
         """`layout` says which rows are padding."""
@@ -47,4 +56,5 @@ class MoeLayer(nn.Module):
         routed = self.router(hidden, record=own)
         dispatched = dispatcher.dispatch(hidden, routed, layout.is_padding, of_world)
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
-        return dispatcher.combine(partial, dispatched)
+        routed_sum = dispatcher.combine(partial, dispatched)
+        return routed_sum if self.shared is None else routed_sum.plus(layout.run_sharded(self.shared, hidden))

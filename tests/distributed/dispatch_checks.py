@@ -31,7 +31,7 @@ from waybill.parallel.moe.dispatch import (
 )
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
-from waybill.parallel.moe.router import RouterOutput, TopKRouter
+from waybill.parallel.moe.router import RouterConfig, RouterOutput, TopKRouter
 from waybill.parallel.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
@@ -274,8 +274,8 @@ def make_layer(
     dispatcher: Dispatcher,
 ) -> MoeLayer:
     hidden, width = weights["down"].shape[1:]
-    router = TopKRouter(hidden, NUM_EXPERTS, top_k, norm_topk_prob=True, weight_format=WeightFormat(dtype, CPU))
-    router.sharded_weight().load(weights["router"])
+    router = TopKRouter(hidden, RouterConfig(NUM_EXPERTS, top_k), weight_format=WeightFormat(dtype, CPU))
+    router.sharded_weights("gate")["gate.weight"].load(weights["router"])
     experts = Experts(
         NUM_EXPERTS, hidden, width, axis, split=split, backend="auto", weight_format=WeightFormat(dtype, CPU)
     )

@@ -23,7 +23,7 @@ from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.moe.dispatch import ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
-from waybill.parallel.moe.router import TopKRouter
+from waybill.parallel.moe.router import RouterConfig, TopKRouter
 from waybill.parallel.weight_format import WeightFormat
 
 CPU = torch.device("cpu")
@@ -190,8 +190,8 @@ def check_plain_sampling(local: torch.Tensor, first: int, logits: torch.Tensor, 
 def check_moe_layer(axis: Axis, split: str) -> None:
     """The layer's sum over the axis, against the same layer on one rank; every rank must hold the same bits."""
     num_experts, top_k, hidden, width = 8, 3, 16, 8
-    router = TopKRouter(hidden, num_experts, top_k, norm_topk_prob=True, **OPTIONS)
-    router.sharded_weight().load(torch.randn(num_experts, hidden))
+    router = TopKRouter(hidden, RouterConfig(num_experts, top_k), **OPTIONS)
+    router.sharded_weights("gate")["gate.weight"].load(torch.randn(num_experts, hidden))
     sharded = Experts(num_experts, hidden, width, axis, split=split, backend="auto", **OPTIONS)
     whole = Experts(num_experts, hidden, width, Axis.single(), split=split, backend="torch_reference", **OPTIONS)
     for expert_id in range(num_experts):

@@ -7,27 +7,26 @@ not spread evenly: one rank has most of them, and where the pool is tight it is 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.reference_equality import MAX_NEW_TOKENS, Request, Setting, ask, compare, make_engine
 from support.same_rows import check_same_rows
 
 from waybill import Engine
-from waybill.engine.routing.transformers_reference import LOGPROB_TOLERANCE, Agreement, Reference
+from waybill.engine.routing.transformers_reference import Reference
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 NUM_PROMPTS = 64
 MAX_PROMPT = 1500
 # Small chunks are thousands of steps: few prompts.
 SMALL_CHUNKS = (1, 7)
-MAX_NEW_TOKENS = 12
 # Retraction is forced: the first few prompts decode for so long that what runs beside them outgrows a pool that holds
 # the longest request and little more.
 NUM_LONG_ANSWERS = 6
@@ -36,38 +35,6 @@ TIGHT_POOL_TOKENS = 1600
 # Where there are few prompts.
 LONG_ANSWER_TOKENS_OF_FEW = 150
 TIGHT_POOL_TOKENS_OF_FEW = 520
-# Over hundreds of tokens of noise the log-probabilities of transformers' own cached decoding differ from those of its
-# full forward by up to 6e-5, and now and then by more.
-LONG_ANSWER_TOLERANCE = 3e-4
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One combination of what must not change an answer."""
-
-    tp: int
-    split: str
-    chunk: int
-    cache: bool
-    retract: bool
-    depth: int
-    dp: int = 1
-    dispatcher: str = "all_gather"
-    attention: str = "auto"
-
-    def __str__(self) -> str:
-        return "-".join(
-            (
-                *([f"dp{self.dp}", self.dispatcher] if self.dp > 1 else []),
-                f"tp{self.tp}",
-                self.split,
-                f"chunk{self.chunk}" if self.chunk > 0 else "unchunked",
-                "cache" if self.cache else "nocache",
-                "retract" if self.retract else "roomy",
-                f"depth{self.depth}",
-                *([self.attention] if self.attention != "auto" else []),
-            )
-        )
 
 
 AXES: tuple[tuple[Any, ...], ...] = ((1, 2), ("ep", "tp"), (1, 7, 64, -1), (True, False), (False, True), (0, 1))
@@ -165,43 +132,15 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
     if setting.retract:
         num_new_tokens[:NUM_LONG_ANSWERS] = [long_answer] * NUM_LONG_ANSWERS
-    with Engine(
-        str(CHECKPOINT),
-        tp_size=setting.tp,
-        moe_split=setting.split,
-        device=device,
-        dtype="float32",
-        chunked_prefill_size=setting.chunk,
-        enable_prefix_cache=setting.cache,
-        page_size=4 if setting.retract else 1,
-        kv_cache_tokens=tight_pool_tokens if setting.retract else 64 * 1600,
-        max_running_requests=16,
-        overlap_depth=setting.depth,
-        attention_backend=setting.attention,
-        enable_return_routed_experts=True,
-    ) as engine:
-        answers = engine.generate(
-            input_ids=prompts,
-            sampling_params=[
-                {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True} for num_tokens in num_new_tokens
-            ],
-            return_logprob=True,
-            return_routed_experts=True,
-        )
+    requests = [Request(*each) for each in zip(prompts, num_new_tokens, strict=True)]
+    pool_tokens = tight_pool_tokens if setting.retract else 64 * 1600
+    with make_engine(CHECKPOINT, setting, pool_tokens, device) as engine:
+        answers = ask(engine, requests)
         state = engine.get_server_info()
     assert (state["num_retractions"] > 0) == setting.retract
-    agreement = Agreement()
-    for prompt, num_tokens, answer in zip(prompts, num_new_tokens, answers, strict=True):
-        meta = answer["meta_info"]
-        logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
-        assert len(answer["output_ids"]) == num_tokens
-        tolerance = LONG_ANSWER_TOLERANCE if num_tokens > MAX_NEW_TOKENS else LOGPROB_TOLERANCE
-        agreement += reference.check_generation(
-            prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance
-        )
     if setting.cache:
         assert sum(answer["meta_info"]["cached_tokens"] for answer in answers) > 0
-    print(f"{setting}: {agreement}")
+    print(f"{setting}: {compare(reference, requests, answers)}")
 
 
 # With several dp ranks: how many of the prompts go to the last one, and what forces it, and it alone, to retract.
@@ -216,40 +155,10 @@ def check_dp_equality(setting: Setting, reference: Reference, device: str) -> No
     if setting.retract:
         num_new_tokens[:NUM_DP_LONG_ANSWERS] = [LONG_ANSWER_TOKENS_OF_FEW] * NUM_DP_LONG_ANSWERS
     ranks = [int(index < NUM_ON_ONE_RANK) for index in range(len(prompts))]
-    with Engine(
-        str(CHECKPOINT),
-        tp_size=setting.tp,
-        dp_size=setting.dp,
-        moe_split=setting.split,
-        moe_dispatcher=setting.dispatcher,
-        device=device,
-        dtype="float32",
-        chunked_prefill_size=setting.chunk,
-        enable_prefix_cache=setting.cache,
-        page_size=4 if setting.retract else 1,
-        kv_cache_tokens=TIGHT_POOL_TOKENS_OF_FEW if setting.retract else 16 * 1600,
-        context_length=1600,
-        max_running_requests=16,
-        overlap_depth=setting.depth,
-        attention_backend=setting.attention,
-        enable_return_routed_experts=True,
-    ) as engine:
-
-        async def ask_all() -> list[dict[str, Any]]:
-            return await asyncio.gather(
-                *(
-                    engine.async_generate(
-                        input_ids=prompt,
-                        sampling_params={"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True},
-                        routed_dp_rank=rank,
-                        return_logprob=True,
-                        return_routed_experts=True,
-                    )
-                    for prompt, num_tokens, rank in zip(prompts, num_new_tokens, ranks, strict=True)
-                )
-            )
-
-        answers = asyncio.run(ask_all())
+    requests = [Request(*each) for each in zip(prompts, num_new_tokens, ranks, strict=True)]
+    pool_tokens = TIGHT_POOL_TOKENS_OF_FEW if setting.retract else 16 * 1600
+    with make_engine(CHECKPOINT, setting, pool_tokens, device, context_length=1600) as engine:
+        answers = ask(engine, requests)
         again = engine.generate(
             input_ids=prompts[0], sampling_params={"temperature": 0.0, "max_new_tokens": 2}, routed_dp_rank=0
         )
@@ -258,17 +167,7 @@ def check_dp_equality(setting: Setting, reference: Reference, device: str) -> No
     assert again["output_ids"] == answers[0]["output_ids"][: len(again["output_ids"])], (
         "the other rank answers otherwise"
     )
-    agreement = Agreement()
-    for prompt, num_tokens, rank, answer in zip(prompts, num_new_tokens, ranks, answers, strict=True):
-        meta = answer["meta_info"]
-        assert meta["dp_rank"] == rank
-        assert len(answer["output_ids"]) == num_tokens
-        logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
-        tolerance = LONG_ANSWER_TOLERANCE if num_tokens > MAX_NEW_TOKENS else LOGPROB_TOLERANCE
-        agreement += reference.check_generation(
-            prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance
-        )
-    print(f"{setting}: {agreement}")
+    print(f"{setting}: {compare(reference, requests, answers)}")
 
 
 def test_first_filed_rows_equal_those_of_the_second_prefill(reference: Reference) -> None:

@@ -18,7 +18,9 @@ if not torch.cuda.is_available():
 
     interpreter._patch_lang_tensor = patch_tensor_and_bounds
 
-from waybill.engine.attention.backend import AttentionBatch
+from waybill.engine.attention import triton_paged
+from waybill.engine.attention.backend import AttentionBatch, AttentionRule
+from waybill.engine.attention.sdpa import SdpaAttention
 from waybill.engine.attention.torch_reference import TorchReferenceAttention
 from waybill.engine.attention.triton_paged import TritonPagedAttention
 from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
@@ -37,7 +39,7 @@ from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.experts import experts_by_group, experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
-from waybill.parallel.moe.router import Choose, choose_torch
+from waybill.parallel.moe.router import Choose, RouterConfig, choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
 from waybill.parallel.symmetric_memory import PACKET_BYTES, WORD_BYTES, RowLayout
 from waybill.parallel.symmetric_triton import AddNorm, Lane, gather_routed, sum_rows
@@ -73,23 +75,39 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_rope_and_store(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("turned", [16, 8])
+@pytest.mark.parametrize("has_norms", [True, False])
+def test_norm_rope_and_store(dtype: torch.dtype, turned: int, has_norms: bool) -> None:
     tokens, heads, kv_heads, width, slots = 5, 4, 2, 16, 12
     qkv = normal(tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
     norms = HeadNorms(normal(width, dtype=dtype, seed=1), normal(width, dtype=dtype, seed=2), 1e-6)
-    rope = (normal(tokens, 1, width, dtype=dtype, seed=3), normal(tokens, 1, width, dtype=dtype, seed=4))
+    rope = (normal(tokens, 1, turned, dtype=dtype, seed=3), normal(tokens, 1, turned, dtype=dtype, seed=4))
     where = torch.tensor([3, 0, 11, 7, 5], device=DEVICE)
     results = []
     for ops in (TorchLayerOps(), TritonLayerOps()):
         keys, values = (torch.zeros(slots, kv_heads, width, dtype=dtype, device=DEVICE) for _ in range(2))
-        results.append((ops.norm_rope_store(qkv, norms, rope, where, keys, values), keys, values))
+        results.append(
+            (ops.norm_rope_store(qkv, norms if has_norms else None, rope, where, keys, values), keys, values)
+        )
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("page_size", "kv_lens"), [(1, [1, 70, 300, 64]), (4, [5, 129])])
-def test_decode_attention(dtype: torch.dtype, page_size: int, kv_lens: list[int]) -> None:
+@pytest.mark.parametrize(("window", "has_sinks"), [(None, False), (40, False), (None, True), (7, True)])
+@pytest.mark.parametrize("wanted_programs", [512, 1])
+def test_decode_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    page_size: int,
+    kv_lens: list[int],
+    window: int | None,
+    has_sinks: bool,
+    wanted_programs: int,
+) -> None:
+    """Keys that are split over programs and, as those of many requests, are not."""
+    monkeypatch.setattr(triton_paged, "WANTED_PROGRAMS", wanted_programs)
     heads, kv_heads, width = 4, 2, 16
     pages = [-(-n // page_size) for n in kv_lens]
     order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).to(torch.int32)
@@ -100,9 +118,13 @@ def test_decode_attention(dtype: torch.dtype, page_size: int, kv_lens: list[int]
     query = normal(len(kv_lens), heads, width, dtype=dtype)
     cache = [normal(sum(pages) * page_size, kv_heads, width, dtype=dtype, seed=s) for s in (1, 2)]
     batch = AttentionBatch([1] * len(kv_lens), kv_lens, table.to(DEVICE), rows.to(DEVICE), page_size)
-    results = []
-    for backend in (TorchReferenceAttention(), TritonPagedAttention()):
-        results.append(backend.forward(query, dict(zip("kv", cache, strict=True)), backend.plan(batch), width**-0.5))
+    sinks = normal(heads, dtype=dtype, seed=3) * 2 if has_sinks else None
+    rule, kv = AttentionRule(width**-0.5, window, sinks), dict(zip("kv", cache, strict=True))
+    results = [
+        backend.forward(query, kv, backend.plan(batch), rule)
+        for backend in (TorchReferenceAttention(), TritonPagedAttention(), SdpaAttention())
+    ]
+    torch.testing.assert_close(results[2], results[0], **TOLERANCE[dtype])
     torch.testing.assert_close(results[1], results[0], **TOLERANCE[dtype])
 
 
@@ -116,48 +138,70 @@ def test_decode_attention_reads_nothing_beyond_a_requests_keys() -> None:
     query = normal(2, 4, width, dtype=torch.float32)
     batch = AttentionBatch([1, 1], kv_lens, table.to(DEVICE), torch.arange(2).to(DEVICE), page_size)
     backend = TritonPagedAttention()
-    expected = backend.forward(query, cache, backend.plan(batch), width**-0.5)
+    rule = AttentionRule(width**-0.5)
+    expected = backend.forward(query, cache, backend.plan(batch), rule)
     for tensor in cache.values():
         tensor[5:] = float("nan")
-    found = backend.forward(query, cache, backend.plan(batch), width**-0.5)
+    found = backend.forward(query, cache, backend.plan(batch), rule)
     assert torch.equal(found[0], expected[0])
     assert found[1].isnan().all()
 
 
+ROUTERS = {
+    "softmax": RouterConfig(16, 4),
+    "unnormalised": RouterConfig(20, 3, renormalises=False),
+    "wide": RouterConfig(20, 3, wide_weights=True),
+    "of_chosen": RouterConfig(20, 4, "softmax_of_chosen", bias=True),
+    "sigmoid": RouterConfig(20, 3, "sigmoid", correction=True, scale=2.5),
+    "groups": RouterConfig(24, 4, "sigmoid", correction=True, num_groups=4, num_chosen_groups=2, wide_weights=True),
+    "odd_groups": RouterConfig(30, 5, "sigmoid", renormalises=False, num_groups=6, num_chosen_groups=3, scale=0.5),
+}
+
+
+def router_inputs(config: RouterConfig, num_rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits and, where the router has one, a correction that changes the choice."""
+    if config.scoring == "sigmoid":
+        dtype = torch.float32
+    correction = normal(config.num_experts, dtype=torch.float32, seed=1) if config.correction else None
+    return normal(num_rows, config.num_experts, dtype=dtype), correction
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm_topk_prob", [True, False])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(16, 4), (20, 3)])
-def test_choice_of_experts(dtype: torch.dtype, norm_topk_prob: bool, num_experts: int, top_k: int) -> None:
-    logits = normal(7, num_experts, dtype=dtype)
-    records = [torch.full((7, top_k), 255, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
-    expected = choose_torch(logits, top_k, norm_topk_prob, records[0])
-    found = choose_triton(logits, top_k, norm_topk_prob, records[1])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choice_of_experts(dtype: torch.dtype, router: str) -> None:
+    config = ROUTERS[router]
+    logits, correction = router_inputs(config, 7, dtype)
+    records = [torch.full((7, config.top_k), 255, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    weights_dtype = config.weights_dtype(dtype)
+    expected = choose_torch(logits, config, correction, records[0], weights_dtype)
+    found = choose_triton(logits, config, correction, records[1], weights_dtype)
     assert torch.equal(found[0], expected[0]) and torch.equal(records[1], records[0])
+    assert found[1].dtype == expected[1].dtype == weights_dtype
     torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
-    assert torch.equal(choose_triton(logits, top_k, norm_topk_prob, None)[0], expected[0])
+    assert torch.equal(choose_triton(logits, config, correction, None, weights_dtype)[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("choose", [choose_torch, choose_triton])
-def test_a_row_without_a_choice_of_experts_gets_distinct_ones(
-    dtype: torch.dtype, norm_topk_prob: bool, choose: Choose
-) -> None:
-    """NaN of either sign, infinity, nothing but -inf: ids that may be counted and sorted by, weights of NaN, and neighbours
-    that do not notice."""
+def test_a_row_without_a_choice_of_experts_gets_distinct_ones(dtype: torch.dtype, router: str, choose: Choose) -> None:
+    """NaN of either sign, infinity, nothing but -inf: ids that may be counted and sorted by, neighbours that do not notice,
+    and under a softmax over all experts weights of NaN."""
     nan, inf = float("nan"), float("inf")
-    logits, top_k, num_experts = normal(9, 20, dtype=dtype), 3, 20
-    expected = choose(logits, top_k, norm_topk_prob, None)
+    config = ROUTERS[router]
+    logits, correction = router_inputs(config, 9, dtype)
+    expected = choose(logits, config, correction, None, dtype)
     bad, good = [1, 2, 4, 6, 7], [0, 3, 5, 8]
     logits[1, 7], logits[2], logits[4, 0] = nan, nan, inf
     logits[6] = -inf
     logits[7] = torch.tensor(nan, dtype=dtype).copysign(torch.tensor(-1.0, dtype=dtype))
-    record = torch.full((9, top_k), 255, dtype=torch.uint8, device=DEVICE)
-    ids, weights = choose(logits, top_k, norm_topk_prob, record)
+    record = torch.full((9, config.top_k), 255, dtype=torch.uint8, device=DEVICE)
+    ids, weights = choose(logits, config, correction, record, dtype)
     assert torch.equal(record.long(), ids)
-    assert ids.min() >= 0 and ids.max() < num_experts
-    assert all(len(set(row)) == top_k for row in ids.tolist())
-    assert weights[bad].isnan().all()
+    assert ids.min() >= 0 and ids.max() < config.num_experts
+    assert all(len(set(row)) == config.top_k for row in ids.tolist())
+    assert config.scoring != "softmax" or weights[bad].isnan().all()
+    assert weights[[2, 7]].isnan().all()
     assert torch.equal(ids[good], expected[0][good]) and torch.equal(weights[good], expected[1][good])
 
 
@@ -221,7 +265,10 @@ def test_a_kernel_is_found_again_by_what_it_was_compiled_for(dtype: torch.dtype)
     for _ in range(2):
         for first, num_experts in [(0, 16), (1, 16), (1, 20), (0, 20)]:
             logits = normal(8, 32, dtype=dtype).flatten()[first : first + 7 * num_experts].view(7, num_experts)
-            found, expected = (choose(logits, 3, True, None) for choose in (choose_triton, choose_torch))
+            found, expected = (
+                choose(logits, RouterConfig(num_experts, 3), None, None, dtype)
+                for choose in (choose_triton, choose_torch)
+            )
             assert torch.equal(found[0], expected[0])
             torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
 

@@ -18,14 +18,23 @@ from torch import nn
 
 # (router, logits [T, E], ids [T, K]) -> weights [T, K]. A router's class does not declare its settings.
 WeightsRule = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+# (router, logits [T, E]) -> scores that experts are chosen by [T, E], before groups of them compete.
+ChoiceRule = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def chosen_by_logits(router: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 @dataclass(frozen=True)
 class RouterKind:
-    """A router class. `returns_logits`: it returns (logits, weights, ids), else (weights, ids, tokens per expert)."""
+    """A router class. `returns_logits`: it returns (logits, weights, ids), else (weights, ids, tokens per expert).
+    `is_grouped`: groups of experts compete first; then a choice comes in no order."""
 
     weights: WeightsRule
     returns_logits: bool = True
+    choice: ChoiceRule = chosen_by_logits
+    is_grouped: bool = False
 
 
 def softmax_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -43,11 +52,21 @@ def mixtral_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> tor
 
 
 def deepseek_v3_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """DeepSeek-V3: sigmoid. The correction bias and the groups decide who is chosen, never what a choice weighs."""
+    """DeepSeek-V3, GLM-4-MoE: sigmoid. Correction bias and groups decide who is chosen, never what a choice weighs."""
     weights = logits.sigmoid().gather(1, ids)
     if router.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return weights * router.routed_scaling_factor
+
+
+def corrected_scores(router: Any, logits: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-V3's choice."""
+    return logits.sigmoid() + router.e_score_correction_bias
+
+
+def gpt_oss_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """gpt-oss: softmax over the chosen alone."""
+    return torch.softmax(logits.gather(1, ids), dim=1, dtype=logits.dtype)
 
 
 def autoep_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -64,16 +83,20 @@ def autoep_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torc
 
 
 _TRANSFORMERS = "transformers.models"
+_GROUPED = RouterKind(deepseek_v3_weights, choice=corrected_scores, is_grouped=True)
 # By name, so that neither DeepSpeed nor the families that are not used are imported.
 ROUTER_KINDS: dict[str, RouterKind] = {
     f"{_TRANSFORMERS}.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter": RouterKind(softmax_weights),
     f"{_TRANSFORMERS}.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter": RouterKind(softmax_weights),
     f"{_TRANSFORMERS}.olmoe.modeling_olmoe.OlmoeTopKRouter": RouterKind(softmax_weights),
     f"{_TRANSFORMERS}.mixtral.modeling_mixtral.MixtralTopKRouter": RouterKind(mixtral_weights),
-    f"{_TRANSFORMERS}.deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter": RouterKind(deepseek_v3_weights),
+    f"{_TRANSFORMERS}.deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter": _GROUPED,
+    f"{_TRANSFORMERS}.glm4_moe.modeling_glm4_moe.Glm4MoeTopkRouter": _GROUPED,
+    f"{_TRANSFORMERS}.glm4_moe_lite.modeling_glm4_moe_lite.Glm4MoeLiteTopkRouter": _GROUPED,
+    f"{_TRANSFORMERS}.gpt_oss.modeling_gpt_oss.GptOssTopKRouter": RouterKind(gpt_oss_weights),
     "deepspeed.moe.ep_router.TokenChoiceTopKRouter": RouterKind(autoep_weights, returns_logits=False),
 }
-SUPPORTED = "Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V3, DeepSpeed's AutoEP of these"
+SUPPORTED = "Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V3, GLM-4-MoE, gpt-oss, DeepSpeed's AutoEP of these"
 
 
 def qualified_names(module: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.attention import make_attention_backend
-from waybill.engine.attention.backend import AttentionBatch
+from waybill.engine.attention.backend import AttentionBatch, AttentionRule
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
@@ -32,10 +32,19 @@ def make_case(lengths: list[tuple[int, int]], page_size: int, seed: int) -> tupl
     return AttentionBatch(q_lens, kv_lens, table, torch.arange(len(lengths)), page_size), [query, keys, values]
 
 
-def run(name: str, batch: AttentionBatch, tensors: list[torch.Tensor]) -> torch.Tensor:
+PLAIN = AttentionRule(WIDTH**-0.5)
+RULES = {
+    "plain": PLAIN,
+    "window": AttentionRule(0.3, 5),
+    "sinks": AttentionRule(0.3, None, torch.tensor([2.0, -1.0, 0.5, 3.0])),
+    "both": AttentionRule(0.3, 3, torch.tensor([2.0, -1.0, 0.5, 3.0])),
+}
+
+
+def run(name: str, batch: AttentionBatch, tensors: list[torch.Tensor], rule: AttentionRule = PLAIN) -> torch.Tensor:
     backend = make_attention_backend(name, torch.device("cpu"))
     query, keys, values = tensors
-    return backend.forward(query, {"k": keys, "v": values}, backend.plan(batch), WIDTH**-0.5)
+    return backend.forward(query, {"k": keys, "v": values}, backend.plan(batch), rule)
 
 
 @settings(max_examples=40, deadline=None)
@@ -43,10 +52,19 @@ def run(name: str, batch: AttentionBatch, tensors: list[torch.Tensor]) -> torch.
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=6),
     page_size=st.sampled_from([1, 4]),
     seed=st.integers(0, 1000),
+    rule=st.sampled_from(sorted(RULES)),
 )
-def test_sdpa_equals_the_definition(lengths: list[tuple[int, int]], page_size: int, seed: int) -> None:
+def test_sdpa_equals_the_definition(lengths: list[tuple[int, int]], page_size: int, seed: int, rule: str) -> None:
     batch, tensors = make_case(lengths, page_size, seed)
-    torch.testing.assert_close(run("sdpa", batch, tensors), run("torch_reference", batch, tensors))
+    expected = run("torch_reference", batch, tensors, RULES[rule])
+    torch.testing.assert_close(run("sdpa", batch, tensors, RULES[rule]), expected)
+
+
+@pytest.mark.parametrize("rule", ["window", "both"])
+def test_a_long_prefill_with_a_window_runs_in_blocks(rule: str) -> None:
+    batch, tensors = make_case([(600, 30), (700, 0)], 4, 5)
+    expected = run("torch_reference", batch, tensors, RULES[rule])
+    torch.testing.assert_close(run("sdpa", batch, tensors, RULES[rule]), expected)
 
 
 def test_decodes_of_very_different_lengths() -> None:

@@ -10,7 +10,7 @@ import torch
 from support.replay_models import make_model, make_routes, random_rows, random_tokens
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from waybill.engine.routing.replay import ReplayError, RoutedExpertsBatch, leaf_module_classes, replay_routing
 from waybill.engine.routing.wire import RoutedExperts
@@ -38,7 +38,7 @@ def refuse(model: nn.Module, message: str) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [LlamaForCausalLM(LlamaConfig(**TINY)), GptOssForCausalLM(GptOssConfig(**TINY, head_dim=8, num_local_experts=4))],
+    [LlamaForCausalLM(LlamaConfig(**TINY)), GraniteMoeForCausalLM(GraniteMoeConfig(**TINY, num_local_experts=4))],
     ids=["dense", "another family"],
 )
 def test_unknown_models_are_refused_by_name(model: nn.Module) -> None:

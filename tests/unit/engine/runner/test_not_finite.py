@@ -15,10 +15,10 @@ from waybill.engine.config import EngineConfig
 from waybill.engine.control.operations import FlushCache
 from waybill.engine.io_struct import FinishReason, Logprobs, OutputOptions, SamplingParams
 from waybill.engine.ipc.frontend_messages import ControlReq, TokenizedGenerateReqInput
+from waybill.engine.models.moe_block import MoeBlock
 from waybill.engine.replica import load_rank, make_scheduler
 from waybill.engine.scheduler.leader_setup import Endpoints
 from waybill.parallel.mesh import ParallelMesh
-from waybill.parallel.moe.layer import MoeLayer
 
 CHECKPOINT = Path(__file__).parents[4] / "examples" / "tiny_moe" / "checkpoint"
 # Followed by layers that keep what it gives, as keys and values.
@@ -84,7 +84,7 @@ class Leader:
     @contextmanager
     def nan_expert(self, expert: int, *, keep_cache: bool = False) -> Iterator[None]:
         layer = self._rank.runner.model.decoder_layers()[LAYER].mlp
-        assert isinstance(layer, MoeLayer)
+        assert isinstance(layer, MoeBlock)
         down = layer.experts.down.data[expert]
         good = down.clone()
         self.flush()

@@ -26,7 +26,7 @@ from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.models import read_plan, weight_loader
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext
-from waybill.engine.models.qwen3_moe import Qwen3MoeForCausalLM, parse_config
+from waybill.engine.models.qwen3_moe import build, parse_config
 from waybill.engine.models.weight_loader import read_exactly
 from waybill.engine.weight_sync import transfer
 from waybill.engine.weight_sync.checksum import checksum
@@ -65,7 +65,7 @@ class Trainer:
             dtype="float32",
         )
         self.mesh = ParallelMesh.single(CPU)
-        model = Qwen3MoeForCausalLM(ModelContext(parse_config(hf_config, "nowhere", "auto"), self.mesh), 8)
+        model = build(ModelContext(parse_config(hf_config, "nowhere", "auto"), self.mesh), 8)
         self.registry = GroupRegistry(self.mesh, 10.0, 8)
         self.receiver = WeightReceiver(model, self.mesh, self.registry)
         self.pool = concurrent.futures.ThreadPoolExecutor(2)

@@ -1,0 +1,94 @@
+"""Every family's tokens, log-probabilities and routes against `transformers`, in float32, on tiny random checkpoints.
+
+Equality under the near-tie rule, as in `test_reference_equality.py`, which has the settings; here two of them are run for
+each family, one with tensor- and one with data-parallel attention, and the others by `make test-matrix`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.reference_equality import Request, Setting, ask, compare, make_engine
+from support.tiny_families import FAMILIES, write_family
+
+from waybill.engine.routing.transformers_reference import Reference
+
+ALWAYS = [
+    Setting(2, "tp", 16, cache=True, retract=True, depth=1),
+    Setting(1, "ep", 64, cache=True, retract=False, depth=1, dp=2),
+]
+MATRIX = [
+    Setting(1, "ep", -1, cache=False, retract=False, depth=0),
+    Setting(1, "ep", 7, cache=True, retract=True, depth=1, attention="torch_reference"),
+    Setting(2, "ep", 7, cache=True, retract=True, depth=1),
+    Setting(2, "tp", -1, cache=False, retract=False, depth=0),
+    Setting(2, "ep", -1, cache=True, retract=False, depth=1, attention="torch_reference"),
+    Setting(1, "tp", 16, cache=True, retract=True, depth=1, dp=2),
+    Setting(1, "ep", 16, cache=True, retract=True, depth=1, dp=2, dispatcher="all_to_all"),
+    Setting(2, "ep", 16, cache=True, retract=False, depth=1, dp=2),
+    Setting(2, "ep", 16, cache=True, retract=False, depth=0, dp=2, dispatcher="all_to_all"),
+]
+# Retraction is forced: some answers are so long that together they outgrow the pool.
+NUM_LONG_ANSWERS, LONG_ANSWER_TOKENS = 4, 60
+ROOMY_POOL_TOKENS, TIGHT_POOL_TOKENS = 4096, 240
+
+
+def make_requests(setting: Setting) -> list[Request]:
+    """Prompts shorter and longer than pages, chunks and windows; some share a prefix. Of two dp ranks the last has most."""
+    rng = random.Random(0)
+    shared = [rng.randrange(256) for _ in range(40)]
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 2, 16, 33, 45, 90)]
+    prompts += [shared + [rng.randrange(256) for _ in range(length)] for length in (3, 9)]
+    ranks = [int(index < len(prompts) - 2) if setting.dp > 1 else None for index in range(len(prompts))]
+    lengths = [LONG_ANSWER_TOKENS if setting.retract and i < NUM_LONG_ANSWERS else 8 for i in range(len(prompts))]
+    return [Request(*each) for each in zip(prompts, lengths, ranks, strict=True)]
+
+
+def settings_to_run() -> Iterator[Any]:
+    for family in FAMILIES:
+        for setting in ALWAYS + MATRIX:
+            marks = [pytest.mark.matrix] if setting in MATRIX else []
+            yield pytest.param(family, setting, id=f"{family}-{setting}", marks=marks)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Made when they are first asked for."""
+
+    class Checkpoints(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            self[family] = write_family(family, tmp_path_factory.mktemp(family))
+            return self[family]
+
+    return Checkpoints()
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
+    class References(dict[str, Reference]):
+        def __missing__(self, family: str) -> Reference:
+            self[family] = Reference(str(checkpoints[family]), num_kept=64)
+            return self[family]
+
+    return References()
+
+
+@pytest.mark.parametrize(("family", "setting"), list(settings_to_run()))
+def test_equals_transformers(
+    family: str, setting: Setting, checkpoints: dict[str, Path], references: dict[str, Reference]
+) -> None:
+    requests = make_requests(setting)
+    pool_tokens = TIGHT_POOL_TOKENS if setting.retract else ROOMY_POOL_TOKENS
+    with make_engine(checkpoints[family], setting, pool_tokens, context_length=200) as engine:
+        answers = ask(engine, requests)
+        if setting.cache:
+            again = ask(engine, requests[-1:])
+            assert again[0]["meta_info"]["cached_tokens"] > 0
+            answers, requests = answers + again, requests + requests[-1:]
+        state = engine.get_server_info()
+    assert (state["num_retractions"] > 0) == setting.retract
+    print(f"{family} {setting}: {compare(references[family], requests, answers)}")

@@ -1,0 +1,76 @@
+"""A tiny random checkpoint of every family that the engine serves, made by the stock `transformers` class.
+
+Routing is brittle: gates are scaled up, so that a small error upstream changes a choice, corrections of the scores are far
+from zero and experts lie in groups. Norms and biases are random too, since one that is left out would not show else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+
+TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+NUM_EXPERTS, TOP_K = 8, 3
+SIZES: dict[str, Any] = {
+    # That of the tokenizer.
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": TOP_K,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+    "eos_token_id": 260,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 32}
+WINDOW = 12
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, **QWEN, head_dim=16, mlp_only_layers=[0], use_sliding_window=True, sliding_window=WINDOW
+    ),
+}
+
+
+def make_family_model(family: str, seed: int = 0) -> Any:
+    """The model of `transformers`, in float32."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            make_brittle(name, tensor)
+    return model.eval()
+
+
+def make_brittle(name: str, tensor: torch.Tensor) -> None:
+    """In place, by the tensor's name in the model."""
+    if name.endswith(("gate.weight", "router.weight")):
+        tensor *= 4
+    elif name.endswith("correction_bias"):
+        tensor.normal_(std=0.5)
+    elif name.endswith("norm.weight"):
+        tensor.uniform_(0.5, 1.5)
+    elif name.endswith(("bias", "sinks")):
+        tensor.normal_(std=0.5)
+
+
+def write_family(family: str, folder: Path, seed: int = 0) -> Path:
+    """A checkpoint as it stands on the hub, with a tokenizer."""
+    make_family_model(family, seed).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(TOKENIZER / name, folder)
+    return folder

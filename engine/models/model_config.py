@@ -145,6 +145,22 @@ def model_config(
     )
 
 
+def windows_of(hf_config: Any) -> tuple[int | None, ...]:
+    """By layer, where the configuration names each layer's kind.
+
+    Raises:
+        ValueError: a kind that is not known, or a layer with a window of no width.
+    """
+    windows: list[int | None] = []
+    for kind in hf_config.layer_types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layer_types: {kind!r} must be 'full_attention' or 'sliding_attention'")
+        if kind == "sliding_attention" and not hf_config.sliding_window:
+            raise ValueError(f"sliding_window={hf_config.sliding_window!r}: layer_types has layers with one")
+        windows.append(hf_config.sliding_window if kind == "sliding_attention" else None)
+    return tuple(windows)
+
+
 def head_width(hf_config: Any) -> int:
     """Where the configuration may leave it out."""
     stated = hf_config.to_dict().get("head_dim")

@@ -12,7 +12,7 @@ from typing import Any
 from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
-from . import qwen3_moe
+from . import glm4_moe, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
@@ -33,7 +33,13 @@ class ModelFamily:
     build: Callable[[ModelContext, int], CausalLM]
 
 
-FAMILIES = {"qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.build)}
+FAMILIES = {
+    "glm4_moe": ModelFamily(glm4_moe.parse_config, glm4_moe.build),
+    "mixtral": ModelFamily(mixtral.parse_config, mixtral.build),
+    "olmoe": ModelFamily(olmoe.parse_config, olmoe.build),
+    "qwen2_moe": ModelFamily(qwen2_moe.parse_config, qwen2_moe.build),
+    "qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.build),
+}
 
 
 def family_of(model_type: str) -> ModelFamily:

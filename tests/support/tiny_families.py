@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -40,6 +44,32 @@ QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 32}
 WINDOW = 12
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **SIZES,
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        n_routed_experts=16,
+        moe_intermediate_size=32,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        first_k_dense_replace=1,
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=NUM_EXPERTS, head_dim=None, sliding_window=WINDOW),
+    "olmoe": lambda: OlmoeConfig(
+        **SIZES, num_experts=NUM_EXPERTS, clip_qkv=1.5, attention_bias=True, norm_topk_prob=False
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SIZES,
+        **QWEN,
+        shared_expert_intermediate_size=64,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=3,
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, **QWEN, head_dim=16, mlp_only_layers=[0], use_sliding_window=True, sliding_window=WINDOW
     ),

@@ -135,7 +135,7 @@ def _sum_rows_kernel(
         tl.store(residual + where, value, mask)
         wide = value.to(tl.float32)
         wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / num_columns + eps)
-        value = (wide.to(dtype).to(tl.float32) * scale).to(dtype)
+        value = (wide.to(weight.dtype.element_ty).to(tl.float32) * scale).to(dtype)
     tl.store(out + where, value, mask)
     tl.store(calls + row, call)
 

@@ -12,6 +12,7 @@ import msgspec
 
 from ...parallel.weights import ShardedWeight
 from .causal_lm import FusedWeight
+from .mxfp4 import BLOCKS, MXFP4, SCALES, find_packed
 from .safetensors_file import SafetensorsFile, StoredTensor, dtype_of
 
 NUM_NAMES_SHOWN = 5
@@ -26,7 +27,7 @@ class CheckpointIndex(msgspec.Struct):
 
 class Checkpoint:
     """One safetensors file, or those of a folder: `model.safetensors`, or the shards that its index names. Headers are read
-    here, and once.
+    here, and once. `packed` are those of its tensors that are dequantised when they are loaded.
 
     Raises:
         ValueError: the folder has neither, or the index names a file or a tensor that is not there.
@@ -37,6 +38,7 @@ class Checkpoint:
         self._path = Path(path)
         self.files: list[tuple[SafetensorsFile, list[str]]] = []
         self.tensors: dict[str, StoredTensor] = {}
+        found: dict[str, SafetensorsFile] = {}
         for file_path, names in self._find_files():
             file = SafetensorsFile(file_path)
             names = list(file.tensors) if names is None else names
@@ -44,7 +46,18 @@ class Checkpoint:
                 if name not in file.tensors:
                     raise ValueError(f"model_path={path!r}: shard {file_path.name} has no tensor {name}")
                 self.tensors[name] = file.tensors[name]
+                found[name] = file
             self.files.append((file, names))
+        self.packed = dict(find_packed(found))
+        self._replace_packed()
+
+    def _replace_packed(self) -> None:
+        """Quantised tensors stand under the name of what they are dequantised to, with its shape."""
+        parts = {f"{name}{ending}" for name in self.packed for ending in (BLOCKS, SCALES)}
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name not in parts}
+        self.files = [(file, [name for name in names if name not in parts]) for file, names in self.files]
+        for name, packed in self.packed.items():
+            self.tensors[name] = StoredTensor(MXFP4, packed.shape, 0, 0)
 
     def _find_files(self) -> Iterator[tuple[Path, list[str] | None]]:
         """Each with its tensors' names; None: all."""
@@ -92,6 +105,8 @@ def check_dtypes(checkpoint: Checkpoint) -> None:
         ValueError: a tensor does not hold floating-point numbers as they are.
     """
     for name, tensor in checkpoint.tensors.items():
+        if name in checkpoint.packed:
+            continue
         try:
             dtype_of(tensor)
         except ValueError as error:

@@ -51,7 +51,9 @@ class GroupedQueryAttention(nn.Module):
         self._clip = shape.clip
         self._ops = select_layer_ops(context.mesh.device)
         self._head_dim = shape.head_dim
-        self._rule = AttentionRule(shape.head_dim**-0.5, shape.windows[layer_id])
+        self.sinks = context.weight_format.empty(self.qkv_proj.num_local_heads) if shape.sinks else None
+        self._sinks_of_all = (shape.num_heads, context.axis.rank * self.qkv_proj.num_local_heads)
+        self._rule = AttentionRule(shape.head_dim**-0.5, shape.windows[layer_id], self.sinks)
 
     def forward(
         self,
@@ -78,6 +80,9 @@ class GroupedQueryAttention(nn.Module):
             weights[f"{prefix}.{part}_proj.weight"] = self.qkv_proj.sharded_weight(part)
             if self.qkv_proj.bias is not None:
                 weights[f"{prefix}.{part}_proj.bias"] = self.qkv_proj.sharded_bias(part)
+        if self.sinks is not None:
+            num_heads, first = self._sinks_of_all
+            weights[f"{prefix}.sinks"] = ShardedWeight.of((num_heads,), self.sinks.data, first=first)
         if self.o_proj.bias is not None:
             weights[f"{prefix}.o_proj.bias"] = self.o_proj.sharded_bias()
         return weights

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from ...parallel.moe.activation import SwigluClamp
 from ...parallel.moe.router import RouterConfig
 from ...parallel.symmetric_memory import RowLayout
 from ..routing.geometry import RouteGeometry
@@ -28,7 +29,8 @@ class GroupedQueryConfig(msgspec.Struct, frozen=True, tag=True):
     """Grouped-query attention: query heads, the kv heads that groups of them share, and their width.
 
     `norms` is what queries and keys are normed over before they are turned: each "head", or all heads together ("width").
-    `clip` bounds queries, keys and values. `windows` has, for every layer, how many of the last keys a query sees.
+    `clip` bounds queries, keys and values. With `sinks` heads have scores without a value. `windows` has, for every layer,
+    how many of the last keys a query sees.
     """
 
     num_heads: int
@@ -40,6 +42,7 @@ class GroupedQueryConfig(msgspec.Struct, frozen=True, tag=True):
     output_bias: bool = False
     norms: Literal["none", "head", "width"] = "none"
     clip: float | None = None
+    sinks: bool = False
 
 
 # Kinds of attention, each a tagged structure with `rope`: what a token's entry in the cache is follows from it.
@@ -56,12 +59,14 @@ class SharedExpertConfig:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """The layers that route, and how. `intermediate_size` is an expert's."""
+    """The layers that route, and how. `intermediate_size` is an expert's; those with a `clamp` have biases, and a SwiGLU
+    that is clamped."""
 
     layer_ids: tuple[int, ...]
     router: RouterConfig
     intermediate_size: int
     shared: SharedExpertConfig | None = None
+    clamp: SwigluClamp | None = None
 
     @property
     def num_experts(self) -> int:
@@ -75,7 +80,8 @@ class MoeConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only MoE model. Layers that do not route have a dense MLP of `intermediate_size`. A checkpoint may have
-    `num_extra_layers` behind the model's own, which draft tokens and are not used."""
+    `num_extra_layers` behind the model's own, which draft tokens and are not used. `wide_norms`: their weights
+    are in float32."""
 
     model_type: str
     vocab_size: int
@@ -90,6 +96,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype_name: str
     num_extra_layers: int = 0
+    wide_norms: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

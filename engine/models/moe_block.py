@@ -72,6 +72,7 @@ class MoeBlock(nn.Module):
             split=context.moe_split,
             backend=context.experts_backend,
             weight_format=context.weight_format,
+            clamp=moe.clamp,
         )
         self.shared = None if moe.shared is None else SharedExpert(moe.shared, context)
         index = moe.layer_ids.index(layer_id)
@@ -82,15 +83,19 @@ class MoeBlock(nn.Module):
         return summed
 
     def sharded_weights(self, layer: str) -> dict[str, ShardedWeight]:
-        """On the hub: one tensor per expert and projection."""
         prefix = f"{layer}.{self._names.block}"
-        weights = self.router.sharded_weights(f"{prefix}.{self._names.router}")
-        for part, names in self._expert_names(prefix).items():
-            for expert, name in enumerate(names):
-                weights[name] = self.experts.sharded_weight(expert, part)
+        weights = self.router.sharded_weights(f"{prefix}.{self._names.router}") | self.expert_weights(prefix)
         if self.shared is not None:
             weights.update(self.shared.sharded_weights(f"{prefix}.{self._names.shared}"))
         return weights
+
+    def expert_weights(self, prefix: str) -> dict[str, ShardedWeight]:
+        """On the hub: one tensor per expert and projection. `prefix` is the block's name."""
+        return {
+            name: self.experts.sharded_weight(expert, part)
+            for part, names in self._expert_names(prefix).items()
+            for expert, name in enumerate(names)
+        }
 
     def fused_weights(self, layer: str) -> dict[str, FusedWeight]:
         """As `transformers` holds them in memory, and a trainer may send them."""

@@ -27,7 +27,8 @@ class LayerOps(Protocol):
     """The operations of this file, by whichever means."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim of [T, D]; the mean is taken in float32."""
+        """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim of [T, D]; the mean is taken in float32, and the
+        normed values are rounded to the weight's dtype before they are multiplied by it."""
         ...
 
     def add_rms_norm(
@@ -66,7 +67,7 @@ class TorchLayerOps:
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * wide.to(hidden.dtype)
+        return (weight * wide.to(weight.dtype)).to(hidden.dtype)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

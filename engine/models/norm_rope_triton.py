@@ -31,7 +31,8 @@ def _rms_norm_kernel(
         tl.store(residual + row + columns, value, mask)
     wide = value.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / num_columns + eps)
-    tl.store(out + row + columns, (wide.to(dtype).to(tl.float32) * scale).to(dtype), mask)
+    wide = wide.to(weight.dtype.element_ty).to(tl.float32)
+    tl.store(out + row + columns, (wide * scale).to(dtype), mask)
 
 
 @Kernel

@@ -12,7 +12,7 @@ from typing import Any
 from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
-from . import glm4_moe, mixtral, olmoe, qwen2_moe, qwen3_moe
+from . import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
@@ -26,15 +26,18 @@ class ModelFamily:
     """How one `model_type` is served.
 
     `parse_config(hf_config, model_path, dtype)` raises `ValueError` for what the model file does not compute.
-    `build(context, num_positions)` makes this rank's part with uninitialised weights.
+    `build(context, num_positions)` makes this rank's part with uninitialised weights. `quantisations` are those that its
+    checkpoints may come in, by `quant_method`.
     """
 
     parse_config: Callable[[Any, str, str], ModelConfig]
     build: Callable[[ModelContext, int], CausalLM]
+    quantisations: frozenset[str] = frozenset()
 
 
 FAMILIES = {
     "glm4_moe": ModelFamily(glm4_moe.parse_config, glm4_moe.build),
+    "gpt_oss": ModelFamily(gpt_oss.parse_config, gpt_oss.build, frozenset({"mxfp4"})),
     "mixtral": ModelFamily(mixtral.parse_config, mixtral.build),
     "olmoe": ModelFamily(olmoe.parse_config, olmoe.build),
     "qwen2_moe": ModelFamily(qwen2_moe.parse_config, qwen2_moe.build),
@@ -59,7 +62,15 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
         ValueError: no checkpoint at `model_path`, or one that no model file serves.
     """
     hf_config = read_hf_config(config.model_path)
-    return family_of(hf_config.model_type).parse_config(hf_config, config.model_path, config.dtype)
+    family = family_of(hf_config.model_type)
+    quantisation = hf_config.to_dict().get("quantization_config")
+    if quantisation is not None and quantisation["quant_method"] not in family.quantisations:
+        legal = " or ".join(sorted(family.quantisations))
+        raise ValueError(
+            f"quantization_config.quant_method={quantisation['quant_method']!r}: "
+            + (f"must be {legal}" if legal else f"{hf_config.model_type} checkpoints must not be quantised")
+        )
+    return family.parse_config(hf_config, config.model_path, config.dtype)
 
 
 def build_model(context: ModelContext, num_positions: int) -> CausalLM:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -12,11 +14,15 @@ from .norm_rope import select_layer_ops
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim, alone or of a sum."""
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim, alone or of a sum. In models with wide norms the
+    weight is in float32, whatever the model computes in."""
 
     def __init__(self, width: int, context: ModelContext) -> None:
         super().__init__()
-        self.weight = context.weight_format.empty(width)
+        weight_format = context.weight_format
+        if context.config.wide_norms:
+            weight_format = replace(weight_format, dtype=torch.float32)
+        self.weight = weight_format.empty(width)
         self._eps = context.config.rms_norm_eps
         self._ops = select_layer_ops(context.mesh.device)
 

@@ -135,7 +135,12 @@ def load_weights(
         if device.type == "cuda":
             # Kernels of the last step may still read the weights.
             torch.cuda.synchronize(device)
-        run_all(jobs, device, changes or Changes())
+        changes = changes or Changes()
+        run_all(jobs, device, changes)
+    for name, packed in checkpoint.packed.items():
+        for piece in weights[name].pieces if name not in ignored else ():
+            changes.any = True
+            packed.load(piece)
 
 
 def run_all(jobs: Jobs, device: torch.device, changes: Changes) -> None:

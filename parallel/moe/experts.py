@@ -1,7 +1,7 @@
 """The experts of one rank, and the two ways to split them.
 
 "ep": whole experts, E/n a rank. "tp": a slice I/n of every expert's intermediate dim. Either way a rank computes a
-partial result for the tokens it is given, and the dispatcher sums. Each expert is a SwiGLU MLP.
+partial result for the tokens it is given, and the dispatcher sums. Each expert is a SwiGLU MLP, see activation.py.
 
 Expert placement (expert location): contiguous, by rank; no EPLB, no redundant experts.
 
@@ -11,6 +11,7 @@ Legend: T tokens, D hidden, E experts, F experts on this rank, K experts per tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +21,44 @@ from ..linear import shard_size
 from ..mesh import Axis
 from ..weight_format import WeightFormat
 from ..weights import Piece, ShardedWeight
+from .activation import ClampedExperts, SwigluClamp, activate, add_down_bias
 from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K], weights [T, K], gate_up [F, 2I, D], down [F, D, I]) -> [T, D]; ids of padding, and of experts
 # on other ranks, add nothing. Those of torch and C++ count from this rank's first expert, those of Triton from a `first`.
-ExpertsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# All but that of C++ take `clamped` experts, too.
+ExpertsFunction = Callable[..., torch.Tensor]
 # Up to so many tokens, sorting them does not pay on a GPU.
 MAX_FEW_TOKENS = 4
 
 
 def experts_torch_reference(
-    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    clamped: ClampedExperts | None = None,
 ) -> torch.Tensor:
     """Expert by expert, as the definition reads."""
     out = torch.zeros_like(hidden)
     for expert in range(gate_up.shape[0]):
         tokens, choice = torch.where(ids == expert)
-        gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, dim=-1)
-        result = F.linear(F.silu(gate) * up, down[expert])
+        activated = activate(F.linear(hidden[tokens], gate_up[expert]), clamped, expert)
+        result = add_down_bias(F.linear(activated, down[expert]), clamped, expert)
         out.index_add_(0, tokens, (result * weights[tokens, choice, None]).to(out.dtype))
     return out
 
 
 def experts_by_group(
-    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    clamped: ClampedExperts | None = None,
 ) -> torch.Tensor:
     """Tokens sorted by expert, one matrix product per expert that has any; for CPU, where counts cost no sync."""
     num_local = gate_up.shape[0]
@@ -56,8 +71,11 @@ def experts_by_group(
     first = sizes[0]
     for expert, size in enumerate(sizes[1 : num_local + 1]):
         if size:
-            gate, up = F.linear(inputs[first : first + size], gate_up[expert]).chunk(2, dim=-1)
-            torch.mm(F.silu(gate) * up, down[expert].t(), out=results[first : first + size])
+            rows = results[first : first + size]
+            activated = activate(F.linear(inputs[first : first + size], gate_up[expert]), clamped, expert)
+            torch.mm(activated, down[expert].t(), out=rows)
+            if clamped is not None:
+                rows += clamped.down_bias[expert]
         first += size
     return _combine(results, order, weights)
 
@@ -70,20 +88,25 @@ def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) 
     return (chosen * weights[..., None]).to(results.dtype).sum(dim=1)
 
 
-def select_experts_function(backend: str, down: torch.Tensor, first: int, num_experts: int) -> ExpertsFunction:
+def select_experts_function(
+    backend: str, down: torch.Tensor, first: int, num_experts: int, clamped: ClampedExperts | None = None
+) -> ExpertsFunction:
     """The reference where `backend` is "torch_reference", else the fastest for weights like `down` [F, D, I], which are of
     the experts from `first` on of `num_experts`."""
     if backend != "torch_reference" and down.device.type != "cpu":
-        return _experts_on_gpu(first, num_experts)
-    function = experts_torch_reference
+        return _experts_on_gpu(first, num_experts, clamped)
+    function: ExpertsFunction = experts_torch_reference
     if backend != "torch_reference":
-        function = experts_native if has_native_experts(down.dtype, *down.shape[1:]) else experts_by_group
+        is_native = clamped is None and has_native_experts(down.dtype, *down.shape[1:])
+        function = experts_native if is_native else experts_by_group
+    if clamped is not None:
+        function = partial(function, clamped=clamped)
     if first == 0:
         return function
     return lambda hidden, ids, *rest: function(hidden, ids - first, *rest)
 
 
-def _experts_on_gpu(first: int, num_experts: int) -> ExpertsFunction:
+def _experts_on_gpu(first: int, num_experts: int, clamped: ClampedExperts | None) -> ExpertsFunction:
     # Triton comes with torch's CUDA builds alone.
     from .experts_few_triton import experts_few_triton  # noqa: PLC0415
     from .experts_triton import experts_triton  # noqa: PLC0415
@@ -92,8 +115,10 @@ def _experts_on_gpu(first: int, num_experts: int) -> ExpertsFunction:
         hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
         if hidden.shape[0] <= MAX_FEW_TOKENS:
-            return experts_few_triton(hidden, ids, weights, gate_up, down, first=first)
-        return experts_triton(hidden, ids, weights, gate_up, down, first=first, num_experts=num_experts)
+            return experts_few_triton(hidden, ids, weights, gate_up, down, first=first, clamped=clamped)
+        return experts_triton(
+            hidden, ids, weights, gate_up, down, first=first, num_experts=num_experts, clamped=clamped
+        )
 
     return choose
 
@@ -111,6 +136,7 @@ class Experts(nn.Module):
         split: str,
         backend: str,
         weight_format: WeightFormat,
+        clamp: SwigluClamp | None = None,
     ) -> None:
         super().__init__()
         whole = split == "ep"
@@ -122,7 +148,16 @@ class Experts(nn.Module):
         self._full = (intermediate_size, hidden_size)
         self.gate_up = weight_format.empty(self._num_local, 2 * self._width, hidden_size)
         self.down = weight_format.empty(self._num_local, hidden_size, self._width)
-        self._function = select_experts_function(backend, self.down, self._first_expert, num_experts)
+        self.clamped = None
+        if clamp is not None:
+            self.gate_up_bias = weight_format.empty(self._num_local, 2 * self._width)
+            self.down_bias = weight_format.empty(self._num_local, hidden_size)
+            # Where the ranks share an expert, one of them brings its last bias.
+            self._has_down_bias = whole or axis.rank == 0
+            if not self._has_down_bias:
+                self.down_bias.data.zero_()
+            self.clamped = ClampedExperts(self.gate_up_bias, self.down_bias, clamp)
+        self._function = select_experts_function(backend, self.down, self._first_expert, num_experts, self.clamped)
 
     def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:
         """One projection of one expert: `part` is "gate" [I, D], "up" [I, D] or "down" [D, I]."""
@@ -151,6 +186,27 @@ class Experts(nn.Module):
             for half in (0, 1)
         ]
         return ShardedWeight((self._num_experts, 2 * width, hidden), tuple(halves))
+
+    def transposed_weights(self, prefix: str) -> dict[str, ShardedWeight]:
+        """Of clamped experts, as checkpoints hold them: [E, D, 2I], gate and up side by side for each of the I, and
+        [E, I, D], with their biases."""
+        width, hidden = self._full
+        experts = slice(self._first_expert, self._first_expert + self._num_local)
+        rows = slice(self._first_column, self._first_column + self._width)
+        pairs = slice(2 * rows.start, 2 * rows.stop)
+        every, of_all = slice(0, hidden), self._num_experts
+        gate_up, down = self.gate_up.data.transpose(1, 2), self.down.data.transpose(1, 2)
+        down_bias = (Piece((experts, every), self.down_bias.data),) if self._has_down_bias else ()
+        return {
+            f"{prefix}.gate_up_proj": ShardedWeight(
+                (of_all, hidden, 2 * width), (Piece((experts, every, pairs), gate_up),)
+            ),
+            f"{prefix}.gate_up_proj_bias": ShardedWeight(
+                (of_all, 2 * width), (Piece((experts, pairs), self.gate_up_bias.data),)
+            ),
+            f"{prefix}.down_proj": ShardedWeight((of_all, width, hidden), (Piece((experts, rows, every), down),)),
+            f"{prefix}.down_proj_bias": ShardedWeight((of_all, hidden), down_bias),
+        }
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Partial results [T, D] of the local experts."""

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from .activation import ClampedExperts
+from .experts_triton import clamp_arguments, rounded_clamped_swiglu, rounded_swiglu
 
 # Rows of weights that a program holds.
 COLUMNS = 2
@@ -21,8 +23,8 @@ COLUMNS = 2
 @Kernel
 @triton.jit
 def _gate_up_kernel(
-    hidden, ids, gate_up, activated, num_experts, width, intermediate, first, TOP_K: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, PDL: tl.constexpr,
+    hidden, ids, gate_up, bias, activated, num_experts, width, intermediate, first, alpha, limit, TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CLAMPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     block, pair = tl.program_id(0), tl.program_id(1)
@@ -36,21 +38,31 @@ def _gate_up_kernel(
     expert = tl.load(ids + pair) - first
     if (expert < 0) | (expert >= num_experts):
         return
-    where = gate_up + expert.to(tl.int64) * 2 * intermediate * width + columns[:, None] * width + depth[None, :]
-    gate_tile = tl.load(where, mask, other=0.0)
-    up_tile = tl.load(where + intermediate * width, mask, other=0.0)
+    where = gate_up + expert.to(tl.int64) * 2 * intermediate * width + depth[None, :]
+    if CLAMPED:
+        where += columns[:, None] * 2 * width
+        gate_tile, up_tile = tl.load(where, mask, other=0.0), tl.load(where + width, mask, other=0.0)
+    else:
+        where += columns[:, None] * width
+        gate_tile = tl.load(where, mask, other=0.0)
+        up_tile = tl.load(where + intermediate * width, mask, other=0.0)
     x = tl.load(hidden + (pair // TOP_K).to(tl.int64) * width + depth, inside, other=0.0).to(tl.float32)[None, :]
-    gate = tl.sum(gate_tile.to(tl.float32) * x, axis=1).to(dtype).to(tl.float32)
-    up = tl.sum(up_tile.to(tl.float32) * x, axis=1).to(dtype).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(activated + pair.to(tl.int64) * intermediate + columns, (gate * up).to(dtype), kept)
+    gate = tl.sum(gate_tile.to(tl.float32) * x, axis=1)
+    up = tl.sum(up_tile.to(tl.float32) * x, axis=1)
+    if CLAMPED:
+        biases = bias + expert * 2 * intermediate + columns * 2
+        gate_bias, up_bias = tl.load(biases, kept, other=0.0), tl.load(biases + 1, kept, other=0.0)
+        value = rounded_clamped_swiglu(gate, up, gate_bias, up_bias, alpha, limit, dtype)
+    else:
+        value = rounded_swiglu(gate, up, dtype)
+    tl.store(activated + pair.to(tl.int64) * intermediate + columns, value, kept)
 
 
 @Kernel
 @triton.jit
 def _down_kernel(
-    activated, ids, weights, down, out, num_experts, width, intermediate, first, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    activated, ids, weights, down, bias, out, num_experts, width, intermediate, first, TOP_K: tl.constexpr,
+    K_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BIASED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -71,6 +83,10 @@ def _down_kernel(
     rows = pairs[:, None] * intermediate + depth[None, :]
     x = tl.load(activated + rows, held[:, None] & inside[None, :], other=0.0).to(tl.float32)
     values = tl.sum(tile.to(tl.float32) * x[:, None, :], axis=2).to(dtype).to(tl.float32)
+    if BIASED:
+        rows = bias + tl.where(held, experts, 0)[:, None] * width + columns[None, :]
+        value = values + tl.load(rows, held[:, None] & kept[None, :], other=0.0).to(tl.float32)
+        values = value.to(dtype).to(tl.float32)
     scale = tl.load(weights + pairs, choices < TOP_K, other=0.0).to(tl.float32)
     total = tl.sum((values * scale[:, None]).to(dtype).to(tl.float32), axis=0)
     tl.store(out + token * width + columns, total.to(dtype), kept)
@@ -84,6 +100,7 @@ def experts_few_triton(
     down: torch.Tensor,
     *,
     first: int = 0,
+    clamped: ClampedExperts | None = None,
 ) -> torch.Tensor:
     """An `ExpertsFunction`, see experts.py, of the experts from `first` on."""
     (num_tokens, top_k), (num_local, width, intermediate) = ids.shape, down.shape
@@ -91,12 +108,13 @@ def experts_few_triton(
     out = torch.empty_like(hidden)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
+    up_bias, down_bias, alpha, limit = clamp_arguments(clamped, hidden)
     _gate_up_kernel[(ceil_div(intermediate, COLUMNS), num_tokens * top_k)](
-        hidden, ids, gate_up, activated, *sizes, first, TOP_K=top_k, COLUMNS=COLUMNS,
-        DEPTH=power_of_2_from(width), num_warps=4, **options,
+        hidden, ids, gate_up, up_bias, activated, *sizes, first, alpha, limit, TOP_K=top_k, COLUMNS=COLUMNS,
+        DEPTH=power_of_2_from(width), CLAMPED=clamped is not None, num_warps=4, **options,
     )  # fmt: skip
     _down_kernel[(ceil_div(width, COLUMNS), num_tokens)](
-        activated, ids, weights, down, out, *sizes, first, TOP_K=top_k, K_BLOCK=power_of_2_from(top_k),
-        COLUMNS=COLUMNS, DEPTH=power_of_2_from(intermediate), num_warps=4, **options,
+        activated, ids, weights, down, down_bias, out, *sizes, first, TOP_K=top_k, K_BLOCK=power_of_2_from(top_k),
+        COLUMNS=COLUMNS, DEPTH=power_of_2_from(intermediate), BIASED=clamped is not None, num_warps=4, **options,
     )  # fmt: skip
     return out

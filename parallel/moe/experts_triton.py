@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from .activation import ClampedExperts
 
 
 @Kernel
@@ -62,9 +63,30 @@ def _tile_of(ends, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr)
 
 
 @triton.jit
+def rounded_swiglu(gate, up, dtype: tl.constexpr):
+    """SwiGLU in float32 with torch's roundings to `dtype`."""
+    gate = gate.to(dtype).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (gate * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def rounded_clamped_swiglu(gate, up, gate_bias, up_bias, alpha, limit, dtype: tl.constexpr):
+    """The same of clamped experts, see activation.py. NaN stays NaN."""
+    gate = (gate.to(dtype).to(tl.float32) + gate_bias.to(tl.float32)).to(dtype).to(tl.float32)
+    up = (up.to(dtype).to(tl.float32) + up_bias.to(tl.float32)).to(dtype).to(tl.float32)
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    scaled = (gate * alpha).to(dtype).to(tl.float32)
+    weight = (1.0 / (1.0 + tl.exp(-scaled))).to(dtype).to(tl.float32)
+    gate = (gate * weight).to(dtype).to(tl.float32)
+    return ((up + 1.0).to(dtype).to(tl.float32) * gate).to(dtype)
+
+
+@triton.jit
 def _gate_up_tile(
-    hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    hidden, order, gate_up, bias, activated, expert, first, end, width, intermediate, alpha, limit, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
     dtype = hidden.dtype.element_ty
     places = first + tl.arange(0, ROWS)
@@ -74,8 +96,13 @@ def _gate_up_tile(
     kept = columns < intermediate
     steps = tl.arange(0, DEPTH)
     rows = hidden + token[:, None] * width + steps[None, :]
-    gates = gate_up + expert.to(tl.int64) * 2 * intermediate * width + columns[None, :] * width + steps[:, None]
-    ups = gates + intermediate * width
+    gates = gate_up + expert.to(tl.int64) * 2 * intermediate * width + steps[:, None]
+    if CLAMPED:
+        gates += columns[None, :] * 2 * width
+        ups = gates + width
+    else:
+        gates += columns[None, :] * width
+        ups = gates + intermediate * width
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, DEPTH):
@@ -88,9 +115,12 @@ def _gate_up_tile(
             gate_tile, up_tile = tl.load(gates + start, mask, other=0.0), tl.load(ups + start, mask, other=0.0)
         gate = tl.dot(x, gate_tile, gate, input_precision="ieee")
         up = tl.dot(x, up_tile, up, input_precision="ieee")
-    gate = gate.to(dtype).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    value = (gate * up.to(dtype).to(tl.float32)).to(dtype)
+    if CLAMPED:
+        biases = bias + expert * 2 * intermediate + columns * 2
+        gate_bias, up_bias = tl.load(biases, kept, other=0.0), tl.load(biases + 1, kept, other=0.0)
+        value = rounded_clamped_swiglu(gate, up, gate_bias[None, :], up_bias[None, :], alpha, limit, dtype)
+    else:
+        value = rounded_swiglu(gate, up, dtype)
     target = activated + places[:, None].to(tl.int64) * intermediate + columns[None, :]
     tl.store(target, value, there[:, None] & kept[None, :])
 
@@ -98,9 +128,9 @@ def _gate_up_tile(
 @Kernel
 @triton.jit
 def _gate_up_kernel(
-    hidden, order, ends, gate_up, activated, num_experts, width, intermediate, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    TAIL: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr,
+    hidden, order, ends, gate_up, bias, activated, num_experts, width, intermediate, alpha, limit, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr,
+    EVEN: tl.constexpr, CLAMPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """SwiGLU of gathered rows; results stand in sorted order."""
     start_next(PDL)
@@ -110,18 +140,20 @@ def _gate_up_kernel(
         return
     if TAIL < ROWS and end - first <= TAIL:
         _gate_up_tile(
-            hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K, TAIL, COLUMNS, DEPTH, EVEN
+            hidden, order, gate_up, bias, activated, expert, first, end, width, intermediate, alpha, limit, TOP_K, TAIL,
+            COLUMNS, DEPTH, EVEN, CLAMPED,
         )  # fmt: skip
     else:
         _gate_up_tile(
-            hidden, order, gate_up, activated, expert, first, end, width, intermediate, TOP_K, ROWS, COLUMNS, DEPTH, EVEN
+            hidden, order, gate_up, bias, activated, expert, first, end, width, intermediate, alpha, limit, TOP_K, ROWS,
+            COLUMNS, DEPTH, EVEN, CLAMPED,
         )  # fmt: skip
 
 
 @triton.jit
 def _down_tile(
-    activated, order, down, results, expert, first, end, width, intermediate, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    activated, order, down, bias, results, expert, first, end, width, intermediate, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     places = first + tl.arange(0, ROWS)
     there = places < end
@@ -140,6 +172,9 @@ def _down_tile(
             x = tl.load(rows + start, there[:, None] & inside[None, :], other=0.0)
             tile = tl.load(weights + start, inside[:, None] & kept[None, :], other=0.0)
         acc = tl.dot(x, tile, acc, input_precision="ieee")
+    if BIASED:
+        bias_row = tl.load(bias + expert * width + columns, kept, other=0.0).to(tl.float32)
+        acc = acc.to(results.dtype.element_ty).to(tl.float32) + bias_row[None, :]
     target = results + pair[:, None] * width + columns[None, :]
     tl.store(target, acc.to(results.dtype.element_ty), there[:, None] & kept[None, :])
 
@@ -147,8 +182,9 @@ def _down_tile(
 @Kernel
 @triton.jit
 def _down_kernel(
-    activated, order, ends, down, results, num_experts, width, intermediate, ROWS: tl.constexpr, TAIL: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    activated, order, ends, down, bias, results, num_experts, width, intermediate, ROWS: tl.constexpr,
+    TAIL: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    BIASED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows in sorted order to results in the order of pairs."""
     start_next(PDL)
@@ -158,11 +194,13 @@ def _down_kernel(
         return
     if TAIL < ROWS and end - first <= TAIL:
         _down_tile(
-            activated, order, down, results, expert, first, end, width, intermediate, TAIL, COLUMNS, DEPTH, EVEN
+            activated, order, down, bias, results, expert, first, end, width, intermediate, TAIL, COLUMNS, DEPTH, EVEN,
+            BIASED,
         )  # fmt: skip
     else:
         _down_tile(
-            activated, order, down, results, expert, first, end, width, intermediate, ROWS, COLUMNS, DEPTH, EVEN
+            activated, order, down, bias, results, expert, first, end, width, intermediate, ROWS, COLUMNS, DEPTH, EVEN,
+            BIASED,
         )  # fmt: skip
 
 
@@ -228,6 +266,7 @@ def experts_triton(
     first: int = 0,
     num_experts: int | None = None,
     tilings: tuple[Tiling, Tiling] | None = None,
+    clamped: ClampedExperts | None = None,
 ) -> torch.Tensor:
     """An `ExpertsFunction`, see experts.py, of the experts from `first` on of `num_experts`, which share the tokens.
     `tilings` is for measurements."""
@@ -241,6 +280,7 @@ def experts_triton(
     up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_experts or num_local, hidden.dtype)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
+    up_bias, down_bias, alpha, limit = clamp_arguments(clamped, hidden)
     lanes = max(128, power_of_2_from(num_pairs))
     once = lanes <= MAX_SORTED_AT_ONCE
     _sort_kernel[(num_local,)](
@@ -249,19 +289,29 @@ def experts_triton(
     )  # fmt: skip
     experts = power_of_2_from(num_local)
     _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
-        hidden, order, ends, gate_up, activated, *sizes, TOP_K=top_k, EXPERTS=experts,
-        EVEN=width % up_tiling.depth == 0 and intermediate % up_tiling.columns == 0, **_launch(up_tiling), **options,
+        hidden, order, ends, gate_up, up_bias, activated, *sizes, alpha, limit, TOP_K=top_k, EXPERTS=experts,
+        EVEN=width % up_tiling.depth == 0 and intermediate % up_tiling.columns == 0, CLAMPED=clamped is not None,
+        **_launch(up_tiling), **options,
     )  # fmt: skip
     _down_kernel[(ceil_div(width, down_tiling.columns), _num_tiles(num_pairs, num_local, down_tiling))](
-        activated, order, ends, down, results, *sizes, EXPERTS=experts,
-        EVEN=intermediate % down_tiling.depth == 0 and width % down_tiling.columns == 0, **_launch(down_tiling),
-        **options,
+        activated, order, ends, down, down_bias, results, *sizes, EXPERTS=experts,
+        EVEN=intermediate % down_tiling.depth == 0 and width % down_tiling.columns == 0, BIASED=clamped is not None,
+        **_launch(down_tiling), **options,
     )  # fmt: skip
     block = min(512, power_of_2_from(width))
     _combine_kernel[(num_tokens, ceil_div(width, block))](
         results, ids, weights, out, num_local, width, first, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
     )
     return out
+
+
+def clamp_arguments(
+    clamped: ClampedExperts | None, unused: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """What kernels take of clamped experts: biases, alpha and limit."""
+    if clamped is None:
+        return unused, unused, 0.0, 0.0
+    return clamped.gate_up_bias, clamped.down_bias, clamped.clamp.alpha, clamped.clamp.limit
 
 
 def _num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:

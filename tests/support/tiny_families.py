@@ -6,15 +6,18 @@ from zero and experts lie in groups. Norms and biases are random too, since one 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
+    GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -57,6 +60,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         routed_scaling_factor=1.5,
         first_k_dense_replace=1,
     ),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES, head_dim=16, num_local_experts=NUM_EXPERTS, sliding_window=WINDOW, swiglu_limit=1.0
+    ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=NUM_EXPERTS, head_dim=None, sliding_window=WINDOW),
     "olmoe": lambda: OlmoeConfig(
         **SIZES, num_experts=NUM_EXPERTS, clip_qkv=1.5, attention_bias=True, norm_topk_prob=False
@@ -76,6 +82,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+FAMILIES["gpt_oss_mxfp4"] = FAMILIES["gpt_oss"]
+IN_MXFP4 = {"gpt_oss_mxfp4"}
+
+
 def make_family_model(family: str, seed: int = 0) -> Any:
     """The model of `transformers`, in float32."""
     torch.manual_seed(seed)
@@ -84,6 +94,21 @@ def make_family_model(family: str, seed: int = 0) -> Any:
         for name, tensor in model.state_dict().items():
             make_brittle(name, tensor)
     return model.eval()
+
+
+def pack_experts(folder: Path) -> None:
+    """Random experts in MXFP4 in place of those of a checkpoint of gpt-oss."""
+    file, config_file = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        num_experts, width, num_rows = tensors.pop(name).shape
+        groups = (num_experts, num_rows, width // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 125, groups, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantisation = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"quantization_config": quantisation}))
 
 
 def make_brittle(name: str, tensor: torch.Tensor) -> None:
@@ -101,6 +126,8 @@ def make_brittle(name: str, tensor: torch.Tensor) -> None:
 def write_family(family: str, folder: Path, seed: int = 0) -> Path:
     """A checkpoint as it stands on the hub, with a tokenizer."""
     make_family_model(family, seed).save_pretrained(folder)
+    if family in IN_MXFP4:
+        pack_experts(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder)
     return folder

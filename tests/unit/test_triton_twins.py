@@ -36,6 +36,7 @@ from waybill.parallel.embedding import look_up_torch
 from waybill.parallel.embedding_triton import look_up_triton
 from waybill.parallel.linear_triton import linear_triton
 from waybill.parallel.mesh import Axis
+from waybill.parallel.moe.activation import ClampedExperts, SwigluClamp
 from waybill.parallel.moe.experts import experts_by_group, experts_torch_reference
 from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
@@ -60,9 +61,10 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [32, 100])
-def test_norms(dtype: torch.dtype, width: int) -> None:
-    hidden, residual, weight = (normal(5, width, dtype=dtype, seed=seed) for seed in range(3))
-    weight = weight[0].contiguous()
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_norms(dtype: torch.dtype, width: int, is_wide: bool) -> None:
+    hidden, residual = (normal(5, width, dtype=dtype, seed=seed) for seed in range(2))
+    weight = normal(width, dtype=torch.float32 if is_wide else dtype, seed=2)
     torch.testing.assert_close(
         TritonLayerOps().rms_norm(hidden, weight, 1e-6),
         TorchLayerOps().rms_norm(hidden, weight, 1e-6),
@@ -230,7 +232,8 @@ def test_a_token_of_nan_stays_alone(dtype: torch.dtype, num_tokens: int) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 5, 70, 200])
-def test_experts(dtype: torch.dtype, num_tokens: int) -> None:
+@pytest.mark.parametrize("is_clamped", [False, True])
+def test_experts(dtype: torch.dtype, num_tokens: int, is_clamped: bool) -> None:
     """Some ids belong to other ranks: negative, or beyond the local experts. Many tokens make full tiles and short ones."""
     experts, width, intermediate, top_k = 6, 48, 24, 3
     generator = torch.Generator().manual_seed(3)
@@ -239,13 +242,17 @@ def test_experts(dtype: torch.dtype, num_tokens: int) -> None:
     gate_up = normal(experts, 2 * intermediate, width, dtype=dtype, seed=1) * width**-0.5
     down = normal(experts, width, intermediate, dtype=dtype, seed=2) * intermediate**-0.5
     hidden = normal(num_tokens, width, dtype=dtype, seed=4)
-    expected = experts_torch_reference(hidden, ids.to(DEVICE), weights, gate_up, down)
+    clamped = None
+    if is_clamped:
+        biases = [normal(experts, size, dtype=dtype, seed=5) for size in (2 * intermediate, width)]
+        clamped = ClampedExperts(*biases, SwigluClamp(1.702, 0.8))
+    expected = experts_torch_reference(hidden, ids.to(DEVICE), weights, gate_up, down, clamped=clamped)
     for function in (experts_triton, experts_few_triton):
         if function is experts_few_triton and num_tokens > 100:
             continue
         # As they come: counted over all ranks, of which this one has the experts from the third on.
         for first in (0, 2):
-            found = function(hidden, ids.to(DEVICE) + first, weights, gate_up, down, first=first)
+            found = function(hidden, ids.to(DEVICE) + first, weights, gate_up, down, first=first, clamped=clamped)
             torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 

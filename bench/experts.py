@@ -72,7 +72,7 @@ def make_contenders() -> dict[str, list[Block]]:
     for index in range(NUM_LAYERS):
         router = TopKRouter(D, RouterConfig(E, K), **OPTIONS)
         experts = make_experts("fast")
-        for weight in (router.weight, experts.gate_up, experts.down):
+        for weight in (router.weight, experts.gate_up.data, experts.down.data):
             weight.normal_(std=0.02)
         torch_only, reference = make_experts("fast"), make_experts("torch_reference")
         torch_only._function = experts_by_group
@@ -96,8 +96,8 @@ def make_transformers_block(router: TopKRouter, experts: Experts) -> Block:
         block = Qwen3MoeSparseMoeBlock(config)
     block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = (
         router.weight,
-        experts.gate_up,
-        experts.down,
+        experts.gate_up.data,
+        experts.down.data,
     )
     return lambda hidden: block(hidden[None])[0]
 

@@ -16,6 +16,7 @@ MOE_SPLITS = ("ep", "tp")
 ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
 OUTPUT_PROCESSORS = ("engine", "node")
+FP8_ACTIVATIONS = ("auto", "e4m3", "exact")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # `kv_memory_fraction` by type of device. A GPU is the engine's own; the memory of a host is not, and what is taken from it
@@ -73,6 +74,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     attention_backend: Annotated[str, Option("auto is the device's fastest", choices=ATTENTION_BACKENDS)] = "auto"
     experts_backend: Annotated[str, Option("auto is the device's fastest", choices=EXPERTS_BACKENDS)] = "auto"
+    fp8_activations: Annotated[
+        str,
+        Option(
+            "of a model whose weights are FP8: e4m3 with a scale for 128 numbers of a token, or exact; auto is e4m3 on "
+            "CUDA, exact on a CPU",
+            choices=FP8_ACTIVATIONS,
+        ),
+    ] = "auto"
     context_length: Annotated[
         int | None,
         Option("longest prompt plus answer, in tokens; the checkpoint's if not given", bounds=ONE_OR_MORE),

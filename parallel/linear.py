@@ -8,11 +8,14 @@ Legend: T tokens, D inputs, O outputs, d head width, n size of the axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import nn
 
 from .mesh import Axis
-from .weight_format import WeightFormat
+from .weight_format import Placed, WeightFormat
 from .weights import ShardedWeight
 
 
@@ -30,14 +33,37 @@ def shard_size(size: int, axis: Axis, what: str) -> int:
 class ShardedLinear(nn.Module):
     """The part that all have: this rank's weight [out, in] and bias [out], and the product."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, weight_format: WeightFormat) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weight_format: WeightFormat,
+        row_cuts: tuple[int, ...] = (),
+        column_cuts: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.weight = weight_format.empty(out_features, in_features)
+        self.matrix = weight_format.matrix(out_features, in_features, row_cuts=row_cuts, column_cuts=column_cuts)
         self.bias = weight_format.empty(out_features) if bias else None
-        self._linear = weight_format.linear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, self.weight, self.bias)
+        out: torch.Tensor = self.matrix(x, self.bias)
+        return out
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """As it is stored."""
+        return self.matrix.data
+
+    def _sharded_rows(self, shape: tuple[int, int], first: int, rows: slice) -> ShardedWeight:
+        """Of a matrix of this shape the rows from `first` on, which are these `rows` of this rank's."""
+        index = (slice(first, first + rows.stop - rows.start), slice(0, shape[1]))
+        return self.matrix.sharded(shape, Placed(index, rows))
+
+
+def edges(sizes: Sequence[int], axis: Axis) -> tuple[int, ...]:
+    """Row numbers at which parts of these sizes begin, side by side on a rank, and where it has cut them."""
+    return (*accumulate(sizes[:-1]), *(sizes if axis.size > 1 else ()))
 
 
 class MergedColumnParallelLinear(ShardedLinear):
@@ -48,13 +74,13 @@ class MergedColumnParallelLinear(ShardedLinear):
         self._local = [shard_size(size, axis, "out_features") for size in out_features]
         self._in_features = in_features
         self._axis = axis
-        super().__init__(in_features, sum(self._local), bias=False, weight_format=weight_format)
+        super().__init__(in_features, sum(self._local), False, weight_format, row_cuts=edges(self._local, axis))
 
     def sharded_weight(self, part: int) -> ShardedWeight:
         """This rank's rows of the `part`-th matrix."""
         shape = (self._full[part], self._in_features)
-        target = self.weight.data.narrow(0, sum(self._local[:part]), self._local[part])
-        return ShardedWeight.of(shape, target, first=self._axis.rank * self._local[part])
+        begin, size = sum(self._local[:part]), self._local[part]
+        return self._sharded_rows(shape, self._axis.rank * size, slice(begin, begin + size))
 
 
 class QKVParallelLinear(ShardedLinear):
@@ -86,16 +112,17 @@ class QKVParallelLinear(ShardedLinear):
         self._full = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
         kv_size = self.num_local_kv_heads * head_dim
         self._local = {"q": self.num_local_heads * head_dim, "k": kv_size, "v": kv_size}
-        super().__init__(hidden_size, sum(self._local.values()), bias, weight_format)
+        sizes = list(self._local.values())
+        super().__init__(hidden_size, sum(sizes), bias, weight_format, row_cuts=edges(sizes, axis))
 
     def sharded_weight(self, part: str) -> ShardedWeight:
         """This rank's rows of the query, key or value matrix: `part` is "q", "k" or "v"."""
         shape = (self._full[part], self._hidden_size)
-        return ShardedWeight.of(shape, self._target(self.weight, part), first=self._first_row(part))
+        return self._sharded_rows(shape, self._first_row(part), self._rows(part))
 
     def sharded_bias(self, part: str) -> ShardedWeight:
         assert self.bias is not None
-        return self.sharded_vector(part, self._target(self.bias, part))
+        return self.sharded_vector(part, self.bias.data[self._rows(part)])
 
     def sharded_vector(self, part: str, storage: torch.Tensor) -> ShardedWeight:
         """One number for each row of the query, key or value matrix; `storage` has those of this rank's rows."""
@@ -105,9 +132,9 @@ class QKVParallelLinear(ShardedLinear):
         shard = self._axis.rank if part == "q" else self._axis.rank // self._num_kv_replicas
         return shard * self._local[part]
 
-    def _target(self, parameter: nn.Parameter, part: str) -> torch.Tensor:
+    def _rows(self, part: str) -> slice:
         first = {"q": 0, "k": self._local["q"], "v": self._local["q"] + self._local["k"]}[part]
-        return parameter.data.narrow(0, first, self._local[part])
+        return slice(first, first + self._local[part])
 
 
 class RowParallelLinear(ShardedLinear):
@@ -124,7 +151,8 @@ class RowParallelLinear(ShardedLinear):
         weight_format: WeightFormat,
     ) -> None:
         local = shard_size(in_features, axis, "in_features")
-        super().__init__(local, out_features, bias, weight_format)
+        column_cuts = (local,) if axis.size > 1 else ()
+        super().__init__(local, out_features, bias, weight_format, column_cuts=column_cuts)
         self._full = (out_features, in_features)
         self._axis = axis
         if self.bias is not None and axis.rank > 0:
@@ -132,8 +160,10 @@ class RowParallelLinear(ShardedLinear):
 
     def sharded_weight(self) -> ShardedWeight:
         """This rank's columns."""
-        first = self._axis.rank * self.weight.shape[1]
-        return ShardedWeight.of(self._full, self.weight.data, dim=1, first=first)
+        num_rows, num_columns = self.weight.shape
+        first = self._axis.rank * num_columns
+        index = (slice(0, num_rows), slice(first, first + num_columns))
+        return self.matrix.sharded(self._full, Placed(index, slice(0, num_rows)))
 
     def sharded_bias(self) -> ShardedWeight:
         assert self.bias is not None

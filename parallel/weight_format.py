@@ -1,4 +1,9 @@
-"""How the matrices of linear and expert layers are stored, and what multiplies by them."""
+"""How the matrices of linear and expert layers are stored, and what multiplies by them.
+
+Layers are given a format instead of a dtype: they make their weights here and take the product that goes with them.
+
+Legend: T tokens, R rows (outputs) and C columns (inputs) of a matrix on this rank, F matrices of a stack.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,110 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# (x [T, D], weight [O, D], bias [O] or None) -> [T, O]
+from .fp8 import E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, sharded_scale, through_e4m3
+from .weights import Piece, ShardedWeight
+
+# (x [T, C], weight [R, C], bias [R] or None) -> [T, R]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class WeightFormat:
-    """Floating-point numbers as they are, in one dtype, which is also that of activations and results.
+class Placed:
+    """A part of a rank's matrices: `rows` of each of those that `stack` chooses, () where there is one alone, and all
+    columns; `index` says where it stands in an unsharded tensor."""
 
-    Layers are given a format instead of a dtype: they make their weights here and take the product that goes with it.
-    """
+    index: tuple[slice, ...]
+    rows: slice
+    stack: tuple[int | slice, ...] = ()
+
+
+class Matrix(nn.Module):
+    """[R, C] on this rank, or a stack [F, R, C], in floating point."""
+
+    def __init__(self, shape: tuple[int, ...], weight_format: WeightFormat) -> None:
+        super().__init__()
+        self.data = weight_format.empty(*shape)
+        self._linear = weight_format.linear()
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, C] -> [T, R]."""
+        return self._linear(x, self.data, bias)
+
+    def floats(self) -> torch.Tensor:
+        """The numbers, in the model's dtype."""
+        return self.data
+
+    @property
+    def stored(self) -> Stack:
+        """What functions of stacks take."""
+        return self.data
+
+    def sharded(self, shape: tuple[int, ...], *parts: Placed, num_fused: int = 1) -> ShardedWeight:
+        """Where an unsharded tensor of a checkpoint goes; it may be so many matrices, one behind the other."""
+        pieces = [Piece(part.index, self.data.data[(*part.stack, part.rows)]) for part in parts]
+        return ShardedWeight(shape, tuple(piece for piece in pieces if piece.storage.numel()))
+
+
+class Fp8Matrix(Matrix):
+    """In e4m3, with float32 `scales` [..., R / rows, C / columns] of a grid. Where `quantises` activations are e4m3, too,
+    with a scale for every group of a token's numbers."""
+
+    def __init__(self, shape: tuple[int, ...], grid: Grid, weight_format: Fp8Format) -> None:
+        super().__init__(shape, weight_format)
+        device = weight_format.device
+        self.data = nn.Parameter(torch.zeros(shape, dtype=E4M3, device=device), requires_grad=False)
+        scales = torch.zeros(*shape[:-2], *grid.shape_for(*shape[-2:]), device=device)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.grid = grid
+        self.dtype = weight_format.dtype
+        self.quantises = weight_format.quantises_activations
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        x = through_e4m3(x, self.grid.columns) if self.quantises else x
+        return linear_fp8_torch(x, self.data, self.scales, self.grid, bias)
+
+    def floats(self) -> torch.Tensor:
+        return dequantise(self.data, self.scales, self.grid, self.dtype)
+
+    @property
+    def stored(self) -> Stack:
+        return self
+
+    def product(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """With one matrix of a stack."""
+        x = through_e4m3(x, self.grid.columns) if self.quantises else x
+        return linear_fp8_torch(x, self.data[number], self.scales[number], self.grid, None)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def sharded(self, shape: tuple[int, ...], *parts: Placed, num_fused: int = 1) -> ShardedWeight:
+        weight = super().sharded(shape, *parts)
+        scales = tuple(self._scales_of(part) for part in parts) if weight.pieces else ()
+        # A checkpoint has scales of matrices, not of several in one tensor.
+        scale = None if len(shape) > 2 else sharded_scale(weight, scales, self.grid)
+        return QuantisedWeight(shape, weight.pieces, scales, scale, self.grid, shape[-2] // num_fused)
+
+    def _scales_of(self, part: Placed) -> torch.Tensor:
+        rows = slice(part.rows.start // self.grid.rows, -(-part.rows.stop // self.grid.rows))
+        return self.scales.data[(*part.stack, rows)]
+
+
+Stack = torch.Tensor | Fp8Matrix
+
+
+def product_of_stack(x: torch.Tensor, stack: Stack, number: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, C] times the transpose of one matrix of a stack [F, R, C]: [T, R], in `out` if that is given."""
+    if isinstance(stack, Fp8Matrix):
+        product = stack.product(x, number)
+        return product if out is None else out.copy_(product)
+    return F.linear(x, stack[number]) if out is None else torch.mm(x, stack[number].t(), out=out)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Floating-point numbers as they are, in one dtype, which is also that of activations and results."""
 
     dtype: torch.dtype
     device: torch.device
@@ -27,11 +126,26 @@ class WeightFormat:
         """An uninitialised weight that is not trained."""
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
 
+    def matrix(self, *shape: int, row_cuts: tuple[int, ...] = (), column_cuts: tuple[int, ...] = ()) -> Matrix:
+        """An uninitialised matrix, or a stack of them. It is put together of parts of a checkpoint's; the cuts are all rows
+        and columns, by the numbers of the rank's own and the checkpoint's, at which one begins or ends before its edge."""
+        return Matrix(shape, self)
+
     def linear(self) -> Linear:
-        """The fastest product for the device."""
+        """The fastest product for the device, of weights in floating point."""
         if self.device.type == "cpu":
             return F.linear
         # Triton comes with torch's CUDA builds alone.
         from .linear_triton import linear_triton  # noqa: PLC0415
 
         return linear_triton
+
+
+@dataclass(frozen=True)
+class Fp8Format(WeightFormat):
+    """The matrices of linear and expert layers in e4m3, see `fp8`; all else as in `WeightFormat`."""
+
+    quantises_activations: bool = False
+
+    def matrix(self, *shape: int, row_cuts: tuple[int, ...] = (), column_cuts: tuple[int, ...] = ()) -> Matrix:
+        return Fp8Matrix(shape, Grid.of(row_cuts, column_cuts), self)

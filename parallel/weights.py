@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class TensorSource(Protocol):
     """A tensor of a checkpoint; `torch.Tensor` is one. Indexing gives just the slice that is asked for."""
@@ -53,6 +55,15 @@ class ShardedWeight:
         """
         if tuple(shape) != self.shape:
             raise ValueError(f"shape {tuple(shape)}: must be {self.shape}")
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """
+        Raises:
+            ValueError: numbers of this dtype mean nothing without a scale that the model has no place for.
+        """
+        if dtype not in FLOAT_DTYPES:
+            names = ", ".join(str(each).removeprefix("torch.") for each in FLOAT_DTYPES)
+            raise ValueError(f"dtype {str(dtype).removeprefix('torch.')}: must be one of {names}")
 
     def load(self, source: TensorSource) -> None:
         """Fill the pieces from the unsharded tensor.

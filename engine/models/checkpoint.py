@@ -10,12 +10,14 @@ from pathlib import Path
 
 import msgspec
 
+from ...parallel.fp8 import scale_names
 from ...parallel.weights import ShardedWeight
 from .causal_lm import FusedWeight
 from .mxfp4 import BLOCKS, MXFP4, SCALES, find_packed
 from .safetensors_file import SafetensorsFile, StoredTensor, dtype_of
 
 NUM_NAMES_SHOWN = 5
+FP8 = "F8_E4M3"
 MAX_INDEX_BYTES = 64 << 20
 
 
@@ -99,16 +101,17 @@ def read_index(file: Path) -> dict[str, str]:
         raise ValueError(f"model_path={str(file.parent)!r}: {file.name}: {error}") from None
 
 
-def check_dtypes(checkpoint: Checkpoint) -> None:
-    """
+def check_dtypes(weights: Mapping[str, ShardedWeight], checkpoint: Checkpoint) -> None:
+    """Of the tensors that the model has a place for.
+
     Raises:
-        ValueError: a tensor does not hold floating-point numbers as they are.
+        ValueError: one does not hold numbers that the model can take as they are.
     """
     for name, tensor in checkpoint.tensors.items():
-        if name in checkpoint.packed:
+        if name in checkpoint.packed or name not in weights:
             continue
         try:
-            dtype_of(tensor)
+            weights[name].check_dtype(dtype_of(tensor))
         except ValueError as error:
             raise ValueError(f"tensor {name}: {error}") from error
 
@@ -132,6 +135,9 @@ def check_tensors(
     fused = fused or {}
     present = checkpoint.tensors.keys()
     covered = set(present).union(*(fused[name].names for name in present if name in fused))
+    # Those that come in floating point bring their scales along.
+    is_quantised = {name for name in present if checkpoint.tensors[name].dtype == FP8}
+    covered |= {scale for name, scale in scale_names(weights).items() if name in covered - is_quantised}
     missing = sorted(weights.keys() - covered)
     unknown = sorted(name for name in present if not (name in weights or name in fused or name in ignored))
     for what, names in (("lacks", missing), ("has unknown", unknown)):
@@ -140,10 +146,11 @@ def check_tensors(
             raise ValueError(
                 f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}"
             )
-    check_dtypes(checkpoint)
+    known = {**weights, **{name: each.weight for name, each in fused.items()}}
+    check_dtypes(known, checkpoint)
     for name, tensor in checkpoint.tensors.items():
         if name not in ignored:
             try:
-                (weights[name] if name in weights else fused[name].weight).check(tensor.shape)
+                known[name].check(tensor.shape)
             except ValueError as error:
                 raise ValueError(f"tensor {name}: {error}") from error

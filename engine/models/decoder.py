@@ -19,6 +19,7 @@ from torch import nn
 
 from ...parallel.dp_attention import TokenLayout
 from ...parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from ...parallel.fp8 import with_scales
 from ...parallel.moe.layer import RouteRecorder
 from ...parallel.partial_sum import PartialSum
 from ...parallel.weights import ShardedWeight
@@ -184,7 +185,7 @@ class DecoderLM(nn.Module):
             weights["lm_head.weight"] = self.lm_head.sharded_weight()
         for layer_id, layer in enumerate(self.decoder_layers()):
             weights.update(layer.sharded_weights(layer_name(layer_id)))
-        return weights
+        return with_scales(weights)
 
     def fused_weights(self) -> dict[str, FusedWeight]:
         fused: dict[str, FusedWeight] = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...parallel.fp8 import scale_names
 from ...parallel.weights import ShardedWeight
 
 
@@ -38,6 +39,8 @@ class RandomSource:
 
 
 def fill_with_random_values(weights: Mapping[str, ShardedWeight], dtype: torch.dtype, device: torch.device) -> None:
-    """Fill every parameter, by its tensors' names in a checkpoint."""
+    """Fill every parameter, by its tensors' names in a checkpoint. Scales come of what they belong to."""
+    scales = set(scale_names(weights).values())
     for name, weight in weights.items():
-        weight.load(RandomSource(name, weight.shape, dtype, device))
+        if name not in scales:
+            weight.load(RandomSource(name, weight.shape, dtype, device))

@@ -81,7 +81,7 @@ class MoeConfig:
 class ModelConfig:
     """A decoder-only MoE model. Layers that do not route have a dense MLP of `intermediate_size`. A checkpoint may have
     `num_extra_layers` behind the model's own, which draft tokens and are not used. `wide_norms`: their weights
-    are in float32."""
+    are in float32. `is_fp8`: the matrices of linear and expert layers are, see `parallel/fp8.py`."""
 
     model_type: str
     vocab_size: int
@@ -97,6 +97,7 @@ class ModelConfig:
     dtype_name: str
     num_extra_layers: int = 0
     wide_norms: bool = False
+    is_fp8: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

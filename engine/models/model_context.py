@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ...parallel.mesh import Axis, ParallelMesh
 from ...parallel.moe.all_to_all import AllToAllDispatcher
 from ...parallel.moe.dispatch import AllGatherDispatcher, Dispatcher, ReplicatedDispatcher, SyncClock
-from ...parallel.weight_format import WeightFormat
+from ...parallel.weight_format import Fp8Format, WeightFormat
 from .model_config import ModelConfig
 
 
@@ -21,10 +21,16 @@ class ModelContext:
     experts_backend: str = "auto"
     dispatcher: str = "all_gather"
     clock: SyncClock = field(default_factory=SyncClock)
+    fp8_activations: str = "auto"
 
     @property
     def weight_format(self) -> WeightFormat:
-        return WeightFormat(self.config.dtype, self.mesh.device)
+        if not self.config.is_fp8:
+            return WeightFormat(self.config.dtype, self.mesh.device)
+        # A CPU has no product of such numbers: there it would only cost.
+        default = "exact" if self.mesh.device.type == "cpu" else "e4m3"
+        how = default if self.fp8_activations == "auto" else self.fp8_activations
+        return Fp8Format(self.config.dtype, self.mesh.device, how == "e4m3")
 
     @property
     def axis(self) -> Axis:

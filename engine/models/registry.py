@@ -6,7 +6,7 @@ A family is one entry of `FAMILIES`; nothing outside this folder names a model c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...parallel.mesh import ParallelMesh
@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
 from .model_config import ModelConfig, read_hf_config
 from .model_context import ModelContext
+from .quantisation import FP8, check_quantisation
 from .weight_loader import load_weights
 
 
@@ -32,7 +33,7 @@ class ModelFamily:
 
     parse_config: Callable[[Any, str, str], ModelConfig]
     build: Callable[[ModelContext, int], CausalLM]
-    quantisations: frozenset[str] = frozenset()
+    quantisations: frozenset[str] = frozenset({FP8})
 
 
 FAMILIES = {
@@ -64,13 +65,10 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
     hf_config = read_hf_config(config.model_path)
     family = family_of(hf_config.model_type)
     quantisation = hf_config.to_dict().get("quantization_config")
-    if quantisation is not None and quantisation["quant_method"] not in family.quantisations:
-        legal = " or ".join(sorted(family.quantisations))
-        raise ValueError(
-            f"quantization_config.quant_method={quantisation['quant_method']!r}: "
-            + (f"must be {legal}" if legal else f"{hf_config.model_type} checkpoints must not be quantised")
-        )
-    return family.parse_config(hf_config, config.model_path, config.dtype)
+    if quantisation is not None:
+        check_quantisation(quantisation, family.quantisations, hf_config.model_type)
+    parsed = family.parse_config(hf_config, config.model_path, config.dtype)
+    return replace(parsed, is_fp8=quantisation is not None and quantisation["quant_method"] == FP8)
 
 
 def build_model(context: ModelContext, num_positions: int) -> CausalLM:
@@ -85,7 +83,15 @@ def load_model(
     head_dim = model_config.attention.head_dim
     if mesh.device.type == "cuda" and head_dim & (head_dim - 1):
         raise ValueError(f"head_dim={head_dim}: must be a power of two on CUDA")
-    context = ModelContext(model_config, mesh, config.moe_split, config.experts_backend, config.moe_dispatcher, clock)
+    context = ModelContext(
+        model_config,
+        mesh,
+        config.moe_split,
+        config.experts_backend,
+        config.moe_dispatcher,
+        clock,
+        config.fp8_activations,
+    )
     model = build_model(context, num_positions)
     weights = model.sharded_weights()
     if config.load_format == "dummy":

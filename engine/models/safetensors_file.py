@@ -7,6 +7,7 @@ costs as much as all of the header.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,13 @@ import msgspec
 import torch
 from safetensors import safe_open
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 METADATA = "__metadata__"
@@ -82,6 +89,17 @@ class SafetensorsFile:
         return file
 
 
+def read_tensor(file: BinaryIO, tensor: StoredTensor) -> torch.Tensor:
+    """
+    Raises:
+        OSError, ValueError: it cannot be read, or the file ends before it does.
+    """
+    data = bytearray(os.pread(file.fileno(), tensor.num_bytes, tensor.begin))
+    if len(data) < tensor.num_bytes:
+        raise ValueError(f"{file.name}: it ends before its last tensor does")
+    return torch.frombuffer(data, dtype=dtype_of(tensor)).view(tensor.shape)
+
+
 def read_header(file: BinaryIO) -> bytes:
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     # Whatever the library has let pass is shorter; a file that was written since may say anything.
@@ -91,7 +109,7 @@ def read_header(file: BinaryIO) -> bytes:
 def dtype_of(tensor: StoredTensor) -> torch.dtype:
     """
     Raises:
-        ValueError: the tensor does not hold floating-point numbers as they are.
+        ValueError: the tensor holds no floating-point numbers.
     """
     if tensor.dtype not in DTYPES:
         raise ValueError(f"dtype {tensor.dtype}: must be one of {', '.join(DTYPES)}")

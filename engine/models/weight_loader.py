@@ -13,13 +13,15 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 
+from ...parallel.fp8 import E4M3, QuantisedWeight
 from ...parallel.weights import ShardedWeight
 from .checkpoint import Checkpoint
 from .read_plan import ALIGNMENT, MAX_READ_BYTES, Block, Read, cut, plan_reads
-from .safetensors_file import DTYPES, SafetensorsFile, dtype_of
+from .safetensors_file import DTYPES, SafetensorsFile, StoredTensor, dtype_of, read_tensor
 
 # Of one rank; some more would wait for the same disk or bus.
 MAX_THREADS = 8
@@ -128,19 +130,29 @@ def load_weights(
     """
     with ExitStack() as files:
         jobs: Jobs = deque()
+        to_quantise: list[tuple[BinaryIO, str]] = []
         for file, names in checkpoint.files:
-            descriptor = files.enter_context(file.open()).fileno()
-            reads = plan(weights, file, (name for name in names if name not in ignored))
-            jobs.extend((descriptor, read) for read in reads)
+            opened = files.enter_context(file.open())
+            of_model = [name for name in names if name not in ignored]
+            as_they_are = [name for name in of_model if not is_quantised_here(weights[name], file.tensors[name])]
+            jobs.extend((opened.fileno(), read) for read in plan(weights, file, as_they_are))
+            to_quantise.extend((opened, name) for name in of_model if name not in set(as_they_are))
         if device.type == "cuda":
             # Kernels of the last step may still read the weights.
             torch.cuda.synchronize(device)
         changes = changes or Changes()
         run_all(jobs, device, changes)
+        for opened, name in to_quantise:
+            changes.any = True
+            weights[name].load(read_tensor(opened, checkpoint.tensors[name]))
     for name, packed in checkpoint.packed.items():
         for piece in weights[name].pieces if name not in ignored else ():
             changes.any = True
             packed.load(piece)
+
+
+def is_quantised_here(weight: ShardedWeight, stored: StoredTensor) -> bool:
+    return isinstance(weight, QuantisedWeight) and dtype_of(stored) != E4M3
 
 
 def run_all(jobs: Jobs, device: torch.device, changes: Changes) -> None:

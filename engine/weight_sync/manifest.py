@@ -14,7 +14,8 @@ from ..io_struct import Blocked, BlockedKind
 
 NUM_NAMES_SHOWN = 3
 # Names of dtypes that may be sent, as torch has them, and their bytes.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+FP8 = "float8_e4m3fn"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, FP8: 1}
 
 
 class Shaped(Protocol):
@@ -113,6 +114,8 @@ class UpdateProgress:
     """
 
     all_names: frozenset[str]
+    # Weights in FP8 by name, and the names of their scales: an update that ends early must bring both or none.
+    scales: Mapping[str, str] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
     torn: str | None = None
     version: str | None = None
@@ -136,6 +139,9 @@ class UpdateProgress:
             raise ValueError(
                 f"is_last: an earlier update did not end; this one must bring it all: {self._lacks(still_missing)}"
             )
+        alone = [name for name, scale in self.scales.items() if (name in still_missing) != (scale in still_missing)]
+        if is_last and alone:
+            raise ValueError(f"is_last: {alone[0]} and {self.scales[alone[0]]} must come in the same update")
 
     def receive(self, names: Collection[str], version: str | None, source: str = "", *, is_last: bool = False) -> None:
         """Tensors have arrived. With `is_last` those that did not come keep their values; `check` says whether they may."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ...parallel.fp8 import scale_names
 from ...parallel.mesh import ParallelMesh
 from ..control.operations import (
     UpdateWeightsFromDisk,
@@ -23,12 +24,15 @@ from ..control.operations import (
     WeightUpdate,
 )
 from ..models.causal_lm import CausalLM
+from ..models.checkpoint import FP8 as STORED_FP8
 from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
 from ..models.weight_loader import Changes
 from .group_registry import GroupRegistry
-from .manifest import UpdateProgress, check_distinct, check_specs, parse_specs
+from .manifest import FP8 as SPEC_FP8
+from .manifest import TensorSpec, UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
 from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Target, Transfer
+from .update_group import torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class WeightReceiver:
         self._fused = model.fused_weights()
         self._ignored = model.ignored_weights
         self.known = self.weights | {name: fused.weight for name, fused in self._fused.items()}
-        self.progress = UpdateProgress(frozenset(self.weights))
+        self._scales = scale_names(self.weights)
+        self.progress = UpdateProgress(frozenset(self.weights), self._scales)
         self.num_updates = 0
 
     def update_weights(self, op: WeightUpdate) -> Outcome:
@@ -84,32 +89,43 @@ class WeightReceiver:
         if isinstance(op, UpdateWeightsFromDistributed):
             specs = parse_specs(op.names, op.dtypes, op.shapes)
             check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
+            self._check_dtypes(specs)
             group = self._groups.get(op.group_name)
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
-            names = self._covered(spec.name for spec in specs)
+            names = self._covered((spec.name, spec.dtype == SPEC_FP8) for spec in specs)
         else:
             checkpoint = open_files(op)
             if isinstance(op, UpdateWeightsFromDisk):
                 check_tensors(self.weights, checkpoint, self._ignored, self._fused)
             shapes = [(name, tensor.shape) for name, tensor in checkpoint.tensors.items()]
             check_specs(shapes, self.known, self._ignored)
-            check_dtypes(checkpoint)
+            check_dtypes(self.known, checkpoint)
             transfer = FileTransfer(checkpoint, self._mesh.device)
-            names = self._covered(checkpoint.tensors)
+            names = self._covered((name, tensor.dtype == STORED_FP8) for name, tensor in checkpoint.tensors.items())
         self.progress.check(names, op.weight_version, self._source_of(op), is_last=op.ends_update)
         return names, transfer
 
-    def _covered(self, names: Iterable[str]) -> frozenset[str]:
-        """Names of the checkpoint's tensors that these stand for.
+    def _check_dtypes(self, specs: Sequence[TensorSpec]) -> None:
+        for spec in specs:
+            if spec.name in self.known:
+                try:
+                    self.known[spec.name].check_dtype(torch_dtype(spec.dtype))
+                except ValueError as error:
+                    raise ValueError(f"dtypes: {spec.name}: {error}") from error
+
+    def _covered(self, tensors: Iterable[tuple[str, bool]]) -> frozenset[str]:
+        """Names of the checkpoint's tensors that these stand for, each with whether it comes in FP8: in floating point it
+        brings its scales along.
 
         Raises:
             ValueError: one comes twice.
         """
-        covered = [
-            (name, self._fused[name].names if name in self._fused else frozenset({name}))
-            for name in names
-            if name not in self._ignored
-        ]
+        covered = []
+        for name, is_fp8 in tensors:
+            if name not in self._ignored:
+                names = self._fused[name].names if name in self._fused else frozenset({name})
+                along = {self._scales[each] for each in names if each in self._scales and not is_fp8}
+                covered.append((name, names | along))
         check_distinct(covered)
         return frozenset().union(*(parts for _, parts in covered))
 

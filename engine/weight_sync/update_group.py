@@ -119,7 +119,8 @@ class UpdateGroup:
 
     def receive(self, spec: TensorSpec) -> torch.Tensor:
         tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=self.device)
-        self.broadcast(tensor)
+        # Not every backend knows numbers of a byte.
+        self.broadcast(tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor)
         return tensor
 
     def receive_bucket(self, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:

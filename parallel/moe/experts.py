@@ -14,12 +14,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..linear import shard_size
 from ..mesh import Axis
-from ..weight_format import WeightFormat
+from ..weight_format import Placed, Stack, WeightFormat, product_of_stack
 from ..weights import Piece, ShardedWeight
 from .activation import ClampedExperts, SwigluClamp, activate, add_down_bias
 from .experts_native import experts_native, has_native_experts
@@ -36,8 +35,8 @@ def experts_torch_reference(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
     *,
     clamped: ClampedExperts | None = None,
 ) -> torch.Tensor:
@@ -45,8 +44,8 @@ def experts_torch_reference(
     out = torch.zeros_like(hidden)
     for expert in range(gate_up.shape[0]):
         tokens, choice = torch.where(ids == expert)
-        activated = activate(F.linear(hidden[tokens], gate_up[expert]), clamped, expert)
-        result = add_down_bias(F.linear(activated, down[expert]), clamped, expert)
+        activated = activate(product_of_stack(hidden[tokens], gate_up, expert), clamped, expert)
+        result = add_down_bias(product_of_stack(activated, down, expert), clamped, expert)
         out.index_add_(0, tokens, (result * weights[tokens, choice, None]).to(out.dtype))
     return out
 
@@ -55,8 +54,8 @@ def experts_by_group(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
     *,
     clamped: ClampedExperts | None = None,
 ) -> torch.Tensor:
@@ -72,8 +71,8 @@ def experts_by_group(
     for expert, size in enumerate(sizes[1 : num_local + 1]):
         if size:
             rows = results[first : first + size]
-            activated = activate(F.linear(inputs[first : first + size], gate_up[expert]), clamped, expert)
-            torch.mm(activated, down[expert].t(), out=rows)
+            activated = activate(product_of_stack(inputs[first : first + size], gate_up, expert), clamped, expert)
+            product_of_stack(activated, down, expert, out=rows)
             if clamped is not None:
                 rows += clamped.down_bias[expert]
         first += size
@@ -146,8 +145,11 @@ class Experts(nn.Module):
         self._first_column = 0 if whole else axis.rank * self._width
         self._num_experts = num_experts
         self._full = (intermediate_size, hidden_size)
-        self.gate_up = weight_format.empty(self._num_local, 2 * self._width, hidden_size)
-        self.down = weight_format.empty(self._num_local, hidden_size, self._width)
+        cuts = () if whole or axis.size == 1 else (self._width,)
+        self.gate_up = weight_format.matrix(
+            self._num_local, 2 * self._width, hidden_size, row_cuts=(self._width, *cuts)
+        )
+        self.down = weight_format.matrix(self._num_local, hidden_size, self._width, column_cuts=cuts)
         self.clamped = None
         if clamp is not None:
             self.gate_up_bias = weight_format.empty(self._num_local, 2 * self._width)
@@ -157,7 +159,7 @@ class Experts(nn.Module):
             if not self._has_down_bias:
                 self.down_bias.data.zero_()
             self.clamped = ClampedExperts(self.gate_up_bias, self.down_bias, clamp)
-        self._function = select_experts_function(backend, self.down, self._first_expert, num_experts, self.clamped)
+        self._function = select_experts_function(backend, self.down.data, self._first_expert, num_experts, self.clamped)
 
     def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:
         """One projection of one expert: `part` is "gate" [I, D], "up" [I, D] or "down" [D, I]."""
@@ -165,27 +167,31 @@ class Experts(nn.Module):
         local = expert_id - self._first_expert
         if not 0 <= local < self._num_local:
             return ShardedWeight(shape, ())
+        columns = slice(self._first_column, self._first_column + self._width)
+        every = slice(0, self._full[1])
         if part == "down":
-            return ShardedWeight.of(shape, self.down.data[local], dim=1, first=self._first_column)
+            return self.down.sharded(shape, Placed((every, columns), every, (local,)))
         half = 0 if part == "gate" else self._width
-        return ShardedWeight.of(shape, self.gate_up.data[local, half : half + self._width], first=self._first_column)
+        return self.gate_up.sharded(shape, Placed((columns, every), slice(half, half + self._width), (local,)))
 
     def fused_weight(self, part: str) -> ShardedWeight:
         """One projection of all experts, as `transformers` holds them: "gate_up" [E, 2I, D] or "down" [E, D, I]."""
         width, hidden = self._full
         experts = slice(self._first_expert, self._first_expert + self._num_local)
         columns = slice(self._first_column, self._first_column + self._width)
+        every, all_local = slice(0, hidden), (slice(None),)
         if part == "down":
-            index = (experts, slice(0, hidden), columns)
-            return ShardedWeight((self._num_experts, hidden, width), (Piece(index, self.down.data),))
+            index = (experts, every, columns)
+            return self.down.sharded((self._num_experts, hidden, width), Placed(index, every, all_local))
         halves = [
-            Piece(
-                (experts, slice(half * width + columns.start, half * width + columns.stop), slice(0, hidden)),
-                self.gate_up.data[:, half * self._width : (half + 1) * self._width],
+            Placed(
+                (experts, slice(half * width + columns.start, half * width + columns.stop), every),
+                slice(half * self._width, (half + 1) * self._width),
+                all_local,
             )
             for half in (0, 1)
         ]
-        return ShardedWeight((self._num_experts, 2 * width, hidden), tuple(halves))
+        return self.gate_up.sharded((self._num_experts, 2 * width, hidden), *halves, num_fused=2)
 
     def transposed_weights(self, prefix: str) -> dict[str, ShardedWeight]:
         """Of clamped experts, as checkpoints hold them: [E, D, 2I], gate and up side by side for each of the I, and
@@ -195,7 +201,7 @@ class Experts(nn.Module):
         rows = slice(self._first_column, self._first_column + self._width)
         pairs = slice(2 * rows.start, 2 * rows.stop)
         every, of_all = slice(0, hidden), self._num_experts
-        gate_up, down = self.gate_up.data.transpose(1, 2), self.down.data.transpose(1, 2)
+        gate_up, down = self.gate_up.floats().transpose(1, 2), self.down.floats().transpose(1, 2)
         down_bias = (Piece((experts, every), self.down_bias.data),) if self._has_down_bias else ()
         return {
             f"{prefix}.gate_up_proj": ShardedWeight(
@@ -212,4 +218,4 @@ class Experts(nn.Module):
         """Partial results [T, D] of the local experts."""
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
-        return self._function(hidden, ids, weights, self.gate_up, self.down)
+        return self._function(hidden, ids, weights, self.gate_up.stored, self.down.stored)

@@ -196,7 +196,7 @@ def test_partial_results_of_both_splits_add_up(split: str, size: int) -> None:
             gate, up = gate_up[expert_id].chunk(2)
             for part, weight in (("gate", gate), ("up", up), ("down", down[expert_id])):
                 experts.sharded_weight(expert_id, part).load(weight)
-        assert experts.down.numel() == down.numel() // size
+        assert experts.down.data.numel() == down.numel() // size
         total += experts(hidden, ids, weights)
     assert_close(total, experts_torch_reference(hidden, ids, weights, gate_up, down))
 

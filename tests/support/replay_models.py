@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Glm4MoeConfig,
+    GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -65,7 +67,20 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         qk_nope_head_dim=4,
         v_head_dim=8,
     ),
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **SIZES,
+        head_dim=8,
+        n_routed_experts=NUM_EXPERTS,
+        moe_intermediate_size=16,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+        first_k_dense_replace=1,
+    ),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, head_dim=8, num_local_experts=NUM_EXPERTS, swiglu_limit=1.0),
 }
+# Those that score with a sigmoid, and share experts.
+LIKE_DEEPSEEK = {"deepseek_v3", "glm4_moe"}
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -74,7 +89,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     # torch's grouped products know no float64.
     experts = "eager" if dtype == torch.float64 else "grouped_mm"
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype, experts_implementation=experts)
-    if family == "deepseek_v3":
+    if family in LIKE_DEEPSEEK:
         for layer in moe_layers(model):
             # A bias that would show if it entered the weights.
             layer.mlp.gate.e_score_correction_bias.normal_()
@@ -82,11 +97,15 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 
 def moe_layers(model: nn.Module) -> list[Any]:
-    return [layer for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    return [layer for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+
+
+def router_of(block: Any) -> Any:
+    return block.router if hasattr(block, "router") else block.gate
 
 
 def layer_ids(model: nn.Module) -> tuple[int, ...]:
-    return tuple(index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate"))
+    return tuple(index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
 
 
 def make_routes(model: nn.Module, rows: np.ndarray, start: int = 0) -> RoutedExperts:
@@ -144,23 +163,36 @@ def make_dense(model: nn.Module, rows: torch.Tensor) -> None:
         layer.mlp.forward = partial(_dense_forward, layer.mlp, model.config, rows[:, column])
 
 
-def _dense_forward(block: Any, config: Any, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _dense_gpt_oss(block: Any, config: Any, ids: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    logits = flat @ block.router.weight.T + block.router.bias
+    weights = torch.zeros_like(logits).scatter(1, ids, torch.softmax(logits.gather(1, ids), dim=-1))
+    experts, limit = block.experts, config.swiglu_limit
+    both = torch.einsum("td,edf->tef", flat, experts.gate_up_proj) + experts.gate_up_proj_bias
+    gate, up = both[..., ::2].clamp(max=limit), both[..., 1::2].clamp(-limit, limit)
+    activated = (up + 1) * gate * torch.sigmoid(gate * config.swiglu_alpha)
+    out = torch.einsum("tef,efd->ted", activated, experts.down_proj) + experts.down_proj_bias
+    return torch.einsum("te,ted->td", weights, out)
+
+
+def _dense_forward(block: Any, config: Any, ids: torch.Tensor, hidden: torch.Tensor) -> Any:
     flat = hidden.reshape(-1, hidden.shape[-1])
+    if config.model_type == "gpt_oss":
+        return _dense_gpt_oss(block, config, ids, flat).reshape(hidden.shape), None
     mask = F.one_hot(ids, NUM_EXPERTS).sum(dim=1)
     logits = flat @ block.gate.weight.T
-    if config.model_type == "deepseek_v3":
+    if config.model_type in LIKE_DEEPSEEK:
         weights = mask * torch.sigmoid(logits.float())
     else:
         weights = mask * torch.softmax(logits.float(), dim=-1)
     if config.model_type == "mixtral" or config.norm_topk_prob:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    if config.model_type == "deepseek_v3":
+    if config.model_type in LIKE_DEEPSEEK:
         weights = weights * config.routed_scaling_factor
     gate, up = torch.einsum("td,efd->tef", flat, block.experts.gate_up_proj).chunk(2, dim=-1)
     out = torch.einsum("tef,edf->ted", F.silu(gate) * up, block.experts.down_proj)
     result = torch.einsum("te,ted->td", weights.to(out.dtype), out).reshape(hidden.shape)
     if config.model_type == "qwen2_moe":
         result = result + torch.sigmoid(block.shared_expert_gate(hidden)) * block.shared_expert(hidden)
-    if config.model_type == "deepseek_v3":
+    if config.model_type in LIKE_DEEPSEEK:
         result = result + block.shared_experts(hidden)
     return result

@@ -24,6 +24,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -82,10 +83,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-FAMILIES["gpt_oss_mxfp4"] = FAMILIES["gpt_oss"]
-IN_MXFP4 = {"gpt_oss_mxfp4"}
-
-
 def make_family_model(family: str, seed: int = 0) -> Any:
     """The model of `transformers`, in float32."""
     torch.manual_seed(seed)
@@ -97,7 +94,7 @@ def make_family_model(family: str, seed: int = 0) -> Any:
 
 
 def pack_experts(folder: Path) -> None:
-    """Random experts in MXFP4 in place of those of a checkpoint of gpt-oss."""
+    """Random experts in MXFP4 in place of those of a checkpoint of gpt-oss, as they are on the hub."""
     file, config_file = folder / "model.safetensors", folder / "config.json"
     tensors = load_file(file)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -109,6 +106,20 @@ def pack_experts(folder: Path) -> None:
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     quantisation = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"quantization_config": quantisation}))
+
+
+def unpack_experts(folder: Path) -> None:
+    """The same numbers in float32, as `transformers` dequantises them."""
+    file, config_file = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    for blocks in [name for name in tensors if name.endswith("_blocks")]:
+        name = blocks.removesuffix("_blocks")
+        packed = tensors.pop(blocks), tensors.pop(f"{name}_scales")
+        tensors[name] = convert_moe_packed_tensors(*packed, dtype=torch.float32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads(config_file.read_text())
+    del config["quantization_config"]
+    config_file.write_text(json.dumps(config))
 
 
 def make_brittle(name: str, tensor: torch.Tensor) -> None:
@@ -126,8 +137,6 @@ def make_brittle(name: str, tensor: torch.Tensor) -> None:
 def write_family(family: str, folder: Path, seed: int = 0) -> Path:
     """A checkpoint as it stands on the hub, with a tokenizer."""
     make_family_model(family, seed).save_pretrained(folder)
-    if family in IN_MXFP4:
-        pack_experts(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder)
     return folder

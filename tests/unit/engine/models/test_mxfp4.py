@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_families import write_family
+from support.tiny_families import pack_experts, write_family
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from waybill.engine.config import EngineConfig
@@ -39,7 +39,8 @@ def test_numbers_are_those_of_transformers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("size", "split"), [(1, "ep"), (2, "ep"), (2, "tp")])
 def test_every_rank_has_its_part(tmp_path: Path, size: int, split: str) -> None:
     """Also where its columns begin within a group of 32: half of 96 do."""
-    folder = write_family("gpt_oss_mxfp4", tmp_path)
+    folder = write_family("gpt_oss", tmp_path)
+    pack_experts(folder)
     stored = load_file(folder / "model.safetensors")
     config = load_model_config(EngineConfig(model_path=str(folder), dtype="bfloat16"))
     name = "model.layers.1.mlp.experts"

@@ -24,11 +24,11 @@ test-nodes: venv
 # The Triton kernels against their torch twins, on the CPU in Triton's interpreter.
 test-kernels: venv
 	.venv/bin/pip install --quiet "triton>=3.6,<3.8"
-	$(PYTEST) tests/unit/test_triton_twins.py -q
+	$(PYTEST) tests/unit/test_triton_*twins.py -q
 
 # On a machine with a CUDA device: the kernels, compiled, and the whole engine against transformers.
 test-gpu: venv
-	$(PYTEST) tests/unit/test_triton_twins.py -q
+	$(PYTEST) tests/unit/test_triton_*twins.py -q
 	$(PYTEST) tests -q -m gpu
 
 # A server under 200 streaming clients for a minute; ARGS passes options.

@@ -1,6 +1,8 @@
 """The attention seam: a backend prepares a step once, and then serves every layer of it.
 
-Legend: T tokens of the step, B requests, H query heads, G kv heads, d head width, S slots of the KV pool, P pages.
+Legend: T tokens of the step, B requests, H query heads, G kv heads, d head width, S slots of the KV pool, P pages; of
+latents: L width of a latent, R width of the rotated key that all heads share, N width of a head's other key columns, V
+width of a head's values.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 
 PlanT = TypeVar("PlanT")
-# One layer's cache by the names of the model's `KVTensorSpec`s: "k" and "v" [S, G, d], or a latent.
+# One layer's cache by the names of the model's `KVTensorSpec`s: "k" and "v" [S, G, d], or "latent" [S, L + R].
 CachedTensors = Mapping[str, torch.Tensor]
 
 
@@ -46,6 +48,36 @@ class AttentionBatch:
         return self.page_table[:, :num_pages][self.req_rows]
 
 
+class LatentProjection(Protocol):
+    """What makes keys and values of a latent, for this rank's heads: W_UK [H, N, L] and W_UV [H, V, L] (DeepSeek-V2, 2024).
+
+    Scores are q W_UK c = (q W_UK) c, and outputs sum_i p_i W_UV c_i = W_UV (sum_i p_i c_i): so attention can run over keys
+    and values that were expanded (plain), or over the latents themselves, which all heads share (absorbed).
+    """
+
+    @property
+    def key_width(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def value_width(self) -> int:
+        """V."""
+        ...
+
+    def expand(self, latent: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, L] -> keys [n, h, N] and values [n, h, V] of some of the heads."""
+        ...
+
+    def absorb(self, query: torch.Tensor) -> torch.Tensor:
+        """[n, H, N] -> [n, H, L], queries for latents."""
+        ...
+
+    def extract(self, attended: torch.Tensor) -> torch.Tensor:
+        """[n, H, L], weighted sums of latents, -> values [n, H, V]."""
+        ...
+
+
 class AttentionBackend(Protocol[PlanT]):
     """Causal attention of new tokens over the cached tensors of their requests, those of the new ones already written."""
 
@@ -55,6 +87,12 @@ class AttentionBackend(Protocol[PlanT]):
 
     def forward(self, query: torch.Tensor, kv: CachedTensors, plan: PlanT, rule: AttentionRule) -> torch.Tensor:
         """query [T, H, d] -> [T, H, d]; H is a multiple of the G heads that are cached (grouped queries)."""
+        ...
+
+    def forward_latent(
+        self, query: torch.Tensor, kv: CachedTensors, plan: PlanT, rule: AttentionRule, projection: LatentProjection
+    ) -> torch.Tensor:
+        """query [T, H, N + R] -> [T, H, V], over cached latents; the rule has neither window nor sinks."""
         ...
 
 

@@ -3,7 +3,8 @@
 Requests that bring one token (decodes) run together, in groups of similar length so that padding at most doubles the
 keys that are read; the query heads that share a kv head are its query rows, so that each key is read once. Requests that
 bring more (prefills) run one by one. Where a layer has a window, no key outside of it is gathered for a decode, and a
-prefill runs in blocks of rows that read their own windows alone.
+prefill runs in blocks of rows that read their own windows alone. Over latents, decodes run in the absorbed form and
+prefills in the plain one.
 
 A sink is a key of its own before all others: heads get one more dim, in which the queries have the sink's score, that key
 has one and all others zero.
@@ -18,12 +19,22 @@ import torch
 import torch.nn.functional as F
 
 from ...parallel.host_to_device import to_device
-from .backend import AttentionBatch, AttentionRule, CachedTensors, first_slots, slots_at, slots_of
+from .backend import (
+    AttentionBatch,
+    AttentionRule,
+    CachedTensors,
+    LatentProjection,
+    first_slots,
+    slots_at,
+    slots_of,
+)
 
 # Rows of a windowed prefill that run together, or as many as the window is wide.
 MIN_BLOCK_ROWS = 256
 # The fused kernels want heads of a multiple of so many dims.
 WIDTH_MULTIPLE = 8
+# Of keys and values that are made of latents at once.
+MAX_EXPANDED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,16 @@ class SdpaAttention:
             out[group.rows] = decode(query, kv, group, rule)
         for each in plan.prefills:
             out[each.first : each.last] = prefill(query[each.first : each.last], kv, each, rule)
+        return out
+
+    def forward_latent(
+        self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule, projection: LatentProjection
+    ) -> torch.Tensor:
+        out = query.new_empty(*query.shape[:2], projection.value_width)
+        for group in plan.decodes(None):
+            out[group.rows] = decode_latent(query, kv["latent"], group, rule.scale, projection)
+        for each in plan.prefills:
+            prefill_latent(query, kv["latent"], each, rule.scale, projection, out)
         return out
 
 
@@ -194,3 +215,56 @@ def visible_keys(
         visible.triu_(num_keys - num_rows - window + 1)
         visible[:, :num_sinks] = True
     return visible
+
+
+def decode_latent(
+    query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, scale: float, projection: LatentProjection
+) -> torch.Tensor:
+    """Results of the group's own rows [B', H, V], in the absorbed form: latents and rotated keys are the one head of keys,
+    and its values too, of which the rotated columns are dropped. So they are gathered once, and read by one product for
+    all query heads."""
+    content, rope = query.index_select(0, group.rows).tensor_split([projection.key_width], dim=-1)
+    rows = torch.cat((projection.absorb(content), rope), dim=-1)
+    cached = cache.index_select(0, group.slots).view(len(rows), 1, group.num_keys, -1)
+    attended = F.scaled_dot_product_attention(rows[:, None], cached, cached, attn_mask=group.mask, scale=scale)
+    return projection.extract(attended[:, 0, :, : -rope.shape[-1]])
+
+
+def prefill_latent(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    request: Prefill,
+    scale: float,
+    projection: LatentProjection,
+    out: torch.Tensor,
+) -> None:
+    """A request's own rows of `out` [T, H, V] in the plain form: keys and values of all that it sees, expanded for as many
+    heads at once as there is memory set aside for. Heads know nothing of each other, so that changes no result."""
+    num_heads, rope_width = query.shape[1], query.shape[2] - projection.key_width
+    latent, rope = cache.index_select(0, request.slots).tensor_split([-rope_width], dim=1)
+    key_bytes = query.element_size() * (projection.key_width + projection.value_width + 2 * query.shape[2])
+    num_at_once = max(1, MAX_EXPANDED_BYTES // (key_bytes * len(latent)))
+    for first in range(0, num_heads, num_at_once):
+        heads = slice(first, min(first + num_at_once, num_heads))
+        keys, values = projection.expand(latent, heads)
+        keys = torch.cat((keys, rope[:, None].expand(-1, keys.shape[1], -1)), dim=-1)
+        rows = query[request.first : request.last, heads]
+        out[request.first : request.last, heads] = attend_expanded(rows, keys, values, scale)
+
+
+def attend_expanded(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """The last n of a request's k positions: query [n, H, N + R], keys [k, H, N + R], values [k, H, V] -> [n, H, V]."""
+    (num_rows, _, width), (num_keys, _, value_width) = query.shape, values.shape
+    if width != value_width:
+        # Fused kernels know one width alone; columns of zeros change neither scores nor sums.
+        query, keys, values = (F.pad(x, (0, max(width, value_width) - x.shape[2])) for x in (query, keys, values))
+    is_causal = num_rows == num_keys
+    result = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=None if is_causal else visible_keys(num_rows, num_keys, None, 0, query.device),
+        is_causal=is_causal,
+        scale=scale,
+    )
+    return result[0, ..., :value_width].transpose(0, 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend import AttentionBatch, AttentionRule, CachedTensors, slots_of
+from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection, slots_of
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,38 @@ class TorchReferenceAttention:
         for first, last, slots, distance in plan.requests:
             keys = k_cache[slots].repeat_interleave(num_shared, dim=1)
             values = v_cache[slots].repeat_interleave(num_shared, dim=1)
-            scores = torch.einsum("qhd,khd->hqk", query[first:last].float(), keys.float()) * rule.scale
-            hidden = distance < 0 if rule.window is None else (distance < 0) | (distance >= rule.window)
-            scores = scores.masked_fill(hidden, float("-inf"))
-            if rule.sinks is not None:
-                sinks = rule.sinks.float()[:, None, None].expand(-1, last - first, 1)
-                scores = torch.cat((scores, sinks), dim=-1)
-            weights = torch.softmax(scores, dim=-1)[..., : len(slots)]
-            out[first:last] = torch.einsum("hqk,khd->qhd", weights, values.float()).to(query.dtype)
+            out[first:last] = attend(query[first:last], keys, values, distance, rule)
         return out
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        kv: CachedTensors,
+        plan: ReferencePlan,
+        rule: AttentionRule,
+        projection: LatentProjection,
+    ) -> torch.Tensor:
+        """In the plain form, decodes too."""
+        num_heads, rope_width = query.shape[1], query.shape[2] - projection.key_width
+        out = query.new_empty(len(query), num_heads, projection.value_width)
+        for first, last, slots, distance in plan.requests:
+            latent, rope = kv["latent"][slots].tensor_split([-rope_width], dim=1)
+            keys, values = projection.expand(latent, slice(0, num_heads))
+            keys = torch.cat((keys, rope[:, None].expand(-1, num_heads, -1)), dim=-1)
+            out[first:last] = attend(query[first:last], keys, values, distance, rule)
+        return out
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, distance: torch.Tensor, rule: AttentionRule
+) -> torch.Tensor:
+    """One request: query [n, H, d], keys [k, H, d], values [k, H, V], and how far behind each row each key is [n, k], to
+    [n, H, V]."""
+    scores = torch.einsum("qhd,khd->hqk", query.float(), keys.float()) * rule.scale
+    hidden = distance < 0 if rule.window is None else (distance < 0) | (distance >= rule.window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if rule.sinks is not None:
+        sinks = rule.sinks.float()[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : len(keys)]
+    return torch.einsum("hqk,khd->qhd", weights, values.float()).to(query.dtype)

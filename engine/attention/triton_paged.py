@@ -15,8 +15,11 @@ import triton.language as tl
 
 from ...parallel.host_to_device import to_device
 from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
-from .backend import AttentionBatch, AttentionRule, CachedTensors
-from .sdpa import SdpaAttention, SdpaPlan
+from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection
+from .decode_plan import DecodePlan
+from .latent_triton import latent_decode_attention
+from .sdpa import Prefill, SdpaAttention, SdpaPlan, prefill, prefill_latent
+from .split_merge_triton import choose_num_splits, merge_splits
 
 # Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
 MIN_TILE = 16
@@ -89,48 +92,34 @@ def _decode_kernel(
         tl.store(lse + place, tl.where(total > 0, best + tl.log(total), float("-inf")), rows < GROUP)
 
 
-@Kernel
-@triton.jit
-def _merge_kernel(
-    partial, lse, sinks, out, num_heads, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, SINKS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    start_next(PDL)
-    wait_for_previous(PDL)
-    head = tl.program_id(0).to(tl.int64)
-    splits, columns = tl.arange(0, NUM_SPLITS), tl.arange(0, WIDTH)
-    logs = tl.load(lse + head * NUM_SPLITS + splits)
-    best = tl.max(logs, axis=0)
-    weights = tl.exp(logs - best)
-    total = tl.sum(weights, axis=0)
-    if SINKS:
-        total += tl.exp(tl.load(sinks + head % num_heads).to(tl.float32) - best)
-    weights = weights / total
-    parts = tl.load(partial + (head * NUM_SPLITS + splits[:, None]) * WIDTH + columns[None, :])
-    tl.store(out + head * WIDTH + columns, tl.sum(parts * weights[:, None], axis=0).to(out.dtype.element_ty))
-
-
 @dataclass(frozen=True)
-class DecodePlan:
-    """A step of decodes alone: where each request's pages stand [B], and its number of keys [B], on the device."""
+class MixedPlan:
+    """A step with prefills in it: those, and the decodes' rows of the step and their own plan."""
 
-    page_table: torch.Tensor
-    req_rows: torch.Tensor
-    kv_lens: torch.Tensor
-    page_size: int
+    prefills: list[Prefill]
+    decode_rows: torch.Tensor
+    decodes: DecodePlan
 
 
 class TritonPagedAttention:
-    """Decodes through the kernel above; a step with a prefill in it through `SdpaAttention`."""
+    """Decodes through the kernel above, or over latents that of `latent_triton.py`; prefills through `SdpaAttention`."""
 
     def __init__(self) -> None:
         self._prefill = SdpaAttention()
 
-    def plan(self, batch: AttentionBatch) -> DecodePlan | SdpaPlan:
-        if max(batch.q_lens, default=0) > 1:
-            return self._prefill.plan(batch)
-        kv_lens = to_device(batch.kv_lens, batch.page_table.device, torch.int32)
-        return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)
+    def plan(self, batch: AttentionBatch) -> DecodePlan | MixedPlan | SdpaPlan:
+        device = batch.page_table.device
+        if max(batch.q_lens, default=0) <= 1:
+            kv_lens = to_device(batch.kv_lens, device, torch.int32)
+            return DecodePlan(batch.page_table, batch.req_rows, kv_lens, batch.page_size)
+        plan = self._prefill.plan(batch)
+        decodes = [i for i, q_len in enumerate(batch.q_lens) if q_len == 1]
+        if not decodes:
+            return plan
+        kv_lens = to_device([batch.kv_lens[i] for i in decodes], device, torch.int32)
+        members, rows = to_device(decodes, device), to_device([plan.firsts[i] for i in decodes], device)
+        decode_plan = DecodePlan(batch.page_table, batch.req_rows[members], kv_lens, batch.page_size)
+        return MixedPlan(plan.prefills, rows, decode_plan)
 
     def plan_graph(
         self, page_table: torch.Tensor, req_rows: torch.Tensor, kv_lens: torch.Tensor, page_size: int
@@ -138,11 +127,44 @@ class TritonPagedAttention:
         return DecodePlan(page_table, req_rows, kv_lens, page_size)
 
     def forward(
-        self, query: torch.Tensor, kv: CachedTensors, plan: DecodePlan | SdpaPlan, rule: AttentionRule
+        self, query: torch.Tensor, kv: CachedTensors, plan: DecodePlan | MixedPlan | SdpaPlan, rule: AttentionRule
     ) -> torch.Tensor:
+        if isinstance(plan, DecodePlan):
+            return decode_attention(query, kv["k"], kv["v"], plan, rule)
         if isinstance(plan, SdpaPlan):
             return self._prefill.forward(query, kv, plan, rule)
-        return decode_attention(query, kv["k"], kv["v"], plan, rule)
+        out = torch.empty_like(query)
+        out[plan.decode_rows] = decode_attention(query[plan.decode_rows], kv["k"], kv["v"], plan.decodes, rule)
+        for each in plan.prefills:
+            out[each.first : each.last] = prefill(query[each.first : each.last], kv, each, rule)
+        return out
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        kv: CachedTensors,
+        plan: DecodePlan | MixedPlan | SdpaPlan,
+        rule: AttentionRule,
+        projection: LatentProjection,
+    ) -> torch.Tensor:
+        if isinstance(plan, DecodePlan):
+            return decode_latent(query, kv["latent"], plan, rule.scale, projection)
+        if isinstance(plan, SdpaPlan):
+            return self._prefill.forward_latent(query, kv, plan, rule, projection)
+        out = query.new_empty(*query.shape[:2], projection.value_width)
+        rows = query[plan.decode_rows]
+        out[plan.decode_rows] = decode_latent(rows, kv["latent"], plan.decodes, rule.scale, projection)
+        for each in plan.prefills:
+            prefill_latent(query, kv["latent"], each, rule.scale, projection, out)
+        return out
+
+
+def decode_latent(
+    query: torch.Tensor, cache: torch.Tensor, plan: DecodePlan, scale: float, projection: LatentProjection
+) -> torch.Tensor:
+    """In the absorbed form, one query token per request: query [B, H, N + R], cache [S, L + R] -> [B, H, V]."""
+    content, rope = query.tensor_split([projection.key_width], dim=-1)
+    return projection.extract(latent_decode_attention(projection.absorb(content), rope, cache, plan, scale))
 
 
 def decode_attention(
@@ -150,8 +172,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """One query token per request: query [B, H, d], caches [S, G, d] -> [B, H, d]."""
     (num_reqs, num_heads, width), num_kv_heads = query.shape, k_cache.shape[1]
-    wanted = power_of_2_from(max(1, WANTED_PROGRAMS // (num_reqs * num_kv_heads)))
-    num_splits = min(MAX_SPLITS, wanted)
+    num_splits = choose_num_splits(num_reqs * num_kv_heads, WANTED_PROGRAMS, MAX_SPLITS)
     group = num_heads // num_kv_heads
     out = torch.empty_like(query)
     partial, lse = out, out
@@ -159,24 +180,13 @@ def decode_attention(
     if num_splits > 1:
         partial = query.new_empty(num_reqs, num_heads, num_splits, width, dtype=torch.float32)
         lse = query.new_empty(num_reqs, num_heads, num_splits, dtype=torch.float32)
-    options = launch_options(query.device)
     _decode_kernel[(num_reqs, num_kv_heads, num_splits)](
         query, k_cache, v_cache, sinks, plan.page_table, plan.req_rows, plan.kv_lens, out, partial, lse, rule.scale,
         plan.page_table.stride(0), rule.window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, WIDTH=width,
         PAGE_SIZE=plan.page_size, NUM_SPLITS=num_splits, ROWS=max(MIN_TILE, power_of_2_from(group)),
-        WINDOW=rule.window is not None, SINKS=rule.sinks is not None, **(WHOLE if num_splits == 1 else PART), **options,
+        WINDOW=rule.window is not None, SINKS=rule.sinks is not None, **(WHOLE if num_splits == 1 else PART),
+        **launch_options(query.device),
     )  # fmt: skip
     if num_splits > 1:
-        _merge_kernel[(num_reqs * num_heads,)](
-            partial,
-            lse,
-            sinks,
-            out,
-            num_heads,
-            WIDTH=width,
-            NUM_SPLITS=num_splits,
-            SINKS=rule.sinks is not None,
-            num_warps=1,
-            **options,
-        )
+        merge_splits(partial, lse, out, rule.sinks)
     return out

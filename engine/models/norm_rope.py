@@ -3,7 +3,8 @@
 Here as their definitions read, in the arithmetic of `transformers`; `norm_rope_triton.py` has each as one kernel, with
 the same signature. Rows are independent of each other.
 
-Legend: T tokens, D hidden, H query heads, G kv heads, d head width, r of it that is turned, S slots of the KV pool.
+Legend: T tokens, D hidden, H query heads, G kv heads, d head width, r of it that is turned, S slots of the KV pool; of
+latents: L width of a latent, R width of the rotated key that all heads share, N width of a head's other key columns.
 """
 
 from __future__ import annotations
@@ -23,12 +24,22 @@ class HeadNorms:
     eps: float
 
 
+@dataclass(frozen=True)
+class LatentNorm:
+    """Weight [L] of the norm of latents, and whether the pairs that are rotated stand side by side."""
+
+    weight: torch.Tensor
+    eps: float
+    is_interleaved: bool
+
+
 class LayerOps(Protocol):
     """The operations of this file, by whichever means."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim of [T, D]; the mean is taken in float32, and the
-        normed values are rounded to the weight's dtype before they are multiplied by it."""
+        normed values are rounded to the weight's dtype before they are multiplied by it. Rows may be further apart than
+        they are long."""
         ...
 
     def add_rms_norm(
@@ -50,6 +61,20 @@ class LayerOps(Protocol):
         et al. 2021), and write keys and values to the slots [T] of the caches [S, G, d]. Returns the queries [T, H, d]."""
         ...
 
+    def latent_rope_store(
+        self,
+        query: torch.Tensor,
+        compressed: torch.Tensor,
+        norm: LatentNorm,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        kv_slots: torch.Tensor,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """Norm the latents of `compressed` [T, L + R], rotate the keys behind them by cos and sin [T, 1, R], and write both
+        to the slots [T] of the cache [S, L + R]. Returns the queries [T, H, N + R], their last R columns rotated. Rows of
+        `compressed` may be further apart than they are long."""
+        ...
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first r dims of [T, heads, d], as many as `cos` has; pairs are (i, i + r/2)."""
@@ -59,6 +84,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     half = width // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + rotated * sin
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_interleaved: bool) -> torch.Tensor:
+    """Rotate [T, heads, R] whose pairs are (2 i, 2 i + 1), or (i, i + R/2); they come out as the latter."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    first, second = (x[..., 0::2], x[..., 1::2]) if is_interleaved else (x[..., :half], x[..., half:])
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class TorchLayerOps:
@@ -92,6 +125,22 @@ class TorchLayerOps:
         k_cache.index_copy_(0, kv_slots, rotate(key, *rope))
         v_cache.index_copy_(0, kv_slots, value)
         return rotate(query, *rope)
+
+    def latent_rope_store(
+        self,
+        query: torch.Tensor,
+        compressed: torch.Tensor,
+        norm: LatentNorm,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        kv_slots: torch.Tensor,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        width = rope[0].shape[-1]
+        latent, key = compressed.tensor_split([-width], dim=-1)
+        key = rotate_pairs(key[:, None], *rope, is_interleaved=norm.is_interleaved)[:, 0]
+        cache.index_copy_(0, kv_slots, torch.cat((self.rms_norm(latent, norm.weight, norm.eps), key), dim=-1))
+        content, turned = query.tensor_split([-width], dim=-1)
+        return torch.cat((content, rotate_pairs(turned, *rope, is_interleaved=norm.is_interleaved)), dim=-1)
 
 
 def select_layer_ops(device: torch.device) -> LayerOps:

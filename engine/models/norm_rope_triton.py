@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ...parallel.triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
-from .norm_rope import HeadNorms
+from .latent_rope_triton import latent_rope_store_triton
+from .norm_rope import HeadNorms, LatentNorm
 
 # Heads that one program turns.
 HEADS = 8
@@ -16,16 +17,17 @@ HEADS = 8
 @Kernel
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, out, num_columns, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, residual, weight, out, num_columns, x_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64) * num_columns
+    x_row = tl.program_id(0).to(tl.int64) * x_stride
     columns = tl.arange(0, BLOCK)
     mask = columns < num_columns
     dtype = x.dtype.element_ty
     scale = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    value = tl.load(x + row + columns, mask, other=0.0)
+    value = tl.load(x + x_row + columns, mask, other=0.0)
     if ADD:
         value = (value.to(tl.float32) + tl.load(residual + row + columns, mask, other=0.0).to(tl.float32)).to(dtype)
         tl.store(residual + row + columns, value, mask)
@@ -80,21 +82,25 @@ class TritonLayerOps:
     """See `LayerOps`. Head widths are powers of two; `load_model` checks that."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(hidden)
-        block = power_of_2_from(hidden.shape[1])
-        _rms_norm_kernel[(hidden.shape[0],)](
-            hidden, hidden, weight, out, hidden.shape[1], eps, ADD=False, BLOCK=block, **launch_options(hidden.device)
-        )
+        out = hidden.new_empty(hidden.shape)
+        self._rms_norm(hidden, hidden, weight, out, eps, add=False)
         return out
+
+    @staticmethod
+    def _rms_norm(
+        hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, *, add: bool
+    ) -> None:
+        num_rows, num_columns = hidden.shape
+        _rms_norm_kernel[(num_rows,)](
+            hidden, residual, weight, out, num_columns, hidden.stride(0), eps, ADD=add,
+            BLOCK=power_of_2_from(num_columns), **launch_options(hidden.device),
+        )  # fmt: skip
 
     def add_rms_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty_like(hidden)
-        block = power_of_2_from(hidden.shape[1])
-        _rms_norm_kernel[(hidden.shape[0],)](
-            hidden, residual, weight, out, hidden.shape[1], eps, ADD=True, BLOCK=block, **launch_options(hidden.device)
-        )
+        self._rms_norm(hidden, residual, weight, out, eps, add=True)
         return out, residual
 
     def norm_rope_store(
@@ -117,3 +123,14 @@ class TritonLayerOps:
             num_warps=4, **launch_options(qkv.device),
         )  # fmt: skip
         return out
+
+    def latent_rope_store(
+        self,
+        query: torch.Tensor,
+        compressed: torch.Tensor,
+        norm: LatentNorm,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        kv_slots: torch.Tensor,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        return latent_rope_store_triton(query, compressed, norm, rope, kv_slots, cache)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...parallel.host_to_device import copy_to, to_device
-from ..attention.backend import AttentionBatch, AttentionRule, CachedTensors
+from ..attention.backend import AttentionBackend, AttentionBatch, AttentionRule, CachedTensors, LatentProjection
 from .graph_parts import NUM_WARM_UPS, GraphParts
 from .step_tensors import Forwarded, HostBatch
 
@@ -31,12 +31,21 @@ def capture_sizes(max_rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A graph, and the attention that follows it: query [T, H, d] and what one layer has cached."""
+    """A graph, and the attention that follows it: query [T, H, d], what one layer has cached, and what else attention was
+    called with; `projection` where the cache holds latents."""
 
     graph: torch.cuda.CUDAGraph
     query: torch.Tensor
     kv: CachedTensors
     rule: AttentionRule
+    projection: LatentProjection | None
+
+    def attend(self, attention: AttentionBackend[Any], plan: Any, num_tokens: int) -> torch.Tensor:
+        """What attention gives for the first rows of the query."""
+        query = self.query[:num_tokens]
+        if self.projection is None:
+            return attention.forward(query, self.kv, plan, self.rule)
+        return attention.forward_latent(query, self.kv, plan, self.rule, self.projection)
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,19 @@ class GraphBreaker:
         """Lengths are not known."""
 
     def forward(self, query: torch.Tensor, kv: CachedTensors, plan: None, rule: AttentionRule) -> torch.Tensor:
+        return self._break(query, kv, rule, None)
+
+    def forward_latent(
+        self, query: torch.Tensor, kv: CachedTensors, plan: None, rule: AttentionRule, projection: LatentProjection
+    ) -> torch.Tensor:
+        return self._break(query, kv, rule, projection)
+
+    def _break(
+        self, query: torch.Tensor, kv: CachedTensors, rule: AttentionRule, projection: LatentProjection | None
+    ) -> torch.Tensor:
         if self._graph is not None:
             graph = self.end()
-            self.pieces.append(Piece(graph, alias(query), kv, rule))
+            self.pieces.append(Piece(graph, alias(query), kv, rule, projection))
             self.begin()
         return self._attended
 
@@ -129,8 +148,7 @@ class PrefillGraphs:
         attended = graph.attended[:num_tokens]
         following = [piece.graph for piece in graph.pieces[1:]] + [graph.last]
         for piece, after in zip(graph.pieces, following, strict=True):
-            query = piece.query[:num_tokens]
-            attended.copy_(parts.attention.forward(query, piece.kv, plan, piece.rule))
+            attended.copy_(piece.attend(parts.attention, plan, num_tokens))
             after.replay()
         return Forwarded(graph.hidden[:num_tokens], sample_rows, sampling_req_rows)
 

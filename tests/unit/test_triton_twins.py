@@ -5,18 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    # The interpreter of Triton 3.6 makes loop bounds in a way that NumPy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_and_bounds(tensor: type, scope: object) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # type: ignore[attr-defined]
-
-    interpreter._patch_lang_tensor = patch_tensor_and_bounds
+pytest.importorskip("triton")
+from support.triton_twins import DEVICE, DTYPES, TOLERANCE, normal
 
 from waybill.engine.attention import triton_paged
 from waybill.engine.attention.backend import AttentionBatch, AttentionRule
@@ -44,19 +34,6 @@ from waybill.parallel.moe.router import Choose, RouterConfig, choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
 from waybill.parallel.symmetric_memory import PACKET_BYTES, WORD_BYTES, RowLayout
 from waybill.parallel.symmetric_triton import AddNorm, Lane, gather_routed, sum_rows
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
-}
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

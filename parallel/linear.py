@@ -69,18 +69,30 @@ def edges(sizes: Sequence[int], axis: Axis) -> tuple[int, ...]:
 class MergedColumnParallelLinear(ShardedLinear):
     """Several column-parallel matrices with the same input as one product; the outputs stand side by side."""
 
-    def __init__(self, in_features: int, out_features: list[int], axis: Axis, *, weight_format: WeightFormat) -> None:
+    def __init__(
+        self, in_features: int, out_features: list[int], axis: Axis, *, bias: bool = False, weight_format: WeightFormat
+    ) -> None:
         self._full = out_features
         self._local = [shard_size(size, axis, "out_features") for size in out_features]
         self._in_features = in_features
         self._axis = axis
-        super().__init__(in_features, sum(self._local), False, weight_format, row_cuts=edges(self._local, axis))
+        super().__init__(in_features, sum(self._local), bias, weight_format, row_cuts=edges(self._local, axis))
 
     def sharded_weight(self, part: int) -> ShardedWeight:
         """This rank's rows of the `part`-th matrix."""
-        shape = (self._full[part], self._in_features)
-        begin, size = sum(self._local[:part]), self._local[part]
-        return self._sharded_rows(shape, self._axis.rank * size, slice(begin, begin + size))
+        rows = self._rows(part)
+        return self._sharded_rows((self._full[part], self._in_features), self._first_row(part), rows)
+
+    def sharded_bias(self, part: int) -> ShardedWeight:
+        assert self.bias is not None
+        return ShardedWeight.of((self._full[part],), self.bias.data[self._rows(part)], first=self._first_row(part))
+
+    def _rows(self, part: int) -> slice:
+        begin = sum(self._local[:part])
+        return slice(begin, begin + self._local[part])
+
+    def _first_row(self, part: int) -> int:
+        return self._axis.rank * self._local[part]
 
 
 class QKVParallelLinear(ShardedLinear):

@@ -57,6 +57,26 @@ class SharedExpertConfig:
     gated: bool = False
 
 
+class LatentConfig(msgspec.Struct, frozen=True, tag=True):
+    """Multi-head latent attention (DeepSeek-V2, 2024), by the names that its configurations have. `q_lora_rank`: None where
+    queries come of no latent. `bias`: of the projections to latents, and of the output. `scale`: of scores."""
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rope: RopeConfig
+    rope_interleave: bool
+    bias: bool
+    scale: float
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
 @dataclass(frozen=True)
 class MoeConfig:
     """The layers that route, and how. `intermediate_size` is an expert's; those with a `clamp` have biases, and a SwiGLU

@@ -17,13 +17,14 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019) over the last dim, alone or of a sum. In models with wide norms the
     weight is in float32, whatever the model computes in."""
 
-    def __init__(self, width: int, context: ModelContext) -> None:
+    def __init__(self, width: int, context: ModelContext, eps: float | None = None) -> None:
+        """`eps`: None is the model's."""
         super().__init__()
         weight_format = context.weight_format
         if context.config.wide_norms:
             weight_format = replace(weight_format, dtype=torch.float32)
         self.weight = weight_format.empty(width)
-        self._eps = context.config.rms_norm_eps
+        self._eps = context.config.rms_norm_eps if eps is None else eps
         self._ops = select_layer_ops(context.mesh.device)
 
     def sharded_weight(self) -> ShardedWeight:

@@ -1,0 +1,149 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2 2024), sharded by heads.
+
+What a token leaves behind is a latent, of which every head's keys and values are made, and one rotated key for all heads.
+They do not depend on heads, so every tp rank keeps the whole of them. The arithmetic is that of `transformers`'
+DeepseekV3Attention: its form, in which latents are expanded, for prefills; decodes are absorbed into the latents, see
+`LatentProjection`.
+
+Legend: T tokens of a step, D hidden, H heads of this rank, L width of a latent, R width of the rotated key, N width of a
+head's other key columns, V width of a head's values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...parallel.linear import MergedColumnParallelLinear, RowParallelLinear, shard_size
+from ...parallel.mesh import Axis
+from ...parallel.weights import ShardedWeight
+from ..attention.backend import AttentionBackend, CachedTensors
+from ..kv_cache.kv_store import KVTensorSpec
+from .forward_batch import ForwardBatch
+from .model_config import LatentConfig
+from .model_context import ModelContext
+from .norm_rope import LatentNorm, select_layer_ops
+from .rms_norm import RMSNorm
+
+# Of the norms of latents, whatever `rms_norm_eps` says.
+LATENT_NORM_EPS = 1e-6
+
+
+class ExpandedHeads(nn.Module):
+    """`kv_b_proj`, a `LatentProjection`: keys and values of this rank's heads, [H * (N + V), L]."""
+
+    def __init__(self, shape: LatentConfig, context: ModelContext) -> None:
+        super().__init__()
+        self.key_width, self.value_width = shape.qk_nope_head_dim, shape.v_head_dim
+        self._width = self.key_width + self.value_width
+        self._linear = context.weight_format.linear()
+        self.proj = MergedColumnParallelLinear(
+            shape.kv_lora_rank, [shape.num_heads * self._width], context.axis, weight_format=context.weight_format
+        )
+
+    def _matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all heads: [H, N, L] and [H, V, L]."""
+        weight = self.proj.weight
+        by_head = weight.view(-1, self._width, weight.shape[1])
+        return by_head[:, : self.key_width], by_head[:, self.key_width :]
+
+    def expand(self, latent: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.proj.weight[heads.start * self._width : heads.stop * self._width]
+        both = self._linear(latent, rows, None).view(len(latent), -1, self._width)
+        return both[..., : self.key_width], both[..., self.key_width :]
+
+    def absorb(self, query: torch.Tensor) -> torch.Tensor:
+        keys, _ = self._matrices()
+        return torch.bmm(query.transpose(0, 1), keys).transpose(0, 1)
+
+    def extract(self, attended: torch.Tensor) -> torch.Tensor:
+        _, values = self._matrices()
+        return torch.bmm(attended.transpose(0, 1), values.transpose(1, 2)).transpose(0, 1)
+
+
+class LatentAttention(nn.Module):
+    """Heads of this rank. Queries come of a latent of their own where `q_lora_rank` says so."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        config, shape, weight_format = context.config, context.config.attention, context.weight_format
+        assert isinstance(shape, LatentConfig)
+        self.shape = shape
+        self.num_local_heads = shard_size(shape.num_heads, context.axis, "num_heads")
+        cached_width = shape.kv_lora_rank + shape.qk_rope_head_dim
+        # Latents of queries, if there are any, and of keys and values: on all ranks the same, in one product.
+        self.down_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [cached_width] if shape.q_lora_rank is None else [shape.q_lora_rank, cached_width],
+            Axis.single(),
+            bias=shape.bias,
+            weight_format=weight_format,
+        )
+        self.q_norm = None if shape.q_lora_rank is None else RMSNorm(shape.q_lora_rank, context, LATENT_NORM_EPS)
+        self.q_proj = MergedColumnParallelLinear(
+            config.hidden_size if shape.q_lora_rank is None else shape.q_lora_rank,
+            [shape.num_heads * shape.qk_head_dim],
+            context.axis,
+            weight_format=weight_format,
+        )
+        self.kv_norm = RMSNorm(shape.kv_lora_rank, context, LATENT_NORM_EPS)
+        self.heads = ExpandedHeads(shape, context)
+        self.o_proj = RowParallelLinear(
+            shape.num_heads * shape.v_head_dim,
+            config.hidden_size,
+            context.axis,
+            bias=shape.bias,
+            weight_format=weight_format,
+        )
+        self._norm = LatentNorm(self.kv_norm.weight, LATENT_NORM_EPS, shape.rope_interleave)
+        self._ops = select_layer_ops(context.mesh.device)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch[Any],
+        backend: AttentionBackend[Any],
+        kv: CachedTensors,
+    ) -> torch.Tensor:
+        """[T, D] -> partial sums [T, D]; writes this step's latents to their slots first."""
+        compressed = self.down_proj(hidden)
+        if self.q_norm is not None:
+            latent, compressed = compressed.tensor_split([self.q_norm.weight.shape[0]], dim=-1)
+            hidden = self.q_norm(latent)
+        query = self.q_proj(hidden).view(len(hidden), -1, self.shape.qk_head_dim)
+        query = self._ops.latent_rope_store(query, compressed, self._norm, rope, batch.kv_slots, kv["latent"])
+        out = backend.forward_latent(query, kv, batch.attention_plan, self.shape.scale, self.heads)
+        return self.o_proj(out.flatten(1))
+
+    def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
+        weights = {
+            f"{prefix}.kv_a_layernorm.weight": self.kv_norm.sharded_weight(),
+            f"{prefix}.kv_b_proj.weight": self.heads.proj.sharded_weight(part=0),
+            f"{prefix}.o_proj.weight": self.o_proj.sharded_weight(),
+        }
+        if self.q_norm is None:
+            weights[f"{prefix}.q_proj.weight"] = self.q_proj.sharded_weight(part=0)
+            names = ["kv_a_proj_with_mqa"]
+        else:
+            weights[f"{prefix}.q_a_layernorm.weight"] = self.q_norm.sharded_weight()
+            weights[f"{prefix}.q_b_proj.weight"] = self.q_proj.sharded_weight(part=0)
+            names = ["q_a_proj", "kv_a_proj_with_mqa"]
+        for part, name in enumerate(names):
+            weights[f"{prefix}.{name}.weight"] = self.down_proj.sharded_weight(part)
+            if self.shape.bias:
+                weights[f"{prefix}.{name}.bias"] = self.down_proj.sharded_bias(part)
+        if self.shape.bias:
+            weights[f"{prefix}.o_proj.bias"] = self.o_proj.sharded_bias()
+        return weights
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """What attention gives for one token: heads of this rank and their width."""
+        return self.num_local_heads, self.shape.v_head_dim
+
+    def kv_specs(self, dtype: torch.dtype) -> list[KVTensorSpec]:
+        """A latent and the rotated key behind it, for all heads."""
+        return [KVTensorSpec("latent", (self.shape.kv_lora_rank + self.shape.qk_rope_head_dim,), dtype)]

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import msgspec
 
 from ..engine.config import EngineConfig
+from ..engine.text.tokenizer_file import NEEDS_CODE, why_no_tokenizer
 from .engine_options import HelpFormatter, add_engine_options, engine_config
 from .node_options import NodeOptions, node_options, node_parser, run_secret
 from .serve_options import ServeCommand, add_serve_options, serve_command
@@ -149,7 +150,8 @@ def check_tokenizer(path: str | None) -> None:
         ValueError: it is not.
     """
     if path is not None and not (Path(path) / "tokenizer.json").is_file():
-        raise ValueError(f"--tokenizer-path {path}: must be a folder with a tokenizer.json")
+        reason = "; its tokenizer is code, which is never run" if why_no_tokenizer(path) == NEEDS_CODE else ""
+        raise ValueError(f"--tokenizer-path {path}: must be a folder with a tokenizer.json{reason}")
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:

@@ -212,8 +212,6 @@ def _expand_item(
     limits: EngineLimits,
     encode: Callable[[str], list[int]],
 ) -> list[SampleRequest]:
-    if isinstance(prompt, str) and not limits.has_tokenizer:
-        raise FieldError("text: the checkpoint has no tokenizer; give token ids", "text")
     input_ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
     params: SamplingParamsInput = fields["sampling_params"]
     check_prompt(input_ids, limits, "text" if isinstance(prompt, str) else "input_ids")

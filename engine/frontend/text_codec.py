@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
 from ..text.token_decoder import TextStream, TokenDecoder
+from ..text.tokenizer_file import NO_TOKENIZER
 from ..validation.field_error import FieldError
 from ..validation.request_model import has_surrogate
 from ..validation.token_ids import Ids
 from .text_bound import text_bound
+
+logger = logging.getLogger(__name__)
 
 # `Tokenizer.encode` holds the interpreter's lock from end to end, and so keeps every thread waiting; batches do not, and
 # without offsets they are several times faster, but need threads of a pool that others may have taken.
@@ -19,9 +23,12 @@ DECODE_COST_US = 2.0
 
 
 class TextCodec:
-    """A checkpoint's tokenizer, or the lack of one. May be used from several threads."""
+    """A checkpoint's tokenizer, or the lack of one, and what to say of that. May be used from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, why_none: str = NO_TOKENIZER) -> None:
+        if tokenizer is None:
+            logger.warning("%s; requests take token ids only", why_none)
+        self._why_none = why_none
         self._tokenizer = tokenizer
         self._bound = None if tokenizer is None else text_bound(tokenizer)
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
@@ -37,7 +44,7 @@ class TextCodec:
                 length alone says so it is not tokenised.
         """
         if self._tokenizer is None:
-            raise FieldError("text: the checkpoint has no tokenizer; give token ids", "text")
+            raise FieldError(f"text: {self._why_none}; token ids need none", "text")
         if max_tokens is not None and self._bound is not None and self._bound.min_tokens(text) > max_tokens:
             raise FieldError(
                 f"the prompt has {len(text)} characters, so at least {self._bound.min_tokens(text)} tokens: must have at "
@@ -61,7 +68,7 @@ class TextCodec:
             ValueError: there is no tokenizer.
         """
         if self._decoder is None:
-            raise FieldError("tokens: the checkpoint has no tokenizer", "tokens")
+            raise FieldError(f"tokens: {self._why_none}", "tokens")
         stream = TextStream(self._decoder, skip_special_tokens=skip_special_tokens)
         return stream.push(list(map(int, token_ids))) + stream.close()
 

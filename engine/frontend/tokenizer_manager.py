@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from ..config import EngineConfig
 from ..ipc.frontend_messages import AbortReq, ShutdownReq
 from ..ipc.sockets import Endpoint
+from ..text.tokenizer_file import why_no_tokenizer
 from ..validation.field_error import FieldError
 from ..validation.request_model import MAX_NAME_CHARS
 from .admission import Admission
@@ -58,7 +59,7 @@ class TokenizerManager:
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
-        self.text = TextCodec(tokenizer)
+        self.text = TextCodec(tokenizer, why_no_tokenizer(config.tokenizer_path or config.model_path))
         self._connection = EngineConnection(leaders=leaders, frontend=frontend, queries=queries)
         link, replies, dp_router = self._connection.link, self._connection.replies, DpRouter(config.dp_size)
         self._gate = GenerationGate(config.weight_sync_timeout_s, lambda: len(self._at_engine))

@@ -45,18 +45,6 @@ class GroupedQueryConfig(msgspec.Struct, frozen=True, tag=True):
     sinks: bool = False
 
 
-# Kinds of attention, each a tagged structure with `rope`: what a token's entry in the cache is follows from it.
-AttentionConfig = GroupedQueryConfig
-
-
-@dataclass(frozen=True)
-class SharedExpertConfig:
-    """An expert of every token, of this width; `gated`: weighted by the sigmoid of a score of its own."""
-
-    intermediate_size: int
-    gated: bool = False
-
-
 class LatentConfig(msgspec.Struct, frozen=True, tag=True):
     """Multi-head latent attention (DeepSeek-V2, 2024), by the names that its configurations have. `q_lora_rank`: None where
     queries come of no latent. `bias`: of the projections to latents, and of the output. `scale`: of scores."""
@@ -75,6 +63,18 @@ class LatentConfig(msgspec.Struct, frozen=True, tag=True):
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+# Kinds of attention, each a tagged structure with `rope`: what a token's entry in the cache is follows from it.
+AttentionConfig = GroupedQueryConfig | LatentConfig
+
+
+@dataclass(frozen=True)
+class SharedExpertConfig:
+    """An expert of every token, of this width; `gated`: weighted by the sigmoid of a score of its own."""
+
+    intermediate_size: int
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,18 +219,3 @@ def eos_ids(model_path: str, configured: int | list[int] | None) -> tuple[int, .
     if configured is None:
         return ()
     return tuple(configured) if isinstance(configured, list) else (configured,)
-
-
-def read_hf_config(model_path: str) -> Any:
-    """The checkpoint's own configuration object.
-
-    Raises:
-        ValueError: `model_path` is no folder with a config.json.
-    """
-    path = Path(model_path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model_path={model_path!r}: must be a folder with a config.json (Hugging Face format)")
-    # One rank reads for all; the others need not spend their start on this import.
-    from transformers import AutoConfig  # noqa: PLC0415
-
-    return AutoConfig.from_pretrained(path, local_files_only=True)

@@ -12,11 +12,12 @@ from typing import Any
 from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
+from ..routing.hf_config import read_config_file, read_hf_config
 from . import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
-from .model_config import ModelConfig, read_hf_config
+from .model_config import ModelConfig
 from .model_context import ModelContext
 from .quantisation import FP8, check_quantisation
 from .weight_loader import load_weights
@@ -62,13 +63,16 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
     Raises:
         ValueError: no checkpoint at `model_path`, or one that no model file serves.
     """
+    model_type = read_config_file(config.model_path)["model_type"]
+    # Known before `transformers` is asked, which may not know it.
+    family = family_of(model_type)
     hf_config = read_hf_config(config.model_path)
-    family = family_of(hf_config.model_type)
     quantisation = hf_config.to_dict().get("quantization_config")
     if quantisation is not None:
-        check_quantisation(quantisation, family.quantisations, hf_config.model_type)
+        check_quantisation(quantisation, family.quantisations, model_type)
     parsed = family.parse_config(hf_config, config.model_path, config.dtype)
-    return replace(parsed, is_fp8=quantisation is not None and quantisation["quant_method"] == FP8)
+    is_fp8 = quantisation is not None and quantisation["quant_method"] == FP8
+    return replace(parsed, model_type=model_type, is_fp8=is_fp8)
 
 
 def build_model(context: ModelContext, num_positions: int) -> CausalLM:

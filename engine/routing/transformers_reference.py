@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .hf_config import read_hf_config
 from .replay.routers import RouterKind, router_kind, router_weights
 
 NEAR_TIE = 1e-5
@@ -97,7 +98,8 @@ class Reference:
     """A checkpoint under `transformers`. The last `num_kept` forwards are not computed again for the same tokens."""
 
     def __init__(self, model_path: str, device: str = "cpu", *, num_kept: int = 0) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval().to(device)
+        model = AutoModelForCausalLM.from_pretrained(model_path, config=read_hf_config(model_path), dtype=torch.float32)
+        self._model = model.eval().to(device)
         self._taps: list[RouterTap] = []
         for layer in self._model.model.layers:
             for module in layer.mlp.children():

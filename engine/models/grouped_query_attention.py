@@ -15,6 +15,7 @@ from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, AttentionRule, CachedTensors
 from ..kv_cache.kv_store import KVTensorSpec
 from .forward_batch import ForwardBatch
+from .model_config import GroupedQueryConfig
 from .model_context import ModelContext
 from .norm_rope import HeadNorms, select_layer_ops
 from .rms_norm import RMSNorm
@@ -27,6 +28,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, layer_id: int, context: ModelContext) -> None:
         super().__init__()
         config, shape = context.config, context.config.attention
+        assert isinstance(shape, GroupedQueryConfig)
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             shape.head_dim,

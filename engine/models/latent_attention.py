@@ -19,7 +19,7 @@ from torch import nn
 from ...parallel.linear import MergedColumnParallelLinear, RowParallelLinear, shard_size
 from ...parallel.mesh import Axis
 from ...parallel.weights import ShardedWeight
-from ..attention.backend import AttentionBackend, CachedTensors
+from ..attention.backend import AttentionBackend, AttentionRule, CachedTensors
 from ..kv_cache.kv_store import KVTensorSpec
 from .forward_batch import ForwardBatch
 from .model_config import LatentConfig
@@ -66,7 +66,7 @@ class ExpandedHeads(nn.Module):
 class LatentAttention(nn.Module):
     """Heads of this rank. Queries come of a latent of their own where `q_lora_rank` says so."""
 
-    def __init__(self, context: ModelContext) -> None:
+    def __init__(self, _layer_id: int, context: ModelContext) -> None:
         super().__init__()
         config, shape, weight_format = context.config, context.config.attention, context.weight_format
         assert isinstance(shape, LatentConfig)
@@ -97,6 +97,7 @@ class LatentAttention(nn.Module):
             bias=shape.bias,
             weight_format=weight_format,
         )
+        self._rule = AttentionRule(shape.scale)
         self._norm = LatentNorm(self.kv_norm.weight, LATENT_NORM_EPS, shape.rope_interleave)
         self._ops = select_layer_ops(context.mesh.device)
 
@@ -115,10 +116,11 @@ class LatentAttention(nn.Module):
             hidden = self.q_norm(latent)
         query = self.q_proj(hidden).view(len(hidden), -1, self.shape.qk_head_dim)
         query = self._ops.latent_rope_store(query, compressed, self._norm, rope, batch.kv_slots, kv["latent"])
-        out = backend.forward_latent(query, kv, batch.attention_plan, self.shape.scale, self.heads)
+        out = backend.forward_latent(query, kv, batch.attention_plan, self._rule, self.heads)
         return self.o_proj(out.flatten(1))
 
-    def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
+    def sharded_weights(self, layer: str) -> dict[str, ShardedWeight]:
+        prefix = f"{layer}.self_attn"
         weights = {
             f"{prefix}.kv_a_layernorm.weight": self.kv_norm.sharded_weight(),
             f"{prefix}.kv_b_proj.weight": self.heads.proj.sharded_weight(part=0),

@@ -44,6 +44,11 @@ class GroupedQueryConfig(msgspec.Struct, frozen=True, tag=True):
     clip: float | None = None
     sinks: bool = False
 
+    @property
+    def tile_widths(self) -> dict[str, int]:
+        """What kernels on CUDA hold whole, by its name in a configuration."""
+        return {"head_dim": self.head_dim}
+
 
 class LatentConfig(msgspec.Struct, frozen=True, tag=True):
     """Multi-head latent attention (DeepSeek-V2, 2024), by the names that its configurations have. `q_lora_rank`: None where
@@ -63,6 +68,11 @@ class LatentConfig(msgspec.Struct, frozen=True, tag=True):
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def tile_widths(self) -> dict[str, int]:
+        """What kernels on CUDA hold whole, by its name in a configuration."""
+        return {"kv_lora_rank": self.kv_lora_rank, "qk_rope_head_dim": self.qk_rope_head_dim}
 
 
 # Kinds of attention, each a tagged structure with `rope`: what a token's entry in the cache is follows from it.

@@ -13,7 +13,7 @@ from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from ..routing.hf_config import read_config_file, read_hf_config
-from . import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from . import deepseek_v3, glm4_moe, glm4_moe_lite, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
@@ -38,13 +38,19 @@ class ModelFamily:
 
 
 FAMILIES = {
+    "deepseek_v3": ModelFamily(deepseek_v3.parse_config, deepseek_v3.build),
     "glm4_moe": ModelFamily(glm4_moe.parse_config, glm4_moe.build),
+    "glm4_moe_lite": ModelFamily(glm4_moe_lite.parse_config, deepseek_v3.build),
     "gpt_oss": ModelFamily(gpt_oss.parse_config, gpt_oss.build, frozenset({"mxfp4"})),
+    # Kimi-K2 (Moonshot AI 2025).
+    "kimi_k2": ModelFamily(deepseek_v3.parse_config, deepseek_v3.build),
     "mixtral": ModelFamily(mixtral.parse_config, mixtral.build),
     "olmoe": ModelFamily(olmoe.parse_config, olmoe.build),
     "qwen2_moe": ModelFamily(qwen2_moe.parse_config, qwen2_moe.build),
     "qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.build),
 }
+# The narrowest tile of the matrix units.
+MIN_TILE_WIDTH = 16
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -80,13 +86,22 @@ def build_model(context: ModelContext, num_positions: int) -> CausalLM:
     return family_of(context.config.model_type).build(context, num_positions)
 
 
+def check_tiles(model_config: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: attention kernels of CUDA devices do not serve the model's widths.
+    """
+    for name, width in model_config.attention.tile_widths.items():
+        if width < MIN_TILE_WIDTH or width & (width - 1):
+            raise ValueError(f"{name}={width}: must be a power of two from {MIN_TILE_WIDTH} on, on CUDA")
+
+
 def load_model(
     config: EngineConfig, model_config: ModelConfig, num_positions: int, mesh: ParallelMesh, clock: SyncClock
 ) -> CausalLM:
     """Build this rank's part of the model and fill it. `clock` runs while ranks meet in MoE layers."""
-    head_dim = model_config.attention.head_dim
-    if mesh.device.type == "cuda" and head_dim & (head_dim - 1):
-        raise ValueError(f"head_dim={head_dim}: must be a power of two on CUDA")
+    if mesh.device.type == "cuda":
+        check_tiles(model_config)
     context = ModelContext(
         model_config,
         mesh,

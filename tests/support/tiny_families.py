@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from support.tiny_latent_families import finish_checkpoint, latent_families
+
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 NUM_EXPERTS, TOP_K = 8, 3
@@ -80,6 +82,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, **QWEN, head_dim=16, mlp_only_layers=[0], use_sliding_window=True, sliding_window=WINDOW
     ),
+    **latent_families(SIZES),
 }
 
 
@@ -137,6 +140,7 @@ def make_brittle(name: str, tensor: torch.Tensor) -> None:
 def write_family(family: str, folder: Path, seed: int = 0) -> Path:
     """A checkpoint as it stands on the hub, with a tokenizer."""
     make_family_model(family, seed).save_pretrained(folder)
+    finish_checkpoint(family, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder)
     return folder

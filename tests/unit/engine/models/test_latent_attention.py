@@ -69,9 +69,9 @@ class Twins:
         mesh = ParallelMesh.single(torch.device("cpu"))
         tp = Axis("tp", rank, size, None, tuple(range(size)))
         context = ModelContext(config, replace(mesh, tp=tp))
-        self.ours = LatentAttention(context)
-        weights = self.ours.sharded_weights("attention")
-        stored = {f"attention.{name}": tensor for name, tensor in self.theirs.state_dict().items()}
+        self.ours = LatentAttention(0, context)
+        weights = self.ours.sharded_weights("layer")
+        stored = {f"layer.self_attn.{name}": tensor for name, tensor in self.theirs.state_dict().items()}
         assert weights.keys() == stored.keys()
         for name, weight in weights.items():
             weight.load(stored[name])

@@ -22,7 +22,7 @@ ENGINE = Path(__file__).parents[4] / "engine"
 
 def test_an_unknown_model_type_is_refused_with_those_that_work(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"model_type='llama': must be one of glm4_moe, .*qwen3_moe"):
+    with pytest.raises(ValueError, match=r"model_type='llama': must be one of deepseek_v3, .*qwen3_moe"):
         load_model_config(EngineConfig(model_path=str(tmp_path)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from make_models import SHAPES
+from model_shapes import SHAPES
 
 from waybill.engine.io_struct import SamplingParams
 

@@ -1,4 +1,4 @@
-"""Write Qwen3-MoE checkpoints with random weights, in Hugging Face format, tensor by tensor.
+"""Write checkpoints with random weights, in Hugging Face format, tensor by tensor.
 
 python bench/make_models.py M --out models/M            about 1.7 B parameters, for throughput
 python bench/make_models.py routing30b --out models/R   the routing shape of Qwen3-30B-A3B, tiny hidden size
@@ -6,6 +6,9 @@ python bench/make_models.py wide --out models/W         two layers of Qwen3-30B-
 python bench/make_models.py deep --out models/D         small and deep; replay_mismatch.py trains one
 python bench/make_models.py T --out models/T            a toy, for tests
 python bench/make_models.py 30b --no-weights --out ...  Qwen3-30B-A3B, for engines with load_format="dummy"
+
+Of Moonlight-16B-A3B and Kimi-K2 there are `moonlight` and `kimik2`, two layers of them and few tokens (`moonlight2`,
+`kimik2_2`), and toys that route as they do (`toymoonlight`, `toykimik2`).
 
 Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
 them: a model of random weights has the cost and the routing load of a real one, not its answers.
@@ -17,139 +20,20 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from model_shapes import END_OF_TURN, SHAPES, config_changes, make_config, tensor_shapes
 from safetensors.torch import save_file
-from transformers import GenerationConfig, Qwen3MoeConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-END_OF_TURN = 260
 SHARD_BYTES = 1 << 30
 BYTES_PER_WEIGHT = 2
 MODELS_FOLDER = Path(__file__).resolve().parents[1] / "models"
 # Written last.
 INDEX = "model.safetensors.index.json"
-
-QWEN3_30B: dict[str, object] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "intermediate_size": 6144,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-}
-SHAPES: dict[str, dict[str, object]] = {
-    "30b": QWEN3_30B,
-    # 10 GB in bfloat16.
-    "wide8": QWEN3_30B | {"num_hidden_layers": 8, "vocab_size": 8192, "max_position_embeddings": 8192},
-    "wide": QWEN3_30B | {"num_hidden_layers": 2, "vocab_size": 8192, "max_position_embeddings": 8192},
-    "toy30b": QWEN3_30B
-    | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    | {"num_experts": 16, "moe_intermediate_size": 32, "vocab_size": 512},
-    "M": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512,
-        "intermediate_size": 4096,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-    },
-    "routing30b": {
-        "hidden_size": 32,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 8,
-        "intermediate_size": 64,
-        "vocab_size": 512,
-        "max_position_embeddings": 40960,
-    },
-    "deep": {
-        "hidden_size": 64,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 32,
-        "intermediate_size": 192,
-        "vocab_size": 264,
-        "max_position_embeddings": 2048,
-    },
-    "T": {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "intermediate_size": 96,
-        "vocab_size": 512,
-        "max_position_embeddings": 2048,
-        "mlp_only_layers": [0],
-    },
-}
-
-
-def make_config(shape: str) -> Qwen3MoeConfig:
-    """The configuration of a named shape: untied, renormalised top-k, bfloat16."""
-    return Qwen3MoeConfig(
-        **SHAPES[shape],
-        architectures=["Qwen3MoeForCausalLM"],
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        eos_token_id=END_OF_TURN,
-        dtype="bfloat16",
-    )
-
-
-def tensor_shapes(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of the checkpoint by its name on the hub."""
-    hidden, width = config.hidden_size, config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-            yield f"{prefix}.self_attn.{name}_proj.weight", (heads * width, hidden)
-            yield f"{prefix}.self_attn.{name}_norm.weight", (width,)
-        yield f"{prefix}.self_attn.v_proj.weight", (config.num_key_value_heads * width, hidden)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, config.num_attention_heads * width)
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        if layer in config.mlp_only_layers:
-            yield from mlp_shapes(f"{prefix}.mlp", hidden, config.intermediate_size)
-        else:
-            yield f"{prefix}.mlp.gate.weight", (config.num_experts, hidden)
-            for expert in range(config.num_experts):
-                yield from mlp_shapes(f"{prefix}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (config.vocab_size, hidden)
-
-
-def mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The three matrices of one expert, or of a dense layer."""
-    yield f"{prefix}.gate_proj.weight", (width, hidden)
-    yield f"{prefix}.up_proj.weight", (width, hidden)
-    yield f"{prefix}.down_proj.weight", (hidden, width)
 
 
 def make_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -161,22 +45,7 @@ def make_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -
     return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(torch.bfloat16)
 
 
-def fuse_experts(tensors: dict[str, torch.Tensor], config: Qwen3MoeConfig) -> dict[str, torch.Tensor]:
-    """The same tensors as `transformers` has them in memory: the experts of a layer in two."""
-    fused = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        if f"{prefix}.0.down_proj.weight" in tensors:
-            parts = {
-                part: torch.stack([tensors[f"{prefix}.{i}.{part}_proj.weight"] for i in range(config.num_experts)])
-                for part in ("gate", "up", "down")
-            }
-            fused[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
-            fused[f"{prefix}.down_proj"] = parts["down"]
-    return fused
-
-
-def split_into_shards(config: Qwen3MoeConfig) -> list[list[tuple[str, tuple[int, ...]]]]:
+def split_into_shards(config: PreTrainedConfig) -> list[list[tuple[str, tuple[int, ...]]]]:
     """Consecutive tensors, at most `SHARD_BYTES` a shard unless one tensor alone is larger."""
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     num_bytes = 0
@@ -190,11 +59,13 @@ def split_into_shards(config: Qwen3MoeConfig) -> list[list[tuple[str, tuple[int,
     return shards
 
 
-def write_config(shape: str, out: Path) -> Qwen3MoeConfig:
+def write_config(shape: str, out: Path) -> PreTrainedConfig:
     """All that an engine with random weights needs of a checkpoint (`load_format="dummy"`): config and tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     config = make_config(shape)
     config.save_pretrained(out)
+    file = out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config_changes(shape), indent=2))
     GenerationConfig(eos_token_id=END_OF_TURN).save_pretrained(out)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, out)

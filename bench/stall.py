@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 from caller_priority import lower_priority, run_in_own_session
 from machine import write_result
-from make_models import SHAPES as ALL_SHAPES
 from make_models import ensure_checkpoint, write_config
+from model_shapes import SHAPES as ALL_SHAPES
 from stall_report import VariantScores, as_json, plot, report, score
 from stall_segment import (
     BUSY_RANK,

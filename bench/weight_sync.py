@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from machine import describe, write_result
-from make_models import SHAPES, fuse_experts, make_config, make_tensor, tensor_shapes, write_checkpoint, write_config
+from make_models import make_tensor, write_checkpoint, write_config
+from model_shapes import SHAPES, fuse_experts, make_config, tensor_shapes
 from safetensors.torch import load_file
 from time_limit import end_after
 

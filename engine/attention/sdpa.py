@@ -255,9 +255,11 @@ def prefill_latent(
 def attend_expanded(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """The last n of a request's k positions: query [n, H, N + R], keys [k, H, N + R], values [k, H, V] -> [n, H, V]."""
     (num_rows, _, width), (num_keys, _, value_width) = query.shape, values.shape
-    if width != value_width:
-        # Fused kernels know one width alone; columns of zeros change neither scores nor sums.
-        query, keys, values = (F.pad(x, (0, max(width, value_width) - x.shape[2])) for x in (query, keys, values))
+    # Fused kernels know one width alone; columns of zeros change neither scores nor sums.
+    if value_width < width:
+        values = F.pad(values, (0, width - value_width))
+    elif value_width > width:
+        query, keys = (F.pad(x, (0, value_width - width)) for x in (query, keys))
     is_causal = num_rows == num_keys
     result = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],

@@ -13,6 +13,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from waybill.engine.config import EngineConfig
+from waybill.engine.models.model_context import ModelContext
+from waybill.engine.models.registry import build_model, load_model_config
+from waybill.engine.routing.hf_config import read_hf_config
+from waybill.parallel.mesh import ParallelMesh
+
 SCRIPT = Path(__file__).parents[3] / "bench" / "make_models.py"
 
 
@@ -114,6 +120,41 @@ def test_sizes_of_the_named_shapes(
     assert low < sum(math.prod(s) for _, s in make_models.tensor_shapes(config)) < high
     assert (config.num_hidden_layers, config.num_experts, config.num_experts_per_tok) == routing
     assert len(config.mlp_only_layers) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "low", "high", "routing"),
+    [
+        ("moonlight", 15.5e9, 16.5e9, (27, 64, 6)),
+        ("kimik2", 1.02e12, 1.03e12, (61, 384, 8)),
+        ("moonlight2", 0.6e9, 0.8e9, (2, 64, 6)),
+        ("kimik2_2", 17e9, 19e9, (2, 384, 8)),
+    ],
+)
+def test_sizes_of_shapes_with_latents(
+    make_models: ModuleType, shape: str, low: float, high: float, routing: tuple[int, int, int]
+) -> None:
+    config = make_models.make_config(shape)
+    assert low < sum(math.prod(s) for _, s in make_models.tensor_shapes(config)) < high
+    assert (config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok) == routing
+
+
+@pytest.mark.parametrize("shape", ["toymoonlight", "toykimik2"])
+def test_toys_with_latents_are_read_by_transformers_and_by_the_engine(
+    make_models: ModuleType, shape: str, tmp_path: Path
+) -> None:
+    make_models.write_checkpoint(shape, tmp_path, seed=0)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=read_hf_config(str(tmp_path)), dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.inference_mode():
+        logits = model.eval()(torch.arange(100)[None]).logits
+    assert 0.5 < logits.std().item() < 2.0
+    config = load_model_config(EngineConfig(model_path=str(tmp_path)))
+    assert config.model_type == {"toymoonlight": "deepseek_v3", "toykimik2": "kimi_k2"}[shape]
+    loaded = build_model(ModelContext(config, ParallelMesh.single(torch.device("cpu"))), 128)
+    assert loaded.sharded_weights().keys() == {name for name, _ in make_models.tensor_shapes(model.config)}
 
 
 def test_routing30b_reaches_the_context_of_its_model(make_models: ModuleType) -> None:

@@ -56,18 +56,19 @@ def parse_latent(hf_config: Any) -> LatentConfig:
         rope=rope,
         rope_interleave=hf_config.rope_interleave,
         bias=hf_config.attention_bias,
-        scale=width**-0.5 * score_factor(hf_config.rope_parameters),
+        scale=score_scale(width, hf_config.rope_parameters),
     )
 
 
-def score_factor(rope_parameters: dict[str, Any]) -> float:
-    """What scores are multiplied by where YaRN (Peng et al. 2023) has stretched the positions: `mscale_all_dim` of it is
-    not in cos and sin but here, for queries and keys."""
+def score_scale(width: int, rope_parameters: dict[str, Any]) -> float:
+    """What scores are multiplied by. Where YaRN (Peng et al. 2023) has stretched the positions, its `mscale_all_dim` is not
+    in cos and sin but here, for queries and for keys."""
+    scale = float(width**-0.5)
     all_dim = rope_parameters.get("mscale_all_dim", 0)
     if rope_parameters["rope_type"] == "default" or not all_dim or rope_parameters["factor"] <= 1:
-        return 1.0
-    scale = 0.1 * all_dim * math.log(rope_parameters["factor"]) + 1.0
-    return float(scale * scale)
+        return scale
+    stretch = 0.1 * all_dim * math.log(rope_parameters["factor"]) + 1.0
+    return float(scale * stretch * stretch)
 
 
 def parse_moe(hf_config: Any, layer_ids: tuple[int, ...]) -> MoeConfig:

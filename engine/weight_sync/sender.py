@@ -268,13 +268,18 @@ def start_call(function: Callable[..., Any], *args: Any, **options: Any) -> Futu
 
 
 def gathered_tensors(model: nn.Module, gather: Gather | None = None) -> Iterator[NamedTensor]:
-    """Every parameter of a model by its name, whole for as long as it is the current one. Tied ones come once.
+    """Every parameter of a model by its name, whole for as long as it is the current one. Tied ones come once. What a
+    checkpoint has beside them comes last: a router's correction of its scores is a buffer, which every rank has whole.
 
     With a gather that is a collective, every rank of the trainer must iterate to the end; who does not send discards.
     """
     for name, parameter in model.named_parameters():
         with nullcontext() if gather is None else gather(parameter):
             yield name, parameter.detach()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer.detach()
 
 
 def free_port(address: str) -> int:

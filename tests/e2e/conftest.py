@@ -34,7 +34,7 @@ WITH_SERVER = {
     "test_not_finite.py",
 }
 # Files whose tests start what they need, each for itself; the long ones first.
-INDEPENDENT = ("test_reference_equality.py", "test_death.py")
+INDEPENDENT = ("test_reference_equality.py", "test_model_families.py", "test_death.py")
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 
 

@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 from support.reference_equality import Request, Setting, ask, compare, make_engine
-from support.tiny_families import FAMILIES, pack_experts, unpack_experts, write_family
+from support.tiny_families import FAMILIES, make_family_model, pack_experts, unpack_experts, write_family
 
+from waybill import Engine
 from waybill.engine.routing.transformers_reference import Reference
+from waybill.engine.weight_sync.checksum import checksum
 
 ALWAYS = [
     Setting(2, "tp", 16, cache=True, retract=True, depth=1),
@@ -93,7 +97,7 @@ def test_experts_in_mxfp4_equal_the_same_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "setting"), list(settings_to_run()))
 def test_equals_transformers(
-    family: str, setting: Setting, checkpoints: dict[str, Path], references: dict[str, Reference]
+    family: str, setting: Setting, checkpoints: dict[str, Path], references: dict[str, Reference], tmp_path: Path
 ) -> None:
     requests = make_requests(setting)
     pool_tokens = TIGHT_POOL_TOKENS if setting.retract else ROOMY_POOL_TOKENS
@@ -104,5 +108,24 @@ def test_equals_transformers(
             assert again[0]["meta_info"]["cached_tokens"] > 0
             answers, requests = answers + again, requests + requests[-1:]
         state = engine.get_server_info()
+        if setting in ALWAYS:
+            check_update(engine, family, tmp_path, as_files=setting.dp > 1)
     assert (state["num_retractions"] > 0) == setting.retract
     print(f"{family} {setting}: {compare(references[family], requests, answers)}")
+
+
+def check_update(engine: Engine, family: str, folder: Path, *, as_files: bool) -> None:
+    """Other weights, from a folder by the names on the hub, or from memory by those of `transformers` there."""
+    write_family(family, folder, seed=1)
+    stored = load_file(folder / "model.safetensors")
+    if as_files:
+        engine.update_weights_from_disk(str(folder))
+    else:
+        # Copies: tied or sliced tensors cannot be sent as they are.
+        in_memory = make_family_model(family, seed=1).state_dict()
+        engine.update_weights_from_tensor({name: tensor.clone() for name, tensor in in_memory.items()})
+    assert engine.checksum_weights() == {name: checksum(tensor) for name, tensor in stored.items()}
+    for name in (min(stored), max(stored)):
+        assert np.array_equal(engine.get_weights_by_name(name, 3), stored[name][:3].numpy())
+    requests = [Request([5, 6, 7] * 9, 4)]
+    compare(Reference(str(folder)), requests, ask(engine, requests))

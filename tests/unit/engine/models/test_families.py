@@ -1,0 +1,93 @@
+"""Every family's tensors, by their names in checkpoints and in memory, and what ranks keep of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.tiny_families import FAMILIES, make_family_model, write_family
+
+from waybill.engine.config import EngineConfig
+from waybill.engine.models.causal_lm import CausalLM
+from waybill.engine.models.model_config import ModelConfig
+from waybill.engine.models.model_context import ModelContext
+from waybill.engine.models.registry import build_model, family_of, load_model_config
+from waybill.parallel.mesh import Axis, ParallelMesh
+
+CPU = torch.device("cpu")
+LAYOUTS = [(1, 1, "ep"), (1, 2, "tp"), (2, 1, "ep"), (1, 4, "ep"), (1, 4, "tp")]
+
+
+def make_ranks(config: ModelConfig, dp_size: int, tp_size: int, split: str) -> list[CausalLM]:
+    """The model as each rank of a mesh builds it; nobody computes, so there are no process groups."""
+    world = tuple(range(dp_size * tp_size))
+    models = []
+    for rank in world:
+        mesh = ParallelMesh(
+            CPU,
+            Axis("world", rank, len(world), None, world),
+            Axis("dp", rank // tp_size, dp_size, None, world[rank % tp_size :: tp_size]),
+            Axis("tp", rank % tp_size, tp_size, None, world[rank - rank % tp_size :][:tp_size]),
+            Axis("ep", rank, len(world), None, world),
+            Axis("node", rank, len(world), None, world),
+        )
+        models.append(build_model(ModelContext(config, mesh, split), 8))
+    return models
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_are_those_of_checkpoints_and_of_memory(family: str, tmp_path: Path) -> None:
+    folder = write_family(family, tmp_path)
+    (model,) = make_ranks(load_model_config(EngineConfig(model_path=str(folder))), 1, 1, "ep")
+    weights, fused = model.sharded_weights(), model.fused_weights()
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == weights.keys()
+    in_memory = make_family_model(family).state_dict()
+    stands_for = [fused[name].names if name in fused else {name} for name in in_memory]
+    assert set().union(*stands_for) == weights.keys()
+    assert sum(map(len, stands_for)) == len(weights)
+    for name, tensor in in_memory.items():
+        (fused[name].weight if name in fused else weights[name]).check(tensor.shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dp_size", "tp_size", "split"), LAYOUTS)
+def test_pieces_of_all_ranks_tile_every_tensor(family: str, dp_size: int, tp_size: int, split: str) -> None:
+    config = family_of(family).parse_config(FAMILIES[family](), "nowhere", "float32")
+    ranks = [
+        model.sharded_weights() | {name: fused.weight for name, fused in model.fused_weights().items()}
+        for model in make_ranks(config, dp_size, tp_size, split)
+    ]
+    for name, weight in ranks[0].items():
+        held = torch.zeros(weight.shape, dtype=torch.int64)
+        pieces = {}
+        for weights in ranks:
+            assert weights[name].shape == weight.shape
+            for piece in weights[name].pieces:
+                assert piece.storage.shape == tuple(part.stop - part.start for part in piece.index), name
+                pieces[tuple((part.start, part.stop) for part in piece.index)] = piece.index
+        for index in pieces.values():
+            held[index] += 1
+        assert (held == 1).all(), name
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "no MoE layer: first_k_dense_replace=4 of 4"),
+        ("glm4_moe", {"topk_group": 5}, "topk_group=5"),
+        ("qwen2_moe", {"layer_types": ["chunked_attention"] * 4}, "layer_types: 'chunked_attention'"),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 0}, "sliding_window=0"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "no MoE layer"),
+        ("olmoe", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type='dynamic'"),
+    ],
+)
+def test_what_a_model_file_does_not_compute_is_refused(family: str, change: dict[str, object], message: str) -> None:
+    hf_config = FAMILIES[family]()
+    for name, value in change.items():
+        setattr(hf_config, name, value)
+    with pytest.raises(ValueError, match=message):
+        family_of(family).parse_config(hf_config, "nowhere", "float32")

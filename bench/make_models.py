@@ -8,7 +8,8 @@ python bench/make_models.py T --out models/T            a toy, for tests
 python bench/make_models.py 30b --no-weights --out ...  Qwen3-30B-A3B, for engines with load_format="dummy"
 
 Of Moonlight-16B-A3B and Kimi-K2 there are `moonlight` and `kimik2`, two layers of them and few tokens (`moonlight2`,
-`kimik2_2`), and toys that route as they do (`toymoonlight`, `toykimik2`).
+`kimik2_2`), and toys that route as they do (`toymoonlight`, `toykimik2`); so of GLM-4.5-Air (`glm4.5air`, `glm4.5air2`,
+`toyglm4.5air`) and gpt-oss-20b (`gptoss20b`, `gptoss20b_2`, `toygptoss20b`).
 
 Weights are written in the hub's naming, one shard of at most `SHARD_BYTES` in memory at a time. Nothing is learnt from
 them: a model of random weights has the cost and the routing load of a real one, not its answers.
@@ -37,11 +38,14 @@ INDEX = "model.safetensors.index.json"
 
 
 def make_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norms are ones; matrices keep the variance of their input, so that activations stay sane at any depth. On the
-    generator's device."""
+    """Norms are ones and biases zeros; matrices keep the variance of their input, so that activations stay sane at any
+    depth. On the generator's device."""
+    if name.endswith(("bias", "sinks")):
+        return torch.zeros(shape, dtype=torch.bfloat16, device=generator.device)
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16, device=generator.device)
-    scale = 1.0 if name == "model.embed_tokens.weight" else 1 / math.sqrt(shape[-1])
+    # Stacks of matrices are transposed.
+    scale = 1.0 if name == "model.embed_tokens.weight" else 1 / math.sqrt(shape[-1] if len(shape) == 2 else shape[-2])
     return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(torch.bfloat16)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import DeepseekV3Config, PreTrainedConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, Glm4MoeConfig, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from waybill.engine.routing.hf_config import RENAMED
 
@@ -14,7 +14,11 @@ END_OF_TURN = 260
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], str]] = {
     "qwen3_moe": (Qwen3MoeConfig, "Qwen3MoeForCausalLM"),
     "deepseek_v3": (DeepseekV3Config, "DeepseekV3ForCausalLM"),
+    "glm4_moe": (Glm4MoeConfig, "Glm4MoeForCausalLM"),
+    "gpt_oss": (GptOssConfig, "GptOssForCausalLM"),
 }
+# Those with a correction of the scores, shared experts, and dense layers first.
+LIKE_DEEPSEEK = ("deepseek_v3", "glm4_moe")
 
 QWEN3_30B: dict[str, object] = {
     "hidden_size": 2048,
@@ -81,6 +85,49 @@ KIMI_K2: dict[str, object] = LATENT | {
         "mscale_all_dim": 1.0,
         "original_max_position_embeddings": 4096,
     },
+}
+GLM_4_5_AIR: dict[str, object] = {
+    "model_type": "glm4_moe",
+    "hidden_size": 4096,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": True,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408,
+    "intermediate_size": 10944,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "vocab_size": 151552,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 0.5},
+}
+# Experts in 16 bits, which the hub has in MXFP4. Layers alternate between a window and none.
+GPT_OSS_20B: dict[str, object] = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "intermediate_size": 2880,
+    "sliding_window": 128,
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+}
+TOY_GROUPED: dict[str, object] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 512,
 }
 # A dense layer and one with experts.
 NARROW: dict[str, object] = {"num_hidden_layers": 2, "vocab_size": 8192}
@@ -165,6 +212,14 @@ SHAPES: dict[str, dict[str, object]] = {
     # 37 GB in bfloat16.
     "kimik2_2": KIMI_K2 | NARROW,
     "toykimik2": KIMI_K2 | TOY_LATENT | {"q_lora_rank": 32},
+    "glm4.5air": GLM_4_5_AIR,
+    # 6 GB in bfloat16.
+    "glm4.5air2": GLM_4_5_AIR | NARROW,
+    "toyglm4.5air": GLM_4_5_AIR | TOY_GROUPED | {"moe_intermediate_size": 16},
+    "gptoss20b": GPT_OSS_20B,
+    # 3.4 GB in bfloat16.
+    "gptoss20b_2": GPT_OSS_20B | NARROW,
+    "toygptoss20b": GPT_OSS_20B | TOY_GROUPED,
 }
 
 
@@ -173,10 +228,11 @@ def make_config(shape: str) -> PreTrainedConfig:
     fields = dict(SHAPES[shape])
     model_type = str(fields.pop("model_type", "qwen3_moe"))
     kind, architecture = CONFIGS[RENAMED.get(model_type, model_type)]
+    if model_type != "gpt_oss":
+        fields["norm_topk_prob"] = True
     return kind(
         **fields,
         architectures=[architecture],
-        norm_topk_prob=True,
         tie_word_embeddings=False,
         eos_token_id=END_OF_TURN,
         dtype="bfloat16",
@@ -192,13 +248,16 @@ def config_changes(shape: str) -> dict[str, object]:
 def tensor_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of the checkpoint by its name on the hub."""
     hidden, is_latent = config.hidden_size, config.model_type == "deepseek_v3"
+    dense_layers = range(config.first_k_dense_replace) if config.model_type in LIKE_DEEPSEEK else ()
+    if config.model_type == "qwen3_moe":
+        dense_layers = config.mlp_only_layers
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         yield from (latent_shapes if is_latent else grouped_shapes)(f"{prefix}.self_attn", config)
         yield f"{prefix}.input_layernorm.weight", (hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        if layer < config.first_k_dense_replace if is_latent else layer in config.mlp_only_layers:
+        if layer in dense_layers:
             yield from mlp_shapes(f"{prefix}.mlp", hidden, config.intermediate_size)
         else:
             yield from moe_shapes(f"{prefix}.mlp", config)
@@ -207,16 +266,21 @@ def tensor_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def num_experts_of(config: Any) -> int:
-    return int(config.n_routed_experts if config.model_type == "deepseek_v3" else config.num_experts)
+    return int(config.n_routed_experts if config.model_type in LIKE_DEEPSEEK else config.num_experts)
 
 
 def grouped_shapes(prefix: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = config.hidden_size, config.head_dim
-    for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+    hidden, width, num_kv_heads = config.hidden_size, config.head_dim, config.num_key_value_heads
+    for name, heads in (("q", config.num_attention_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
         yield f"{prefix}.{name}_proj.weight", (heads * width, hidden)
-        yield f"{prefix}.{name}_norm.weight", (width,)
-    yield f"{prefix}.v_proj.weight", (config.num_key_value_heads * width, hidden)
+        if config.attention_bias:
+            yield f"{prefix}.{name}_proj.bias", (heads * width,)
+        if name != "v" and config.model_type == "qwen3_moe":
+            yield f"{prefix}.{name}_norm.weight", (width,)
     yield f"{prefix}.o_proj.weight", (hidden, config.num_attention_heads * width)
+    if config.model_type == "gpt_oss":
+        yield f"{prefix}.o_proj.bias", (hidden,)
+        yield f"{prefix}.sinks", (config.num_attention_heads,)
 
 
 def latent_shapes(prefix: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -235,13 +299,27 @@ def latent_shapes(prefix: str, config: Any) -> Iterator[tuple[str, tuple[int, ..
 
 
 def moe_shapes(prefix: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if config.model_type == "gpt_oss":
+        yield from clamped_shapes(prefix, config)
+        return
     hidden, width, num_experts = config.hidden_size, config.moe_intermediate_size, num_experts_of(config)
     yield f"{prefix}.gate.weight", (num_experts, hidden)
-    if config.model_type == "deepseek_v3":
+    if config.model_type in LIKE_DEEPSEEK:
         yield f"{prefix}.gate.e_score_correction_bias", (num_experts,)
         yield from mlp_shapes(f"{prefix}.shared_experts", hidden, config.n_shared_experts * width)
     for expert in range(num_experts):
         yield from mlp_shapes(f"{prefix}.experts.{expert}", hidden, width)
+
+
+def clamped_shapes(prefix: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The experts of gpt-oss, fused, and transposed."""
+    hidden, width, num_experts = config.hidden_size, config.intermediate_size, num_experts_of(config)
+    yield f"{prefix}.router.weight", (num_experts, hidden)
+    yield f"{prefix}.router.bias", (num_experts,)
+    yield f"{prefix}.experts.gate_up_proj", (num_experts, hidden, 2 * width)
+    yield f"{prefix}.experts.gate_up_proj_bias", (num_experts, 2 * width)
+    yield f"{prefix}.experts.down_proj", (num_experts, width, hidden)
+    yield f"{prefix}.experts.down_proj_bias", (num_experts, hidden)
 
 
 def mlp_shapes(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:

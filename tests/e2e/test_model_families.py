@@ -124,8 +124,10 @@ def check_update(engine: Engine, family: str, folder: Path, *, as_files: bool) -
         # Copies: tied or sliced tensors cannot be sent as they are.
         in_memory = make_family_model(family, seed=1).state_dict()
         engine.update_weights_from_tensor({name: tensor.clone() for name, tensor in in_memory.items()})
-    assert engine.checksum_weights() == {name: checksum(tensor) for name, tensor in stored.items()}
-    for name in (min(stored), max(stored)):
+    sums = engine.checksum_weights()
+    # A checkpoint may have layers that draft tokens.
+    assert sums == {name: checksum(stored[name]) for name in sums}
+    for name in (min(sums), max(sums)):
         assert np.array_equal(engine.get_weights_by_name(name, 3), stored[name][:3].numpy())
     requests = [Request([5, 6, 7] * 9, 4)]
     compare(Reference(str(folder)), requests, ask(engine, requests))

@@ -139,8 +139,16 @@ def test_sizes_of_shapes_with_latents(
     assert (config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok) == routing
 
 
-@pytest.mark.parametrize("shape", ["toymoonlight", "toykimik2"])
-def test_toys_with_latents_are_read_by_transformers_and_by_the_engine(
+TOYS = {
+    "toymoonlight": "deepseek_v3",
+    "toykimik2": "kimi_k2",
+    "toyglm4.5air": "glm4_moe",
+    "toygptoss20b": "gpt_oss",
+}
+
+
+@pytest.mark.parametrize("shape", TOYS)
+def test_toys_of_other_families_are_read_by_transformers_and_by_the_engine(
     make_models: ModuleType, shape: str, tmp_path: Path
 ) -> None:
     make_models.write_checkpoint(shape, tmp_path, seed=0)
@@ -152,9 +160,26 @@ def test_toys_with_latents_are_read_by_transformers_and_by_the_engine(
         logits = model.eval()(torch.arange(100)[None]).logits
     assert 0.5 < logits.std().item() < 2.0
     config = load_model_config(EngineConfig(model_path=str(tmp_path)))
-    assert config.model_type == {"toymoonlight": "deepseek_v3", "toykimik2": "kimi_k2"}[shape]
+    assert config.model_type == TOYS[shape]
     loaded = build_model(ModelContext(config, ParallelMesh.single(torch.device("cpu"))), 128)
     assert loaded.sharded_weights().keys() == {name for name, _ in make_models.tensor_shapes(model.config)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "low", "high", "routing"),
+    [
+        ("glm4.5air", 106e9, 107e9, (46, 128, 8)),
+        ("gptoss20b", 20.5e9, 21.5e9, (24, 32, 4)),
+        ("glm4.5air2", 2.5e9, 3.5e9, (2, 128, 8)),
+        ("gptoss20b_2", 1.5e9, 2e9, (2, 32, 4)),
+    ],
+)
+def test_sizes_of_shapes_of_other_families(
+    make_models: ModuleType, shape: str, low: float, high: float, routing: tuple[int, int, int]
+) -> None:
+    config = make_models.make_config(shape)
+    assert low < sum(math.prod(s) for _, s in make_models.tensor_shapes(config)) < high
+    assert (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok) == routing
 
 
 def test_routing30b_reaches_the_context_of_its_model(make_models: ModuleType) -> None:

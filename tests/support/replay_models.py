@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -45,6 +46,13 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 16}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 # Layer 0 is dense where the family allows it.
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **QWEN, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0]),
@@ -61,11 +69,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         topk_group=1,
         routed_scaling_factor=2.5,
         first_k_dense_replace=1,
-        q_lora_rank=None,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
+        **LATENT,
     ),
     "glm4_moe": lambda: Glm4MoeConfig(
         **SIZES,
@@ -77,10 +81,19 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         routed_scaling_factor=1.5,
         first_k_dense_replace=1,
     ),
+    "glm4_moe_lite": lambda: Glm4MoeLiteConfig(
+        **SIZES,
+        **LATENT,
+        n_routed_experts=NUM_EXPERTS,
+        moe_intermediate_size=16,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=1.8,
+    ),
     "gpt_oss": lambda: GptOssConfig(**SIZES, head_dim=8, num_local_experts=NUM_EXPERTS, swiglu_limit=1.0),
 }
 # Those that score with a sigmoid, and share experts.
-LIKE_DEEPSEEK = {"deepseek_v3", "glm4_moe"}
+LIKE_DEEPSEEK = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -119,6 +119,7 @@ class StubConfig:
         self.hidden_size = SIZES["hidden_size"]
         self.rms_norm_eps = SIZES["rms_norm_eps"]
         self.dtype = torch.float32
+        self.wide_norms = False
 
 
 @pytest.mark.parametrize("backend_name", ["sdpa", "torch_reference"])

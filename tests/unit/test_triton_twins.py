@@ -133,6 +133,8 @@ ROUTERS = {
     "of_chosen": RouterConfig(20, 4, "softmax_of_chosen", bias=True),
     "sigmoid": RouterConfig(20, 3, "sigmoid", correction=True, scale=2.5),
     "groups": RouterConfig(24, 4, "sigmoid", correction=True, num_groups=4, num_chosen_groups=2, wide_weights=True),
+    # Ids that do not fit into a byte.
+    "many": RouterConfig(384, 8, "sigmoid", correction=True, scale=2.8, wide_weights=True),
     "odd_groups": RouterConfig(30, 5, "sigmoid", renormalises=False, num_groups=6, num_chosen_groups=3, scale=0.5),
 }
 
@@ -150,11 +152,12 @@ def router_inputs(config: RouterConfig, num_rows: int, dtype: torch.dtype) -> tu
 def test_choice_of_experts(dtype: torch.dtype, router: str) -> None:
     config = ROUTERS[router]
     logits, correction = router_inputs(config, 7, dtype)
-    records = [torch.full((7, config.top_k), 255, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    dtype_of_ids = torch.uint8 if config.num_experts <= 256 else torch.uint16
+    records = [torch.full((7, config.top_k), 255, dtype=dtype_of_ids, device=DEVICE) for _ in range(2)]
     weights_dtype = config.weights_dtype(dtype)
     expected = choose_torch(logits, config, correction, records[0], weights_dtype)
     found = choose_triton(logits, config, correction, records[1], weights_dtype)
-    assert torch.equal(found[0], expected[0]) and torch.equal(records[1], records[0])
+    assert torch.equal(found[0], expected[0]) and torch.equal(records[1].long(), records[0].long())
     assert found[1].dtype == expected[1].dtype == weights_dtype
     torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
     assert torch.equal(choose_triton(logits, config, correction, None, weights_dtype)[0], expected[0])
@@ -174,7 +177,7 @@ def test_a_row_without_a_choice_of_experts_gets_distinct_ones(dtype: torch.dtype
     logits[1, 7], logits[2], logits[4, 0] = nan, nan, inf
     logits[6] = -inf
     logits[7] = torch.tensor(nan, dtype=dtype).copysign(torch.tensor(-1.0, dtype=dtype))
-    record = torch.full((9, config.top_k), 255, dtype=torch.uint8, device=DEVICE)
+    record = torch.full((9, config.top_k), 255, dtype=torch.int32, device=DEVICE)
     ids, weights = choose(logits, config, correction, record, dtype)
     assert torch.equal(record.long(), ids)
     assert ids.min() >= 0 and ids.max() < config.num_experts
@@ -328,22 +331,24 @@ def test_sums_over_symmetric_memory(dtype: torch.dtype, in_packets: bool, scatte
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("in_packets", [True, False])
-def test_gather_of_routed_rows_over_symmetric_memory(dtype: torch.dtype, in_packets: bool) -> None:
+@pytest.mark.parametrize("num_experts", [16, 384])
+def test_gather_of_routed_rows_over_symmetric_memory(dtype: torch.dtype, in_packets: bool, num_experts: int) -> None:
     rows, width, top_k = 3, 48, 3
     other = OtherRank(RowLayout(width, top_k, dtype), in_packets=in_packets)
     is_padding = torch.tensor([False, False, True], device=DEVICE)
     for call in range(1, 5):
         hidden = [normal(rows, width, dtype=dtype, seed=2 * call + i) for i in range(2)]
         weights = [normal(rows, top_k, dtype=dtype, seed=2 * call + i) for i in range(2)]
-        ids = [(torch.arange(rows * top_k, device=DEVICE).view(rows, top_k) * (3 + i) + call) % 16 for i in range(2)]
+        choices = torch.arange(rows * top_k, device=DEVICE).view(rows, top_k) * (37 + num_experts // 7)
+        ids = [(choices * (1 + 2 * i) + call) % num_experts for i in range(2)]
         other.send(words_of(hidden[1], ids[1], weights[1]), call)
-        record = torch.full((4, top_k), 255, dtype=torch.uint8, device=DEVICE)
+        record = torch.full((4, top_k), 255, dtype=torch.uint8 if num_experts <= 256 else torch.uint16, device=DEVICE)
         found = gather_routed(hidden[0], ids[0], weights[0], is_padding, other.lane, record, 1)
         masked = torch.where(is_padding[:, None], -1, ids[0])
         world_ids = torch.cat([masked, ids[1]])
         for given, expected in zip(found, (torch.cat(hidden), world_ids, torch.cat(weights)), strict=True):
             assert torch.equal(given, expected)
-        assert torch.equal(record, world_ids[1:5].to(torch.uint8))
+        assert torch.equal(record.long(), world_ids[1:5].to(record.dtype).long())
         sent = words_of(hidden[0], masked, weights[0])
         assert torch.equal(other.received(rows, sent.shape[1], call), sent)
 

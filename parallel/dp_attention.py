@@ -28,6 +28,11 @@ class TokenLayout(Protocol):
     """A step's rows on this rank."""
 
     @property
+    def axis(self) -> Axis:
+        """The tp ranks, which share the rows of their dp rank, or hold all of them."""
+        ...
+
+    @property
     def is_padding(self) -> torch.Tensor | None:
         """Which of this rank's rows are no tokens: [P] bool, on their device; None: all are tokens."""
         ...

@@ -43,6 +43,9 @@ class AllToAllDispatcher:
         # Every row to every rank.
         self.fixed: Dispatcher = AllGatherDispatcher(axis, clock)
 
+    def rows_of_group(self, tp: Axis, num_rows: int) -> None:
+        return None
+
     def dispatch(
         self,
         hidden: torch.Tensor,

@@ -55,6 +55,11 @@ class Dispatcher(Protocol):
         """The form in which sizes depend on shapes alone, as a CUDA graph needs it."""
         ...
 
+    def rows_of_group(self, tp: Axis, num_rows: int) -> slice | None:
+        """Those of a dp rank's tokens among the rows that `dispatch` gives to each of its tp ranks, which bring `num_rows`
+        each. None: they do not all come."""
+        ...
+
     def dispatch(
         self,
         hidden: torch.Tensor,
@@ -96,6 +101,9 @@ class ReplicatedDispatcher:
     def fixed(self) -> Dispatcher:
         return self
 
+    def rows_of_group(self, tp: Axis, num_rows: int) -> slice:
+        return slice(0, num_rows)
+
     def dispatch(
         self,
         hidden: torch.Tensor,
@@ -123,6 +131,9 @@ class AllGatherDispatcher:
     @property
     def fixed(self) -> Dispatcher:
         return self
+
+    def rows_of_group(self, tp: Axis, num_rows: int) -> slice:
+        return world_rows_of_group(self._axis, tp, num_rows)
 
     def dispatch(
         self,
@@ -160,6 +171,9 @@ class PlainDispatcher:
     def fixed(self) -> Dispatcher:
         return self
 
+    def rows_of_group(self, tp: Axis, num_rows: int) -> slice:
+        return world_rows_of_group(self._axis, tp, num_rows)
+
     def dispatch(
         self,
         hidden: torch.Tensor,
@@ -176,6 +190,12 @@ class PlainDispatcher:
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
         own = PartialSum(partial, self._axis).complete().chunk(self._axis.size)[self._axis.rank]
         return PartialSum.of_one(own)
+
+
+def world_rows_of_group(world: Axis, tp: Axis, num_rows: int) -> slice:
+    """Where rows of the world stand in rank order: those of the tp ranks, of `num_rows` each, are neighbours."""
+    first = (world.rank - tp.rank) * num_rows
+    return slice(first, first + tp.size * num_rows)
 
 
 def mask_padding(ids: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:

@@ -56,5 +56,11 @@ class MoeLayer(nn.Module):
         routed = self.router(hidden, record=own)
         dispatched = dispatcher.dispatch(hidden, routed, layout.is_padding, of_world)
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
-        routed_sum = dispatcher.combine(partial, dispatched)
-        return routed_sum if self.shared is None else routed_sum.plus(layout.run_sharded(self.shared, hidden))
+        if self.shared is None:
+            return dispatcher.combine(partial, dispatched)
+        rows = dispatcher.rows_of_group(layout.axis, len(hidden))
+        if rows is None:
+            return dispatcher.combine(partial, dispatched).plus(layout.run_sharded(self.shared, hidden))
+        # They are here already, and their partial sums travel with those of the routed experts.
+        partial[rows] += self.shared(dispatched.hidden[rows])
+        return dispatcher.combine(partial, dispatched)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from waybill.engine.routing.transformers_reference import Difference, Reference
+from waybill.engine.routing.transformers_reference import Difference, Reference, grouped_choice_gap
 
 CHECKPOINT = Path(__file__).parents[4] / "examples" / "tiny_moe" / "checkpoint"
 SEQUENCES = [list(b"add 21"), list(b"start with 12"), list(b"x")]
@@ -44,6 +44,21 @@ def test_a_forward_is_kept_as_long_as_there_is_room() -> None:
     keeping.check_routes(SEQUENCES[2], routes[2])
     keeping.check_routes(SEQUENCES[0], routes[0])
     assert keeping.num_forwards == 4, "the oldest had to go"
+
+
+def test_the_gap_of_a_choice_in_groups() -> None:
+    """Four groups of two, of which two compete: by the sums 1.5, 1.4, 1.3, 0.2."""
+    scores = torch.tensor([0.9, 0.6, 0.8, 0.6, 1.2, 0.1, 0.1, 0.1])
+
+    def gap(*ids: int) -> float:
+        return grouped_choice_gap(scores, torch.tensor(ids), 4, 2)
+
+    assert gap(0, 2, 1) == 0
+    assert gap(2, 0, 1) == pytest.approx(0.1), "out of order"
+    assert gap(0, 1, 3) == pytest.approx(0.2), "expert 2 is better"
+    assert gap(4, 0, 1) == pytest.approx(0.1), "the third group stands in for the second"
+    assert gap(4, 2, 3) == pytest.approx(0.2), "the third for the first"
+    assert gap(0, 2, 4) == float("inf"), "three groups"
 
 
 def test_a_wrong_route_is_seen_in_what_was_kept_too() -> None:

@@ -17,8 +17,10 @@ from ...parallel.host_to_device import to_device
 from ...parallel.triton_launch import Kernel, launch_options, power_of_2_from, start_next, wait_for_previous
 from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection
 from .decode_plan import DecodePlan
+from .latent_sdpa import prefill_latents
 from .latent_triton import latent_decode_attention
-from .sdpa import Prefill, SdpaAttention, SdpaPlan, prefill, prefill_latent
+from .sdpa import SdpaAttention, prefill
+from .sdpa_plan import Prefill, SdpaPlan
 from .split_merge_triton import choose_num_splits, merge_splits
 
 # Rows of the matrix unit's smallest tile: the query heads of one kv head are padded to it.
@@ -154,8 +156,7 @@ class TritonPagedAttention:
         out = query.new_empty(*query.shape[:2], projection.value_width)
         rows = query[plan.decode_rows]
         out[plan.decode_rows] = decode_latent(rows, kv["latent"], plan.decodes, rule.scale, projection)
-        for each in plan.prefills:
-            prefill_latent(query, kv["latent"], each, rule.scale, projection, out)
+        prefill_latents(query, kv["latent"], plan.prefills, rule.scale, projection, out)
         return out
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.attention import make_attention_backend, sdpa
+from waybill.engine.attention import latent_sdpa, make_attention_backend
 from waybill.engine.attention.backend import AttentionBatch, AttentionRule
 
 HEADS, RANK, ROPE, KEYS, VALUES = 6, 32, 8, 16, 12
@@ -89,20 +89,25 @@ def test_sdpa_equals_the_definition(lengths: list[tuple[int, int]], page_size: i
     torch.testing.assert_close(case.run("sdpa"), case.run("torch_reference"), rtol=1e-4, atol=1e-5)
 
 
-def test_a_prefill_is_expanded_a_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case([(9, 30), (4, 0)], 4, 1)
+def test_prefills_are_expanded_a_few_requests_and_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case([(9, 30), (4, 0), (2, 3)], 4, 1)
     expected = case.run("sdpa")
-    expanded: list[int] = []
+    expanded: list[tuple[int, int]] = []
     expand = Projection.expand
 
     def note(self: Projection, latent: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        expanded.append(heads.stop - heads.start)
+        expanded.append((len(latent), heads.stop - heads.start))
         return expand(self, latent, heads)
 
     monkeypatch.setattr(Projection, "expand", note)
-    for limit, parts in ((30_000, [2, 2, 2, 6]), (1, [1] * 12)):
+    long, short = [(39, 2)] * 3, [(9, 6)]
+    for limit, parts in (
+        (latent_sdpa.MAX_EXPANDED_BYTES, [(48, 6)]),
+        (30_000, long + short),
+        (1, [(39, 1)] * 6 + [(4, 1)] * 6 + [(5, 1)] * 6),
+    ):
         expanded.clear()
-        monkeypatch.setattr(sdpa, "MAX_EXPANDED_BYTES", limit)
+        monkeypatch.setattr(latent_sdpa, "MAX_EXPANDED_BYTES", limit)
         torch.testing.assert_close(case.run("sdpa"), expected)
         assert expanded == parts
 

@@ -43,6 +43,10 @@ class Matrix(nn.Module):
         """[T, C] -> [T, R]."""
         return self._linear(x, self.data, bias)
 
+    def product_of_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """[T, C] -> the columns [T, R'] of the product that these rows make."""
+        return self._linear(x, self.data[rows], None)
+
     def floats(self) -> torch.Tensor:
         """The numbers, in the model's dtype."""
         return self.data
@@ -75,6 +79,14 @@ class Fp8Matrix(Matrix):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = through_e4m3(x, self.grid.columns) if self.quantises else x
         return linear_fp8_torch(x, self.data, self.scales, self.grid, bias)
+
+    def product_of_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Of activations as they are: these are latents that others are made of, and hardly any work."""
+        first = rows.start // self.grid.rows
+        scales = self.scales[first : -(-rows.stop // self.grid.rows)]
+        around = slice(first * self.grid.rows, rows.stop)
+        product = linear_fp8_torch(x, self.data[around], scales, self.grid, None)
+        return product[:, rows.start - around.start :]
 
     def floats(self) -> torch.Tensor:
         return dequantise(self.data, self.scales, self.grid, self.dtype)

@@ -38,20 +38,19 @@ class ExpandedHeads(nn.Module):
         super().__init__()
         self.key_width, self.value_width = shape.qk_nope_head_dim, shape.v_head_dim
         self._width = self.key_width + self.value_width
-        self._linear = context.weight_format.linear()
         self.proj = MergedColumnParallelLinear(
             shape.kv_lora_rank, [shape.num_heads * self._width], context.axis, weight_format=context.weight_format
         )
 
     def _matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of all heads: [H, N, L] and [H, V, L]."""
-        weight = self.proj.weight
+        weight = self.proj.matrix.floats()
         by_head = weight.view(-1, self._width, weight.shape[1])
         return by_head[:, : self.key_width], by_head[:, self.key_width :]
 
     def expand(self, latent: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.proj.weight[heads.start * self._width : heads.stop * self._width]
-        both = self._linear(latent, rows, None).view(len(latent), -1, self._width)
+        rows = slice(heads.start * self._width, heads.stop * self._width)
+        both = self.proj.matrix.product_of_rows(latent, rows).view(len(latent), -1, self._width)
         return both[..., : self.key_width], both[..., self.key_width :]
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:

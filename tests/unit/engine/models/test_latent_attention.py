@@ -120,6 +120,7 @@ class StubConfig:
         self.rms_norm_eps = SIZES["rms_norm_eps"]
         self.dtype = torch.float32
         self.wide_norms = False
+        self.is_fp8 = False
 
 
 @pytest.mark.parametrize("backend_name", ["sdpa", "torch_reference"])

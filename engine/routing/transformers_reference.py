@@ -1,4 +1,5 @@
 """The reference that tokens, log-probabilities and routes are compared with: `transformers`, in float32, teacher-forced.
+A checkpoint in FP8 is dequantised for it; an engine's activations must then be exact (`fp8_activations`).
 
     python -m waybill.engine.routing.transformers_reference --model CHECKPOINT --routes FILE.npz
 
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .dequantised import floating_point
 from .hf_config import read_hf_config
 from .replay.routers import RouterKind, router_kind, router_weights
 
@@ -98,7 +100,8 @@ class Reference:
     """A checkpoint under `transformers`. The last `num_kept` forwards are not computed again for the same tokens."""
 
     def __init__(self, model_path: str, device: str = "cpu", *, num_kept: int = 0) -> None:
-        model = AutoModelForCausalLM.from_pretrained(model_path, config=read_hf_config(model_path), dtype=torch.float32)
+        with floating_point(model_path) as folder:
+            model = AutoModelForCausalLM.from_pretrained(folder, config=read_hf_config(folder), dtype=torch.float32)
         self._model = model.eval().to(device)
         self._taps: list[RouterTap] = []
         for layer in self._model.model.layers:

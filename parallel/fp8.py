@@ -84,9 +84,17 @@ def through_e4m3(x: torch.Tensor, columns: int = BLOCK) -> torch.Tensor:
 
 
 def linear_fp8_torch(
-    x: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, grid: Grid, bias: torch.Tensor | None
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    grid: Grid,
+    bias: torch.Tensor | None,
+    *,
+    quantises: bool = False,
 ) -> torch.Tensor:
-    """[T, C] times the transpose of e4m3 [R, C], which is dequantised tile by tile: [T, R]."""
+    """[T, C] times the transpose of e4m3 [R, C], which is dequantised tile by tile: [T, R]. With `quantises` activations go
+    through e4m3, too, in groups as wide as the grid's."""
+    x = through_e4m3(x, grid.columns) if quantises else x
     tile_rows = TILE_ROWS // grid.rows * grid.rows
     products = [
         F.linear(x, dequantise(rows, tile_scales, grid, x.dtype))

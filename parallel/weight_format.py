@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fp8 import E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, sharded_scale, through_e4m3
+from .fp8 import E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, sharded_scale
 from .weights import Piece, ShardedWeight
 
 # (x [T, C], weight [R, C], bias [R] or None) -> [T, R]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+# See `linear_fp8_torch`.
+LinearFp8 = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class Placed:
     index: tuple[slice, ...]
     rows: slice
     stack: tuple[int | slice, ...] = ()
+
+
+def select_linear_fp8(device: torch.device) -> LinearFp8:
+    """The fastest for the device."""
+    if device.type == "cpu":
+        return linear_fp8_torch
+    # Triton comes with torch's CUDA builds alone.
+    from .fp8_triton import linear_fp8_triton  # noqa: PLC0415
+
+    return linear_fp8_triton
 
 
 class Matrix(nn.Module):
@@ -75,17 +88,17 @@ class Fp8Matrix(Matrix):
         self.grid = grid
         self.dtype = weight_format.dtype
         self.quantises = weight_format.quantises_activations
+        self._product = select_linear_fp8(device)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        x = through_e4m3(x, self.grid.columns) if self.quantises else x
-        return linear_fp8_torch(x, self.data, self.scales, self.grid, bias)
+        return self._product(x, self.data, self.scales, self.grid, bias, quantises=self.quantises)
 
     def product_of_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """Of activations as they are: these are latents that others are made of, and hardly any work."""
         first = rows.start // self.grid.rows
         scales = self.scales[first : -(-rows.stop // self.grid.rows)]
         around = slice(first * self.grid.rows, rows.stop)
-        product = linear_fp8_torch(x, self.data[around], scales, self.grid, None)
+        product = self._product(x, self.data[around], scales, self.grid, None)
         return product[:, rows.start - around.start :]
 
     def floats(self) -> torch.Tensor:
@@ -97,8 +110,8 @@ class Fp8Matrix(Matrix):
 
     def product(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """With one matrix of a stack."""
-        x = through_e4m3(x, self.grid.columns) if self.quantises else x
-        return linear_fp8_torch(x, self.data[number], self.scales[number], self.grid, None)
+        data, scales = self.data[number], self.scales[number]
+        return self._product(x, data, scales, self.grid, None, quantises=self.quantises)
 
     @property
     def shape(self) -> torch.Size:

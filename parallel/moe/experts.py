@@ -18,7 +18,7 @@ from torch import nn
 
 from ..linear import shard_size
 from ..mesh import Axis
-from ..weight_format import Placed, Stack, WeightFormat, product_of_stack
+from ..weight_format import Fp8Matrix, Placed, Stack, WeightFormat, product_of_stack
 from ..weights import Piece, ShardedWeight
 from .activation import ClampedExperts, SwigluClamp, activate, add_down_bias
 from .experts_native import experts_native, has_native_experts
@@ -108,11 +108,15 @@ def select_experts_function(
 def _experts_on_gpu(first: int, num_experts: int, clamped: ClampedExperts | None) -> ExpertsFunction:
     # Triton comes with torch's CUDA builds alone.
     from .experts_few_triton import experts_few_triton  # noqa: PLC0415
+    from .experts_fp8_triton import experts_fp8_triton  # noqa: PLC0415
     from .experts_triton import experts_triton  # noqa: PLC0415
 
     def choose(
-        hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+        hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: Stack, down: Stack
     ) -> torch.Tensor:
+        if isinstance(gate_up, Fp8Matrix) and isinstance(down, Fp8Matrix):
+            return experts_fp8_triton(hidden, ids, weights, gate_up, down, first=first, num_experts=num_experts)
+        assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
         if hidden.shape[0] <= MAX_FEW_TOKENS:
             return experts_few_triton(hidden, ids, weights, gate_up, down, first=first, clamped=clamped)
         return experts_triton(
@@ -166,7 +170,7 @@ class Experts(nn.Module):
         shape = self._full if part != "down" else self._full[::-1]
         local = expert_id - self._first_expert
         if not 0 <= local < self._num_local:
-            return ShardedWeight(shape, ())
+            return self.down.sharded(shape)
         columns = slice(self._first_column, self._first_column + self._width)
         every = slice(0, self._full[1])
         if part == "down":

@@ -1,7 +1,8 @@
 """Experts for any number of tokens, in Triton: tokens sorted by expert, products tiled, nothing waits for the host.
 
-Every program finds its tile in the sorted order by itself, so the grid's size depends on shapes alone and the kernels serve
-in CUDA graphs. Rows of tokens are gathered inside the product, and SwiGLU is applied to it while it is in registers.
+Every program finds its tile in the sorted order by itself (`expert_order_triton.py`), so the grid's size depends on shapes
+alone and the kernels serve in CUDA graphs. Rows of tokens are gathered inside the product, and SwiGLU is applied to it
+while it is in registers.
 
 Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank, P = T * K.
 """
@@ -16,50 +17,7 @@ import triton.language as tl
 
 from ..triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 from .activation import ClampedExperts
-
-
-@Kernel
-@triton.jit
-def _sort_kernel(ids, order, ends, num_pairs, first, SCAN: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr):
-    """One expert's pairs (token, choice), in their order, behind those of all experts before it; with ONCE all pairs are
-    held at the same time."""
-    start_next(PDL)
-    wait_for_previous(PDL)
-    expert = tl.program_id(0)
-    lanes = tl.arange(0, SCAN)
-    if ONCE:
-        found = tl.load(ids + lanes, lanes < num_pairs, other=-1).to(tl.int32) - first
-        hit = (found == expert).to(tl.int32)
-        place = tl.sum(((found >= 0) & (found < expert)).to(tl.int32), axis=0)
-        tl.store(order + place + tl.cumsum(hit, axis=0) - 1, lanes, hit > 0)
-        tl.store(ends + expert, place + tl.sum(hit, axis=0))
-    else:
-        before = tl.zeros((SCAN,), tl.int32)
-        for start in range(0, num_pairs, SCAN):
-            pair = start + lanes
-            found = tl.load(ids + pair, pair < num_pairs, other=-1) - first
-            before += ((found >= 0) & (found < expert)).to(tl.int32)
-        place = tl.sum(before, axis=0)
-        for start in range(0, num_pairs, SCAN):
-            pair = start + lanes
-            hit = (tl.load(ids + pair, pair < num_pairs, other=-1) - first == expert).to(tl.int32)
-            tl.store(order + place + tl.cumsum(hit, axis=0) - 1, pair, hit > 0)
-            place += tl.sum(hit, axis=0)
-        tl.store(ends + expert, place)
-
-
-@triton.jit
-def _tile_of(ends, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """A tile's expert (`num_experts` or more: no such tile), its first place in the order, and its expert's end."""
-    experts = tl.arange(0, EXPERTS)
-    inside = experts < num_experts
-    end = tl.load(ends + experts, inside, other=0)
-    first = tl.load(ends + experts - 1, inside & (experts > 0), other=0)
-    tiles = tl.where(inside, (end - first + ROWS - 1) // ROWS, 0)
-    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
-    place = tile - tl.sum(tl.where(experts < expert, tiles, 0), axis=0)
-    this = experts == expert
-    return expert, tl.sum(tl.where(this, first, 0), axis=0) + place * ROWS, tl.sum(tl.where(this, end, 0), axis=0)
+from .expert_order_triton import combine_pairs, sort_by_expert, tile_of
 
 
 @triton.jit
@@ -135,7 +93,7 @@ def _gate_up_kernel(
     """SwiGLU of gathered rows; results stand in sorted order."""
     start_next(PDL)
     wait_for_previous(PDL)
-    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
+    expert, first, end = tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
     if expert >= num_experts:
         return
     if TAIL < ROWS and end - first <= TAIL:
@@ -189,7 +147,7 @@ def _down_kernel(
     """Rows in sorted order to results in the order of pairs."""
     start_next(PDL)
     wait_for_previous(PDL)
-    expert, first, end = _tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
+    expert, first, end = tile_of(ends, tl.program_id(1), num_experts, ROWS, EXPERTS)
     if expert >= num_experts:
         return
     if TAIL < ROWS and end - first <= TAIL:
@@ -202,27 +160,6 @@ def _down_kernel(
             activated, order, down, bias, results, expert, first, end, width, intermediate, ROWS, COLUMNS, DEPTH, EVEN,
             BIASED,
         )  # fmt: skip
-
-
-@Kernel
-@triton.jit
-def _combine_kernel(
-    results, ids, weights, out, num_experts, width, first, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    start_next(PDL)
-    wait_for_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    kept = columns < width
-    dtype = out.dtype.element_ty
-    acc = tl.zeros((COLUMNS,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        pair = token * TOP_K + k
-        expert = tl.load(ids + pair) - first
-        held = (expert >= 0) & (expert < num_experts)
-        value = tl.load(results + pair * width + columns, kept & held, other=0.0).to(tl.float32)
-        acc += (value * tl.load(weights + pair).to(tl.float32)).to(dtype).to(tl.float32)
-    tl.store(out + token * width + columns, acc.to(dtype), kept)
 
 
 @dataclass(frozen=True)
@@ -245,7 +182,6 @@ TILINGS: tuple[tuple[float, Tiling, Tiling], ...] = (
     (96, Tiling(64, 64, 64, 64, 4, 3), Tiling(64, 64, 128, 64, 4, 3)),
     (float("inf"), Tiling(128, 32, 128, 64, 8, 4), Tiling(128, 32, 256, 64, 8, 4)),
 )
-MAX_SORTED_AT_ONCE = 16384
 FLOAT32_TILING = Tiling(32, 16, 32, 32, 4, 2)
 
 
@@ -272,37 +208,25 @@ def experts_triton(
     `tilings` is for measurements."""
     (num_tokens, top_k), (num_local, width, intermediate) = ids.shape, down.shape
     num_pairs = num_tokens * top_k
-    order = torch.empty(num_pairs, dtype=torch.int32, device=hidden.device)
-    ends = torch.empty(num_local, dtype=torch.int32, device=hidden.device)
+    order, ends = sort_by_expert(ids, num_local, first)
     activated = hidden.new_empty(num_pairs, intermediate)
     results = hidden.new_empty(num_pairs, width)
-    out = torch.empty_like(hidden)
     up_tiling, down_tiling = tilings or tilings_for(num_pairs, num_experts or num_local, hidden.dtype)
     sizes = (num_local, width, intermediate)
     options = launch_options(hidden.device)
     up_bias, down_bias, alpha, limit = clamp_arguments(clamped, hidden)
-    lanes = max(128, power_of_2_from(num_pairs))
-    once = lanes <= MAX_SORTED_AT_ONCE
-    _sort_kernel[(num_local,)](
-        ids, order, ends, num_pairs, first, SCAN=lanes if once else 4096, ONCE=once,
-        num_warps=4 if lanes < 1024 else 8, **options,
-    )  # fmt: skip
     experts = power_of_2_from(num_local)
-    _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), _num_tiles(num_pairs, num_local, up_tiling))](
+    _gate_up_kernel[(ceil_div(intermediate, up_tiling.columns), num_tiles(num_pairs, num_local, up_tiling))](
         hidden, order, ends, gate_up, up_bias, activated, *sizes, alpha, limit, TOP_K=top_k, EXPERTS=experts,
         EVEN=width % up_tiling.depth == 0 and intermediate % up_tiling.columns == 0, CLAMPED=clamped is not None,
-        **_launch(up_tiling), **options,
+        **launch_tiles(up_tiling), **options,
     )  # fmt: skip
-    _down_kernel[(ceil_div(width, down_tiling.columns), _num_tiles(num_pairs, num_local, down_tiling))](
+    _down_kernel[(ceil_div(width, down_tiling.columns), num_tiles(num_pairs, num_local, down_tiling))](
         activated, order, ends, down, down_bias, results, *sizes, EXPERTS=experts,
         EVEN=intermediate % down_tiling.depth == 0 and width % down_tiling.columns == 0, BIASED=clamped is not None,
-        **_launch(down_tiling), **options,
+        **launch_tiles(down_tiling), **options,
     )  # fmt: skip
-    block = min(512, power_of_2_from(width))
-    _combine_kernel[(num_tokens, ceil_div(width, block))](
-        results, ids, weights, out, num_local, width, first, TOP_K=top_k, COLUMNS=block, num_warps=2, **options
-    )
-    return out
+    return combine_pairs(results, ids, weights, num_local, first)
 
 
 def clamp_arguments(
@@ -314,12 +238,12 @@ def clamp_arguments(
     return clamped.gate_up_bias, clamped.down_bias, clamped.clamp.alpha, clamped.clamp.limit
 
 
-def _num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:
+def num_tiles(num_pairs: int, num_experts: int, tiling: Tiling) -> int:
     """The most tiles that there can be: every expert may leave one unfilled."""
     return min(num_pairs, num_pairs // tiling.rows + num_experts)
 
 
-def _launch(tiling: Tiling) -> dict[str, int]:
+def launch_tiles(tiling: Tiling) -> dict[str, int]:
     return {
         "ROWS": tiling.rows,
         "TAIL": tiling.tail,

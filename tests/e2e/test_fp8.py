@@ -1,5 +1,5 @@
-"""A Qwen3-MoE checkpoint in block FP8, at tp 2 with slices that cut its blocks: answers of the dequantised weights, slices of
-routes, and updates of the weights. Activations are exact, as on a CPU by default."""
+"""A Qwen3-MoE checkpoint in block FP8, at tp 2 with slices that cut its blocks: answers of the dequantised weights, slices
+of routes, and updates of the weights. Activations are exact, as on a CPU by default."""
 
 from __future__ import annotations
 

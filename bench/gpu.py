@@ -1,6 +1,7 @@
 """The engine on a GPU: correctness first, then speed beside the device's limits, in one report.
 
     python bench/gpu.py                                   one CUDA device of 80 GB, some minutes
+    python bench/gpu.py --shape moonlight                 Moonlight-16B-A3B, and its attention by itself
     python bench/gpu.py --device cpu --toy                a dry run of every part at a toy size
     python bench/gpu.py --layouts                         two CUDA devices: tp 1, tp 2 and dp 2 side by side
     python bench/gpu.py --layouts tp1 dp2                 some of them
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gpu_latent import measure_latent_decode
 from gpu_layout_report import LAYOUTS, compare_layouts
 from gpu_leader import Bench, Leader
 from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_flops, touched_experts
-from gpu_plan import CONTEXT, FULL, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY, Plan, Report
+from gpu_plan import CONTEXT, FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
 from gpu_profile import profile_step
 from machine import describe, write_result
 from make_models import write_checkpoint
@@ -36,6 +38,7 @@ from waybill.launch.args import EMBEDDED_MODEL
 
 # Over noise that random weights amplify, logprobs of two right float32 programs differ by this much.
 LOGPROB_TOLERANCE = 1e-3
+PARTS = ("correctness", "latents", "speed", "capture", "profile")
 
 
 def check_correctness(name: str, path: str, plan: Plan, report: Report) -> None:
@@ -151,8 +154,9 @@ def measure_capture(bench: Bench, on: Leader, report: Report) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=tuple(FULL_PLANS), default="30b", help="of make_models.py")
     parser.add_argument("--toy", action="store_true", help="toy sizes, for a dry run")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("correctness", "speed", "capture", "profile"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/gpu.md")
     parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all, instead of one GPU")
     parser.add_argument("--layout-timeout", type=float, default=240.0, help="seconds that one layout may take")
@@ -160,7 +164,7 @@ def main() -> None:
     if options.layouts is not None:
         compare_layouts(options.layouts or list(LAYOUTS), options)
         return
-    plan = TOY if options.toy else FULL
+    plan = (TOY_PLANS if options.toy else FULL_PLANS)[options.shape]
     plan = dataclasses.replace(plan, device=options.device)
     report = Report()
     report.add("# The engine on a GPU", "", describe() + ".", "")
@@ -173,6 +177,8 @@ def main() -> None:
     report.add(
         "", f"Limits: copy {limits.bytes_per_s / 1e12:.2f} TB/s, matrices {limits.flops_per_s / 1e12:.0f} TFLOP/s."
     )
+    if "kv_lora_rank" in plan.shape and "latents" not in options.skip:
+        measure_latent_decode(plan, limits, report)
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="waybill-") as folder:
         bench = Bench(plan, folder)
         with bench.leader(capture=True) as leader:
@@ -193,7 +199,7 @@ def main() -> None:
                 measure_capture(bench, leader, report)
     print(json.dumps(report.numbers))
     if options.write:
-        write_result("gpu.md", "\n".join(report.lines) + "\n")
+        write_result("gpu.md" if options.shape == "30b" else f"gpu_{options.shape}.md", "\n".join(report.lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from gpu_host_time import DeviceWait
 from gpu_plan import CONTEXT, GREEDY, NUM_STEPS, NUM_WARM_UPS, Plan
+from model_shapes import config_of
 from output_side import Surroundings
-from transformers import Qwen3MoeConfig
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import OutputBatch, OutputOptions, SamplingParams
@@ -27,6 +27,7 @@ from waybill.engine.plan import StopPeers
 from waybill.engine.replica import Rank, make_scheduler
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.routing.ring import RouteRing
+from waybill.engine.routing.wire import DTYPES
 from waybill.engine.runner.model_runner import ModelRunner
 from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.launch.args import EMBEDDED_MODEL
@@ -41,9 +42,7 @@ class Bench:
         self.plan = plan
         self.mesh = mesh or ParallelMesh.single(torch.device(plan.device))
         self.device = self.mesh.device
-        hf_config = Qwen3MoeConfig(
-            **plan.shape, norm_topk_prob=True, tie_word_embeddings=False, eos_token_id=None, dtype="bfloat16"
-        )
+        hf_config = config_of(plan.shape, None)
         self.model_config = family_of(hf_config.model_type).parse_config(hf_config, folder, "auto")
         context = ModelContext(self.model_config, self.mesh, moe_split)
         self.model = build_model(context, 16384)
@@ -214,7 +213,9 @@ class Leader:
                 for output, frame in zip((o for o in message.outputs if o.routed_experts), frames, strict=True):
                     meta = output.routed_experts
                     assert meta is not None
-                    found.append(np.frombuffer(frame, np.uint8).reshape(meta.rows, meta.num_layers, meta.top_k))
+                    found.append(
+                        np.frombuffer(frame, DTYPES[meta.dtype]).reshape(meta.rows, meta.num_layers, meta.top_k)
+                    )
         return found
 
     def drain(self) -> None:

@@ -54,30 +54,57 @@ def touched_experts(routes: np.ndarray) -> float:
     return statistics.mean(len(np.unique(step[:, layer])) for step in routes for layer in range(routes.shape[2]))
 
 
+def cached_width(shape: dict[str, Any]) -> int:
+    """Numbers that a layer keeps of a token."""
+    if "kv_lora_rank" in shape:
+        return int(shape["kv_lora_rank"] + shape["qk_rope_head_dim"])
+    return int(2 * shape["num_key_value_heads"] * shape["head_dim"])
+
+
+def num_experts(shape: dict[str, Any]) -> int:
+    return int(shape["n_routed_experts"] if "n_routed_experts" in shape else shape["num_experts"])
+
+
 def decode_bytes(shape: dict[str, Any], experts: float, batch: int) -> float:
-    """Bytes that a decode step must read: dense weights, `experts` a layer, keys and values."""
-    kv_width = 2 * shape["num_key_value_heads"] * shape["head_dim"]
-    kv = shape["num_hidden_layers"] * kv_width * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
+    """Bytes that a decode step must read: dense weights, `experts` a layer, keys and values, or latents."""
+    kv = shape["num_hidden_layers"] * cached_width(shape) * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
     return layer_bytes(shape, experts) + 2 * (shape["vocab_size"] * shape["hidden_size"] + kv)
 
 
 def layer_bytes(shape: dict[str, Any], experts: float) -> float:
-    """Bytes of all layers' weights, `experts` of them in each."""
+    """Bytes of all layers' weights, `experts` of them in each that routes."""
+    return 2 * layer_weights(shape, experts)
+
+
+def layer_weights(shape: dict[str, Any], experts: float) -> float:
+    """Numbers of all layers' matrices, `experts` of them in each that routes."""
     expert = 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
-    return 2 * shape["num_hidden_layers"] * (dense_weights(shape) + experts * expert)
+    layers, dense = shape["num_hidden_layers"], shape.get("first_k_dense_replace", 0)
+    routing = shape["hidden_size"] * num_experts(shape) + (shape.get("n_shared_experts", 0) + experts) * expert
+    mlp = 3 * shape["hidden_size"] * shape["intermediate_size"] if dense else 0
+    return layers * attention_weights(shape) + (layers - dense) * routing + dense * mlp
 
 
-def dense_weights(shape: dict[str, Any]) -> int:
-    """Weights of a layer that every token meets: attention and router."""
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    return shape["hidden_size"] * (2 * (heads + kv_heads) * shape["head_dim"] + shape["num_experts"])
+def attention_weights(shape: dict[str, Any]) -> int:
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    if "kv_lora_rank" not in shape:
+        return int(2 * hidden * (heads + shape["num_key_value_heads"]) * shape["head_dim"])
+    rank, q_rank, values = shape["kv_lora_rank"], shape["q_lora_rank"], shape["v_head_dim"]
+    q_width = heads * (shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"])
+    queries = hidden * q_width if q_rank is None else q_rank * (hidden + q_width)
+    expanded = rank * heads * (shape["qk_nope_head_dim"] + values)
+    return int(queries + hidden * cached_width(shape) + expanded + heads * values * hidden)
 
 
 def prefill_flops(shape: dict[str, Any], num_tokens: int) -> float:
-    experts = shape["num_experts_per_tok"] * 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
     # Causal: half of the score matrix, two products.
-    scores = 2 * 2 * shape["num_attention_heads"] * shape["head_dim"] * num_tokens / 2
-    return num_tokens * shape["num_hidden_layers"] * (2 * (dense_weights(shape) + experts) + scores)
+    if "kv_lora_rank" in shape:
+        widths = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"] + shape["v_head_dim"]
+    else:
+        widths = 2 * shape["head_dim"]
+    scores = 2 * shape["num_attention_heads"] * widths * num_tokens / 2
+    weights = layer_weights(shape, shape["num_experts_per_tok"])
+    return float(num_tokens * (2 * weights + shape["num_hidden_layers"] * scores))
 
 
 @dataclass(frozen=True)
@@ -111,9 +138,9 @@ class Share:
     def layer_bytes(self, shape: dict[str, Any], experts: float) -> float:
         """As `layer_bytes` of the whole model, of one rank."""
         hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-        router = hidden * shape["num_experts"]
+        router = hidden * num_experts(shape)
         expert = 3 * hidden * shape["moe_intermediate_size"] / (self.dp * self.tp if self.moe_split == "tp" else 1)
-        return 2 * layers * ((dense_weights(shape) - router) / self.tp + router + experts * expert)
+        return 2 * layers * (attention_weights(shape) / self.tp + router + experts * expert)
 
     def decode_bytes(self, shape: dict[str, Any], experts: float, batch: int) -> float:
         """As `decode_bytes`, of one rank, whose dp rank decodes `batch` requests."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model_shapes import SHAPES
@@ -37,6 +37,15 @@ class Plan:
 
 FULL = Plan("cuda", SHAPES["30b"], (1, 8, 64, 256), (2048, 8192), "wide", 24)
 TOY = Plan("cpu", SHAPES["toy30b"], (1, 4), (64,), "T", 6)
+# By the name of the shape.
+FULL_PLANS = {
+    "30b": FULL,
+    "moonlight": replace(FULL, shape=SHAPES["moonlight"], wide_shape="moonlight2"),
+}
+TOY_PLANS = {
+    "30b": TOY,
+    "moonlight": replace(TOY, shape=SHAPES["toymoonlight"], wide_shape="toymoonlight"),
+}
 
 
 @dataclass

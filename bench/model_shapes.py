@@ -224,8 +224,13 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 def make_config(shape: str) -> PreTrainedConfig:
-    """The configuration of a named shape: untied, renormalised top-k, bfloat16."""
-    fields = dict(SHAPES[shape])
+    """The configuration of a named shape."""
+    return config_of(SHAPES[shape], END_OF_TURN)
+
+
+def config_of(shape: dict[str, object], eos_token_id: int | None) -> PreTrainedConfig:
+    """Untied, renormalised top-k, bfloat16."""
+    fields = dict(shape)
     model_type = str(fields.pop("model_type", "qwen3_moe"))
     kind, architecture = CONFIGS[RENAMED.get(model_type, model_type)]
     if model_type != "gpt_oss":
@@ -234,7 +239,7 @@ def make_config(shape: str) -> PreTrainedConfig:
         **fields,
         architectures=[architecture],
         tie_word_embeddings=False,
-        eos_token_id=END_OF_TURN,
+        eos_token_id=eos_token_id,
         dtype="bfloat16",
     )
 

@@ -1,44 +1,27 @@
-"""What a layout's rank must read, beside what the whole model must; and how long a device is busy."""
+"""What a step must at least read, against the tensors of the checkpoint."""
 
 from __future__ import annotations
 
-import numpy as np
-from gpu_limits import Share, decode_bytes, layer_bytes, prefill_flops, touched_experts
-from gpu_plan import FULL
-from gpu_profile import busy_time
+import math
 
-SHAPE = FULL.shape
-
-
-def test_one_rank_has_the_whole_model() -> None:
-    one = Share(1, 1, "ep")
-    assert one.layer_bytes(SHAPE, 50) == layer_bytes(SHAPE, 50)
-    assert one.decode_bytes(SHAPE, 50, 8) == decode_bytes(SHAPE, 50, 8)
-    assert one.prefill_flops(SHAPE, 100) == prefill_flops(SHAPE, 100)
+import pytest
+from gpu_limits import cached_width, layer_bytes, num_experts, prefill_flops
+from model_shapes import SHAPES, make_config, tensor_shapes
 
 
-def test_two_ranks_share_it() -> None:
-    cut, whole, dp = Share(1, 2, "tp"), Share(1, 2, "ep"), Share(2, 1, "ep")
-    router = 2 * SHAPE["num_hidden_layers"] * SHAPE["hidden_size"] * SHAPE["num_experts"]
-    assert 2 * cut.decode_bytes(SHAPE, 50, 8) == decode_bytes(SHAPE, 50, 8) + router
-    assert cut.decode_bytes(SHAPE, 50, 8) == whole.decode_bytes(SHAPE, 25, 8)
-    assert dp.decode_bytes(SHAPE, 25, 8) == decode_bytes(SHAPE, 25, 8)
+@pytest.mark.parametrize("shape", ["30b", "moonlight", "kimik2"])
+def test_all_experts_are_all_weights_of_the_layers(shape: str) -> None:
+    matrices = [
+        math.prod(size) for name, size in tensor_shapes(make_config(shape)) if len(size) == 2 and ".layers." in name
+    ]
+    assert layer_bytes(SHAPES[shape], num_experts(SHAPES[shape])) == 2 * sum(matrices)
 
 
-def test_the_rank_that_reads_most_counts() -> None:
-    # One step, two tokens, one layer, two of four experts each.
-    routes = np.array([[[[0, 1]], [[1, 3]]]])
-    assert touched_experts(routes) == 3
-    assert Share(1, 2, "tp").touched(routes, 4) == 3
-    assert Share(1, 2, "ep").touched(routes, 4) == Share(2, 1, "ep").touched(routes, 4) == 2
-    assert Share(1, 1, "ep").touched(routes, 4) == 3
-    # Ids as they are shipped. Three of four choices fall on the first rank, whose mean is two.
-    shipped = routes.astype(np.uint8)
-    assert Share(1, 2, "ep").touched(shipped, 4) == 2
-    assert Share(1, 2, "ep").imbalance(shipped, 4) == 1.5
-    assert Share(1, 2, "tp").imbalance(shipped, 4) == Share(1, 1, "ep").imbalance(shipped, 4) == 1.0
+def test_what_is_kept_of_a_token() -> None:
+    assert (cached_width(SHAPES["30b"]), cached_width(SHAPES["moonlight"])) == (1024, 576)
 
 
-def test_spans_that_overlap_count_once() -> None:
-    assert busy_time([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
-    assert busy_time([]) == 0
+@pytest.mark.parametrize(("shape", "active"), [("30b", 2.7e9), ("moonlight", 2.2e9)])
+def test_a_short_prefill_does_what_its_active_weights_ask_for(shape: str, active: float) -> None:
+    """Without the embedding and the head."""
+    assert prefill_flops(SHAPES[shape], 1) / 2 == pytest.approx(active, rel=0.06)

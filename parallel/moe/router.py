@@ -51,6 +51,8 @@ class RouterConfig:
         """
         if not 0 < self.top_k <= self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.top_k}: must be 1 to {self.num_experts}")
+        if self.bias and self.scoring == "sigmoid":
+            raise ValueError("a router that scores by a sigmoid has no bias of its logits")
         if self.num_groups == 1:
             return replace(self, num_chosen_groups=1)
         per_group, left = divmod(self.num_experts, self.num_groups)
@@ -84,7 +86,7 @@ class RouterOutput:
 
 
 class TopKRouter(nn.Module):
-    """A linear layer and the choice by its logits. Sigmoid scores need logits in float32: so its weight is."""
+    """A linear layer and the choice by its logits, which sigmoid scores need in float32."""
 
     def __init__(self, hidden_size: int, config: RouterConfig, *, weight_format: WeightFormat) -> None:
         super().__init__()
@@ -92,10 +94,10 @@ class TopKRouter(nn.Module):
         self._choose = select_choose(weight_format.device)
         self._is_wide = config.scoring == "sigmoid"
         self._weights_dtype = config.weights_dtype(weight_format.dtype)
-        wide = replace(weight_format, dtype=torch.float32)
         self._linear = F.linear if self._is_wide else weight_format.linear()
-        self.weight = (wide if self._is_wide else weight_format).empty(config.num_experts, hidden_size)
+        self.weight = weight_format.empty(config.num_experts, hidden_size)
         self.bias = weight_format.empty(config.num_experts) if config.bias else None
+        wide = replace(weight_format, dtype=torch.float32)
         self.correction = wide.empty(config.num_experts) if config.correction else None
 
     def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
@@ -113,7 +115,10 @@ class TopKRouter(nn.Module):
 
     def forward(self, hidden: torch.Tensor, record: torch.Tensor | None = None) -> RouterOutput:
         """Route hidden states [T, D]; the ids are also written to `record` [T, K], of any integer dtype."""
-        logits = self._linear(hidden.float() if self._is_wide else hidden, self.weight, self.bias)
+        if self._is_wide:
+            logits = self._linear(hidden.float(), self.weight.float(), None)
+        else:
+            logits = self._linear(hidden, self.weight, self.bias)
         return RouterOutput(*self._choose(logits, self.config, self.correction, record, self._weights_dtype))
 
 

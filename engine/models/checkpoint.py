@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
@@ -130,17 +131,18 @@ def check_tensors(
         fused: names under which several of the tensors may stand as one.
 
     Raises:
-        ValueError: tensors are missing, unknown, or of the wrong shape; the message names them.
+        ValueError: tensors are missing, unknown, there twice, or of the wrong shape; the message names them.
     """
     fused = fused or {}
     present = checkpoint.tensors.keys()
-    covered = set(present).union(*(fused[name].names for name in present if name in fused))
+    brought = Counter(tensor for name in present for tensor in (fused[name].names if name in fused else (name,)))
     # Those that come in floating point bring their scales along.
-    is_quantised = {name for name in present if checkpoint.tensors[name].dtype == FP8}
-    covered |= {scale for name, scale in scale_names(weights).items() if name in covered - is_quantised}
-    missing = sorted(weights.keys() - covered)
+    in_fp8 = {name for name in present if checkpoint.tensors[name].dtype == FP8}
+    brought.update(scale for name, scale in scale_names(weights).items() if name in brought and name not in in_fp8)
+    missing = sorted(weights.keys() - brought.keys())
+    twice = sorted(name for name, count in brought.items() if count > 1)
     unknown = sorted(name for name in present if not (name in weights or name in fused or name in ignored))
-    for what, names in (("lacks", missing), ("has unknown", unknown)):
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has, alone and fused,", twice)):
         if names:
             shown = ", ".join(names[:NUM_NAMES_SHOWN])
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.reference_equality import Request, Setting, ask, compare, make_engine
 from support.tiny_families import FAMILIES, make_family_model, pack_experts, unpack_experts, write_family
@@ -84,7 +85,7 @@ def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
 
 @pytest.mark.matrix
 def test_experts_in_mxfp4_equal_the_same_in_float32(tmp_path: Path) -> None:
-    """A rank's columns begin within a group of 32 that has one scale."""
+    """A rank's columns begin within a group of 32 that has one scale. New ones come as files, too."""
     folder = write_family("gpt_oss", tmp_path / "packed")
     pack_experts(folder)
     unpack_experts(Path(shutil.copytree(folder, tmp_path / "plain")))
@@ -92,7 +93,14 @@ def test_experts_in_mxfp4_equal_the_same_in_float32(tmp_path: Path) -> None:
     requests = make_requests(setting)
     with make_engine(folder, setting, ROOMY_POOL_TOKENS, context_length=200) as engine:
         answers = ask(engine, requests)
-    print(compare(Reference(str(tmp_path / "plain")), requests, answers))
+        torch.manual_seed(5)
+        pack_experts(write_family("gpt_oss", tmp_path / "new"))
+        engine.update_weights_from_disk(str(tmp_path / "new"))
+        engine.flush_cache()
+        answers_of_new = ask(engine, requests)
+    unpack_experts(tmp_path / "new")
+    for folder, found in ((tmp_path / "plain", answers), (tmp_path / "new", answers_of_new)):
+        print(compare(Reference(str(folder)), requests, found))
 
 
 @pytest.mark.parametrize(("family", "setting"), list(settings_to_run()))

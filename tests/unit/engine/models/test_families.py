@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.tiny_families import FAMILIES, make_family_model, write_family
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,7 @@ from waybill.engine.attention import AttentionBatch, make_attention_backend
 from waybill.engine.config import EngineConfig
 from waybill.engine.kv_cache.kv_store import KVStore
 from waybill.engine.models.causal_lm import CausalLM
-from waybill.engine.models.checkpoint import Checkpoint
+from waybill.engine.models.checkpoint import Checkpoint, check_tensors
 from waybill.engine.models.forward_batch import ForwardBatch
 from waybill.engine.models.model_config import ModelConfig
 from waybill.engine.models.model_context import ModelContext
@@ -123,6 +124,39 @@ def test_pieces_of_all_ranks_tile_every_tensor(family: str, dp_size: int, tp_siz
         for index in pieces.values():
             held[index] += 1
         assert (held == 1).all(), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss"])
+def test_a_checkpoint_may_hold_experts_fused(family: str, tmp_path: Path) -> None:
+    folder = write_family(family, tmp_path)
+    config = load_model_config(EngineConfig(model_path=str(folder)))
+    on_hub, in_memory = (make_ranks(config, 1, 2, "tp")[1] for _ in range(2))
+    load(on_hub, folder)
+    tensors = {name: tensor.clone() for name, tensor in make_family_model(family).state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    load(in_memory, folder)
+    for found, expected in zip(in_memory.parameters(), on_hub.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def load(model: CausalLM, folder: Path) -> None:
+    weights, fused = model.sharded_weights(), model.fused_weights()
+    checkpoint = Checkpoint(str(folder))
+    check_tensors(weights, checkpoint, model.ignored_weights, fused)
+    known = weights | {name: each.weight for name, each in fused.items()}
+    load_weights(known, checkpoint, model.ignored_weights, CPU)
+
+
+def test_an_expert_that_comes_alone_and_fused_is_refused(tmp_path: Path) -> None:
+    folder = write_family("qwen3_moe", tmp_path)
+    (model,) = make_ranks(load_model_config(EngineConfig(model_path=str(folder))), 1, 1, "ep")
+    name = "model.layers.1.mlp.experts.down_proj"
+    stored = load_file(folder / "model.safetensors")
+    save_file(stored | {name: make_family_model("qwen3_moe").state_dict()[name]}, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"has, alone and fused, 8 tensors: model\.layers\.1\.mlp\.experts\.0\.down_proj"
+    ):
+        load(model, folder)
 
 
 @pytest.mark.parametrize(

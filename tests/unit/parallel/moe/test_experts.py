@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe import experts_native as native
+from waybill.parallel.moe.activation import ClampedExperts, SwigluClamp
 from waybill.parallel.moe.experts import (
     Experts,
     ExpertsFunction,
@@ -213,3 +216,22 @@ def test_a_wrong_shape_is_refused_also_for_an_expert_of_another_rank() -> None:
     experts = Experts(4, 32, 64, axis, split="ep", backend="auto", weight_format=WeightFormat(torch.float32, CPU))
     with pytest.raises(ValueError, match=r"shape \(64, 32\): must be \(32, 64\)"):
         experts.sharded_weight(0, "down").load(torch.zeros(64, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [experts_torch_reference, experts_by_group])
+def test_clamped_experts_are_those_of_transformers(dtype: torch.dtype, function: Any) -> None:
+    """Some gates and ups are beyond the limit."""
+    config = GptOssConfig(hidden_size=32, intermediate_size=48, num_local_experts=4, swiglu_limit=0.9)
+    config._experts_implementation = "eager"
+    theirs = GptOssExperts(config).to(dtype).requires_grad_(False)
+    for parameter in theirs.parameters():
+        parameter.normal_(std=1 / 4)
+    hidden = torch.randn(9, 32).to(dtype)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+    weights = torch.softmax(torch.randn(9, 2), dim=-1).to(dtype)
+    clamped = ClampedExperts(theirs.gate_up_proj_bias, theirs.down_proj_bias, SwigluClamp(config.swiglu_alpha, 0.9))
+    gate_up, down = (x.transpose(1, 2).contiguous() for x in (theirs.gate_up_proj, theirs.down_proj))
+    found = function(hidden, ids, weights, gate_up, down, clamped=clamped)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, theirs(hidden, ids, weights), **tolerance)

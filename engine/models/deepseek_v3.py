@@ -54,7 +54,7 @@ def parse_latent(hf_config: Any) -> LatentConfig:
         qk_rope_head_dim=hf_config.qk_rope_head_dim,
         v_head_dim=hf_config.v_head_dim,
         rope=rope,
-        rope_interleave=hf_config.rope_interleave,
+        rope_interleave=bool(hf_config.rope_interleave),
         bias=hf_config.attention_bias,
         scale=score_scale(width, hf_config.rope_parameters),
     )
@@ -90,7 +90,7 @@ def parse_moe(hf_config: Any, layer_ids: tuple[int, ...]) -> MoeConfig:
         hf_config.n_routed_experts,
         hf_config.num_experts_per_tok,
         "sigmoid",
-        renormalises=hf_config.norm_topk_prob,
+        renormalises=bool(hf_config.norm_topk_prob),
         correction=True,
         num_groups=hf_config.n_group,
         num_chosen_groups=hf_config.topk_group,

@@ -73,19 +73,23 @@ def test_norm_rope_and_store(dtype: torch.dtype, turned: int, has_norms: bool) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("page_size", "kv_lens"), [(1, [1, 70, 300, 64]), (4, [5, 129])])
+@pytest.mark.parametrize(
+    ("page_size", "q_lens", "kv_lens"),
+    [(1, [1, 1, 1, 1], [1, 70, 300, 64]), (4, [1, 1], [5, 129]), (4, [1, 5, 1], [70, 9, 33])],
+)
 @pytest.mark.parametrize(("window", "has_sinks"), [(None, False), (40, False), (None, True), (7, True)])
 @pytest.mark.parametrize("wanted_programs", [512, 1])
 def test_decode_attention(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     page_size: int,
+    q_lens: list[int],
     kv_lens: list[int],
     window: int | None,
     has_sinks: bool,
     wanted_programs: int,
 ) -> None:
-    """Keys that are split over programs and, as those of many requests, are not."""
+    """Keys that are split over programs and, as those of many requests, are not; decodes alone, and beside a prefill."""
     monkeypatch.setattr(triton_paged, "WANTED_PROGRAMS", wanted_programs)
     heads, kv_heads, width = 4, 2, 16
     pages = [-(-n // page_size) for n in kv_lens]
@@ -94,9 +98,9 @@ def test_decode_attention(
     rows = torch.arange(len(kv_lens)).flip(0) + 1
     for row, part in zip(rows.tolist(), order.split(pages), strict=True):
         table[row, : len(part)] = part
-    query = normal(len(kv_lens), heads, width, dtype=dtype)
+    query = normal(sum(q_lens), heads, width, dtype=dtype)
     cache = [normal(sum(pages) * page_size, kv_heads, width, dtype=dtype, seed=s) for s in (1, 2)]
-    batch = AttentionBatch([1] * len(kv_lens), kv_lens, table.to(DEVICE), rows.to(DEVICE), page_size)
+    batch = AttentionBatch(q_lens, kv_lens, table.to(DEVICE), rows.to(DEVICE), page_size)
     sinks = normal(heads, dtype=dtype, seed=3) * 2 if has_sinks else None
     rule, kv = AttentionRule(width**-0.5, window, sinks), dict(zip("kv", cache, strict=True))
     results = [

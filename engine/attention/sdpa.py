@@ -100,6 +100,9 @@ def attend(
         scores = rule.sinks[None, :, None].expand(1, -1, rows.shape[2])
         rows, keys, values = with_sink(rows, keys, values, scores, rule.scale)
         num_sinks = 1
+    if window is not None and rows.is_cuda:
+        # There the fused kernels take a mask or shared kv heads, not both.
+        keys, values = (x.repeat_interleave(rows.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     num_rows, num_keys = rows.shape[2], keys.shape[2]
     is_causal = window is None and num_rows == num_keys
     mask = None if is_causal else visible_keys(num_rows, num_keys, window, num_sinks, rows.device)

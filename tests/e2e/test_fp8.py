@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support import fp8_checkpoint
 from support.reference_equality import Request, Setting, ask, compare, make_engine
+from support.tiny_families import write_family
 
 from waybill import Engine
 from waybill.engine.routing.transformers_reference import Reference
@@ -67,6 +68,16 @@ def test_equals_transformers_with_the_dequantised_weights(engine: Engine, refere
     again = ask(engine, requests)
     assert again[-1]["meta_info"]["cached_tokens"] > 0
     compare(references[0], requests, again)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("setting", [ALWAYS, *MATRIX], ids=str)
+def test_other_families(family: str, setting: Setting, tmp_path: Path) -> None:
+    folder = fp8_checkpoint.quantise(write_family(family, tmp_path / "plain"), tmp_path / "fp8")
+    requests = make_requests(setting.dp)
+    with make_engine(folder, setting, 150 if setting.retract else 4096, context_length=140) as engine:
+        compare(Reference(str(folder), num_kept=64), requests, ask(engine, requests))
 
 
 @pytest.mark.matrix

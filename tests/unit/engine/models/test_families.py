@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.fp8_checkpoint import quantise
 from support.tiny_families import FAMILIES, make_family_model, write_family
 from transformers import AutoModelForCausalLM
 
@@ -21,11 +23,13 @@ from waybill.engine.models.model_config import ModelConfig
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.registry import build_model, family_of, load_model_config
 from waybill.engine.models.weight_loader import load_weights
+from waybill.engine.routing.dequantised import floating_point
 from waybill.engine.routing.hf_config import read_hf_config
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 CPU = torch.device("cpu")
+IN_FP8 = [family for family in FAMILIES if not family.startswith("gpt_oss")]
 LAYOUTS = [(1, 1, "ep"), (1, 2, "tp"), (2, 1, "ep"), (1, 4, "ep"), (1, 4, "tp")]
 
 
@@ -89,6 +93,23 @@ def test_a_forward_is_that_of_transformers(family: str, dtype: str, tmp_path: Pa
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("family", IN_FP8)
+def test_in_fp8_a_forward_is_that_of_the_dequantised_weights(family: str, tmp_path: Path) -> None:
+    folder = quantise(write_family(family, tmp_path / "plain"), tmp_path / "fp8")
+    config = load_model_config(EngineConfig(model_path=str(folder), dtype="float32"))
+    for rank in make_ranks(config, 1, 2, "ep"):
+        # Every rank knows every tensor, also of experts that others have.
+        check_tensors(rank.sharded_weights(), Checkpoint(str(folder)), rank.ignored_weights)
+    tokens = [(37 * i + 11) % 256 for i in range(80)]
+    with floating_point(str(folder)) as floats:
+        model = AutoModelForCausalLM.from_pretrained(
+            floats, config=read_hf_config(floats), dtype=torch.float32, experts_implementation="eager"
+        )
+    with torch.inference_mode():
+        expected = model.eval()(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(prefill(config, folder, tokens), expected, rtol=0.0, atol=5e-5)
+
+
 def prefill(config: ModelConfig, folder: Path, tokens: list[int]) -> torch.Tensor:
     """Logits [T, V] of one rank."""
     model = build_model(ModelContext(config, ParallelMesh.single(CPU), experts_backend="torch_reference"), 128)
@@ -105,10 +126,14 @@ def prefill(config: ModelConfig, folder: Path, tokens: list[int]) -> torch.Tenso
         return model.compute_logits(hidden)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "is_fp8"), [*((family, False) for family in FAMILIES), *((family, True) for family in IN_FP8)]
+)
 @pytest.mark.parametrize(("dp_size", "tp_size", "split"), LAYOUTS)
-def test_pieces_of_all_ranks_tile_every_tensor(family: str, dp_size: int, tp_size: int, split: str) -> None:
-    config = family_of(family).parse_config(FAMILIES[family](), "nowhere", "float32")
+def test_pieces_of_all_ranks_tile_every_tensor(
+    family: str, is_fp8: bool, dp_size: int, tp_size: int, split: str
+) -> None:
+    config = replace(family_of(family).parse_config(FAMILIES[family](), "nowhere", "float32"), is_fp8=is_fp8)
     ranks = [
         model.sharded_weights() | {name: fused.weight for name, fused in model.fused_weights().items()}
         for model in make_ranks(config, dp_size, tp_size, split)

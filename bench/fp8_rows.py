@@ -1,7 +1,7 @@
 """How many rows of routes differ by FP8: `python bench/fp8_rows.py CHECKPOINT`, one in floating point, quantised here.
 
-The same prompts through one rank with the weights as they are, with the weights in FP8 and exact activations, and with both
-in FP8. Routes of prompts alone: every row has seen the same tokens. A row differs if any layer chose another set of experts.
+The same prompts through one rank: weights as they are, weights in FP8 and exact activations, both in FP8. Routes of prompts
+alone: every row has seen the same tokens. A row differs if any layer chose another set of experts.
 """
 
 from __future__ import annotations

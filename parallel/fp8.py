@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .weights import Piece, ShardedWeight, TensorSource
 
 E4M3 = torch.float8_e4m3fn
+SCALE_ENDING = "_scale_inv"
 # The largest number that e4m3 has.
 MAX_E4M3 = 448.0
 BLOCK = 128
@@ -149,7 +150,7 @@ def _within(part: slice, around: slice) -> slice:
 
 def scale_name(name: str) -> str:
     """Of the scales of a tensor, in a checkpoint."""
-    return f"{name}_scale_inv"
+    return f"{name}{SCALE_ENDING}"
 
 
 def with_scales(weights: Mapping[str, ShardedWeight]) -> dict[str, ShardedWeight]:

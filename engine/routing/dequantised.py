@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...parallel.fp8 import E4M3, dequantise, scale_name
+from ...parallel.fp8 import E4M3, SCALE_ENDING, dequantise, scale_name
 
 QUANTIZATION = "quantization_config"
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ def write_floats(folder: Path, out: Path) -> None:
                 if tensor.dtype == E4M3:
                     with safe_open(place[scale_name(name)], framework="pt") as other:
                         tensor = dequantise(tensor, other.get_tensor(scale_name(name)).float())
-                elif name.endswith(scale_name("")):
+                elif name.endswith(SCALE_ENDING):
                     continue
                 tensors[name] = tensor
         save_file(tensors, out / file.name, metadata={"format": "pt"})

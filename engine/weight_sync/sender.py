@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ...parallel.fp8 import SCALE_ENDING
 from ..control.operations import DEFAULT_BACKEND, DEFAULT_GROUP
 from .update_group import SOURCE, UpdateGroup, resolve_backend
 
@@ -74,7 +75,7 @@ class WeightSender:
         engines: each with its number of ranks, in the order of their ranks in the group.
         address: of this host, as the engines reach it.
         device: where tensors travel from: a GPU that no rank of the engines is on, for NCCL; by way of the host if None.
-        dtype: what floating-point tensors are cast to before they travel; None: as they are.
+        dtype: what floating-point tensors are cast to before they travel; None: as they are. FP8 and its scales are not.
         bucket_bytes: how much travels in one broadcast, and is held twice meanwhile.
     """
 
@@ -171,7 +172,9 @@ class WeightSender:
         bucket: list[NamedTensor] = []
         size = 0
         for name, tensor in tensors:
-            whole = tensor.detach().to(device=self._device, dtype=self._dtype)
+            # Numbers with a scale are nothing without it, nor is a scale.
+            is_scaled = tensor.itemsize == 1 or name.endswith(SCALE_ENDING)
+            whole = tensor.detach().to(device=self._device, dtype=None if is_scaled else self._dtype)
             if bucket and size + whole.nbytes > self._bucket_bytes:
                 yield bucket
                 bucket, size = [], 0

@@ -134,6 +134,12 @@ def test_updates_in_fp8_and_in_floating_point(engine: Engine, folders: Folders, 
     assert engine.checksum_weights() == expected[0]
     engine.update_weights_from_disk(str(folders.plain[1]))
     assert engine.checksum_weights() == expected[1]
+    # A sender that casts leaves numbers with a scale as they are, and their scales.
+    with WeightSender([(engine, 2)], dtype=torch.bfloat16) as casting:
+        casting.send(stored[0].items(), weight_version="cast")
+    matrices = [name for name in expected[0] if f"{name}_scale_inv" in expected[0]]
+    found = engine.checksum_weights()
+    assert all(found[each] == expected[0][each] for name in matrices for each in (name, f"{name}_scale_inv"))
     with WeightSender([(engine, 2)]) as sender:
         sender.send(stored[0].items(), weight_version="as they are")
         assert engine.checksum_weights() == expected[0]

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fp8 import E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, sharded_scale
+from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, sharded_scale
 from .weights import Piece, ShardedWeight
 
 # (x [T, C], weight [R, C], bias [R] or None) -> [T, R]
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
+# The depth of the smallest product of e4m3 numbers that GPUs have.
+MIN_COLUMNS = 32
 # See `linear_fp8_torch`.
 LinearFp8 = Callable[..., torch.Tensor]
 
@@ -173,4 +175,14 @@ class Fp8Format(WeightFormat):
     quantises_activations: bool = False
 
     def matrix(self, *shape: int, row_cuts: tuple[int, ...] = (), column_cuts: tuple[int, ...] = ()) -> Matrix:
-        return Fp8Matrix(shape, Grid.of(row_cuts, column_cuts), self)
+        """
+        Raises:
+            ValueError: slices of this rank leave so few columns a scale that the device has no product for them.
+        """
+        grid = Grid.of(row_cuts, column_cuts)
+        if self.device.type != "cpu" and grid.columns < MIN_COLUMNS:
+            raise ValueError(
+                f"tp_size: a rank's columns of FP8 matrices end {grid.columns} into a block of {BLOCK}; must be a multiple "
+                f"of {MIN_COLUMNS} on CUDA (fewer ranks, or moe_split='ep')"
+            )
+        return Fp8Matrix(shape, grid, self)

@@ -160,6 +160,14 @@ def test_products_are_those_of_the_dequantised_matrix_and_activations() -> None:
     torch.testing.assert_close(experts_by_group(*problem), experts_torch_reference(*problem))
 
 
+def test_slices_that_are_too_narrow_for_a_gpu_are_refused() -> None:
+    """Before anything is made on it."""
+    elsewhere = Fp8Format(torch.float32, torch.device("meta"))
+    with pytest.raises(ValueError, match="end 16 into a block of 128; must be a multiple of 32 on CUDA"):
+        elsewhere.matrix(64, 48, column_cuts=(48,))
+    assert EXACT.matrix(64, 48, column_cuts=(48,)).shape == (64, 48)
+
+
 def test_numbers_of_eight_bits_are_taken_with_their_scales_alone() -> None:
     layer = RowParallelLinear(256, 128, Axis.single(), weight_format=EXACT)
     plain = RowParallelLinear(256, 128, Axis.single(), weight_format=WeightFormat(torch.float32, EXACT.device))

@@ -58,7 +58,7 @@ def quantise_checkpoint(source: Path, out: Path) -> None:
             shutil.copy(file, out / file.name)
     config = json.loads((source / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}, indent=2))
-    if len(set(weight_map.values())) > 1:
+    if (source / INDEX).is_file():
         (out / INDEX).write_text(json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}))
 
 

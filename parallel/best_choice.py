@@ -20,7 +20,7 @@ MAX_ID = 2**31 - 1
 
 def best_choice(scores: torch.Tensor, ids: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The id [B] int64 of each row's best score, of equal ones the lowest id: by scores [B, M] float32 and ids [B, M] int64
-    of every rank, M the same on all. `NO_CHOICE` where a score is NaN or the best one infinite."""
+    of every rank. `NO_CHOICE` where a score is NaN or the best one infinite."""
     if scores.device.type == "cpu":
         return best_choice_torch(scores, ids, axis)
     lane = None if axis.symmetric is None else axis.symmetric.lane_of_choices(len(scores))

@@ -121,20 +121,32 @@ class QuantisedWeight(ShardedWeight):
             super().check_dtype(dtype)
 
     def load(self, source: TensorSource) -> None:
+        """One matrix at a time: what quantising takes is a multiple of it."""
         self.check(tuple(source.shape))
         for piece, scales in zip(self.pieces, self.scales, strict=True):
             *stack, rows, columns = piece.index
             # Whole blocks: a scale is that of all their numbers.
             around = _whole_blocks(rows, self.num_rows), _whole_blocks(columns, self.shape[-1])
-            inside = (..., _within(rows, around[0]), _within(columns, around[1]))
-            values = source[(*stack, *around)]
-            if values.dtype == E4M3:
-                piece.storage.copy_(values[inside])
-                continue
-            data, found = quantise_blocks(values.to(piece.storage.device))
-            piece.storage.copy_(data[inside])
-            of_each = Grid().spread(found, *values.shape[-2:])[inside]
-            scales.copy_(of_each[..., :: self.grid.rows, :: self.grid.columns])
+            inside = _within(rows, around[0]), _within(columns, around[1])
+            if not stack:
+                self._load_matrix(source[around], inside, piece.storage, scales)
+            for place, number in enumerate(range(stack[0].start, stack[0].stop) if stack else ()):
+                matrix = source[(slice(number, number + 1), *around)][0]
+                self._load_matrix(matrix, inside, piece.storage[place], scales[place])
+
+    def _load_matrix(
+        self, values: torch.Tensor, inside: tuple[slice, slice], storage: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        if values.dtype == E4M3:
+            storage.copy_(values[inside])
+            return
+        data, found = quantise_blocks(values.to(storage.device))
+        storage.copy_(data[inside])
+        rows, columns = (
+            torch.arange(part.start, part.stop, step, device=found.device) // BLOCK
+            for part, step in zip(inside, (self.grid.rows, self.grid.columns), strict=True)
+        )
+        scales.copy_(found[rows[:, None], columns[None, :]])
 
 
 def _whole_blocks(part: slice, size: int) -> slice:

@@ -32,14 +32,17 @@ def _quantise_tokens_kernel(
     columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = columns < width
     values = tl.load(x + token * width + columns, inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), axis=1), MIN) / MAX
-    values = tl.minimum(tl.maximum(values / scale[:, None], -MAX), MAX)
+    largest = tl.max(tl.abs(values), axis=1)
+    # Maxima pass NaN over: here a group with one, or with an infinite number, is NaN as a whole.
+    is_bad = tl.max((values != values).to(tl.int32), axis=1) + (largest == float("inf")).to(tl.int32)
+    scale = tl.where(is_bad > 0, float("nan"), tl.div_rn(tl.maximum(largest, MIN), MAX))
+    values = tl.minimum(tl.maximum(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)), -MAX), MAX)
     tl.store(data + token * width + columns, values.to(data.dtype.element_ty), inside)
     tl.store(scales + token * num_groups + groups, scale, groups < num_groups)
 
 
 def quantise_tokens_triton(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `quantise_tokens`; a NaN leaves nothing but NaN of its group, here in the scale alone."""
+    """See `quantise_tokens`; what is not finite leaves nothing but NaN of its group, here by its scale."""
     num_tokens, width = x.shape
     num_groups = ceil_div(width, columns)
     data = torch.empty(num_tokens, width, dtype=E4M3, device=x.device)

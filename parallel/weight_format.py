@@ -49,9 +49,9 @@ def select_linear_fp8(device: torch.device) -> LinearFp8:
 class Matrix(nn.Module):
     """[R, C] on this rank, or a stack [F, R, C], in floating point."""
 
-    def __init__(self, shape: tuple[int, ...], weight_format: WeightFormat) -> None:
+    def __init__(self, data: nn.Parameter, weight_format: WeightFormat) -> None:
         super().__init__()
-        self.data = weight_format.empty(*shape)
+        self.data = data
         self._linear = weight_format.linear()
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,9 +82,9 @@ class Fp8Matrix(Matrix):
     with a scale for every group of a token's numbers."""
 
     def __init__(self, shape: tuple[int, ...], grid: Grid, weight_format: Fp8Format) -> None:
-        super().__init__(shape, weight_format)
         device = weight_format.device
-        self.data = nn.Parameter(torch.zeros(shape, dtype=E4M3, device=device), requires_grad=False)
+        data = torch.zeros(shape, dtype=E4M3, device=device)
+        super().__init__(nn.Parameter(data, requires_grad=False), weight_format)
         scales = torch.zeros(*shape[:-2], *grid.shape_for(*shape[-2:]), device=device)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.grid = grid
@@ -156,7 +156,7 @@ class WeightFormat:
     def matrix(self, *shape: int, row_cuts: tuple[int, ...] = (), column_cuts: tuple[int, ...] = ()) -> Matrix:
         """An uninitialised matrix, or a stack of them. It is put together of parts of a checkpoint's; the cuts are all rows
         and columns, by the numbers of the rank's own and the checkpoint's, at which one begins or ends before its edge."""
-        return Matrix(shape, self)
+        return Matrix(self.empty(*shape), self)
 
     def linear(self) -> Linear:
         """The fastest product for the device, of weights in floating point."""
@@ -183,6 +183,6 @@ class Fp8Format(WeightFormat):
         if self.device.type != "cpu" and grid.columns < MIN_COLUMNS:
             raise ValueError(
                 f"tp_size: a rank's columns of FP8 matrices end {grid.columns} into a block of {BLOCK}; must be a multiple "
-                f"of {MIN_COLUMNS} on CUDA (fewer ranks, or moe_split='ep')"
+                f"of {MIN_COLUMNS} on CUDA (fewer ranks)"
             )
         return Fp8Matrix(shape, grid, self)

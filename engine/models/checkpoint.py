@@ -18,7 +18,7 @@ from .mxfp4 import BLOCKS, MXFP4, SCALES, find_packed
 from .safetensors_file import SafetensorsFile, StoredTensor, dtype_of
 
 NUM_NAMES_SHOWN = 5
-FP8 = "F8_E4M3"
+STORED_FP8 = "F8_E4M3"
 MAX_INDEX_BYTES = 64 << 20
 
 
@@ -137,7 +137,7 @@ def check_tensors(
     present = checkpoint.tensors.keys()
     brought = Counter(tensor for name in present for tensor in (fused[name].names if name in fused else (name,)))
     # Those that come in floating point bring their scales along.
-    in_fp8 = {name for name in present if checkpoint.tensors[name].dtype == FP8}
+    in_fp8 = {name for name in present if checkpoint.tensors[name].dtype == STORED_FP8}
     brought.update(scale for name, scale in scale_names(weights).items() if name in brought and name not in in_fp8)
     missing = sorted(weights.keys() - brought.keys())
     twice = sorted(name for name, count in brought.items() if count > 1)

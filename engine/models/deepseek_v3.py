@@ -42,7 +42,7 @@ def parse_latent(hf_config: Any) -> LatentConfig:
     """
     # Every head has keys and values of its own.
     refuse_others(hf_config, num_key_value_heads=hf_config.num_attention_heads)
-    rope = parse_rope(hf_config, hf_config.qk_rope_head_dim)
+    rope = parse_rope(hf_config, hf_config.qk_rope_head_dim, in_part=True)
     if 2 * len(rope.inv_freq) != hf_config.qk_rope_head_dim:
         raise ValueError("rope_parameters.partial_rotary_factor: must be 1, all of qk_rope_head_dim is rotated")
     width = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim

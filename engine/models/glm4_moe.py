@@ -28,7 +28,7 @@ def parse_config(hf_config: Glm4MoeConfig, model_path: str, dtype: str) -> Model
         num_heads=hf_config.num_attention_heads,
         num_kv_heads=hf_config.num_key_value_heads,
         head_dim=width,
-        rope=parse_rope(hf_config, width),
+        rope=parse_rope(hf_config, width, in_part=True),
         windows=(None,) * num_layers,
         qkv_bias=hf_config.attention_bias,
         norms="head" if hf_config.use_qk_norm else "none",

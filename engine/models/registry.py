@@ -75,9 +75,11 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
     hf_config = read_hf_config(config.model_path)
     quantisation = hf_config.to_dict().get("quantization_config")
     if quantisation is not None:
-        check_quantisation(quantisation, family.quantisations, model_type)
+        check_quantisation(quantisation, family.quantisations, model_type, hf_config.num_hidden_layers)
     parsed = family.parse_config(hf_config, config.model_path, config.dtype)
     is_fp8 = quantisation is not None and quantisation["quant_method"] == FP8
+    if config.fp8_activations == "e4m3" and not is_fp8:
+        raise ValueError("fp8_activations='e4m3': needs a checkpoint in FP8")
     return replace(parsed, model_type=model_type, is_fp8=is_fp8)
 
 

@@ -11,15 +11,17 @@ from .model_config import RopeConfig
 from .model_context import ModelContext
 
 
-def parse_rope(hf_config: Any, width: int) -> RopeConfig:
-    """Frequencies as `transformers` computes them; `width` of a head's dims are turned, where that is nowhere said.
+def parse_rope(hf_config: Any, width: int, *, in_part: bool = False) -> RopeConfig:
+    """Frequencies as `transformers` computes them; `width` of a head's dims are turned, or, of a family that turns them
+    `in_part`, as many of them as the configuration says.
 
     Raises:
         ValueError: a variant whose frequencies change with the length.
     """
     rope_type = hf_config.rope_parameters["rope_type"]
     if rope_type == "default":
-        width = int(width * hf_config.rope_parameters.get("partial_rotary_factor", 1.0))
+        if in_part:
+            width = int(width * hf_config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         return RopeConfig(tuple((1.0 / hf_config.rope_parameters["rope_theta"] ** exponents).tolist()), 1.0)
     if rope_type not in ("linear", "yarn", "llama3"):

@@ -7,7 +7,6 @@ costs as much as all of the header.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -87,17 +86,6 @@ class SafetensorsFile:
             file.close()
             raise ValueError(f"{self.path.name}: it was written again since it was checked")
         return file
-
-
-def read_tensor(file: BinaryIO, tensor: StoredTensor) -> torch.Tensor:
-    """
-    Raises:
-        OSError, ValueError: it cannot be read, or the file ends before it does.
-    """
-    data = bytearray(os.pread(file.fileno(), tensor.num_bytes, tensor.begin))
-    if len(data) < tensor.num_bytes:
-        raise ValueError(f"{file.name}: it ends before its last tensor does")
-    return torch.frombuffer(data, dtype=dtype_of(tensor)).view(tensor.shape)
 
 
 def read_header(file: BinaryIO) -> bytes:

@@ -21,7 +21,7 @@ from ...parallel.fp8 import E4M3, QuantisedWeight
 from ...parallel.weights import ShardedWeight
 from .checkpoint import Checkpoint
 from .read_plan import ALIGNMENT, MAX_READ_BYTES, Block, Read, cut, plan_reads
-from .safetensors_file import DTYPES, SafetensorsFile, StoredTensor, dtype_of, read_tensor
+from .safetensors_file import DTYPES, SafetensorsFile, StoredTensor, dtype_of
 
 # Of one rank; some more would wait for the same disk or bus.
 MAX_THREADS = 8
@@ -133,10 +133,15 @@ def load_weights(
         to_quantise: list[tuple[BinaryIO, str]] = []
         for file, names in checkpoint.files:
             opened = files.enter_context(file.open())
-            of_model = [name for name in names if name not in ignored]
-            as_they_are = [name for name in of_model if not is_quantised_here(weights[name], file.tensors[name])]
+            as_they_are: list[str] = []
+            for name in names:
+                if name in ignored:
+                    continue
+                if is_quantised_here(weights[name], file.tensors[name]):
+                    to_quantise.append((opened, name))
+                else:
+                    as_they_are.append(name)
             jobs.extend((opened.fileno(), read) for read in plan(weights, file, as_they_are))
-            to_quantise.extend((opened, name) for name in of_model if name not in set(as_they_are))
         if device.type == "cuda":
             # Kernels of the last step may still read the weights.
             torch.cuda.synchronize(device)
@@ -144,11 +149,36 @@ def load_weights(
         run_all(jobs, device, changes)
         for opened, name in to_quantise:
             changes.any = True
-            weights[name].load(read_tensor(opened, checkpoint.tensors[name]))
+            weights[name].load(StoredSource(opened.fileno(), checkpoint.tensors[name]))
     for name, packed in checkpoint.packed.items():
         for piece in weights[name].pieces if name not in ignored else ():
             changes.any = True
             packed.load(piece)
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A matrix of a file, or a stack of them, of which slices are read as they are asked for: of one matrix at a time."""
+
+    descriptor: int
+    tensor: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        """
+        Raises:
+            OSError, ValueError: it cannot be read, or the file ends before it does.
+        """
+        *stack, rows, columns = index
+        dtype, (num_rows, num_columns) = dtype_of(self.tensor), self.shape[-2:]
+        assert all(part.stop - part.start == 1 for part in stack) and len(stack) <= 1
+        first = sum(part.start for part in stack) * num_rows + rows.start
+        values = torch.empty(rows.stop - rows.start, num_columns, dtype=dtype)
+        read_exactly(self.descriptor, self.tensor.begin + first * num_columns * dtype.itemsize, values)
+        return values[(None,) * len(stack)][..., columns]
 
 
 def is_quantised_here(weight: ShardedWeight, stored: StoredTensor) -> bool:

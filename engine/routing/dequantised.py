@@ -23,7 +23,7 @@ def floating_point(model_path: str) -> Iterator[str]:
     """The folder itself, or, of a checkpoint in FP8, a temporary one with every matrix in float32."""
     folder = Path(model_path)
     config = json.loads((folder / "config.json").read_bytes())
-    if config.get(QUANTIZATION, {}).get("quant_method") != "fp8":
+    if (config.get(QUANTIZATION) or {}).get("quant_method") != "fp8":
         yield model_path
         return
     with tempfile.TemporaryDirectory(prefix="waybill-") as out:

@@ -14,8 +14,8 @@ from ..io_struct import Blocked, BlockedKind
 
 NUM_NAMES_SHOWN = 3
 # Names of dtypes that may be sent, as torch has them, and their bytes.
-FP8 = "float8_e4m3fn"
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, FP8: 1}
+SENT_FP8 = "float8_e4m3fn"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, SENT_FP8: 1}
 
 
 class Shaped(Protocol):

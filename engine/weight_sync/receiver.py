@@ -24,12 +24,10 @@ from ..control.operations import (
     WeightUpdate,
 )
 from ..models.causal_lm import CausalLM
-from ..models.checkpoint import FP8 as STORED_FP8
-from ..models.checkpoint import Checkpoint, check_dtypes, check_tensors
+from ..models.checkpoint import STORED_FP8, Checkpoint, check_dtypes, check_tensors
 from ..models.weight_loader import Changes
 from .group_registry import GroupRegistry
-from .manifest import FP8 as SPEC_FP8
-from .manifest import TensorSpec, UpdateProgress, check_distinct, check_specs, parse_specs
+from .manifest import SENT_FP8, TensorSpec, UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
 from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Target, Transfer
 from .update_group import torch_dtype
@@ -92,7 +90,7 @@ class WeightReceiver:
             self._check_dtypes(specs)
             group = self._groups.get(op.group_name)
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
-            names = self._covered((spec.name, spec.dtype == SPEC_FP8) for spec in specs)
+            names = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
         else:
             checkpoint = open_files(op)
             if isinstance(op, UpdateWeightsFromDisk):

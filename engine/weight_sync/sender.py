@@ -33,6 +33,12 @@ Gather = Callable[[nn.Parameter], AbstractContextManager[object]]
 DEFAULT_BUCKET_BYTES = 512 << 20
 # When a transfer breaks off here, the engine that broke it off is about to say why.
 ANSWER_TIMEOUT_S = 10.0
+CORRECTION_ENDING = "e_score_correction_bias"
+
+
+def may_be_cast(name: str, tensor: torch.Tensor) -> bool:
+    """Not FP8 and its scales, each nothing without the other, nor corrections of routers, which choices hang on."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and not name.endswith((SCALE_ENDING, CORRECTION_ENDING))
 
 
 class ControlledEngine(Protocol):
@@ -75,7 +81,8 @@ class WeightSender:
         engines: each with its number of ranks, in the order of their ranks in the group.
         address: of this host, as the engines reach it.
         device: where tensors travel from: a GPU that no rank of the engines is on, for NCCL; by way of the host if None.
-        dtype: what floating-point tensors are cast to before they travel; None: as they are. FP8 and its scales are not.
+        dtype: what floating-point tensors are cast to before they travel; None: as they are. FP8 and its scales are not,
+            nor the corrections of routers.
         bucket_bytes: how much travels in one broadcast, and is held twice meanwhile.
     """
 
@@ -172,9 +179,7 @@ class WeightSender:
         bucket: list[NamedTensor] = []
         size = 0
         for name, tensor in tensors:
-            # Numbers with a scale are nothing without it, nor is a scale.
-            is_scaled = tensor.itemsize == 1 or name.endswith(SCALE_ENDING)
-            whole = tensor.detach().to(device=self._device, dtype=None if is_scaled else self._dtype)
+            whole = tensor.detach().to(device=self._device, dtype=self._dtype if may_be_cast(name, tensor) else None)
             if bucket and size + whole.nbytes > self._bucket_bytes:
                 yield bucket
                 bucket, size = [], 0

@@ -128,7 +128,10 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
         prompts = make_prompts()[1::stride]
         long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS_OF_FEW, TIGHT_POOL_TOKENS_OF_FEW
     else:
-        prompts, long_answer, tight_pool_tokens = make_prompts(), LONG_ANSWER_TOKENS, TIGHT_POOL_TOKENS
+        # All of them in the matrix, and on a GPU.
+        is_sample = setting in PAIRWISE and device == "cpu"
+        prompts = make_prompts()[NUM_LONG_ANSWERS::2] if is_sample else make_prompts()
+        long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS, TIGHT_POOL_TOKENS
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
     if setting.retract:
         num_new_tokens[:NUM_LONG_ANSWERS] = [long_answer] * NUM_LONG_ANSWERS
@@ -145,7 +148,7 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
 
 # With several dp ranks: how many of the prompts go to the last one, and what forces it, and it alone, to retract.
 NUM_ON_ONE_RANK = 14
-NUM_DP_LONG_ANSWERS = 6
+NUM_DP_LONG_ANSWERS, DP_LONG_ANSWER_TOKENS = 6, 110
 
 
 def check_dp_equality(setting: Setting, reference: Reference, device: str) -> None:
@@ -153,7 +156,7 @@ def check_dp_equality(setting: Setting, reference: Reference, device: str) -> No
     prompts = sorted(make_prompts()[1::4], key=len)
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
     if setting.retract:
-        num_new_tokens[:NUM_DP_LONG_ANSWERS] = [LONG_ANSWER_TOKENS_OF_FEW] * NUM_DP_LONG_ANSWERS
+        num_new_tokens[:NUM_DP_LONG_ANSWERS] = [DP_LONG_ANSWER_TOKENS] * NUM_DP_LONG_ANSWERS
     ranks = [int(index < NUM_ON_ONE_RANK) for index in range(len(prompts))]
     requests = [Request(*each) for each in zip(prompts, num_new_tokens, ranks, strict=True)]
     pool_tokens = TIGHT_POOL_TOKENS_OF_FEW if setting.retract else 16 * 1600

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from support.triton_twins import DEVICE, DTYPES, normal
 
 from waybill.parallel import fp8_triton
-from waybill.parallel.fp8 import Grid, linear_fp8_torch, quantise_blocks, quantise_tokens
+from waybill.parallel.fp8 import Grid, dequantise, linear_fp8_torch, quantise_blocks, quantise_tokens
 from waybill.parallel.fp8_triton import linear_fp8_triton, quantise_tokens_triton
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe import experts_fp8_triton as experts_fp8_module
@@ -40,6 +40,17 @@ def test_activations(dtype: torch.dtype, width: int, columns: int) -> None:
         given = torch.where(given * 2 == wanted, wanted, given)
     assert torch.equal(given, wanted)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
+
+
+def test_what_is_not_finite_spoils_its_group_and_no_other() -> None:
+    """A chunk of a prompt is judged by what NaN has reached."""
+    x = normal(4, 256, dtype=torch.float32)
+    x[1, 5], x[2, 130], x[3] = float("nan"), float("inf"), float("nan")
+    for quantise in (quantise_tokens, quantise_tokens_triton):
+        seen = dequantise(*quantise(x, 128), Grid(1, 128))
+        spoilt = seen.isnan().view(4, 2, 128).all(dim=2)
+        assert spoilt.tolist() == [[False, False], [True, False], [False, True], [True, True]]
+        assert seen.isnan().view(4, 2, 128).any(dim=2).sum() == 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -202,3 +202,12 @@ def test_what_a_model_file_does_not_compute_is_refused(family: str, change: dict
         setattr(hf_config, name, value)
     with pytest.raises(ValueError, match=message):
         family_of(family).parse_config(hf_config, "nowhere", "float32")
+
+
+def test_heads_are_turned_in_part_where_the_family_does_so() -> None:
+    """`transformers` looks at the factor in some families alone."""
+    for family, share in (("glm4_moe", 0.5), ("qwen3_moe", 1.0)):
+        hf_config = FAMILIES[family]()
+        hf_config.rope_parameters = {**hf_config.rope_parameters, "partial_rotary_factor": 0.5}
+        attention = family_of(family).parse_config(hf_config, "nowhere", "float32").attention
+        assert 2 * len(attention.rope.inv_freq) == attention.head_dim * share, family

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import torch
+
+from waybill.engine.weight_sync.sender import may_be_cast
+
 TRAINER = """
 import threading
 import torch
@@ -43,3 +47,10 @@ for _ in range(2):
 def test_a_transfer_that_hangs_does_not_keep_the_trainer() -> None:
     done = subprocess.run([sys.executable, "-c", TRAINER], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["weights were not sent: no such tensor"] * 2, done.stderr
+
+
+def test_what_a_cast_would_spoil_is_left_as_it_is() -> None:
+    floats = torch.ones(2)
+    assert may_be_cast("model.norm.weight", floats)
+    assert not may_be_cast("a.weight", floats.to(torch.float8_e4m3fn)) and not may_be_cast("a.weight_scale_inv", floats)
+    assert not may_be_cast("a.mlp.gate.e_score_correction_bias", floats) and not may_be_cast("a.steps", floats.long())

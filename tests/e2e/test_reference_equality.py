@@ -29,7 +29,7 @@ MAX_PROMPT = 1500
 SMALL_CHUNKS = (1, 7)
 # Retraction is forced: the first few prompts decode for so long that what runs beside them outgrows a pool that holds
 # the longest request and little more.
-NUM_LONG_ANSWERS = 6
+NUM_LONG_ANSWERS, NUM_EXTREMES = 6, 7
 LONG_ANSWER_TOKENS = 300
 TIGHT_POOL_TOKENS = 1600
 # Where there are few prompts.
@@ -128,9 +128,10 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
         prompts = make_prompts()[1::stride]
         long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS_OF_FEW, TIGHT_POOL_TOKENS_OF_FEW
     else:
-        # All of them in the matrix, and on a GPU.
-        is_sample = setting in PAIRWISE and device == "cpu"
-        prompts = make_prompts()[NUM_LONG_ANSWERS::2] if is_sample else make_prompts()
+        prompts = make_prompts()
+        if setting in PAIRWISE and device == "cpu":
+            # All of them are for the matrix and for a GPU; the first ones are short, but for the longest.
+            prompts = [*prompts[NUM_EXTREMES::2], prompts[NUM_EXTREMES - 1]]
         long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS, TIGHT_POOL_TOKENS
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
     if setting.retract:

@@ -55,8 +55,8 @@ def main() -> None:
     lines = [
         "# Rows of routes that FP8 changes",
         "",
-        f"{describe()}. `bench/fp8_rows.py`: {options.checkpoint.resolve().parent.name}, {options.dtype}, {NUM_PROMPTS} random prompts of "
-        f"{PROMPT_TOKENS} tokens, {plain.shape[2]} layers that route.",
+        f"{describe()}. `bench/fp8_rows.py`: {options.checkpoint.resolve().parent.name}, {options.dtype}, "
+        f"{NUM_PROMPTS} random prompts of {PROMPT_TOKENS} tokens, {plain.shape[2]} layers that route.",
         "",
         "| compared | rows with another choice in any layer | choices of a layer |",
         "| --- | ---: | ---: |",

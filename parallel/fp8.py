@@ -69,6 +69,13 @@ def dequantise(
     return (data.float() * grid.spread(scales, *data.shape[-2:])).to(dtype)
 
 
+def rows_of_heads_torch(
+    data: torch.Tensor, scales: torch.Tensor, grid: Grid, width: int, part: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """Of e4m3 [H * width, C] the rows `part` of every head, dequantised: [H, n, C]."""
+    return dequantise(data, scales, grid, dtype).unflatten(0, (-1, width))[:, part]
+
+
 def quantise_tokens(x: torch.Tensor, columns: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations [T, C] -> e4m3 [T, C] and float32 scales [T, C / columns], one for so many numbers of a token."""
     return quantise_blocks(x, Grid(1, columns))

@@ -56,6 +56,38 @@ def quantise_tokens_triton(x: torch.Tensor, columns: int) -> tuple[torch.Tensor,
     return data, scales
 
 
+@Kernel
+@triton.jit
+def _rows_of_heads_kernel(
+    data, scales, out, first, num_rows, num_columns, num_groups, WIDTH: tl.constexpr, GRID_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    start_next(PDL)
+    place = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    kept = columns < num_columns
+    row = place // num_rows * WIDTH + first + place % num_rows
+    values = tl.load(data + row * num_columns + columns, kept, other=0.0).to(tl.float32)
+    scale = tl.load(scales + row // GRID_ROWS * num_groups + columns // GROUP, kept, other=0.0)
+    # Weights are no kernel's result; what is written may still be read by one ahead.
+    wait_for_previous(PDL)
+    tl.store(out + place * num_columns + columns, (values * scale).to(out.dtype.element_ty), kept)
+
+
+def rows_of_heads_triton(
+    data: torch.Tensor, scales: torch.Tensor, grid: Grid, width: int, part: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """See `rows_of_heads_torch`; each number is read once, and no others."""
+    (total, num_columns), num_rows = data.shape, part.stop - part.start
+    out = torch.empty(total // width, num_rows, num_columns, dtype=dtype, device=data.device)
+    block = min(1024, power_of_2_from(num_columns))
+    _rows_of_heads_kernel[(total // width * num_rows, ceil_div(num_columns, block))](
+        data, scales, out, part.start, num_rows, num_columns, scales.shape[1], WIDTH=width, GRID_ROWS=grid.rows,
+        GROUP=grid.columns, BLOCK=block, num_warps=4, **launch_options(data.device),
+    )  # fmt: skip
+    return out
+
+
 @triton.jit
 def add_product(acc, x, weight, x_scale, weight_scale, EXACT: tl.constexpr):
     """`acc` [T, R] and the product of a group of columns: x [T, G], whose scale is [T] unless it is exact, and e4m3 [G, R],

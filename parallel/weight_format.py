@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, sharded_scale
+from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, rows_of_heads_torch, sharded_scale
 from .weights import Piece, ShardedWeight
 
 # (x [T, C], weight [R, C], bias [R] or None) -> [T, R]
@@ -22,8 +22,8 @@ Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 
 # The depth of the smallest product of e4m3 numbers that GPUs have.
 MIN_COLUMNS = 32
-# See `linear_fp8_torch`.
-LinearFp8 = Callable[..., torch.Tensor]
+# See `linear_fp8_torch` and `rows_of_heads_torch`.
+Fp8Function = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Placed:
     stack: tuple[int | slice, ...] = ()
 
 
-def select_linear_fp8(device: torch.device) -> LinearFp8:
+def select_fp8_functions(device: torch.device) -> tuple[Fp8Function, Fp8Function]:
     """The fastest for the device."""
     if device.type == "cpu":
-        return linear_fp8_torch
+        return linear_fp8_torch, rows_of_heads_torch
     # Triton comes with torch's CUDA builds alone.
-    from .fp8_triton import linear_fp8_triton  # noqa: PLC0415
+    from .fp8_triton import linear_fp8_triton, rows_of_heads_triton  # noqa: PLC0415
 
-    return linear_fp8_triton
+    return linear_fp8_triton, rows_of_heads_triton
 
 
 class Matrix(nn.Module):
@@ -61,6 +61,10 @@ class Matrix(nn.Module):
     def product_of_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """[T, C] -> the columns [T, R'] of the product that these rows make."""
         return self._linear(x, self.data[rows], None)
+
+    def rows_of_heads(self, width: int, part: slice) -> torch.Tensor:
+        """Where every head has `width` rows, a part of each head's: [H, n, C] in the model's dtype."""
+        return self.data.unflatten(0, (-1, width))[:, part]
 
     def floats(self) -> torch.Tensor:
         """The numbers, in the model's dtype."""
@@ -90,7 +94,7 @@ class Fp8Matrix(Matrix):
         self.grid = grid
         self.dtype = weight_format.dtype
         self.quantises = weight_format.quantises_activations
-        self._product = select_linear_fp8(device)
+        self._product, self._rows_of_heads = select_fp8_functions(device)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._product(x, self.data, self.scales, self.grid, bias, quantises=self.quantises)
@@ -102,6 +106,9 @@ class Fp8Matrix(Matrix):
         around = slice(first * self.grid.rows, rows.stop)
         product = self._product(x, self.data[around], scales, self.grid, None)
         return product[:, rows.start - around.start :]
+
+    def rows_of_heads(self, width: int, part: slice) -> torch.Tensor:
+        return self._rows_of_heads(self.data, self.scales, self.grid, width, part, self.dtype)
 
     def floats(self) -> torch.Tensor:
         return dequantise(self.data, self.scales, self.grid, self.dtype)

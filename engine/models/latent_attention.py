@@ -42,23 +42,17 @@ class ExpandedHeads(nn.Module):
             shape.kv_lora_rank, [shape.num_heads * self._width], context.axis, weight_format=context.weight_format
         )
 
-    def _matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of all heads: [H, N, L] and [H, V, L]."""
-        weight = self.proj.matrix.floats()
-        by_head = weight.view(-1, self._width, weight.shape[1])
-        return by_head[:, : self.key_width], by_head[:, self.key_width :]
-
     def expand(self, latent: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
         rows = slice(heads.start * self._width, heads.stop * self._width)
         both = self.proj.matrix.product_of_rows(latent, rows).view(len(latent), -1, self._width)
         return both[..., : self.key_width], both[..., self.key_width :]
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
-        keys, _ = self._matrices()
+        keys = self.proj.matrix.rows_of_heads(self._width, slice(0, self.key_width))
         return torch.bmm(query.transpose(0, 1), keys).transpose(0, 1)
 
     def extract(self, attended: torch.Tensor) -> torch.Tensor:
-        _, values = self._matrices()
+        values = self.proj.matrix.rows_of_heads(self._width, slice(self.key_width, self._width))
         return torch.bmm(attended.transpose(0, 1), values.transpose(1, 2)).transpose(0, 1)
 
 

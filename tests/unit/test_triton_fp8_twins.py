@@ -9,8 +9,15 @@ pytest.importorskip("triton")
 from support.triton_twins import DEVICE, DTYPES, normal
 
 from waybill.parallel import fp8_triton
-from waybill.parallel.fp8 import Grid, dequantise, linear_fp8_torch, quantise_blocks, quantise_tokens
-from waybill.parallel.fp8_triton import linear_fp8_triton, quantise_tokens_triton
+from waybill.parallel.fp8 import (
+    Grid,
+    dequantise,
+    linear_fp8_torch,
+    quantise_blocks,
+    quantise_tokens,
+    rows_of_heads_torch,
+)
+from waybill.parallel.fp8_triton import linear_fp8_triton, quantise_tokens_triton, rows_of_heads_triton
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe import experts_fp8_triton as experts_fp8_module
 from waybill.parallel.moe.experts import Experts, experts_by_group
@@ -51,6 +58,17 @@ def test_what_is_not_finite_spoils_its_group_and_no_other() -> None:
         spoilt = seen.isnan().view(4, 2, 128).all(dim=2)
         assert spoilt.tolist() == [[False, False], [True, False], [False, True], [True, True]]
         assert seen.isnan().view(4, 2, 128).any(dim=2).sum() == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [slice(0, 40), slice(40, 72)])
+@pytest.mark.parametrize("grid", [Grid(), Grid(8, 64)])
+def test_rows_of_heads(dtype: torch.dtype, part: slice, grid: Grid) -> None:
+    """Of three heads of 72 rows; blocks do not end where heads do."""
+    matrix = quantise_blocks(normal(3 * 72, 200, dtype=torch.float32), grid)
+    expected = rows_of_heads_torch(*matrix, grid, 72, part, dtype)
+    assert expected.shape == (3, part.stop - part.start, 200)
+    assert torch.equal(rows_of_heads_triton(*matrix, grid, 72, part, dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

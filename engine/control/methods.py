@@ -22,6 +22,7 @@ from .operations import (
     ResumeMemoryOccupation,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
+    UpdateWeightVersion,
 )
 
 
@@ -125,6 +126,10 @@ class ControlMethods(ABC):
                 is_last=is_last,
             )
         )
+
+    def update_weight_version(self, new_version: str, *, abort_all_requests: bool = True) -> None:
+        """Call the weights that are there something else, for rows and answers from now on."""
+        self._control(UpdateWeightVersion(new_version, abort_all_requests=abort_all_requests))
 
     def destroy_weights_update_group(self, group_name: str = DEFAULT_GROUP) -> None:
         """

@@ -10,30 +10,28 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, get_args
 
 import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from ..validation import dialect_fields
+from ..validation.dialect_fields import Neutral
 from ..validation.field_error import FieldError
 from ..validation.request_model import Items, Number, check_utf8, refuse_bool
 
 DEFAULT_GROUP = "weight_update_group"
 PAUSE_MODES = ("abort", "retract", "in_place")
 MEMORY_TAGS = ("weights", "kv_cache")
+# Goes with any of them and comes back with the last: a name that the dialect has for it, and nobody's memory here.
+GRAPHS_TAG = "cuda_graph"
 # "auto" is NCCL between CUDA devices, else gloo.
 BACKENDS = ("auto", "gloo", "nccl")
 DEFAULT_BACKEND = "auto"
 LOAD_FORMATS = ("auto", "flattened_bucket")
-# Fields of the dialect that would change what happens and are not implemented: legal at the value that means "off".
-NEUTRAL_FIELDS: Mapping[str, Any] = {
-    "is_async": False,
-    "keep_pause": False,
-    "recapture_cuda_graph": False,
-    "manifest": None,
-}
+WEIGHT_CHECKS = ("checksum", "snapshot", "compare")
 
 
 class OneOf:
@@ -55,7 +53,7 @@ Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check
 class Operation(msgspec.Struct, frozen=True):
     """What all leaders are told under one number, do at one step, and answer once."""
 
-    neutral_fields: ClassVar[Mapping[str, Any]] = {}
+    neutral_fields: ClassVar[Neutral] = dialect_fields.MESSAGE
     # It asks whether anybody has requests, or (the end of a pause) must not overtake the answer that does.
     asks_for_idle: ClassVar[bool] = False
     # It takes as long as a transfer, or as ranks need to join a group.
@@ -112,7 +110,7 @@ class WeightUpdate(Operation, frozen=True, kw_only=True):
     """What an update means for what is there: whether the prefix cache is emptied, what the new weights are called, and
     whether requests are aborted, not waited for."""
 
-    neutral_fields = NEUTRAL_FIELDS
+    neutral_fields = dialect_fields.UPDATE
     asks_for_idle = True
     is_long = True
 
@@ -141,7 +139,7 @@ class PartialWeightUpdate(WeightUpdate, frozen=True, kw_only=True):
 
 
 class UpdateWeightsFromDisk(WeightUpdate, frozen=True, tag="update_weights_from_disk"):
-    neutral_fields = {**NEUTRAL_FIELDS, "load_format": "auto"}
+    neutral_fields = dialect_fields.UPDATE_FROM_DISK
 
     model_path: Name
 
@@ -154,14 +152,18 @@ class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weig
     safetensors: str | None = None
     # Only for the refusal of what pickles.
     serialized_named_tensors: Any = None
+    load_format: Any = None
 
     def check(self) -> None:
         if self.serialized_named_tensors is not None:
             raise FieldError(
-                "serialized_named_tensors: pickled tensors are not taken; send path (a safetensors file) or safetensors "
-                "(its bytes, base64)",
+                "serialized_named_tensors: pickled tensors are not taken, because whoever unpickles runs what is sent; "
+                "send path (a safetensors file on the ranks' host) or safetensors (its bytes, base64), or broadcast them "
+                "with /update_weights_from_distributed",
                 "serialized_named_tensors",
             )
+        if self.load_format not in (None, "auto"):
+            raise FieldError("load_format is not supported: must be 'auto' or absent", "load_format")
         if (self.path is None) == (self.safetensors is None):
             raise ValueError("path, safetensors: give exactly one of them")
 
@@ -183,6 +185,14 @@ class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update
 
     def check(self) -> None:
         check_choice("load_format", self.load_format or "auto", LOAD_FORMATS)
+
+
+class UpdateWeightVersion(Operation, frozen=True, tag="update_weight_version"):
+    """Another name for the weights that are there. As in the dialect, what runs or waits is aborted unless told
+    otherwise."""
+
+    new_version: Annotated[Name, Field(max_length=512)]
+    abort_all_requests: bool = True
 
 
 class InitWeightsUpdateGroup(Operation, frozen=True, tag="init_weights_update_group"):
@@ -214,11 +224,15 @@ class GetWeightsByName(Operation, frozen=True, tag="get_weights_by_name"):
 
 
 class CheckWeights(Operation, frozen=True, tag="weights_checker"):
-    """The reply's payload is a checksum by tensor in JSON; see `engine.weight_sync.checksum`."""
+    """The reply's payload is a checksum by tensor in JSON; see `engine.weight_sync.checksum`. "snapshot" keeps them, and
+    "compare" succeeds where all are what they were then. Tensors whose name has one of `skip_tensor_list` in it are left
+    out."""
 
     is_long = True
+    neutral_fields = dialect_fields.CHECK_WEIGHTS
 
-    action: Annotated[str, OneOf(("checksum",))]
+    action: Annotated[str, OneOf(WEIGHT_CHECKS)] = "checksum"
+    skip_tensor_list: Items[Name] | None = None
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -227,12 +241,12 @@ class CheckWeights(Operation, frozen=True, tag="weights_checker"):
 class MemoryOperation(Operation, frozen=True):
     is_long = True
 
-    tags: Items[Annotated[str, OneOf(MEMORY_TAGS)]] | None = None
+    tags: Items[Annotated[str, OneOf((*MEMORY_TAGS, GRAPHS_TAG))]] | None = None
 
     @property
     def owners(self) -> Sequence[str]:
         """Whose memory it is."""
-        return self.tags or MEMORY_TAGS
+        return [tag for tag in self.tags if tag != GRAPHS_TAG] if self.tags else MEMORY_TAGS
 
 
 class ReleaseMemoryOccupation(MemoryOperation, frozen=True, tag="release_memory_occupation"):
@@ -254,6 +268,7 @@ ControlOperation = (
     | UpdateWeightsFromDisk
     | UpdateWeightsFromTensor
     | UpdateWeightsFromDistributed
+    | UpdateWeightVersion
     | InitWeightsUpdateGroup
     | DestroyWeightsUpdateGroup
     | GetWeightsByName

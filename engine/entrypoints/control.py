@@ -24,20 +24,19 @@ from ..control.operations import (
 from ..frontend.engine_controls import EngineControls
 from ..frontend.tokenizer_manager import TokenizerManager
 from ..ipc.frontend_messages import ControlReply
+from ..validation import dialect_fields
 from ..validation.request_model import RequestModel
 from .bodies import BodyReader
 from .errors import error_body, error_response, json_response
 
-# Fields of the dialect that change nothing in the result.
-IGNORED_FIELDS = ("torch_empty_cache", "token_step")
 # Without a body they mean what they mean with an empty object.
-OPTIONAL_BODIES = (PauseGeneration, ContinueGeneration, ReleaseMemoryOccupation, ResumeMemoryOccupation)
+OPTIONAL_BODIES = (PauseGeneration, ContinueGeneration, ReleaseMemoryOccupation, ResumeMemoryOccupation, CheckWeights)
 
 
 class OperationInput(RequestModel):
     """A body whose fields are those of `kind`."""
 
-    ignored_fields = IGNORED_FIELDS
+    ignored_fields = dialect_fields.CONTROL_IGNORED
     kind: ClassVar[type[Operation]]
 
     def operation(self) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
 from ..frontend.cumulative_answer import cumulative
@@ -20,8 +20,9 @@ from ..frontend.text_codec import DECODE_COST_US, TextCodec
 from ..frontend.tokenizer_manager import MAX_RID_CHARS, TokenizerManager
 from ..io_struct import RoutedExpertsMeta
 from ..routing.claims import ClaimError
+from ..validation import dialect_fields
 from ..validation.field_error import FieldError
-from ..validation.request_model import MAX_NAME_CHARS, PerPrompt, RequestModel
+from ..validation.request_model import MAX_NAME_CHARS, PerPrompt, RequestModel, check_utf8
 from ..validation.token_ids import NESTED_SCHEMA, Prompts, as_prompts
 from .bodies import CLIENT_GONE, BodyReader
 from .bounded_body import release_body
@@ -47,13 +48,18 @@ MAX_META_HEADER_CHARS = 6 << 10
 
 
 class AbortRequestInput(RequestModel):
-    """Requests whose rid starts with `rid`, or all."""
+    """Requests whose rid starts with `rid`, or all. `abort_message` is what their finish reason says."""
+
+    neutral_fields = dialect_fields.ABORT
 
     rid: Annotated[str, Field(max_length=MAX_RID_CHARS)] = ""
     abort_all: bool = False
+    abort_message: Annotated[str, Field(max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)] = ""
 
 
 class TokenizeInput(RequestModel):
+    neutral_fields = dialect_fields.TOKENIZE
+
     prompt: str | PerPrompt[str]
     add_special_tokens: bool = True
     model: str | None = None
@@ -96,7 +102,7 @@ def with_session(request: GenerateReqInput, http: Request) -> GenerateReqInput:
     key = session_key(http)
     if key is not None and not 1 <= len(key) <= MAX_NAME_CHARS:
         raise FieldError(f"{SESSION_HEADER}: must have 1 to {MAX_NAME_CHARS} characters", SESSION_HEADER)
-    return request if key is None or request.session_id else request.model_copy(update={"session_id": key})
+    return request if key is None or request.affinity is not None else request.model_copy(update={"session_id": key})
 
 
 async def first_answer(
@@ -157,7 +163,7 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
 
     @router.post("/abort_request")
     async def abort_request(body: AbortRequestInput) -> Response:
-        manager.abort_request(body.rid, abort_all=body.abort_all)
+        await manager.abort_and_wait(body.rid, abort_all=body.abort_all, message=body.abort_message)
         return Response()
 
     @router.get("/routed_experts/{claim}")
@@ -170,6 +176,7 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
         return PiecewiseResponse(bytes(routed.frame), headers=headers, media_type="application/octet-stream")
 
     @router.post("/tokenize")
+    @router.post("/v1/tokenize", include_in_schema=False)
     async def tokenize(body: TokenizeInput) -> Response:
         assert manager.limits is not None
         num_chars = len(body.prompt) if isinstance(body.prompt, str) else sum(map(len, body.prompt))
@@ -177,6 +184,7 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
         return json_bytes(await manager.work_threads.run(CHAR_COST_US * num_chars, work))
 
     @router.post("/detokenize")
+    @router.post("/v1/detokenize", include_in_schema=False)
     async def detokenize(body: DetokenizeInput) -> Response:
         assert manager.limits is not None
         num_ids = sum(map(len, body.tokens)) if isinstance(body.tokens, list) else len(body.tokens)

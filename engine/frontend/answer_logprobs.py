@@ -23,10 +23,12 @@ class AnswerLogprobs:
         self._token_text = token_text if options.return_text_in_logprobs else None
 
     def render(self, new: Logprobs, token_ids: Sequence[int]) -> dict[str, Any]:
-        """`token_ids` are those that the outputs of `new` belong to."""
-        fields: dict[str, Any] = {"output_token_logprobs": self._triples(zip(new.output, token_ids, strict=True))}
-        if self._options.returns_prompt_logprobs:
-            fields["input_token_logprobs"] = self._triples(new.input)
+        """`token_ids` are those that the outputs of `new` belong to. Those of the prompt are an empty list where they were
+        not asked for, as the dialect has it."""
+        fields: dict[str, Any] = {
+            "output_token_logprobs": self._triples(zip(new.output, token_ids, strict=True)),
+            "input_token_logprobs": self._triples(new.input) if self._options.returns_prompt_logprobs else [],
+        }
         if self._options.top_logprobs_num:
             fields["output_top_logprobs"] = [self._triples(pairs) for pairs in new.output_top]
             if self._options.returns_prompt_logprobs:

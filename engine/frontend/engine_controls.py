@@ -24,6 +24,7 @@ from ..control.operations import (
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
     UpdateWeightsFromTensor,
+    UpdateWeightVersion,
     WeightUpdate,
 )
 from ..io_struct import Blocked, BlockedKind
@@ -81,6 +82,8 @@ class EngineControls:
             return await self._update_from_bytes(operation)
         if isinstance(operation, WeightUpdate):
             return await self._update(operation)
+        if isinstance(operation, UpdateWeightVersion) and operation.abort_all_requests:
+            self._link.send_to_all(abort_everything)
         if isinstance(operation, MemoryOperation):
             async with self._gate.closed(drain=False):
                 return await self._send_and_block(operation)

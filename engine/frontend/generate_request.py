@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ..io_struct import OutputOptions, SamplingParams
+from ..validation import dialect_fields
 from ..validation.field_error import FieldError
 from ..validation.request_model import AnyNumber, Name, Number, PerPrompt, RequestModel, validate
 from ..validation.token_ids import NESTED_SCHEMA, Ids, Prompts, as_prompts
@@ -41,33 +42,11 @@ def parse_input_ids(value: Any) -> Prompts:
     return as_prompts(value, "input_ids")
 
 
-# Fields of the dialect that change the result and are not implemented: legal at the value that means "off".
-NEUTRAL_FIELDS: dict[str, Any] = {
-    "image_data": None,
-    "audio_data": None,
-    "video_data": None,
-    "input_embeds": None,
-    "lora_path": None,
-    "lora_id": None,
-    "custom_logit_processor": None,
-    "return_hidden_states": False,
-    "token_ids_logprob": None,
-    "session_params": None,
-    "modalities": ["text"],
-    # They say where another engine has the prompt's keys and values.
-    "bootstrap_host": None,
-    "bootstrap_port": None,
-    "bootstrap_room": None,
-}
-# Fields of the dialect that change nothing in the result.
-IGNORED_FIELDS = ("log_metrics",)
-
-
 class GenerateReqInput(RequestModel):
     """One request of the native API: one prompt or a batch of prompts. Fields that may be lists have one entry an item."""
 
-    neutral_fields = NEUTRAL_FIELDS
-    ignored_fields = IGNORED_FIELDS
+    neutral_fields = dialect_fields.GENERATE
+    ignored_fields = dialect_fields.GENERATE_IGNORED
     id_fields = ("input_ids",)
 
     text: str | PerPrompt[str] | None = None
@@ -81,7 +60,11 @@ class GenerateReqInput(RequestModel):
     session_id: Name | None = None
     priority: Number = Field(0, ge=-(2**31), lt=2**31)
     extra_key: Name | None = None
+    cache_salt: Name | None = None
     routed_dp_rank: Number | None = None
+    # What the dialect called these two before: `routed_dp_rank` and `session_id`.
+    data_parallel_rank: Number | None = None
+    routing_key: Name | None = None
     return_routed_experts: bool | PerPrompt[bool] = False
     # Checked only where routes are asked for.
     routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
@@ -96,6 +79,9 @@ class GenerateReqInput(RequestModel):
             raise ValueError("text, input_ids: give exactly one of them")
         if self.rid is not None and not self.rid:
             raise FieldError("rid: must not be empty", "rid")
+        for name, other in (("data_parallel_rank", "routed_dp_rank"), ("routing_key", "session_id")):
+            if None not in (getattr(self, name), getattr(self, other)) and getattr(self, name) != getattr(self, other):
+                raise FieldError(f"{name}: must be that of {other}, or absent", name, mentions=(other,))
         if self.stream_routed_experts and not (self.stream and self.routed_experts_delivery == "inline"):
             raise FieldError(
                 "stream_routed_experts: needs stream=true and routed_experts_delivery='inline'", "stream_routed_experts"
@@ -105,6 +91,23 @@ class GenerateReqInput(RequestModel):
     @property
     def is_batch(self) -> bool:
         return isinstance(self.input_ids if self.text is None else self.text, list)
+
+    @property
+    def dp_rank(self) -> int | None:
+        """Which it must go to; None: any."""
+        return self.data_parallel_rank if self.routed_dp_rank is None else self.routed_dp_rank
+
+    @property
+    def affinity(self) -> str | None:
+        """Requests with the same one go to the same dp rank, if they may."""
+        return self.routing_key if self.session_id is None else self.session_id
+
+    @property
+    def cache_partition(self) -> str:
+        """Requests of different ones share no cached prefix. The salt's length stands before it, so that no two pairs of
+        salt and key are one."""
+        key = self.extra_key or ""
+        return key if self.cache_salt is None else f"{len(self.cache_salt)}:{self.cache_salt}{key}"
 
     @property
     def num_samples(self) -> int:
@@ -165,10 +168,9 @@ def expand(
     num = len(prompts)
     rids = _rids(request, num)
     columns = {name: _per_item(name, getattr(request, name), num) for name in PER_ITEM}
-    if request.routed_dp_rank is not None and not 0 <= request.routed_dp_rank < limits.dp_size:
-        raise FieldError(
-            f"routed_dp_rank={request.routed_dp_rank}: must lie in 0 .. {limits.dp_size - 1}", "routed_dp_rank"
-        )
+    if request.dp_rank is not None and not 0 <= request.dp_rank < limits.dp_size:
+        name = "routed_dp_rank" if request.routed_dp_rank is not None else "data_parallel_rank"
+        raise FieldError(f"{name}={request.dp_rank}: must lie in 0 .. {limits.dp_size - 1}", name)
     samples = []
     for index in range(num):
         fields = {name: column[index] for name, column in columns.items()}

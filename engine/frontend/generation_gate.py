@@ -52,6 +52,15 @@ class GenerationGate:
         """Why a request is refused at once; None if it may come in, or wait for that."""
         return None if self._blocked is None or self._blocked.kind is BlockedKind.INCOMPLETE else self._blocked.message
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why a request that comes now would not run at once; None if nothing stands against it."""
+        if self._blocked is not None:
+            return self._blocked.message
+        if self.is_paused:
+            return "generation is paused; /continue_generation ends it"
+        return "an operation is under way" if self._is_closed else None
+
     def fail_all(self, death: Exception) -> None:
         """The engine is gone: whoever waits here is told."""
         self._death = death

@@ -28,6 +28,7 @@ class InFlightRequests:
         self._dp_router = dp_router
         self._gate = gate
         self._dp_ranks: dict[str, int] = {}
+        self._end_told = asyncio.Event()
 
     def __contains__(self, rid: str) -> bool:
         return rid in self._dp_ranks
@@ -40,9 +41,9 @@ class InFlightRequests:
         input_ids = samples[0].input_ids.astype("<i4", copy=False).tobytes()
         dp_rank = self._dp_router.choose(
             input_ids,
-            request.extra_key or "",
-            session_id=request.session_id,
-            routed_dp_rank=request.routed_dp_rank,
+            request.cache_partition,
+            session_id=request.affinity,
+            routed_dp_rank=request.dp_rank,
             num_samples=len(samples),
         )
         num_sent = num_bytes = 0
@@ -61,6 +62,16 @@ class InFlightRequests:
             for _ in range(len(samples) - num_sent):
                 self._dp_router.release(dp_rank)
 
+    def matching(self, prefix: str) -> set[str]:
+        """Those whose rid starts so."""
+        return {rid for rid in self._dp_ranks if rid.startswith(prefix)}
+
+    async def wait_for_ends(self, rids: set[str]) -> None:
+        """Until none of these is at the engine. One that comes again under its rid is waited for, too."""
+        while not rids.isdisjoint(self._dp_ranks):
+            self._end_told.clear()
+            await self._end_told.wait()
+
     def abort(self, rid: str) -> None:
         """Have the one that is named exactly so ended, if it has not."""
         self._link.send_to_all(lambda number: AbortReq(number, rid, exact=True))
@@ -73,3 +84,4 @@ class InFlightRequests:
             logger.error("%s: an end was told of a request that is not at the engine", rid)
             return
         self._dp_router.release(dp_rank)
+        self._end_told.set()

@@ -79,5 +79,5 @@ def tokenized_request(
         sampling_params=sample.sampling_params,
         output_options=sample.output_options,
         priority=request.priority,
-        extra_key=request.extra_key or "",
+        extra_key=request.cache_partition,
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..io_struct import SamplingParams
+from ..validation import dialect_fields
 from ..validation.field_error import FieldError
 from ..validation.request_model import Items, Number, Real, RequestModel, has_surrogate
 
@@ -24,20 +25,6 @@ MAX_TOP_K = 2**31 - 1
 MAX_SAMPLES = 256
 # Travels as an unsigned 64-bit integer, and samples of one prompt count upwards from it.
 MAX_SEED = 2**63 - 1
-
-# Fields of the dialect that change the result and are not implemented: legal at the value that means "off".
-NEUTRAL_SAMPLING_FIELDS: dict[str, Any] = {
-    "json_schema": None,
-    "regex": None,
-    "ebnf": None,
-    "structural_tag": None,
-    "stop_regex": None,
-    "custom_params": None,
-    "beam_width": None,
-}
-# Fields of the dialect that change nothing in the result: tokenizers of this kind put no spaces of their own between
-# tokens, and streams are cumulative.
-IGNORED_SAMPLING_FIELDS = ("spaces_between_special_tokens", "stream_interval")
 
 
 def check_size(bias: Any) -> Any:
@@ -61,8 +48,8 @@ def check_temperature(value: float) -> float:
 class SamplingParamsInput(RequestModel):
     """`sampling_params` of a request."""
 
-    neutral_fields = NEUTRAL_SAMPLING_FIELDS
-    ignored_fields = IGNORED_SAMPLING_FIELDS
+    neutral_fields = dialect_fields.SAMPLING
+    ignored_fields = dialect_fields.SAMPLING_IGNORED
 
     max_new_tokens: Annotated[Number, Field(ge=0)] | None = None
     min_new_tokens: Number = Field(0, ge=0)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from itertools import groupby
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from ..config import EngineConfig
+from ..io_struct import Blocked
 from ..ipc.frontend_messages import AbortReq, ShutdownReq
 from ..ipc.sockets import Endpoint
 from ..text.tokenizer_file import why_no_tokenizer
@@ -36,6 +37,8 @@ from .text_codec import TextCodec
 from .work_threads import WorkThreads
 
 READY_OP = "ready"
+# Callers of an abort wait for an answer, and ask again after some seconds.
+ABORT_TIMEOUT_S = 5.0
 # A sample of a batch has a longer name than its request.
 MAX_RID_CHARS = MAX_NAME_CHARS + 16
 
@@ -244,6 +247,15 @@ class TokenizerManager:
         """Why requests are refused until somebody does something: torn weights, released memory."""
         return self._gate.refusal
 
+    @property
+    def blocked(self) -> Blocked | None:
+        """Why the engine holds every request, as it said last."""
+        return self._gate.blocked
+
+    def why_requests_wait(self) -> str | None:
+        """Why a request that comes now would wait or be refused; None if it would run."""
+        return self._gate.obstacle
+
     def not_ready(self) -> str | None:
         """Why nothing can be generated now; None if it can."""
         if self._death is not None:
@@ -257,7 +269,7 @@ class TokenizerManager:
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    def abort_request(self, rid: str = "", *, abort_all: bool = False) -> None:
+    def abort_request(self, rid: str = "", *, abort_all: bool = False, message: str = "") -> None:
         """Abort the requests whose rid starts with `rid`, or all; their callers get what they have.
 
         Raises:
@@ -267,7 +279,20 @@ class TokenizerManager:
             raise FieldError("rid: must not be empty, unless abort_all is true", "rid", mentions=("abort_all",))
         if len(rid) > MAX_RID_CHARS:
             raise FieldError(f"rid: has {len(rid)} characters, must have at most {MAX_RID_CHARS}", "rid")
-        self._connection.link.send_to_all(lambda number: AbortReq(number, rid, abort_all))
+        self._connection.link.send_to_all(lambda number: AbortReq(number, rid, abort_all, message=message))
+
+    async def abort_and_wait(self, rid: str = "", *, abort_all: bool = False, message: str = "") -> None:
+        """The same; returns when the engine has let go of them, so that nobody counts them any more, or after
+        `ABORT_TIMEOUT_S`: a step that is under way ends first.
+
+        Raises:
+            ValueError: as `abort_request`.
+        """
+        aborted = self._at_engine.matching("" if abort_all else rid)
+        self.abort_request(rid, abort_all=abort_all, message=message)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                await self._at_engine.wait_for_ends(aborted)
 
     async def get_state(self) -> dict[str, Any]:
         """Facts of the engine, its leaders' states and the output processors' counters."""

@@ -25,12 +25,14 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
 
 
 class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
-    """Abort every request whose rid starts with `rid`, the one that has it (`exact`), or all of them."""
+    """Abort every request whose rid starts with `rid`, the one that has it (`exact`), or all of them. `message` is for
+    their finish reason."""
 
     seq: int
     rid: str = ""
     abort_all: bool = False
     exact: bool = False
+    message: str = ""
 
 
 class SeqNotice(msgspec.Struct, frozen=True, tag="notice"):

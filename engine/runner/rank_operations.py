@@ -31,6 +31,7 @@ from ..weight_sync.group_registry import GroupRegistry
 from ..weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
 from ..weight_sync.receiver import WeightReceiver
 from ..weight_sync.report import Outcome, RankReport, exchange_reports
+from ..weight_sync.snapshot import WeightSnapshot
 from .memory_occupation import MemoryOccupation, check_tags
 from .model_runner import ModelRunner
 
@@ -55,13 +56,14 @@ class RankOperations:
         self._groups = GroupRegistry(mesh, config.weight_sync_timeout_s, config.weight_sync_groups)
         self._receiver = WeightReceiver(runner.model, mesh, self._groups)
         self._memory = MemoryOccupation(runner.model, runner.kv_store)
+        self._snapshot = WeightSnapshot()
         self._actions: dict[type, Callable[..., Outcome]] = {
             UpdateWeightsFromDisk: self._update_weights,
             UpdateWeightsFromTensor: self._update_weights,
             UpdateWeightsFromDistributed: self._update_weights,
             DestroyWeightsUpdateGroup: self._destroy_group,
             GetWeightsByName: self._get_weights,
-            CheckWeights: self._checksum,
+            CheckWeights: self._check_weights,
             ReleaseMemoryOccupation: self._release,
             ResumeMemoryOccupation: self._resume,
         }
@@ -138,14 +140,14 @@ class RankOperations:
         rows = join_rows([report.payload for report in verdict.reports], weight.shape, op.truncate_size)
         return Outcome(True, payload=msgspec.json.encode(rows.tolist()))
 
-    def _checksum(self, op: CheckWeights) -> Outcome:
+    def _check_weights(self, op: CheckWeights) -> Outcome:
         self._check_weights_are_there()
         if self._started_at_random and not self._receiver.num_updates:
             raise ValueError("weights: they are random (load_format='dummy'); there are checksums after an update")
         weights = self._receiver.weights
         verdict = exchange_reports(RankReport(payload=piece_checksums(weights)), self._mesh.world)
         checksums = join_checksums([report.payload for report in verdict.reports], weights)
-        return Outcome(True, payload=msgspec.json.encode(checksums))
+        return self._snapshot.check(op, checksums)
 
     def _check_weights_are_there(self) -> None:
         if "weights" in self._memory.released:
@@ -153,6 +155,8 @@ class RankOperations:
 
     def _release(self, op: ReleaseMemoryOccupation) -> Outcome:
         check_tags(op.owners)
+        if not op.owners:
+            return Outcome(True, "released nothing: CUDA graphs go with weights or kv_cache")
         self._runner.drop_graphs()
         self._memory.release(op.owners)
         return Outcome(True, f"released {', '.join(op.owners)}")

@@ -17,6 +17,7 @@ from ..control.operations import (
     PauseGeneration,
     ReleaseMemoryOccupation,
     UpdateWeightsFromDistributed,
+    UpdateWeightVersion,
 )
 from ..io_struct import Blocked, CacheFlushed, FinishReason, ReqFinished
 from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq
@@ -86,6 +87,7 @@ class LeaderControls:
             FlushCache: self._on_flush_cache,
             PauseGeneration: self._on_pause_generation,
             ContinueGeneration: self._on_continue_generation,
+            UpdateWeightVersion: self._on_update_weight_version,
         }
 
     @property
@@ -118,7 +120,7 @@ class LeaderControls:
         self._steps.commit_all()
         finished: list[ReqFinished] = []
         for req in self._queues.matching(prefix, exact=message.exact):
-            req.finish_reason = FinishReason("abort", message="aborted by request")
+            req.finish_reason = FinishReason("abort", message=message.message or "aborted by request")
             finished.append(self._committer.finish(req))
         self._recorder.record_idle(finished)
 
@@ -174,6 +176,12 @@ class LeaderControls:
         if blocked is None:
             self._is_paused = False
         self._reply(op_id, Outcome(blocked is None, "generation goes on" if blocked is None else blocked.message))
+
+    def _on_update_weight_version(self, op_id: str, op: UpdateWeightVersion) -> None:
+        """What was launched before ran under the old name."""
+        self._steps.commit_all()
+        self._recorder.weight_version = op.new_version
+        self._reply(op_id, Outcome(True, f"the weights are called {op.new_version!r}"))
 
     def _on_rank_operation(self, op_id: str, op: ControlOperation) -> None:
         """Between two steps: what was launched before is committed under the weights that it ran with."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .dialect_fields import Neutral, is_neutral, legal_words
 from .field_error import FieldError, shown
 from .token_ids import MAX_PROMPTS
 
@@ -58,12 +58,13 @@ PerPrompt = Annotated[list[T], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 class RequestModel(BaseModel):
     """A JSON object. Null means the default, and a field that is unknown or not implemented is refused by name.
 
-    `neutral_fields` change the result and are not implemented: legal at the value that means "off", or at one of a tuple of
-    such values. `ignored_fields` change nothing in the result. `id_fields` hold token ids: they reach the model as arrays.
+    `neutral_fields` change the result and are not implemented: legal at values that ask for nothing, see
+    `dialect_fields.py`. `ignored_fields` change nothing in the result. `id_fields` hold token ids: they reach the model as
+    arrays.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    neutral_fields: ClassVar[Mapping[str, Any]] = {}
+    neutral_fields: ClassVar[Neutral] = {}
     ignored_fields: ClassVar[tuple[str, ...]] = ()
     id_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -78,7 +79,7 @@ class RequestModel(BaseModel):
             if value is None or name in cls.ignored_fields:
                 continue
             if name in cls.neutral_fields:
-                _check_off(name, value, cls.neutral_fields[name])
+                _check_neutral(name, value, cls.neutral_fields[name])
             elif name in cls.model_fields or cls.model_config["extra"] == "allow":
                 kept[name] = value
             else:
@@ -86,12 +87,9 @@ class RequestModel(BaseModel):
         return kept
 
 
-def _check_off(name: str, value: Any, off: Any) -> None:
-    legal = off if isinstance(off, tuple) else (off,)
-    # JSON's true is no 1.
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in legal):
-        words = " or ".join(repr(one) for one in legal if one is not None)
-        raise FieldError(f"{name} is not supported: must be {words + ' or ' if words else ''}absent", name)
+def _check_neutral(name: str, value: Any, legal: tuple[Any, ...]) -> None:
+    if not is_neutral(value, legal):
+        raise FieldError(f"{name} is not supported: must be {legal_words(legal)}", name)
 
 
 def validate(model: type[Model], fields: Any) -> Model:

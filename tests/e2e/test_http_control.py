@@ -78,15 +78,22 @@ def test_a_trainer_drives_a_server(control: EngineControl, http: httpx.Client, b
     control.continue_generation()
     control.flush_cache()
     assert control.checksum_weights() == sums(other)
+    assert http.post("/weights_checker", json={}).json()["checksums"] == sums(other)
+    assert http.post("/weights_checker", json={"action": "snapshot", "selector": "all"}).json()["success"]
+    assert http.post("/weights_checker", json={"action": "compare", "allow_quant_error": False}).json()["success"]
     answer = generate(http, return_routed_experts=True).json()
     assert answer["output_ids"] != started["output_ids"]
     assert answer["meta_info"]["weight_version"] == "step-1"
     assert answer["meta_info"]["routed_experts_meta"]["weight_versions"] == [["step-1", 0, 3 + 6 - 1]]
     for path in ("/get_model_info", "/model_info", "/get_weight_version"):
         assert http.get(path).json()["weight_version"] == "step-1"
-    sender.send(base.items(), weight_version="step-2")
+    sender.send(base.items(), weight_version="step-1.5")
     sender.close()
+    assert "tensors have changed" in refusal(http.post("/weights_checker", json={"action": "compare"}))
+    assert http.post("/end_weight_update", json={}).json()["success"]
+    assert http.post("/update_weight_version", json={"new_version": "step-2"}).json()["success"]
     back = generate(http, return_routed_experts=True).json()
+    assert back["meta_info"]["weight_version"] == "step-2"
     for key in ("output_ids", "text"):
         assert back[key] == started[key]
     assert back["meta_info"]["routed_experts"] == started["meta_info"]["routed_experts"]
@@ -232,7 +239,8 @@ def test_memory(control: EngineControl, http: httpx.Client, checkpoint: str) -> 
     reply = generate(http)
     assert reply.status_code == 503 and "resume_memory_occupation" in reply.json()["error"]["message"]
     assert "tags" in refusal(http.post("/release_memory_occupation", json={"tags": ["colour"]}))
-    control.resume_memory_occupation(["kv_cache"])
+    assert http.get("/ready").status_code == 503 and http.get("/ping").status_code == 200
+    control.resume_memory_occupation(["kv_cache", "cuda_graph"])
     control.resume_memory_occupation(["weights"])
     control.update_weights_from_disk(checkpoint)
     assert generate(http).status_code == 200

@@ -35,6 +35,7 @@ LEFT_OUT = {
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/get_weights_by_name",
+    "/update_weight_version",
     "/weights_checker",
 }
 

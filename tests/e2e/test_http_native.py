@@ -214,7 +214,26 @@ def test_malformed_bodies_are_refused_by_name(http: httpx.Client, fields: dict[s
 
 
 def test_neutral_fields_of_the_dialect_are_accepted(http: httpx.Client) -> None:
-    generate(http, input_ids=ids("x"), lora_path=None, image_data=None, log_metrics=True, modalities=["text"])
+    generate(http, input_ids=ids("x"), lora_path=None, image_data=[], log_metrics=True, modalities=["text"])
+
+
+def test_older_names_and_salt_of_the_dialect(http: httpx.Client) -> None:
+    """Prompts of different salts share nothing, those of one do."""
+    named = {
+        "data_parallel_rank": 0,
+        "routing_key": "k",
+        "conversation_id": "c",
+        "model": "m",
+        "custom_labels": {"a": "b"},
+    }
+    prompt = {"input_ids": ids("a salted prompt, long enough to be cached"), "sampling_params": GREEDY}
+    salts = (None, "s", "t", "s")
+    answers = [generate(http, **prompt, **named, cache_salt=salt)["meta_info"]["cached_tokens"] for salt in salts]
+    assert answers[1] == answers[2] == 0 and answers[3] > 0
+    reply = http.post("/generate", json={**prompt, "data_parallel_rank": 3})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(
+        "data_parallel_rank=3: must lie in 0"
+    )
 
 
 def test_one_bad_item_refuses_the_list_and_names_itself(http: httpx.Client) -> None:
@@ -309,10 +328,11 @@ def test_an_abort_answers_with_what_there_is(http: httpx.Client) -> None:
     while state(http)["num_running"] == 0:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert http.post("/abort_request", json={"rid": "abort-me"}).content == b""
+    assert http.post("/abort_request", json={"rid": "abort-me", "abort_message": "too late"}).content == b""
+    assert http.get("/v1/loads").json()["loads"][0]["num_total_reqs"] == 0, "an abort is answered when it has happened"
     thread.join(30)
     meta = answers[0]["meta_info"]
-    assert meta["finish_reason"]["type"] == "abort"
+    assert meta["finish_reason"]["type"] == "abort" and meta["finish_reason"]["message"] == "too late"
     assert 0 < meta["completion_tokens"] < 3000
     assert len(int32_rows(answers[0])) == meta["prompt_tokens"] + meta["completion_tokens"] - 1
 
@@ -326,7 +346,12 @@ def test_control_and_information(http: httpx.Client) -> None:
     assert http.get("/health").status_code == http.get("/health_generate").status_code == 200
     assert http.get("/get_model_info").json() == http.get("/model_info").json()
     assert http.get("/model_info").json()["is_generation"]
-    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 4096
+    (card,) = http.get("/v1/models").json()["data"]
+    assert card["max_model_len"] == 4096
+    assert http.get(f"/v1/models/{card['id']}").json() == card
+    assert http.get("/get_load").json()[0]["num_reqs"] == 0
+    assert http.get("/ready").status_code == http.head("/health").status_code == 200
+    assert http.post("/v1/responses", json={}).status_code == 501
     assert http.get("/v1/loads").json()["loads"][0]["num_running_reqs"] == 0
     assert http.get("/get_weight_version").json() == {"weight_version": "default"}
     tokens = http.post("/tokenize", json={"prompt": "12 + 3"}).json()

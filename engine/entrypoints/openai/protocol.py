@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJso
 
 from ...frontend.generate_request import GenerateReqInput
 from ...frontend.sampling_params import MAX_SAMPLES, SamplingParamsInput, check_size
+from ...validation import dialect_fields
 from ...validation.field_error import FieldError
 from ...validation.request_model import (
     MAX_NAME_CHARS,
@@ -24,41 +25,6 @@ from ...validation.token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as
 
 MAX_TOP_LOGPROBS = 20
 
-# Change the result and are not implemented: legal at the value that means "off", or null.
-NEUTRAL_FIELDS: dict[str, Any] = {
-    "audio": None,
-    "best_of": 1,
-    "function_call": ("none", "auto"),
-    "functions": [],
-    "modalities": ["text"],
-    "prediction": None,
-    "reasoning_effort": None,
-    "response_format": {"type": "text"},
-    "suffix": "",
-    "tools": [],
-    # Without tools these are the same; others ask for a call.
-    "tool_choice": ("none", "auto"),
-    "verbosity": None,
-    "web_search_options": None,
-    "lora_path": None,
-    "regex": None,
-    "ebnf": None,
-    "json_schema": None,
-    "return_hidden_states": False,
-}
-# Change nothing in the result: notes of the caller's, and hints for caches, schedulers and parsers that are not there.
-IGNORED_FIELDS = (
-    "metadata",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "safety_identifier",
-    "separate_reasoning",
-    "service_tier",
-    "store",
-    "stream_reasoning",
-    "user",
-)
-
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
@@ -70,8 +36,8 @@ class StreamOptions(RequestModel):
 class OpenAIRequest(RequestModel):
     """What both endpoints share."""
 
-    neutral_fields = NEUTRAL_FIELDS
-    ignored_fields = IGNORED_FIELDS
+    neutral_fields = dialect_fields.OPENAI
+    ignored_fields = dialect_fields.OPENAI_IGNORED
 
     # Stands in every answer.
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS), AfterValidator(check_utf8)] = ""
@@ -99,7 +65,9 @@ class OpenAIRequest(RequestModel):
     session_id: Name | None = None
     priority: Number = 0
     extra_key: Name | None = None
+    cache_salt: Name | None = None
     routed_dp_rank: Number | None = None
+    data_parallel_rank: Number | None = None
     return_routed_experts: bool = False
     routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"

@@ -35,6 +35,7 @@ from waybill.engine.control.operations import (
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
     UpdateWeightsFromTensor,
+    UpdateWeightVersion,
 )
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.control import control_router
@@ -60,7 +61,8 @@ VALID: dict[str, dict[str, Any]] = {
     "/update_weights_from_distributed": {**TENSORS, "load_format": "flattened_bucket", "is_last": True},
     "/update_weights_from_tensor": {"path": "p", "weight_version": "v", "is_last": True, "abort_all_requests": True},
     "/get_weights_by_name": {"name": "a", "truncate_size": 3},
-    "/weights_checker": {"action": "checksum"},
+    "/update_weight_version": {"new_version": "v", "abort_all_requests": False},
+    "/weights_checker": {"action": "compare", "skip_tensor_list": ["router"]},
     "/pause_generation": {"mode": "retract"},
     "/continue_generation": {},
     "/release_memory_occupation": {"tags": ["weights"]},
@@ -138,6 +140,9 @@ def test_hostile_bodies_are_refused_or_can_be_sent(path: str) -> None:
         ("/update_weights_from_distributed", {"manifest": {"a": 1}}, "manifest is not supported"),
         ("/update_weights_from_tensor", {"serialized_named_tensors": ["gASV"]}, "pickled tensors are not taken"),
         ("/update_weights_from_tensor", {"safetensors": "AAAA"}, "give exactly one of them"),
+        ("/update_weights_from_tensor", {"load_format": "flattened_bucket"}, "load_format is not supported"),
+        ("/update_weights_from_distributed", {"selector": "draft"}, "selector is not supported: must be 'all'"),
+        ("/weights_checker", {"allow_quant_error": True}, "allow_quant_error is not supported"),
         ("/pause_generation", {"mode": "colour"}, "mode"),
         ("/release_memory_occupation", {"tags": ["colour"]}, "tags"),
         ("/weights_checker", {"action": "reset_tensors"}, "action"),
@@ -174,6 +179,7 @@ def test_the_trainers_client_says_what_it_is_told() -> None:
     control.resume_memory_occupation()
     control.flush_cache()
     control.continue_generation()
+    control.update_weight_version("w")
     assert control.get_weights_by_name("a") == [[1.0]] and control.checksum_weights() == {"a": "0"}
     tensors = (TENSORS["names"], TENSORS["dtypes"], TENSORS["shapes"], "g", "flattened_bucket")
     assert controls.calls == [
@@ -187,6 +193,7 @@ def test_the_trainers_client_says_what_it_is_told() -> None:
         ResumeMemoryOccupation(),
         FlushCache(),
         ContinueGeneration(),
+        UpdateWeightVersion("w"),
         GetWeightsByName("a"),
         CheckWeights("checksum"),
     ]

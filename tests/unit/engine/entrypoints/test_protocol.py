@@ -31,7 +31,7 @@ def test_null_means_the_default() -> None:
         {"best_of": True},
         *(
             {"tool_choice": choice}
-            for choice in ("required", {"type": "function", "function": {"name": "f"}}, "", [], 1)
+            for choice in ("required", {"type": "function", "function": {"name": "f"}}, "", ["auto", 1], 1)
         ),
         {"function_call": {"name": "f"}},
         *(

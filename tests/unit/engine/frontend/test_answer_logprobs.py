@@ -29,14 +29,21 @@ def test_values_stand_with_the_ids_that_they_belong_to() -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (OutputOptions(return_logprob=True), ["output_token_logprobs"]),
+        (OutputOptions(return_logprob=True), ["output_token_logprobs", "input_token_logprobs"]),
         (OutputOptions(return_logprob=True, logprob_start_len=1), ["output_token_logprobs", "input_token_logprobs"]),
-        (OutputOptions(return_logprob=True, top_logprobs_num=1), ["output_token_logprobs", "output_top_logprobs"]),
+        (
+            OutputOptions(return_logprob=True, top_logprobs_num=1),
+            ["output_token_logprobs", "input_token_logprobs", "output_top_logprobs"],
+        ),
     ],
 )
 def test_an_answer_has_only_what_was_asked_for(options: OutputOptions, names: list[str]) -> None:
     assert list(rendered(options)) == names
     assert list(AnswerLogprobs(options, str).render(Logprobs(), [])) == names, "also an output that brings none"
+
+
+def test_log_probabilities_of_the_prompt_are_an_empty_list_where_they_were_not_asked_for() -> None:
+    assert rendered(OutputOptions(return_logprob=True))["input_token_logprobs"] == []
 
 
 def test_text_is_made_where_it_is_asked_for() -> None:

@@ -278,3 +278,25 @@ NAMES = ["text", "input_ids", "sampling_params", "rid", "return_routed_experts",
 def test_whatever_arrives_is_taken_or_refused_with_a_value_error(fields: dict[str, Any]) -> None:
     with contextlib.suppress(ValueError):
         take(**{name or "_": value for name, value in fields.items() if name != "limits"})
+
+
+def test_older_names_of_the_dialect_mean_the_new_ones() -> None:
+    request = parse_generate_request({"input_ids": [1], "data_parallel_rank": 1, "routing_key": "k"})
+    assert (request.dp_rank, request.affinity) == (1, "k")
+    both = parse_generate_request({"input_ids": [1], "data_parallel_rank": 0, "routed_dp_rank": 0, "session_id": "s"})
+    assert (both.dp_rank, both.affinity) == (0, "s")
+    for fields, words in (
+        ({"data_parallel_rank": 1, "routed_dp_rank": 0}, "data_parallel_rank: must be that of routed_dp_rank"),
+        ({"routing_key": "a", "session_id": "b"}, "routing_key: must be that of session_id"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_generate_request({"input_ids": [1], **fields})
+
+
+def test_no_two_pairs_of_salt_and_key_are_one_partition() -> None:
+    pairs = [(None, None), (None, "ab"), ("a", "b"), ("ab", None), ("a", None), ("b", "a")]
+    partitions = {
+        parse_generate_request({"input_ids": [1], "cache_salt": salt, "extra_key": key}).cache_partition
+        for salt, key in pairs
+    }
+    assert len(partitions) == len(pairs)

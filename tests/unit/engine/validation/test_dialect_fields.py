@@ -1,0 +1,324 @@
+"""Every field of the dialect's requests is known: declared by a model, ignored, or in the table of those that are refused
+unless they ask for nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from waybill.engine.control.operations import (
+    CheckWeights,
+    ContinueGeneration,
+    DestroyWeightsUpdateGroup,
+    GetWeightsByName,
+    InitWeightsUpdateGroup,
+    PauseGeneration,
+    ReleaseMemoryOccupation,
+    ResumeMemoryOccupation,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
+    UpdateWeightVersion,
+)
+from waybill.engine.entrypoints.control import body_model
+from waybill.engine.entrypoints.native import AbortRequestInput, DetokenizeInput, TokenizeInput
+from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from waybill.engine.frontend.generate_request import GenerateReqInput
+from waybill.engine.frontend.sampling_params import SamplingParamsInput
+from waybill.engine.validation import dialect_fields
+from waybill.engine.validation.dialect_fields import is_neutral
+from waybill.engine.validation.request_model import RequestModel, validate
+
+Defaults = dict[str, Any]
+
+
+def nulls(names: str) -> Defaults:
+    return dict.fromkeys(names.split())
+
+
+def falses(names: str) -> Defaults:
+    return dict.fromkeys(names.split(), False)
+
+
+# Fields and defaults of sglang 0.5.23: python/sglang/srt/managers/io_struct.py (GenerateReqInput and the control
+# requests), srt/sampling/sampling_params.py, srt/entrypoints/openai/protocol.py.
+GENERATE = {
+    **nulls(
+        "rid session_id text input_ids input_embeds image_data video_data audio_data mm_hashes mm_content_hashes "
+        "video_config sampling_params watermark return_logprob logprob_start_len top_logprobs_num token_ids_logprob "
+        "return_sampling_mask sampling_logprobs_mode modalities session_params lora_path lora_id custom_logit_processor "
+        "positional_embed_overrides bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key decode_tp_size "
+        "routed_dp_rank data_parallel_rank disagg_prefill_dp_rank routing_key conversation_id http_worker_ipc "
+        "max_thinking_tokens priority extra_key custom_labels external_trace_header received_time "
+        "need_wait_for_mm_inputs num_items_assigned encoder_urls max_dynamic_patch min_dynamic_patch "
+        "image_max_dynamic_patch video_max_dynamic_patch images_config mm_processor_kwargs "
+        "multi_item_delimiter_indices token_indices_to_pool cache_salt kv_hints"
+    ),
+    **falses(
+        "use_audio_in_video return_text_in_logprobs return_flat_raw_top_logprobs return_flat_raw_output_top_logprobs "
+        "return_flat_raw_top_logprobs_b64 stream return_hidden_states return_routed_experts return_indexer_topk "
+        "background require_reasoning no_logs return_bytes return_entropy return_prompt_token_ids"
+    ),
+    "log_metrics": True,
+    "routed_experts_start_len": 0,
+}
+SAMPLING = {
+    **nulls(
+        "stop stop_token_ids stop_regex beam_width json_schema regex ebnf structural_tag stream_interval logit_bias "
+        "sampling_seed custom_params watermark stop_strs stop_regex_strs"
+    ),
+    **falses("ignore_eos no_stop_trim is_normalized ebnf_full_assistant"),
+    **{"max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "top_k": 1 << 30, "min_p": 0.0, "n": 1},
+    **{"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0},
+    **{"skip_special_tokens": True, "spaces_between_special_tokens": True},
+    **{"stop_str_max_len": 0, "stop_regex_max_len": 0},
+}
+OPENAI = {
+    **nulls(
+        "bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank logit_bias seed stop "
+        "stream_options user regex ebnf stop_token_ids stop_regex lora_path session_id session_params response_format "
+        "custom_params custom_logit_processor watermark images_config mm_processor_kwargs data_parallel_rank rid "
+        "extra_key cache_salt priority"
+    ),
+    **falses(
+        "stream return_hidden_states return_routed_experts return_cached_tokens_details return_spec_tokens_details "
+        "return_token_ids no_stop_trim ignore_eos"
+    ),
+    **{"model": "default", "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_tokens": 0},
+    **{"routed_experts_start_len": 0, "skip_special_tokens": True},
+}
+COMPLETION = {
+    **OPENAI,
+    **nulls("best_of logprobs suffix json_schema custom_labels"),
+    **falses("echo"),
+    **{"max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+}
+CHAT = {
+    **OPENAI,
+    **nulls(
+        "top_logprobs max_tokens max_completion_tokens temperature top_p tools sampling_logprobs_mode reasoning_effort "
+        "thinking task top_k min_p repetition_penalty chat_template_kwargs max_dynamic_patch min_dynamic_patch "
+        "video_config input_ids"
+    ),
+    **falses(
+        "logprobs return_prompt_token_ids return_meta_info return_input_ids_in_sglext return_output_ids_in_sglext "
+        "return_sampling_mask return_flat_raw_output_top_logprobs continue_final_message use_audio_in_video"
+    ),
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "return_flat_raw_top_logprobs_b64": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+}
+# Every control request has these two.
+MESSAGE = nulls("rid http_worker_ipc")
+UPDATE = {
+    **MESSAGE,
+    **{"flush_cache": True, "abort_all_requests": False, "weight_version": None, "torch_empty_cache": False},
+}
+SELECTED = {**UPDATE, "selector": "all", "load_format": None}
+GROUP = {**MESSAGE, "group_name": "weight_update_group"}
+
+PROMPT = {"input_ids": [1]}
+MESSAGES = {"messages": [{"role": "user", "content": "x"}]}
+TENSORS = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]]}
+# The model, what it cannot be without, and the fields that the dialect's request has beside that.
+REQUESTS: list[tuple[type[RequestModel], Defaults, Defaults]] = [
+    (GenerateReqInput, PROMPT, GENERATE),
+    (SamplingParamsInput, {}, SAMPLING),
+    (CompletionRequest, {"prompt": [1]}, COMPLETION),
+    (ChatCompletionRequest, MESSAGES, CHAT),
+    (StreamOptions, {}, falses("include_usage continuous_usage_stats")),
+    (
+        TokenizeInput,
+        {"prompt": "x"},
+        {
+            **nulls("messages tools tool_choice reasoning_effort chat_template_kwargs add_generation_prompt"),
+            **{"model": "default", "continue_final_message": False, "add_special_tokens": True},
+        },
+    ),
+    (DetokenizeInput, {"tokens": [1]}, {"model": "default", "skip_special_tokens": True}),
+    (
+        AbortRequestInput,
+        {},
+        {**MESSAGE, **falses("abort_all"), **nulls("finished_reason abort_message weight_versions")},
+    ),
+    (body_model(PauseGeneration), {}, {**MESSAGE, "mode": "abort"}),
+    (body_model(ContinueGeneration), {}, {**MESSAGE, "torch_empty_cache": True}),
+    (
+        body_model(UpdateWeightsFromDisk),
+        {"model_path": "m"},
+        {
+            **UPDATE,
+            **falses("is_async keep_pause recapture_cuda_graph"),
+            **{"load_format": None, "token_step": 0, "manifest": None},
+        },
+    ),
+    (body_model(UpdateWeightsFromDistributed), TENSORS, {**SELECTED, **GROUP}),
+    # The dialect's own field for tensors is pickled.
+    (body_model(UpdateWeightsFromTensor), {"path": "p"}, {**SELECTED, "serialized_named_tensors": None}),
+    (
+        body_model(InitWeightsUpdateGroup),
+        {"master_address": "h", "master_port": 1, "rank_offset": 1, "world_size": 2},
+        {**GROUP, "backend": "nccl"},
+    ),
+    (body_model(DestroyWeightsUpdateGroup), {}, GROUP),
+    (body_model(UpdateWeightVersion), {"new_version": "v"}, {**MESSAGE, "abort_all_requests": True}),
+    (body_model(GetWeightsByName), {"name": "a"}, {**MESSAGE, "truncate_size": 100}),
+    (body_model(ReleaseMemoryOccupation), {}, {**MESSAGE, "tags": None}),
+    (body_model(ResumeMemoryOccupation), {}, {**MESSAGE, "tags": None}),
+    (
+        body_model(CheckWeights),
+        {},
+        {
+            **MESSAGE,
+            **{"action": "checksum", "allow_quant_error": False, "skip_tensor_list": None, "selector": "all"},
+        },
+    ),
+]
+IDS = [model.__name__ for model, _, _ in REQUESTS]
+
+
+@pytest.mark.parametrize(("model", "needed", "defaults"), REQUESTS, ids=IDS)
+def test_every_field_of_the_dialect_is_taken_at_its_default(
+    model: type[RequestModel], needed: Defaults, defaults: Defaults
+) -> None:
+    for name, default in defaults.items():
+        validate(model, {name: default} | needed)
+        validate(model, {name: None} | needed)
+    validate(model, defaults | needed)
+
+
+@pytest.mark.parametrize(("model", "needed", "defaults"), REQUESTS, ids=IDS)
+def test_what_is_not_implemented_is_taken_where_it_asks_for_nothing_and_else_refused_by_name(
+    model: type[RequestModel], needed: Defaults, defaults: Defaults
+) -> None:
+    assert not model.neutral_fields.keys() & {*model.model_fields, *model.ignored_fields}
+    for name, legal in model.neutral_fields.items():
+        for value in (None, False, [], {}, [None, None], *legal):
+            validate(model, {name: value} | needed)
+        for value in (True, 1.5, "odd", ["odd"], {"a": 1}, [None, 7]):
+            with pytest.raises(ValueError, match=f"^{name} is not supported: must be .*absent$"):
+                validate(model, {name: value} | needed)
+
+
+@pytest.mark.parametrize(("model", "needed", "defaults"), REQUESTS, ids=IDS)
+def test_every_field_is_one_of_three_kinds(model: type[RequestModel], needed: Defaults, defaults: Defaults) -> None:
+    known = {*model.model_fields, *model.ignored_fields, *model.neutral_fields}
+    assert {*defaults, *needed} <= known, "a field of the dialect is unknown"
+    with pytest.raises(ValueError, match=r"^colour: is no field"):
+        validate(model, {"colour": "red"} | needed)
+
+
+def test_one_is_no_true_and_nesting_has_a_bound() -> None:
+    assert is_neutral(1, (1,)) and not is_neutral(True, (1,))
+    assert is_neutral([[None], [[]]]) is False and is_neutral([[None]])
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert not is_neutral(deep)
+
+
+def test_the_table_names_each_field_once_per_request() -> None:
+    for table in (dialect_fields.GENERATE, dialect_fields.SAMPLING, dialect_fields.OPENAI):
+        assert all(isinstance(legal, tuple) for legal in table.values())
+
+
+# --- bodies as clients write them -----------------------------------------------------------------------------------
+
+# sglang, sgl-model-gateway/src/protocols/generate.rs: fields without `skip_serializing_if` are always sent.
+ROUTER = {
+    **{"model": None, "return_text_in_logprobs": False, "stream": False, "log_metrics": True},
+    **{"return_hidden_states": False, "background": False, "no_logs": False, "return_bytes": False},
+    **{"return_entropy": False, "input_ids": [1, 2], "sampling_params": {"max_new_tokens": 4, "temperature": 1.0}},
+}
+# miles' fork of it adds these.
+MILES_ROUTER = {**ROUTER, "return_routed_experts": True, "require_reasoning": False, "return_prompt_token_ids": False}
+# slime, slime/rollout/sglang_rollout.py: GenerateState and generate.
+SLIME = {
+    "sampling_params": {
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 64, "stop": None, "stop_token_ids": None},
+        **{"skip_special_tokens": False, "no_stop_trim": True, "spaces_between_special_tokens": False},
+        "sampling_seed": 7,
+    },
+    **{"return_logprob": True, "return_routed_experts": True, "input_ids": [1, 2]},
+}
+# miles, miles/rollout/generate_utils/generate_endpoint_utils.py: compute_request_payload.
+MILES = {
+    **{"input_ids": [1, 2], "sampling_params": SLIME["sampling_params"], "return_logprob": True},
+    **{"return_routed_experts": True, "return_indexer_topk": False, "extra_key": "namespace"},
+}
+# AReaL, areal/engine/sglang_remote.py: agenerate.
+AREAL = {
+    **{"input_ids": [1, 2], "image_data": [], "return_logprob": True, "stream": False},
+    "sampling_params": {
+        **{"top_p": 1.0, "top_k": 100_000_000, "max_new_tokens": 64, "temperature": 1.0},
+        **{"stop_token_ids": [2], "frequency_penalty": 0.0},
+    },
+}
+# sglang, lang/backend/runtime_endpoint.py with lang/ir.py (to_srt_kwargs).
+RUNTIME_ENDPOINT = {
+    "text": "x",
+    "sampling_params": {
+        **{"skip_special_tokens": True, "spaces_between_special_tokens": True, "max_new_tokens": 128},
+        **{"min_new_tokens": 0, "n": 1, "stop": [], "stop_token_ids": [], "stop_regex": [], "temperature": 1.0},
+        **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0},
+        **{"ignore_eos": False, "regex": None, "json_schema": None},
+    },
+    **{"return_logprob": None, "logprob_start_len": None, "top_logprobs_num": None, "stream": True},
+}
+# The same file, Runtime.generate.
+RUNTIME = {
+    **{"text": ["x", "y"], "sampling_params": {"n": 1}, "return_logprob": False, "logprob_start_len": -1},
+    **{"top_logprobs_num": 0, "lora_path": [None, None], "session_id": None},
+}
+# verl, verl/workers/rollout/sglang_rollout/http_server_engine.py: generate sends what is not None.
+VERL = {
+    **{"input_ids": [1, 2], "sampling_params": {"n": 1, "max_new_tokens": 8, "repetition_penalty": 1.0}},
+    **{"return_logprob": True, "image_data": None, "stream": False},
+}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [ROUTER, MILES_ROUTER, SLIME, MILES, AREAL, RUNTIME_ENDPOINT, RUNTIME, VERL],
+    ids=["router", "miles-router", "slime", "miles", "areal", "runtime-endpoint", "runtime", "verl"],
+)
+def test_bodies_of_clients_are_taken(body: Defaults) -> None:
+    validate(GenerateReqInput, body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        # slime and miles, backends/sglang_utils/sglang_engine.py.
+        (UpdateWeightsFromDistributed, {**TENSORS, "group_name": "g", "flush_cache": False, "selector": "all"}),
+        (ResumeMemoryOccupation, {"tags": ["kv_cache", "cuda_graph"]}),
+        (ReleaseMemoryOccupation, {"tags": None}),
+        (CheckWeights, {"action": "snapshot", "allow_quant_error": False, "selector": "all"}),
+        (CheckWeights, {"action": "compare", "allow_quant_error": False, "selector": "all", "skip_tensor_list": ["r"]}),
+        (UpdateWeightVersion, {"new_version": "3"}),
+        # AReaL, areal/engine/sglang_remote.py.
+        (UpdateWeightsFromDisk, {"model_path": "m", "abort_all_request": True}),
+        (UpdateWeightsFromDistributed, {**TENSORS, "group_name": "g", "abort_all_requests": True}),
+        (
+            InitWeightsUpdateGroup,
+            {
+                **{"master_address": "h", "master_port": "29500", "rank_offset": 1, "world_size": 3},
+                **{"backend": "nccl", "group_name": "g"},
+            },
+        ),
+    ],
+)
+def test_bodies_of_trainers_are_taken(kind: Any, body: Defaults) -> None:
+    validate(body_model(kind), body)
+
+
+# verl (http_server_engine.py), slime and miles: buckets of pickled handles.
+@pytest.mark.parametrize("load_format", ["flattened_bucket", None])
+def test_pickled_buckets_are_refused_for_what_they_are(load_format: str | None) -> None:
+    body = {"serialized_named_tensors": ["gASV"], "load_format": load_format, "flush_cache": False, "selector": "all"}
+    with pytest.raises(ValueError, match=r"pickled.*safetensors.*update_weights_from_distributed") as refusal:
+        validate(body_model(UpdateWeightsFromTensor), body)
+    assert str(refusal.value).startswith("serialized_named_tensors: ")

@@ -37,6 +37,7 @@ STATUS_TYPES = {
     408: "RequestTimeoutError",
     410: "GoneError",
     413: "RequestTooLargeError",
+    501: "NotImplementedError",
     503: "ServiceUnavailableError",
     507: "InsufficientStorageError",
 }

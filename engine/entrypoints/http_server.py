@@ -17,12 +17,14 @@ from .errors import install_error_handlers
 from .http_limits import HttpLimits
 from .info import info_router
 from .native import META_HEADER, native_router
+from .not_served import not_served_router
 from .openai.protocol import ChatCompletionRequest, CompletionRequest
 from .openai.serving_chat import ChatServing
 from .openai.serving_completions import CompletionServing
 from .origin_guard import AllowedHosts, OriginGuard
 from .request_guard import RequestGuard
 from .service_metrics import ServiceMetrics
+from .update_sessions import update_sessions_router
 
 
 def make_app(
@@ -70,4 +72,6 @@ def make_app(
         return await completions.create(body, http)
 
     app.include_router(openai)
+    app.include_router(update_sessions_router(manager, bodies))
+    app.include_router(not_served_router())
     return app

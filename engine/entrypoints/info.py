@@ -12,11 +12,19 @@ from starlette.responses import Response
 
 from ..frontend.engine_connection import EngineDeadError
 from ..frontend.tokenizer_manager import TokenizerManager
+from ..validation.field_error import shown
 from .engine_health import EngineHealth
 from .errors import error_response, json_response
 from .service_metrics import ServiceMetrics
 
 SCRAPE_TIMEOUT_S = 3.0
+# Options of the dialect's server which trainers compare with what they would have started (slime and miles: external
+# engines). There is one program on all nodes, on devices that nobody else chooses, without stages of a pipeline; memory can
+# be given back in any case, while `enable_memory_saver` is of servers that share their devices with a trainer.
+DIALECT_OPTIONS = {
+    **{"enable_memory_saver": False, "enable_metrics": True, "pp_size": 1, "nnodes": 1, "node_rank": 0},
+    **{"base_gpu_id": 0, "gpu_id_step": 1, "disaggregation_mode": "null", "encoder_only": False},
+}
 
 
 def info_router(
@@ -27,9 +35,17 @@ def info_router(
     started = int(time.time())
     engine_health = EngineHealth(manager, health_timeout_s)
 
+    # Load balancers ask the head alone, and SageMaker's asks for a ping.
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
+    @router.get("/ping", include_in_schema=False)
     async def health() -> Response:
         reason = manager.not_ready()
+        return Response() if reason is None else error_response(reason, 503)
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        reason = manager.not_ready() or manager.why_requests_wait()
         return Response() if reason is None else error_response(reason, 503)
 
     @router.get("/health_generate")
@@ -56,9 +72,19 @@ def info_router(
         loads = loads_of(await manager.get_state())
         return json_response({"timestamp": time.time(), "dp_rank_count": manager.config.dp_size, "loads": loads})
 
+    @router.get("/get_load")
+    async def get_load() -> Response:
+        return json_response(old_loads_of(await manager.get_state()))
+
     @router.get("/v1/models")
     async def models() -> Response:
         return json_response({"object": "list", "data": [model_card(manager, model_name, started)]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != model_name:
+            return error_response(f"model: there is no {shown(name)}, the model is {model_name!r}", 404)
+        return json_response(model_card(manager, model_name, started))
 
     @router.get("/metrics")
     async def prometheus() -> Response:
@@ -91,7 +117,17 @@ def model_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str,
 def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str, Any]:
     config = manager.config
     options = {name: getattr(config, name) for name in config.__struct_fields__}
-    return {**options, **state, "routed_experts_endpoint": manager.queries.claims_address}
+    world_size = config.tp_size * config.dp_size
+    return {
+        **options,
+        **DIALECT_OPTIONS,
+        **state,
+        "num_gpus": world_size,
+        "ep_size": world_size if config.moe_split == "ep" else 1,
+        "max_total_num_tokens": state["kv_cache_tokens"],
+        "internal_states": state["dp_ranks"],
+        "routed_experts_endpoint": manager.queries.claims_address,
+    }
 
 
 def loads_of(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,11 +137,25 @@ def loads_of(state: dict[str, Any]) -> list[dict[str, Any]]:
             "dp_rank": dp_rank,
             "num_running_reqs": rank["num_running"],
             "num_waiting_reqs": rank["num_waiting"],
+            "num_total_reqs": rank["num_running"] + rank["num_waiting"],
             "num_used_tokens": (rank["num_pages"] - rank["num_free_pages"]) * state["page_size"],
             "max_total_num_tokens": state["kv_cache_tokens"],
             "token_usage": 1 - rank["num_free_pages"] / rank["num_pages"],
         }
         for dp_rank, rank in enumerate(state["dp_ranks"])
+    ]
+
+
+def old_loads_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same in the form of `/get_load`, which routers ask for."""
+    return [
+        {
+            "dp_rank": load["dp_rank"],
+            "num_reqs": load["num_total_reqs"],
+            "num_waiting_reqs": load["num_waiting_reqs"],
+            "num_tokens": load["num_used_tokens"],
+        }
+        for load in loads_of(state)
     ]
 
 

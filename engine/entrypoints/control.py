@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, get_type_hints
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import create_model, model_validator
 from starlette.responses import Response
 
@@ -25,10 +27,13 @@ from ..frontend.engine_controls import EngineControls
 from ..frontend.tokenizer_manager import TokenizerManager
 from ..ipc.frontend_messages import ControlReply
 from ..validation import dialect_fields
+from ..validation.field_error import FieldError, shown
 from ..validation.request_model import RequestModel
 from .bodies import BodyReader
 from .errors import error_body, error_response, json_response
 
+MAX_FLUSH_WAIT_S = 600.0
+FLUSH_POLL_S = 0.1
 # Without a body they mean what they mean with an empty object.
 OPTIONAL_BODIES = (PauseGeneration, ContinueGeneration, ReleaseMemoryOccupation, ResumeMemoryOccupation, CheckWeights)
 
@@ -79,6 +84,23 @@ def flush_response(reply: ControlReply) -> Response:
     return weight_response(reply) if reply.success else error_response(reply.message, 400)
 
 
+def patience_of(http: Request) -> float:
+    """Seconds that a flush waits for requests to end, as the dialect has it in the query.
+
+    Raises:
+        FieldError: it is no such number.
+    """
+    text = http.query_params.get("timeout", "0")
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = -1.0
+    # NaN fails the comparison, too.
+    if not 0 <= timeout_s <= MAX_FLUSH_WAIT_S:
+        raise FieldError(f"timeout={shown(text)}: must lie in 0 .. {MAX_FLUSH_WAIT_S:g} (seconds)", "timeout")
+    return timeout_s
+
+
 def rows_response(reply: ControlReply) -> Response:
     return json_response(msgspec.json.decode(reply.payload)) if reply.success else error_response(reply.message, 400)
 
@@ -101,11 +123,16 @@ def control_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
     controls = manager.controls
 
-    # It may be a GET, and what it is sent is not looked at.
+    # It may be a GET, and what a body says is not looked at.
     @router.get("/flush_cache")
     @router.post("/flush_cache")
-    async def flush_cache() -> Response:
-        return flush_response(await controls.run(FlushCache()))
+    async def flush_cache(http: Request) -> Response:
+        deadline = time.monotonic() + patience_of(http)
+        while True:
+            reply = await controls.run(FlushCache())
+            if reply.success or time.monotonic() >= deadline or await http.is_disconnected():
+                return flush_response(reply)
+            await asyncio.sleep(FLUSH_POLL_S)
 
     for kind in OPERATIONS:
         if kind is not FlushCache:

@@ -156,6 +156,19 @@ def test_refusals_name_the_field(path: str, fields: dict[str, Any], words: str) 
     assert not controls.calls
 
 
+def test_a_flush_waits_as_long_as_it_is_told_to() -> None:
+    client, controls = client_of(REFUSED)
+    assert client.get("/flush_cache").status_code == 400 and len(controls.calls) == 1
+    assert client.post("/flush_cache?timeout=0.25").status_code == 400 and len(controls.calls) > 2
+    num_calls = len(controls.calls)
+    for text in ("-1", "nan", "601", "x", ""):
+        reply = client.get("/flush_cache", params={"timeout": text})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "timeout", text
+    assert len(controls.calls) == num_calls
+    client, controls = client_of(DONE)
+    assert client.get("/flush_cache?timeout=600").status_code == 200 and len(controls.calls) == 1
+
+
 def through(client: TestClient) -> httpx.MockTransport:
     def handle(request: httpx.Request) -> httpx.Response:
         reply = client.request(request.method, request.url.path, content=request.content, headers=dict(request.headers))

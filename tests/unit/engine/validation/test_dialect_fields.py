@@ -233,6 +233,16 @@ ROUTER = {
     **{"return_hidden_states": False, "background": False, "no_logs": False, "return_bytes": False},
     **{"return_entropy": False, "input_ids": [1, 2], "sampling_params": {"max_new_tokens": 4, "temperature": 1.0}},
 }
+# What sglang-router 0.3.2 makes of a small request of OpenAI's.
+ROUTER_CHAT = {
+    **{"messages": [{"role": "user", "content": "x"}], "model": "m", "logprobs": False, "stream": False},
+    **{"no_stop_trim": False, "ignore_eos": False, "continue_final_message": False, "skip_special_tokens": True},
+    **{"separate_reasoning": True, "stream_reasoning": True, "return_hidden_states": False},
+}
+ROUTER_COMPLETION = {
+    **{"model": "m", "prompt": "ab", "stream": False, "echo": False, "no_stop_trim": False, "ignore_eos": False},
+    **{"skip_special_tokens": True, "return_hidden_states": False},
+}
 # miles' fork of it adds these.
 MILES_ROUTER = {**ROUTER, "return_routed_experts": True, "require_reasoning": False, "return_prompt_token_ids": False}
 # slime, slime/rollout/sglang_rollout.py: GenerateState and generate.
@@ -287,6 +297,11 @@ VERL = {
 )
 def test_bodies_of_clients_are_taken(body: Defaults) -> None:
     validate(GenerateReqInput, body)
+
+
+def test_bodies_of_a_router_for_openai_s_api_are_taken() -> None:
+    validate(ChatCompletionRequest, ROUTER_CHAT)
+    validate(CompletionRequest, ROUTER_COMPLETION)
 
 
 @pytest.mark.parametrize(

@@ -33,25 +33,7 @@ def info_router(
     """Routes that change nothing."""
     router = APIRouter()
     started = int(time.time())
-    engine_health = EngineHealth(manager, health_timeout_s)
-
-    # Load balancers ask the head alone, and SageMaker's asks for a ping.
-    @router.head("/health", include_in_schema=False)
-    @router.get("/health")
-    @router.get("/ping", include_in_schema=False)
-    async def health() -> Response:
-        reason = manager.not_ready()
-        return Response() if reason is None else error_response(reason, 503)
-
-    @router.get("/ready")
-    async def ready() -> Response:
-        reason = manager.not_ready() or manager.why_requests_wait()
-        return Response() if reason is None else error_response(reason, 503)
-
-    @router.get("/health_generate")
-    async def health_generate() -> Response:
-        reason = await engine_health.problem()
-        return Response() if reason is None else error_response(reason, 503)
+    add_health_routes(router, manager, EngineHealth(manager, health_timeout_s))
 
     @router.get("/get_model_info")
     @router.get("/model_info", include_in_schema=False)
@@ -91,6 +73,28 @@ def info_router(
         return Response(metrics.render(await state_for_scrape(manager)), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_health: EngineHealth) -> None:
+    """Routes that say by their status how the engine is."""
+
+    # Load balancers ask the head alone, and SageMaker's asks for a ping.
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health")
+    @router.get("/ping", include_in_schema=False)
+    async def health() -> Response:
+        reason = manager.not_ready()
+        return Response() if reason is None else error_response(reason, 503)
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        reason = manager.not_ready() or manager.why_requests_wait()
+        return Response() if reason is None else error_response(reason, 503)
+
+    @router.get("/health_generate")
+    async def health_generate() -> Response:
+        reason = await engine_health.problem()
+        return Response() if reason is None else error_response(reason, 503)
 
 
 async def state_for_scrape(manager: TokenizerManager) -> dict[str, Any] | None:

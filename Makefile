@@ -3,6 +3,9 @@ PYTEST := $(PYTHON) -m pytest
 # Else each of the processes that tests start would compile the sources that it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
+# The files that take longest begin first, so that the workers end together.
+LONGEST := $(addprefix tests/e2e/test_,reference_equality.py death.py model_families.py weight_sync.py chaos.py)
+
 .PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
@@ -11,7 +14,8 @@ venv:
 # On two workers, of which each has half of the cores. Those that share an engine or a server run on one of them.
 test: venv
 	$(PYTEST) tests/unit -n 2 -q -m "not matrix and not gpu" --durations=5
-	$(PYTEST) tests/distributed tests/e2e -n 2 --dist loadscope -q -m "not matrix and not gpu and not nodes" --durations=10
+	$(PYTEST) $(LONGEST) tests/distributed tests/e2e -n 2 --dist loadscope --no-loadscope-reorder -q \
+		-m "not matrix and not gpu and not nodes" --durations=10
 
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv

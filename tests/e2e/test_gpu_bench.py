@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
@@ -20,6 +22,7 @@ def test_every_workload_is_measured_at_a_toy_size() -> None:
     assert all(of["tokens_per_s"] > 0 and of["share"] > 0 for of in numbers.values())
 
 
+@pytest.mark.matrix
 def test_layouts_are_measured_beside_one_device() -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--toy", "--layouts", "tp1", "dp2", "--skip", "profile"]
     done = subprocess.run(

@@ -64,9 +64,12 @@ def pairwise(settings: list[Setting]) -> list[Setting]:
     return chosen
 
 
-# One token a step takes long where ranks meet in every step: left to the matrix.
-PAIRWISE = pairwise([setting for setting in ALL_SETTINGS if setting.chunk != 1 or setting.tp == 1])
-DP_PAIRWISE = pairwise([setting for setting in DP_SETTINGS if setting.chunk != 1])
+# One token a step takes long: once here, else left to the matrix; with several dp ranks a few tokens, too.
+PAIRWISE = [
+    Setting(1, "tp", 1, cache=True, retract=True, depth=0),
+    *pairwise([setting for setting in ALL_SETTINGS if setting.chunk != 1]),
+]
+DP_PAIRWISE = pairwise([setting for setting in DP_SETTINGS if setting.chunk not in SMALL_CHUNKS])
 
 
 def make_prompts() -> list[list[int]]:

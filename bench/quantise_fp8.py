@@ -43,7 +43,16 @@ def quantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def quantise_checkpoint(source: Path, out: Path) -> None:
-    """Shard by shard."""
+    """Shard by shard.
+
+    Raises:
+        ValueError: the source is quantised already.
+    """
+    config = json.loads((source / "config.json").read_text())
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{source}: quantization_config must be absent, it is a checkpoint in floating point that is wanted"
+        )
     out.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     num_bytes = 0
@@ -56,7 +65,6 @@ def quantise_checkpoint(source: Path, out: Path) -> None:
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         elif file.is_file() and file.name not in ("config.json", INDEX):
             shutil.copy(file, out / file.name)
-    config = json.loads((source / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}, indent=2))
     if (source / INDEX).is_file():
         (out / INDEX).write_text(json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}))
@@ -67,7 +75,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if not (options.checkpoint / "config.json").is_file():
+        parser.error(f"{options.checkpoint}: must be a folder with a config.json")
     quantise_checkpoint(options.checkpoint, options.out)
+    print(f"{options.out}: block FP8")
 
 
 if __name__ == "__main__":

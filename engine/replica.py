@@ -293,6 +293,7 @@ def _facts(
         "model_path": config.model_path,
         "model_type": model_config.model_type,
         "dtype": model_config.dtype_name,
+        "quantization": "fp8" if model_config.is_fp8 else "none",
         "context_length": context_length,
         "vocab_size": model_config.vocab_size,
         "num_layers": model_config.num_layers,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from ...parallel.fp8 import scale_names
+from ...parallel.fp8 import SCALE_ENDING, scale_names
 from ...parallel.weights import ShardedWeight
 from .causal_lm import FusedWeight
 from .mxfp4 import BLOCKS, MXFP4, SCALES, find_packed
@@ -145,8 +145,14 @@ def check_tensors(
     for what, names in (("lacks", missing), ("has unknown", unknown), ("has, alone and fused,", twice)):
         if names:
             shown = ", ".join(names[:NUM_NAMES_SHOWN])
+            is_scale = what == "has unknown" and names[0].endswith(SCALE_ENDING)
+            hint = (
+                "; scales mean FP8, which the config.json that the engine started with does not name"
+                if is_scale
+                else ""
+            )
             raise ValueError(
-                f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}"
+                f"the checkpoint {what} {len(names)} tensors: {shown}{' ...' if names[NUM_NAMES_SHOWN:] else ''}{hint}"
             )
     known = {**weights, **{name: each.weight for name, each in fused.items()}}
     check_dtypes(known, checkpoint)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from ..engine.ipc.critical_thread import start_critical_thread
@@ -23,7 +24,7 @@ from ..engine.ipc.heartbeat import Heartbeat
 from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
 from ..engine.ipc.lifeline import Lifeline, watch_lifeline
 from .rendezvous import register
-from .run_dir import TEMPORARY, agent_lifeline, caller_lifeline, remove_run_dir
+from .run_dir import EXIT_USAGE, TEMPORARY, agent_lifeline, caller_lifeline, remove_run_dir
 
 SIGNAL_EXIT_BASE = 128
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -38,7 +39,8 @@ def main() -> int:
 
 
 def run_agent(run_dir: str, arguments: list[str]) -> int:
-    """The shell's status for an end by signal, or torchrun's own. Whoever made the folder has called `watch_signals`."""
+    """The shell's status for an end by signal, that of a usage error where a rank has said what is wrong with the command,
+    or torchrun's own. Whoever made the folder has called `watch_signals`."""
     start_heartbeat()
     register()
     use_temporary_folder(run_dir)
@@ -48,6 +50,12 @@ def run_agent(run_dir: str, arguments: list[str]) -> int:
         torchrun(arguments)
     except SignalException as stop:
         return SIGNAL_EXIT_BASE + stop.sigval
+    except ChildFailedError as error:
+        # A rank has said the reason, which torch's report does not know.
+        _, failure = error.get_first_failure()
+        if failure.exitcode != EXIT_USAGE:
+            raise
+        return EXIT_USAGE
     finally:
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

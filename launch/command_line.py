@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
 from .node_options import split_command_line
-from .run_dir import RunDir
+from .run_dir import EXIT_USAGE, RunDir
 from .supervisor import threads_per_rank, torchrun_arguments
 from .topology import Layout
 
-EXIT_USAGE = 2
 # Beside what a server needs; see pyproject.toml.
 ROLLOUT_NEEDS = ("matplotlib", "rich")
 

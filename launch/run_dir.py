@@ -25,6 +25,10 @@ ADDRESSES = "addresses.json"
 # The temporary folder of the run's processes, within its own.
 TEMPORARY = "tmp"
 
+# Made by the rank that says why the command cannot be done, and the status of those that end for it.
+REFUSAL = "refusal"
+EXIT_USAGE = 2
+
 PREFIX = "waybill-run-"
 # Who writes into the folder while it is removed, as its last act, is outlasted.
 REMOVAL_ATTEMPTS = 5
@@ -43,6 +47,16 @@ class RunDir:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def is_first_to_refuse(run_dir: str) -> bool:
+    """Of a node's ranks one says why they cannot begin."""
+    try:
+        (Path(run_dir) / REFUSAL).touch(exist_ok=False)
+    except OSError:
+        # Another one has, or has been so quick to that the folder is gone.
+        return False
+    return True
 
 
 def make_locked_folder() -> tuple[str, int]:

@@ -39,10 +39,12 @@ from .node_options import run_secret
 from .run_dir import (
     ADDRESSES,
     ENGINE_CONFIG,
+    EXIT_USAGE,
     ROLLOUT_OPTIONS,
     SERVE_OPTIONS,
     agent_lifeline,
     caller_lifeline,
+    is_first_to_refuse,
     read_struct,
     remove_run_dir,
     write_struct,
@@ -81,9 +83,13 @@ def main() -> int:
         run_rank(config, node, store, rank)
         heartbeat.leave()
     except ValueError as error:
-        # A mistake of the user's: said in one line, to whoever waits for the engine.
-        report_failure(addresses, str(error))
-        raise
+        # A mistake of the user's: said in one line, to the program that waits for the engine, or here.
+        if command.config is None:
+            report_failure(addresses, str(error))
+            raise
+        if is_first_to_refuse(run_dir):
+            print(f"waybill: {error}", file=sys.stderr, flush=True)
+        return EXIT_USAGE
     finally:
         if children is not None:
             waits = rank == 0 and command.has_frontend and sys.exc_info()[0] is None

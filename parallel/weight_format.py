@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, dequantise, linear_fp8_torch, rows_of_heads_torch, sharded_scale
+from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, linear_fp8_torch, rows_of_heads_torch, sharded_scale
 from .weights import Piece, ShardedWeight
 
 # (x [T, C], weight [R, C], bias [R] or None) -> [T, R]
@@ -66,10 +66,6 @@ class Matrix(nn.Module):
         """Where every head has `width` rows, a part of each head's: [H, n, C] in the model's dtype."""
         return self.data.unflatten(0, (-1, width))[:, part]
 
-    def floats(self) -> torch.Tensor:
-        """The numbers, in the model's dtype."""
-        return self.data
-
     @property
     def stored(self) -> Stack:
         """What functions of stacks take."""
@@ -109,9 +105,6 @@ class Fp8Matrix(Matrix):
 
     def rows_of_heads(self, width: int, part: slice) -> torch.Tensor:
         return self._rows_of_heads(self.data, self.scales, self.grid, width, part, self.dtype)
-
-    def floats(self) -> torch.Tensor:
-        return dequantise(self.data, self.scales, self.grid, self.dtype)
 
     @property
     def stored(self) -> Stack:

@@ -205,7 +205,7 @@ class Experts(nn.Module):
         rows = slice(self._first_column, self._first_column + self._width)
         pairs = slice(2 * rows.start, 2 * rows.stop)
         every, of_all = slice(0, hidden), self._num_experts
-        gate_up, down = self.gate_up.floats().transpose(1, 2), self.down.floats().transpose(1, 2)
+        gate_up, down = self.gate_up.data.data.transpose(1, 2), self.down.data.data.transpose(1, 2)
         down_bias = (Piece((experts, every), self.down_bias.data),) if self._has_down_bias else ()
         return {
             f"{prefix}.gate_up_proj": ShardedWeight(

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from ..engine.control.methods import ControlMethods
-from ..engine.control.operations import CheckWeights, ControlOperation, UpdateWeightsFromTensor
+from ..engine.control.operations import CheckWeights, ControlOperation
 from .answer import check_status, http_options
 
 
@@ -39,14 +39,6 @@ class EngineControl(ControlMethods):
 
     def close(self) -> None:
         self._http.close()
-
-    def update_weights_from_file(
-        self, path: str, *, flush_cache: bool = True, weight_version: str | None = None, is_last: bool = False
-    ) -> None:
-        """Some tensors or all, from one safetensors file on the ranks' host, in shared memory for instance."""
-        self._control(
-            UpdateWeightsFromTensor(path=path, flush_cache=flush_cache, weight_version=weight_version, is_last=is_last)
-        )
 
     def get_server_info(self) -> dict[str, Any]:
         """Options, sizes, counters and state of the server."""

@@ -210,16 +210,15 @@ class Engine(ControlMethods):
         from ..engine.weight_sync.shared_file import shared_safetensors  # noqa: PLC0415
 
         with shared_safetensors(named_tensors) as path:
-            self._control(
-                UpdateWeightsFromTensor(
-                    path=path, flush_cache=flush_cache, weight_version=weight_version, is_last=is_last
-                )
-            )
+            self.update_weights_from_file(path, flush_cache=flush_cache, weight_version=weight_version, is_last=is_last)
 
     def _control(self, operation: ControlOperation) -> Any:
+        # The ranks have working directories of their own.
         if isinstance(operation, UpdateWeightsFromDisk):
-            # The ranks have working directories of their own.
             operation = msgspec.structs.replace(operation, model_path=str(Path(operation.model_path).resolve()))
+        # Not `resolve`, which follows the link that stands for a file in memory.
+        if isinstance(operation, UpdateWeightsFromTensor) and operation.path is not None:
+            operation = msgspec.structs.replace(operation, path=str(Path(operation.path).absolute()))
         reply = self._call(self._manager.controls.run(operation))
         if not reply.success:
             raise RuntimeError(reply.message)

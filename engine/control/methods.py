@@ -22,6 +22,7 @@ from .operations import (
     ResumeMemoryOccupation,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
     UpdateWeightVersion,
 )
 
@@ -62,12 +63,14 @@ class ControlMethods(ABC):
         self,
         model_path: str,
         *,
+        load_format: str | None = None,
         flush_cache: bool = True,
         weight_version: str | None = None,
+        base_version: str | None = None,
         abort_all_requests: bool = False,
     ) -> None:
-        """All weights, from a checkpoint folder that every rank can open. Unless the engine is paused, what runs comes to
-        its end first.
+        """All weights, from a checkpoint folder that every rank can open, or with "delta" what has changed of them since
+        `base_version`. Unless the engine is paused, what runs comes to its end first.
 
         Raises:
             RuntimeError: it was refused, and the old weights serve; or the message says what the engine waits for.
@@ -75,8 +78,10 @@ class ControlMethods(ABC):
         self._control(
             UpdateWeightsFromDisk(
                 model_path,
+                load_format,
                 flush_cache=flush_cache,
                 weight_version=weight_version,
+                base_version=base_version,
                 abort_all_requests=abort_all_requests,
             )
         )
@@ -105,11 +110,14 @@ class ControlMethods(ABC):
         group_name: str = DEFAULT_GROUP,
         *,
         load_format: str | None = None,
+        delta: str | None = None,
         flush_cache: bool = True,
         weight_version: str | None = None,
+        base_version: str | None = None,
         is_last: bool = False,
     ) -> None:
-        """Take tensors that the trainer broadcasts at the same time; see `engine.weight_sync.sender`.
+        """Take tensors, or what has changed of them, that the trainer broadcasts at the same time; see
+        `engine.weight_sync.sender`.
 
         Raises:
             RuntimeError: as `update_weights_from_disk`.
@@ -121,8 +129,37 @@ class ControlMethods(ABC):
                 shapes,
                 group_name,
                 load_format,
+                delta,
                 flush_cache=flush_cache,
                 weight_version=weight_version,
+                base_version=base_version,
+                is_last=is_last,
+            )
+        )
+
+    def update_weights_from_file(
+        self,
+        path: str,
+        *,
+        load_format: str | None = None,
+        flush_cache: bool = True,
+        weight_version: str | None = None,
+        base_version: str | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """Some tensors or all, or what has changed of them since `base_version` ("delta"), from one safetensors file on the
+        ranks' host, in shared memory for instance.
+
+        Raises:
+            RuntimeError: as `update_weights_from_disk`.
+        """
+        self._control(
+            UpdateWeightsFromTensor(
+                path=path,
+                load_format=load_format,
+                flush_cache=flush_cache,
+                weight_version=weight_version,
+                base_version=base_version,
                 is_last=is_last,
             )
         )

@@ -30,7 +30,7 @@ GRAPHS_TAG = "cuda_graph"
 # "auto" is NCCL between CUDA devices, else gloo.
 BACKENDS = ("auto", "gloo", "nccl")
 DEFAULT_BACKEND = "auto"
-LOAD_FORMATS = ("auto", "flattened_bucket")
+LOAD_FORMATS = ("auto", "flattened_bucket", "delta")
 WEIGHT_CHECKS = ("checksum", "snapshot", "compare")
 
 
@@ -117,6 +117,21 @@ class WeightUpdate(Operation, frozen=True, kw_only=True):
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: Annotated[Name, Field(max_length=512)] | None = None
+    # Of a delta: what the weights are called that it changes. Those who hold others refuse it.
+    base_version: Annotated[Name, Field(max_length=512)] | None = None
+
+    def check_format(self, load_format: str | None, legal: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: it is none of `legal`, or does not go with a base.
+        """
+        check_choice("load_format", load_format or "auto", legal)
+        if load_format == "delta" and self.base_version is None:
+            raise FieldError(
+                "base_version: a delta must name the version of the weights that it changes", "base_version"
+            )
+        if load_format != "delta" and self.base_version is not None:
+            raise FieldError("base_version: goes with load_format 'delta' alone", "base_version")
 
     @property
     def empties_cache(self) -> bool:
@@ -139,20 +154,24 @@ class PartialWeightUpdate(WeightUpdate, frozen=True, kw_only=True):
 
 
 class UpdateWeightsFromDisk(WeightUpdate, frozen=True, tag="update_weights_from_disk"):
-    neutral_fields = dialect_fields.UPDATE_FROM_DISK
+    """A checkpoint folder, or one of a delta's files ("delta")."""
 
     model_path: Name
+    load_format: Name | None = None
+
+    def check(self) -> None:
+        self.check_format(self.load_format, ("auto", "delta"))
 
 
 class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weights_from_tensor"):
     """`path` of a safetensors file on the ranks' host (shared memory, say), or its bytes as base64, which a frontend puts
-    into such a file."""
+    into such a file. It holds tensors, or a delta ("delta")."""
 
     path: Name | None = None
     safetensors: str | None = None
     # Only for the refusal of what pickles.
     serialized_named_tensors: Any = None
-    load_format: Any = None
+    load_format: Name | None = None
 
     def check(self) -> None:
         if self.serialized_named_tensors is not None:
@@ -162,8 +181,7 @@ class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weig
                 "with /update_weights_from_distributed",
                 "serialized_named_tensors",
             )
-        if self.load_format not in (None, "auto"):
-            raise FieldError("load_format is not supported: must be 'auto' or absent", "load_format")
+        self.check_format(self.load_format, ("auto", "delta"))
         if (self.path is None) == (self.safetensors is None):
             raise ValueError("path, safetensors: give exactly one of them")
 
@@ -175,16 +193,20 @@ class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weig
 
 
 class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update_weights_from_distributed"):
-    """Tensors that the trainer broadcasts, one each in this order, or all in one ("flattened_bucket")."""
+    """Tensors that the trainer broadcasts, one each in this order, or all in one ("flattened_bucket"), or what has changed
+    of them in one ("delta"), of which `delta` is the manifest, in JSON."""
 
     names: Items[Name]
     dtypes: Items[Name]
     shapes: Items[Items[Count]]
     group_name: Name = DEFAULT_GROUP
     load_format: Name | None = None
+    delta: str | None = None
 
     def check(self) -> None:
-        check_choice("load_format", self.load_format or "auto", LOAD_FORMATS)
+        self.check_format(self.load_format, LOAD_FORMATS)
+        if (self.load_format == "delta") != (self.delta is not None):
+            raise FieldError("delta: a manifest goes with load_format 'delta', and with nothing else", "delta")
 
 
 class UpdateWeightVersion(Operation, frozen=True, tag="update_weight_version"):

@@ -58,6 +58,7 @@ class SafetensorsFile:
             pass
         with path.open("rb") as file:
             self._header = read_header(file)
+        self.metadata: dict[str, str] = {}
         self.tensors = self._parse()
 
     def _parse(self) -> dict[str, StoredTensor]:
@@ -66,7 +67,9 @@ class SafetensorsFile:
         tensors: dict[str, StoredTensor] = {}
         try:
             for name, raw in msgspec.json.decode(self._header, type=dict[str, msgspec.Raw]).items():
-                if name != METADATA:
+                if name == METADATA:
+                    self.metadata = msgspec.json.decode(raw, type=dict[str, str])
+                else:
                     entry = decoder.decode(raw)
                     begin, end = entry.data_offsets
                     tensors[name] = StoredTensor(entry.dtype, entry.shape, data_begin + begin, end - begin)

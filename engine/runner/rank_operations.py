@@ -165,7 +165,7 @@ class RankOperations:
         check_tags(op.owners)
         resumed = self._memory.resume(op.owners)
         if "weights" in resumed:
-            self._receiver.progress.void()
+            self._receiver.void()
         if resumed and not self._memory.released:
             self._runner.make_graphs()
         needs = "; requests wait until an update has brought every weight" if "weights" in resumed else ""

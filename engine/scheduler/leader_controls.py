@@ -18,6 +18,7 @@ from ..control.operations import (
     ReleaseMemoryOccupation,
     UpdateWeightsFromDistributed,
     UpdateWeightVersion,
+    WeightUpdate,
 )
 from ..io_struct import Blocked, CacheFlushed, FinishReason, ReqFinished
 from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq
@@ -216,6 +217,12 @@ class LeaderControls:
         if isinstance(op, ReleaseMemoryOccupation) and self._lockstep.agreement.num_reqs:
             return (
                 f"memory is released only when nothing runs or waits: {self._lockstep.agreement.num_reqs} requests do"
+            )
+        version = self._recorder.weight_version
+        if isinstance(op, WeightUpdate) and op.base_version not in (None, version):
+            return (
+                f"base_version={op.base_version!r}: the weights here are {version!r}; send a full update; nothing was "
+                "changed"
             )
         num_running = self._lockstep.agreement.num_running
         if op.empties_cache and num_running:

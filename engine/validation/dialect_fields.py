@@ -144,7 +144,6 @@ UPDATE: Neutral = {
     **BEGIN_UPDATE,
     **off("is_async", "keep_pause", "recapture_cuda_graph", "manifest"),
 }
-UPDATE_FROM_DISK: Neutral = {**UPDATE, "load_format": ("auto",)}
 CHECK_WEIGHTS: Neutral = {**BEGIN_UPDATE, **off("allow_quant_error")}
 ABORT: Neutral = off("http_worker_ipc", "finished_reason", "weight_versions")
 

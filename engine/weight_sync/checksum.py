@@ -40,6 +40,12 @@ def checksum_piece(piece: torch.Tensor, index: tuple[slice, ...], shape: tuple[i
     return int(total + (by_column * (columns * GOLDEN)).sum())
 
 
+def place_factors(flat_index: torch.Tensor) -> torch.Tensor:
+    """int64, by flat index: what one more in a value's bits adds to the checksum. So that of a tensor of which some values
+    change follows from the one before."""
+    return flat_index * GOLDEN + ODD
+
+
 def checksum(tensor: torch.Tensor) -> str:
     """Of a whole tensor, as the engine reports it; cast it to the engine's dtype first."""
     index = tuple(slice(0, size) for size in tensor.shape)
@@ -47,5 +53,5 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def render(total: int) -> str:
-    """16 hex digits of the sum modulo 2^64."""
+    """16 hexadecimal digits of the sum modulo 2^64."""
     return f"{total & (2**64 - 1):016x}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,10 +26,14 @@ from ..control.operations import (
 from ..models.causal_lm import CausalLM
 from ..models.checkpoint import STORED_FP8, Checkpoint, check_dtypes, check_tensors
 from ..models.weight_loader import Changes
+from .delta_file import FILE_PATTERN, DeltaFile, find_delta_files
+from .delta_manifest import parse_manifest
+from .delta_source import BroadcastDelta, DeltaSource, FilesDelta
+from .delta_transfer import DeltaTransfer, KnownSums, check_held
 from .group_registry import GroupRegistry
 from .manifest import SENT_FP8, TensorSpec, UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
-from .transfer import TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Target, Transfer
+from .transfer import MAX_STAGED_BYTES, TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Target, Transfer
 from .update_group import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,7 @@ class WeightReceiver:
         self._ignored = model.ignored_weights
         self.known = self.weights | {name: fused.weight for name, fused in self._fused.items()}
         self._scales = scale_names(self.weights)
+        self._sums = KnownSums()
         self.progress = UpdateProgress(frozenset(self.weights), self._scales)
         self.num_updates = 0
 
@@ -67,11 +72,18 @@ class WeightReceiver:
         if prepared is None or verdict.error is not None:
             return Outcome(False, f"{verdict.error}; nothing was changed{self.leave_group(op)}")
         names, transfer = prepared
+        if op.base_version is None:
+            self._sums.clear()
         has_changed, error = self._take(transfer)
         verdict = exchange_reports(RankReport(error, has_changed), self._mesh.world)
         if verdict.error is not None:
             return self._broken_off(verdict.error + self.leave_group(op), verdict.any_changed)
         return self._conclude(names, op, time.perf_counter() - began)
+
+    def void(self) -> None:
+        """Nothing is left of the weights."""
+        self.progress.void()
+        self._sums.clear()
 
     def leave_group(self, op: WeightUpdate) -> str:
         """After a bucket was refused or broke off: see `GroupRegistry.discard`. In words, if there was a group."""
@@ -84,13 +96,15 @@ class WeightReceiver:
         Raises:
             ValueError: the update does not fit the model; nothing was read.
         """
+        if op.base_version is not None:
+            return self._prepare_delta(op)
         if isinstance(op, UpdateWeightsFromDistributed):
             specs = parse_specs(op.names, op.dtypes, op.shapes)
             check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
             self._check_dtypes(specs)
             group = self._groups.get(op.group_name)
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
-            names = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
+            covered = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
         else:
             checkpoint = open_files(op)
             if isinstance(op, UpdateWeightsFromDisk):
@@ -99,9 +113,51 @@ class WeightReceiver:
             check_specs(shapes, self.known, self._ignored)
             check_dtypes(self.known, checkpoint)
             transfer = FileTransfer(checkpoint, self._mesh.device)
-            names = self._covered((name, tensor.dtype == STORED_FP8) for name, tensor in checkpoint.tensors.items())
+            covered = self._covered((name, tensor.dtype == STORED_FP8) for name, tensor in checkpoint.tensors.items())
+        return self._checked(covered, op), transfer
+
+    def _prepare_delta(self, op: WeightUpdate) -> tuple[frozenset[str], Transfer]:
+        """
+        Raises:
+            ValueError: the delta does not fit the model; its payload was not read.
+        """
+        source = self._delta_source(op)
+        specs = [part.spec for part in source.parts]
+        check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
+        self._check_dtypes(specs)
+        check_held(source.parts, self.known)
+        covered = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
+        names = self._checked(covered, op)
+        if isinstance(op, UpdateWeightsFromDisk) and (missing := self.weights.keys() - names):
+            raise ValueError(f"model_path: the delta lacks {len(missing)} tensors, {min(missing)} among them")
+        return names, DeltaTransfer(source, covered, self._sums, self._mesh.world)
+
+    def _delta_source(self, op: WeightUpdate) -> DeltaSource:
+        """
+        Raises:
+            ValueError: there is no delta, or it is too large, or is another one than the request names.
+        """
+        if not isinstance(op, UpdateWeightsFromDistributed):
+            return FilesDelta(open_delta_files(op))
+        specs = parse_specs(op.names, op.dtypes, op.shapes)
+        manifest = parse_manifest(op.delta or "")
+        if [part.spec for part in manifest.parts] != specs:
+            raise ValueError("delta: its parts must be the tensors of names, dtypes and shapes, in this order")
+        if manifest.num_bytes > MAX_STAGED_BYTES:
+            raise ValueError(
+                f"delta: {manifest.num_bytes} bytes, must be at most {MAX_STAGED_BYTES}: send more buckets"
+            )
+        return BroadcastDelta(self._groups.get(op.group_name), manifest)
+
+    def _checked(self, covered: Mapping[str, frozenset[str]], op: WeightUpdate) -> frozenset[str]:
+        """All that the tensors of an update stand for.
+
+        Raises:
+            ValueError: they cannot be the last ones, and are said to be.
+        """
+        names = frozenset().union(*covered.values())
         self.progress.check(names, op.weight_version, self._source_of(op), is_last=op.ends_update)
-        return names, transfer
+        return names
 
     def _check_dtypes(self, specs: Sequence[TensorSpec]) -> None:
         for spec in specs:
@@ -111,21 +167,21 @@ class WeightReceiver:
                 except ValueError as error:
                     raise ValueError(f"dtypes: {spec.name}: {error}") from error
 
-    def _covered(self, tensors: Iterable[tuple[str, bool]]) -> frozenset[str]:
-        """Names of the checkpoint's tensors that these stand for, each with whether it comes in FP8: in floating point it
+    def _covered(self, tensors: Iterable[tuple[str, bool]]) -> dict[str, frozenset[str]]:
+        """Names of the checkpoint's tensors that each of these stands for, by whether it comes in FP8: in floating point it
         brings its scales along.
 
         Raises:
             ValueError: one comes twice.
         """
-        covered = []
+        covered = {}
         for name, is_fp8 in tensors:
             if name not in self._ignored:
                 names = self._fused[name].names if name in self._fused else frozenset({name})
                 along = {self._scales[each] for each in names if each in self._scales and not is_fp8}
-                covered.append((name, names | along))
-        check_distinct(covered)
-        return frozenset().union(*(parts for _, parts in covered))
+                covered[name] = names | along
+        check_distinct(list(covered.items()))
+        return covered
 
     def _take(self, transfer: Transfer) -> tuple[bool, str | None]:
         """Put tensors in place; whether weights were changed, and why it ended early, if it did."""
@@ -169,6 +225,25 @@ def open_files(op: WeightUpdate) -> Checkpoint:
         return open_checkpoint(op.model_path, whole=True)
     assert isinstance(op, UpdateWeightsFromTensor) and op.path is not None
     return open_checkpoint(op.path, whole=False)
+
+
+def open_delta_files(op: WeightUpdate) -> list[DeltaFile]:
+    """As `open_checkpoint`.
+
+    Raises:
+        ValueError: there are no files of a delta.
+    """
+    whole = isinstance(op, UpdateWeightsFromDisk)
+    assert isinstance(op, UpdateWeightsFromDisk | UpdateWeightsFromTensor)
+    what, path = ("model_path", op.model_path) if isinstance(op, UpdateWeightsFromDisk) else ("path", op.path or "")
+    try:
+        return [DeltaFile(file) for file in find_delta_files(path, whole=whole)]
+    except (ValueError, OSError, SafetensorError) as error:
+        logger.warning("%s=%r: %s", what, path, str(error)[:MAX_LOGGED])
+        kind = f"folder with {FILE_PATTERN}" if whole else "delta in a safetensors file"
+        raise ValueError(
+            f"{what}={path!r}: must be a {kind} that every rank can read; the ranks' log says why"
+        ) from None
 
 
 def open_checkpoint(path: str, *, whole: bool) -> Checkpoint:

@@ -23,6 +23,8 @@ from torch import nn
 
 from ...parallel.fp8 import SCALE_ENDING
 from ..control.operations import DEFAULT_BACKEND, DEFAULT_GROUP
+from .delta_maker import DeltaBucket
+from .manifest import TensorSpec
 from .update_group import SOURCE, UpdateGroup, resolve_backend
 
 NamedTensor = tuple[str, torch.Tensor]
@@ -55,9 +57,11 @@ class ControlledEngine(Protocol):
         shapes: list[list[int]],
         group_name: str,
         *,
-        load_format: str | None,
-        flush_cache: bool,
-        weight_version: str | None,
+        load_format: str | None = None,
+        delta: str | None = None,
+        flush_cache: bool = True,
+        weight_version: str | None = None,
+        base_version: str | None = None,
     ) -> None: ...
 
     def destroy_weights_update_group(self, group_name: str) -> None: ...
@@ -189,26 +193,59 @@ class WeightSender:
             yield bucket
 
     def _send_bucket(self, bucket: list[NamedTensor], weight_version: str | None, flush_cache: bool) -> None:
+        specs = [
+            TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in bucket
+        ]
+        self._broadcast(
+            specs,
+            [tensor for _, tensor in bucket],
+            load_format="flattened_bucket",
+            flush_cache=flush_cache,
+            weight_version=weight_version,
+        )
+
+    def send_delta(
+        self, buckets: Iterable[DeltaBucket], *, base_version: str, weight_version: str, flush_cache: bool = True
+    ) -> SendReport:
+        """One update by what has changed since `base_version`; see `DeltaSender`.
+
+        Raises:
+            RuntimeError: as `send`. An engine whose weights are others refuses before it changes anything.
+        """
+        began = time.perf_counter()
+        num_tensors = num_bytes = 0
+        for bucket in buckets:
+            payload = bucket.payload.to(self._device)
+            self._broadcast(
+                [part.spec for part in bucket.manifest.parts],
+                [payload] if len(payload) else [],
+                load_format="delta",
+                delta=bucket.manifest.encode(),
+                flush_cache=flush_cache,
+                weight_version=weight_version,
+                base_version=base_version,
+            )
+            num_tensors += len(bucket.manifest.parts)
+            num_bytes += len(payload)
+        return SendReport(num_tensors, num_bytes, time.perf_counter() - began)
+
+    def _broadcast(self, specs: Sequence[TensorSpec], data: list[torch.Tensor], **options: Any) -> None:
+        """Tell the engines what comes, and send it in one; nothing, if it is nothing."""
         if self._group is None:
             raise RuntimeError("the sender is in no group: call connect first, also after a failure")
-        names = [name for name, _ in bucket]
-        dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket]
-        shapes = [list(tensor.shape) for _, tensor in bucket]
         calls = [
             start_call(
                 engine.update_weights_from_distributed,
-                names,
-                dtypes,
-                shapes,
+                [spec.name for spec in specs],
+                [spec.dtype for spec in specs],
+                [list(spec.shape) for spec in specs],
                 self._group_name,
-                load_format="flattened_bucket",
-                flush_cache=flush_cache,
-                weight_version=weight_version,
+                **options,
             )
             for engine, _ in self._engines
         ]
-        own = start_call(self._group.send_bucket, [tensor for _, tensor in bucket])
-        self._settle(own, calls)
+        send: Callable[..., None] = self._group.send_bucket if data else no_broadcast
+        self._settle(start_call(send, data), calls)
 
     def _settle(self, own: Future, answers: Sequence[Future]) -> None:
         """Wait for our own end and all engines'. When one fails the others would wait in vain: everybody leaves.
@@ -257,6 +294,10 @@ class WeightSender:
                     engine.destroy_weights_update_group(self._group_name)
         finally:
             self._close_group()
+
+
+def no_broadcast(data: Sequence[torch.Tensor]) -> None:
+    """Of nothing."""
 
 
 def start_call(function: Callable[..., Any], *args: Any, **options: Any) -> Future:

@@ -30,7 +30,9 @@ HEADER_ALIGNMENT = 8
 
 
 @contextmanager
-def shared_safetensors(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def shared_safetensors(
+    named_tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """The file's path; it is gone after the block. The format's own writer needs a folder, which would outlive a killed
     process.
 
@@ -38,7 +40,7 @@ def shared_safetensors(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[st
         ValueError: the format has no name for a dtype.
     """
     with memory_file() as (descriptor, path):
-        header = encode_header(named_tensors)
+        header = encode_header(named_tensors, metadata)
         write_all(descriptor, len(header).to_bytes(8, "little") + header)
         for tensor in named_tensors.values():
             values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -46,9 +48,9 @@ def shared_safetensors(named_tensors: Mapping[str, torch.Tensor]) -> Iterator[st
         yield path
 
 
-def encode_header(named_tensors: Mapping[str, torch.Tensor]) -> bytes:
+def encode_header(named_tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Name, dtype, shape and place of every tensor, one behind the other; padded."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, tensor in named_tensors.items():
         if tensor.dtype not in DTYPE_NAMES:

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from ...parallel.collective_sockets import address_towards, listening_sockets, take_in_nobody_else
 from ..control.operations import BACKENDS
+from .delta_codec import aligned
 from .manifest import TensorSpec
 from .trainer_store import cut_off_after, wait_for_listener
 
@@ -173,11 +174,6 @@ def open_devices(address: str, port: int) -> tuple[list[Any], frozenset[int]]:
             own = address_towards(address, port)
             devices = [dist.ProcessGroupGloo.create_device(hostname=own, lazy_init=False)]
         return devices, listening_sockets() - others
-
-
-def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes as values; copied where they begin at a place that the dtype does not allow."""
-    return (data if data.storage_offset() % dtype.itemsize == 0 else data.clone()).view(dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:

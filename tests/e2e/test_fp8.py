@@ -19,6 +19,7 @@ from support.tiny_families import write_family
 from waybill import Engine
 from waybill.engine.routing.transformers_reference import Reference
 from waybill.engine.weight_sync.checksum import checksum
+from waybill.engine.weight_sync.delta_sender import DeltaSender, MemorySender
 from waybill.engine.weight_sync.sender import WeightSender
 from waybill.parallel.fp8 import quantise_blocks
 
@@ -145,6 +146,18 @@ def test_updates_in_fp8_and_in_floating_point(engine: Engine, folders: Folders, 
         assert engine.checksum_weights() == expected[0]
         sender.send(plain[1].items(), weight_version="floats")
     assert engine.checksum_weights() == expected[1]
+    updates = DeltaSender(MemorySender([engine]))
+    updates.send(stored[1].items(), weight_version="whole")
+    changed = {name: tensor.clone() for name, tensor in stored[1].items()}
+    changed[MATRIX_NAME][3:90:7, ::11] = stored[0][MATRIX_NAME][3:90:7, ::11]
+    changed[f"{MATRIX_NAME}_scale_inv"][:, 1] *= 2
+    updates.send(changed.items(), weight_version="numbers and scales")
+    assert engine.checksum_weights() == {name: checksum(each) for name, each in changed.items()}
+    updates.send(stored[1].items(), weight_version="and back")
+    in_floats = DeltaSender(MemorySender([engine]))
+    in_floats.send(plain[1].items(), weight_version="floats")
+    with pytest.raises(RuntimeError, match="the engine keeps it in float8_e4m3fn, so its values in float32"):
+        in_floats.send(plain[1].items(), weight_version="floats, one by one")
     rows = engine.get_weights_by_name(f"{MATRIX_NAME}_scale_inv", 2)
     assert rows == stored[1][f"{MATRIX_NAME}_scale_inv"][:2].tolist()
     assert engine.get_weights_by_name(MATRIX_NAME, 2) == stored[1][MATRIX_NAME][:2].float().tolist()

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from waybill import Engine
 from waybill.engine.weight_sync.checksum import checksum
+from waybill.engine.weight_sync.delta_file import write_delta
+from waybill.engine.weight_sync.delta_maker import DeltaMaker
+from waybill.engine.weight_sync.delta_sender import DeltaSender, MemorySender
 from waybill.engine.weight_sync.sender import WeightSender, free_port, gathered_tensors
 from waybill.engine.weight_sync.update_group import UpdateGroup
 
@@ -182,6 +186,42 @@ def test_every_way_brings_every_tensor(
         engine.update_weights_from_tensor({name: fused[name] for name in part}, weight_version="fused")
         assert bool(engine.get_server_info()["blocked"]) == (number == 0)
     assert_serves(engine, base, started)
+
+
+@pytest.mark.parametrize("way", ["group", "memory", "folder"])
+def test_deltas_bring_what_a_full_update_would(engine: Engine, base: Tensors, way: str, tmp_path: Path) -> None:
+    """From the checkpoint to weights of which some values moved, one way each; on another base nothing happens."""
+    base = {name: tensor.float() for name, tensor in base.items() if name != "lm_head.weight"}
+    moved = {name: torch.where(torch.rand(t.shape) < 0.05, t * (1 + 2**-7), t) for name, t in base.items()}
+    sender = WeightSender([(engine, 2)], group_name=f"delta {way}") if way == "group" else MemorySender([engine])
+    updates = DeltaSender(sender, DeltaMaker(chunk_values=5000, bucket_bytes=20_000))
+    with sender if isinstance(sender, WeightSender) else nullcontext():
+        full = updates.send(base.items(), weight_version="full")
+        assert not updates.sends_full
+        if way == "folder":
+            maker = DeltaMaker()
+            dict(maker.remember(base.items()))
+            for number, bucket in enumerate(maker.deltas(moved.items())):
+                write_delta(bucket, tmp_path / f"delta-{number}.safetensors")
+            engine.update_weights_from_disk(
+                str(tmp_path), load_format="delta", base_version="full", weight_version="moved"
+            )
+        else:
+            delta = updates.send(moved.items(), weight_version="moved")
+            assert delta.num_bytes < 0.1 * full.num_bytes and delta.num_tensors == full.num_tensors
+        assert_serves(engine, moved)
+        assert engine.get_server_info()["weight_version"] == "moved"
+        engine.update_weight_version("theirs")
+        with pytest.raises(
+            RuntimeError, match=r"base_version='(full|moved)': the weights here are 'theirs'; send a full"
+        ):
+            updates.send(base.items(), weight_version="again")
+        assert_serves(engine, moved)
+        assert engine.get_server_info()["weight_version"] == "theirs" and updates.sends_full
+        if isinstance(sender, WeightSender):
+            sender.connect()
+        updates.send(base.items(), weight_version="again")
+    assert_serves(engine, base)
 
 
 def test_a_trainer_of_the_field(

@@ -10,7 +10,6 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import pytest
 
-from waybill.client import EngineControl
 from waybill.engine.control.methods import ControlMethods
 from waybill.engine.control.operations import (
     OPERATIONS,
@@ -27,7 +26,7 @@ METHODS: dict[type[Operation], Callable[..., Any]] = {
     for kind in OPERATIONS
     if kind not in (UpdateWeightsFromTensor, CheckWeights)
 }
-FILES = (EngineControl.update_weights_from_file, Engine.update_weights_from_tensor)
+FILES = (ControlMethods.update_weights_from_file, Engine.update_weights_from_tensor)
 PAIRS = [*METHODS.items(), *((UpdateWeightsFromTensor, method) for method in FILES)]
 # What a method has and a declaration has not, or has otherwise.
 DIFFERENT = {

@@ -1,8 +1,7 @@
 """The messages between processes; what a frontend sends and is told by leaders is in `ipc/frontend_messages.py`, and
 plans are in `plan.py`.
 
-All of them are msgspec structs: typed, validated when they are decoded, and never pickled. This module imports neither
-torch nor anything that decides; a trainer or a client can import it alone.
+All are msgspec structs: typed, validated when decoded, never pickled; neither torch nor what decides is imported here.
 
 Token ids and page numbers travel as raw little-endian int32 bytes, so that a long prompt costs the scheduler no Python
 object per token. Route rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
@@ -280,9 +279,10 @@ class RequestOutput(msgspec.Struct, frozen=True):
     # Set when the rows stay with the output processor; then no frame follows for them.
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
-    # With a finish reason: the output processor failed the request, and the engine still runs it. Whoever reads this aborts
-    # it there; of its end there only `OutputBatch.left` tells.
+    # With a finish reason: the output processor failed it, and the engine still runs it, for the reader to abort.
     is_at_engine: bool = False
+    # Of all tokens so far: runs `(version, start, end)`, half-open, the first token being 0.
+    token_weight_versions: list[tuple[str, int, int]] = []
 
 
 class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):

@@ -99,6 +99,9 @@ class Answer:
             "completion_tokens": last.completion_tokens,
             "cached_tokens": last.cached_tokens,
             "weight_version": last.weight_version,
+            "weight_versions": [
+                {"version": version, "start": start, "end": end} for version, start, end in last.token_weight_versions
+            ],
             "e2e_latency": time.perf_counter() - self.began,
             "dp_rank": last.dp_rank,
             "num_retractions": last.num_retractions,

@@ -64,14 +64,25 @@ class _Parcel:
     num_output: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: Logprobs | None = None
+    # Runs (version, start, end) of all tokens so far: the weights of the forward that each was sampled from.
+    versions: list[tuple[str, int, int]] = field(default_factory=list)
 
-    def add(self, output: TokenOutput) -> None:
+    def add(self, output: TokenOutput, weight_version: str) -> None:
+        start = self.num_output
         self.num_output += len(output.token_ids)
+        if self.versions and self.versions[-1][0] == weight_version:
+            start = self.versions.pop()[1]
+        if start < self.num_output:
+            self.versions.append((weight_version, start, self.num_output))
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             if self.logprobs is None:
                 self.logprobs = Logprobs()
             self.logprobs.extend(output.logprobs)
+
+    def last_version(self, order: ShipmentOrder) -> str:
+        """The weights of the last token; the present ones where there is none."""
+        return self.versions[-1][0] if self.versions else order.weight_version
 
     def clear(self) -> None:
         self.token_ids, self.logprobs = [], None
@@ -141,7 +152,7 @@ class OutputSender:
         """What there is to send of one request. Text and rows are made by libraries, of what a model happened to sample: if
         that fails it fails this request, whose caller is told, and no other."""
         if progress.output is not None:
-            parcel.add(progress.output)
+            parcel.add(progress.output, order.weight_version)
         if progress.finish_reason is None and not (parcel.started.options.stream and parcel.token_ids):
             return
         frame: list[memoryview] = []
@@ -169,10 +180,11 @@ class OutputSender:
             completion_tokens=parcel.num_output,
             cached_tokens=progress.cached_tokens,
             num_retractions=progress.num_retractions,
-            weight_version=order.weight_version,
+            weight_version=parcel.last_version(order),
             dp_rank=order.dp_rank,
             finish_reason=FinishReason.failed(f"the output of this request could not be made: {error}"),
             is_at_engine=progress.finish_reason is None,
+            token_weight_versions=list(parcel.versions),
         )
 
     @staticmethod
@@ -189,10 +201,11 @@ class OutputSender:
             completion_tokens=parcel.num_output,
             cached_tokens=progress.cached_tokens,
             num_retractions=progress.num_retractions,
-            weight_version=order.weight_version,
+            weight_version=parcel.last_version(order),
             dp_rank=order.dp_rank,
             finish_reason=progress.finish_reason,
             logprobs=parcel.logprobs,
+            token_weight_versions=list(parcel.versions),
         )
 
     def _attach_routes(

@@ -532,7 +532,11 @@ def test_a_rollout_across_an_update(engine: Engine, other: Tensors, mode: str, c
     assert len(versions) == len(recording.rows) == len(PROMPTS[0]) + 150 - 1
     assert set(versions) == {"default", "new"} and versions == sorted(versions), "one change, from old to new"
     assert versions.index("new") >= kept_rows, "rows that had been shipped keep their version"
-    assert recording.chunks[-1]["meta_info"]["weight_version"] == "new"
+    meta = recording.chunks[-1]["meta_info"]
+    assert meta["weight_version"] == "new"
+    # A token is sampled from the row before it.
+    of_tokens = as_runs(versions[len(PROMPTS[0]) - 1 :])
+    assert [[span["version"], span["start"], span["end"]] for span in meta["weight_versions"]] == of_tokens
     assert (engine.get_server_info()["num_retractions"] > before) == (mode == "retract")
     # The answer in one piece has the same two runs.
     meta_runs = runs(inline.result())

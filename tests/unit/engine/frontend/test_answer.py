@@ -26,6 +26,20 @@ def answer_to(
     return asyncio.run(answer.render())
 
 
+def test_versions_of_tokens_have_the_field_s_form() -> None:
+    sample = SampleRequest("r", 0, np.array([1, 2]), SamplingParams(), OutputOptions())
+    answer = Answer(sample, 2, form="json", token_text=None)
+    runs = [("v1", 0, 1), ("v2", 1, 3)]
+    reason = FinishReason("length", length=3)
+    answer.add(RequestOutput("r", "", [5, 6, 7], 2, 3, 0, 0, "v2", 0, reason, token_weight_versions=runs), None)
+    meta = asyncio.run(answer.render())["meta_info"]
+    assert meta["weight_versions"] == [
+        {"version": "v1", "start": 0, "end": 1},
+        {"version": "v2", "start": 1, "end": 3},
+    ]
+    assert meta["weight_version"] == "v2"
+
+
 @pytest.mark.parametrize("delivery", ["inline", "reference"])
 @pytest.mark.parametrize("reason", [FinishReason("abort", message="by the caller"), FinishReason.failed("broken")])
 def test_an_abort_before_the_first_token_has_no_key_in_the_field_s_form(delivery: str, reason: FinishReason) -> None:

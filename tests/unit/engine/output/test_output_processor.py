@@ -81,13 +81,13 @@ class Engine:
         self.steps = 0
         self.routing = routing
 
-    def step(self, first_row: int = 0, **parts: list) -> None:
+    def step(self, first_row: int = 0, version: str = "v1", **parts: list) -> None:
         num = sum(segment.num_tokens for segment in parts.get("segments", []))
         seq = -1
         if num and self.routing:
             seq = self.ring.acquire(1.0)
             self.ring.slot(seq, num)[:] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
-        self.processor.handle(StepRecord(0, self.steps, seq, 0, "v1", **parts))
+        self.processor.handle(StepRecord(0, self.steps, seq, 0, version, **parts))
         self.steps += 1
         while not self.output_sender._orders.empty():
             self.output_sender.ship(self.output_sender._orders.get())
@@ -121,6 +121,28 @@ def test_a_finished_request_gets_a_row_for_every_input(engine: Engine) -> None:
     assert engine.mailbox.rows["a"][:, 0, 0].tolist() == [0, 2, 4]
     assert output.routed_experts is not None
     assert output.routed_experts.weight_versions == [("v1", 0, 3)]
+
+
+def test_every_token_has_the_version_of_the_forward_that_it_was_sampled_from(engine: Engine) -> None:
+    """Runs over all tokens so far, in every output of a stream; an update without a token in between leaves none."""
+    engine.step(
+        before=[started("a", 2, stream=True), ReqAdmitted("a", b"")],
+        segments=[Segment("a", 0, 2, int32(0, 1))],
+        outputs=[TokenOutput("a", [5])],
+    )
+    engine.step(segments=[Segment("a", 2, 1, int32(2))], outputs=[TokenOutput("a", [6, 7])])
+    engine.step(version="v2")
+    engine.step(version="v3", segments=[Segment("a", 3, 1, int32(3))], outputs=[TokenOutput("a", [8])])
+    engine.step(version="v4", after=[ReqFinished("a", FinishReason("abort"))])
+    assert [(output.weight_version, output.token_weight_versions) for output in engine.mailbox.outputs] == [
+        ("v1", [("v1", 0, 1)]),
+        ("v1", [("v1", 0, 3)]),
+        ("v3", [("v1", 0, 3), ("v3", 3, 4)]),
+        ("v3", [("v1", 0, 3), ("v3", 3, 4)]),
+    ]
+    engine.step(version="v4", before=[started("b", 2)], after=[ReqFinished("b", FinishReason("abort"))])
+    assert engine.mailbox.outputs[-1].weight_version == "v4"
+    assert engine.mailbox.outputs[-1].token_weight_versions == []
 
 
 def test_slots_freed_by_a_finish_are_reused_by_the_next_step(engine: Engine) -> None:

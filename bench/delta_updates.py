@@ -268,8 +268,8 @@ def report(result: Result, shape: str, rounds: int, learning_rate: float) -> str
     lines += [
         "",
         f"The trainer needs {statistics.median(result.make_s):.2f} s more to make the delta, and holds",
-        f"{result.held_bytes / 1e9:.2f} GB: the weights that it sent last. After a full update the engine first sums up the",
-        "weights that the delta changes; after a delta it knows their sums.",
+        f"{result.held_bytes / 1e9:.2f} GB: the weights that it sent last. After a full update the engine first sums up",
+        "the weights that the delta changes; after a delta it knows their sums.",
         "",
         f"Of {CHUNK} normal values of which a share changed by one step of bfloat16, in bytes a value (2 when sent whole):",
         "",

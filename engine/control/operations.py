@@ -21,6 +21,7 @@ from ..validation import dialect_fields
 from ..validation.dialect_fields import Neutral
 from ..validation.field_error import FieldError
 from ..validation.request_model import Items, Number, check_utf8, refuse_bool
+from .tensor_buckets import PickledError, parse_bucket
 
 DEFAULT_GROUP = "weight_update_group"
 PAUSE_MODES = ("abort", "retract", "in_place")
@@ -165,25 +166,38 @@ class UpdateWeightsFromDisk(WeightUpdate, frozen=True, tag="update_weights_from_
 
 class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weights_from_tensor"):
     """`path` of a safetensors file on the ranks' host (shared memory, say), or its bytes as base64, which a frontend puts
-    into such a file. It holds tensors, or a delta ("delta")."""
+    into such a file: tensors, or a delta ("delta"). Or `serialized_named_tensors`, which say where a colocated trainer has
+    them in memory ("flattened_bucket")."""
 
     path: Name | None = None
     safetensors: str | None = None
-    # Only for the refusal of what pickles.
-    serialized_named_tensors: Any = None
+    # Buckets as text, see `tensor_buckets.py`: one for all ranks, or one a rank.
+    serialized_named_tensors: Items[str] | None = None
     load_format: Name | None = None
 
     def check(self) -> None:
         if self.serialized_named_tensors is not None:
-            raise FieldError(
-                "serialized_named_tensors: pickled tensors are not taken, because whoever unpickles runs what is sent; "
-                "send path (a safetensors file on the ranks' host) or safetensors (its bytes, base64), or broadcast them "
-                "with /update_weights_from_distributed",
-                "serialized_named_tensors",
-            )
-        self.check_format(self.load_format, ("auto", "delta"))
-        if (self.path is None) == (self.safetensors is None):
-            raise ValueError("path, safetensors: give exactly one of them")
+            self._check_buckets(self.serialized_named_tensors)
+        self.check_format(self.load_format, LOAD_FORMATS)
+        if [self.path, self.safetensors, self.serialized_named_tensors].count(None) != 2:
+            raise ValueError("path, safetensors, serialized_named_tensors: give exactly one of them")
+        in_buckets = self.serialized_named_tensors is not None
+        if in_buckets and self.load_format == "delta":
+            raise FieldError("load_format='delta': goes with path or safetensors", "load_format")
+        if not in_buckets and self.load_format == "flattened_bucket":
+            raise FieldError("load_format='flattened_bucket': goes with serialized_named_tensors", "load_format")
+
+    def _check_buckets(self, texts: Sequence[str]) -> None:
+        field = "serialized_named_tensors"
+        if not texts:
+            raise FieldError(f"{field}: must not be empty", field)
+        for number, text in enumerate(texts):
+            try:
+                parse_bucket(text)
+            except PickledError as error:
+                raise FieldError(f"{field}: {error}", field) from None
+            except ValueError as error:
+                raise FieldError(f"{field}[{number}]: {error}", f"{field}[{number}]") from None
 
     def data(self) -> bytes:
         try:

@@ -9,25 +9,52 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
 from ...parallel.fp8 import E4M3, QuantisedWeight
 from ...parallel.weights import ShardedWeight
-from .checkpoint import Checkpoint
+from .mxfp4 import PackedTensor
 from .read_plan import ALIGNMENT, MAX_READ_BYTES, Block, Read, cut, plan_reads
-from .safetensors_file import DTYPES, SafetensorsFile, StoredTensor, dtype_of
+from .safetensors_file import DTYPES, StoredTensor, dtype_of
 
 # Of one rank; some more would wait for the same disk or bus.
 MAX_THREADS = 8
 
 # Reads that are still to be done, and the files' descriptors.
 Jobs = deque[tuple[int, Read]]
+
+
+class TensorFile(Protocol):
+    """A file, or memory that can be read as one, and where its tensors are."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+
+    def open(self) -> BinaryIO:
+        """
+        Raises:
+            OSError, ValueError: it is gone, or another one.
+        """
+        ...
+
+
+class TensorFiles(Protocol):
+    """What is loaded: a checkpoint, say. `packed` are those that are dequantised."""
+
+    @property
+    def files(self) -> Sequence[tuple[TensorFile, Sequence[str]]]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+
+    @property
+    def packed(self) -> Mapping[str, PackedTensor]: ...
 
 
 @dataclass
@@ -104,7 +131,7 @@ def read_exactly(descriptor: int, begin: int, target: torch.Tensor) -> None:
         begin, left = begin + num_read, left[num_read:]
 
 
-def plan(weights: Mapping[str, ShardedWeight], file: SafetensorsFile, names: Iterable[str]) -> list[Read]:
+def plan(weights: Mapping[str, ShardedWeight], file: TensorFile, names: Iterable[str]) -> list[Read]:
     """What this rank reads of a file for these tensors."""
     blocks: list[Block] = []
     for name in names:
@@ -116,7 +143,7 @@ def plan(weights: Mapping[str, ShardedWeight], file: SafetensorsFile, names: Ite
 
 def load_weights(
     weights: Mapping[str, ShardedWeight],
-    checkpoint: Checkpoint,
+    checkpoint: TensorFiles,
     ignored: Container[str],
     device: torch.device,
     changes: Changes | None = None,

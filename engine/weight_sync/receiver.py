@@ -26,6 +26,7 @@ from ..control.operations import (
 from ..models.causal_lm import CausalLM
 from ..models.checkpoint import STORED_FP8, Checkpoint, check_dtypes, check_tensors
 from ..models.weight_loader import Changes
+from .bucket_source import bucket_of, bucket_transfer, specs_of
 from .delta_file import FILE_PATTERN, DeltaFile, find_delta_files
 from .delta_manifest import parse_manifest
 from .delta_source import BroadcastDelta, DeltaSource, FilesDelta
@@ -104,6 +105,13 @@ class WeightReceiver:
             self._check_dtypes(specs)
             group = self._groups.get(op.group_name)
             transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
+            covered = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
+        elif isinstance(op, UpdateWeightsFromTensor) and op.serialized_named_tensors is not None:
+            bucket = bucket_of(op.serialized_named_tensors, self._mesh)
+            specs = specs_of(bucket)
+            check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
+            self._check_dtypes(specs)
+            transfer = bucket_transfer(bucket, self._mesh.device)
             covered = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
         else:
             checkpoint = open_files(op)

@@ -1,0 +1,111 @@
+"""Device memory of another process on this host, by a handle of plain bytes, over the driver's API.
+
+torch's own way shares a counter of references besides, which it passes on by pickling. Here whoever made the memory keeps
+it until the other one has answered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+HANDLE_BYTES = 64
+LAZY_PEER_ACCESS = 1
+
+
+class Handle(ctypes.Structure):
+    """CUipcMemHandle."""
+
+    _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
+
+
+class ForeignBytes:
+    """What torch makes a tensor of without a copy."""
+
+    def __init__(self, pointer: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+@cache
+def driver() -> Any:
+    """
+    Raises:
+        OSError: there is none.
+    """
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), Handle, ctypes.c_uint]
+    library.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
+    return library
+
+
+def call(name: str, *arguments: Any) -> None:
+    """
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    status = getattr(driver(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorName(status, ctypes.byref(text))
+        raise RuntimeError(f"{name}: {(text.value or b'').decode() or status}")
+
+
+def export_handle(tensor: torch.Tensor) -> tuple[bytes, int]:
+    """Of a contiguous tensor's memory: the handle of its allocation, and where in it the tensor begins. Work on the current
+    stream is waited for, since another process will not.
+
+    Raises:
+        RuntimeError: the memory cannot be shared, as that of `expandable_segments` cannot.
+    """
+    torch.cuda.current_stream(tensor.device).synchronize()
+    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), Handle()
+    pointer = ctypes.c_uint64(tensor.data_ptr())
+    with torch.cuda.device(tensor.device):
+        call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), pointer)
+        call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return bytes(handle), tensor.data_ptr() - base.value
+
+
+@contextmanager
+def foreign_memory(handle: bytes, offset: int, num_bytes: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """uint8 [num_bytes] on the device, as long as the block lasts; what reads it is waited for.
+
+    Raises:
+        RuntimeError: there is no such memory, or less of it.
+    """
+    pointer = ctypes.c_uint64()
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    with torch.cuda.device(device):
+        # torch makes the device's context when it is first used.
+        torch.cuda.synchronize(device)
+        call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), Handle.from_buffer_copy(handle), LAZY_PEER_ACCESS)
+        try:
+            call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), pointer)
+            if offset + num_bytes > size.value:
+                raise RuntimeError(f"bytes {offset} .. {offset + num_bytes} of an allocation of {size.value}")
+            yield torch.as_tensor(ForeignBytes(pointer.value + offset, num_bytes), device=device)
+        finally:
+            torch.cuda.synchronize()
+            call("cuIpcCloseMemHandle", pointer)
+
+
+def device_of(uuid: str) -> torch.device:
+    """
+    Raises:
+        RuntimeError: this process sees no such device.
+    """
+    for index in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(index).uuid) == uuid:
+            return torch.device("cuda", index)
+    raise RuntimeError(f"device_uuid={uuid!r}: no device of this rank")

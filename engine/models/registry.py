@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...parallel.mesh import ParallelMesh
@@ -51,6 +52,7 @@ FAMILIES = {
 }
 # The narrowest tile of the matrix units.
 MIN_TILE_WIDTH = 16
+MAX_CONFIG_BYTES = 16 << 20
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -81,6 +83,33 @@ def load_model_config(config: EngineConfig) -> ModelConfig:
     if config.fp8_activations == "e4m3" and not is_fp8:
         raise ValueError("fp8_activations='e4m3': needs a checkpoint in FP8")
     return replace(parsed, model_type=model_type, is_fp8=is_fp8)
+
+
+def check_update_format(model_path: str, loaded: ModelConfig) -> None:
+    """Of a folder whose weights are to replace those of a model that was loaded: the same tensors mean something else in
+    another format. One without a config.json, or whose does not speak of it, is in floating point.
+
+    Raises:
+        ValueError: its config.json names a format that is not the model's.
+    """
+    file = Path(model_path) / "config.json"
+    if not file.is_file():
+        return
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"model_path={model_path!r}: config.json: must have at most {MAX_CONFIG_BYTES} bytes")
+    quantisation = read_config_file(model_path).get("quantization_config")
+    if quantisation is None:
+        return
+    legal = family_of(loaded.model_type).quantisations
+    if not loaded.is_fp8:
+        legal -= {FP8}
+    format_name = "block FP8" if loaded.is_fp8 else "floating point"
+    try:
+        if not isinstance(quantisation, dict):
+            raise ValueError("quantization_config: must be an object")
+        check_quantisation(quantisation, legal, loaded.model_type, loaded.num_layers)
+    except ValueError as error:
+        raise ValueError(f"{error}; the engine was started with weights in {format_name}") from None
 
 
 def build_model(context: ModelContext, num_positions: int) -> CausalLM:

@@ -25,6 +25,7 @@ from ..control.operations import (
 )
 from ..models.causal_lm import CausalLM
 from ..models.checkpoint import STORED_FP8, Checkpoint, check_dtypes, check_tensors
+from ..models.registry import check_update_format
 from ..models.weight_loader import Changes
 from .bucket_source import bucket_of, bucket_transfer, specs_of
 from .delta_file import FILE_PATTERN, DeltaFile, find_delta_files
@@ -51,6 +52,7 @@ class WeightReceiver:
         self.weights = model.sharded_weights()
         self._fused = model.fused_weights()
         self._ignored = model.ignored_weights
+        self._config = model.config
         self.known = self.weights | {name: fused.weight for name, fused in self._fused.items()}
         self._scales = scale_names(self.weights)
         self._sums = KnownSums()
@@ -116,6 +118,7 @@ class WeightReceiver:
         else:
             checkpoint = open_files(op)
             if isinstance(op, UpdateWeightsFromDisk):
+                check_update_format(op.model_path, self._config)
                 check_tensors(self.weights, checkpoint, self._ignored, self._fused)
             shapes = [(name, tensor.shape) for name, tensor in checkpoint.tensors.items()]
             check_specs(shapes, self.known, self._ignored)

@@ -17,6 +17,8 @@ from support.server_process import ServerProcess
 
 from waybill.client import Client, EngineControl
 from waybill.engine.weight_sync.checksum import checksum
+from waybill.engine.weight_sync.colocated import FlattenedTensorBucket, MultiprocessingSerializer
+from waybill.engine.weight_sync.delta_sender import DeltaSender, MemorySender
 from waybill.engine.weight_sync.sender import WeightSender, free_port
 from waybill.engine.weight_sync.update_group import UpdateGroup
 
@@ -120,16 +122,43 @@ def test_tensors_as_bytes_or_as_a_file(
     assert http.get("/get_weight_version").json()["weight_version"].startswith("update-")
 
 
+def test_a_colocated_trainer(
+    control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors, tmp_path: Path
+) -> None:
+    """slime's body, with what it imports from here; then a delta, whose base is another after that."""
+    bucket = FlattenedTensorBucket(named_tensors=list(other.items()))
+    data = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    texts = [MultiprocessingSerializer.serialize(data, output_str=True)] * 2
+    body = {"serialized_named_tensors": texts, "load_format": "flattened_bucket", "flush_cache": False}
+    reply = http.post("/update_weights_from_tensor", json={**body, "weight_version": "3", "selector": "all"})
+    assert reply.status_code == 200 and reply.json()["success"], reply.text
+    assert control.checksum_weights() == sums(other)
+    assert "must have 1, 2 (tp) or 2" in refusal(
+        http.post("/update_weights_from_tensor", json={**body, "serialized_named_tensors": texts * 2})
+    )
+    floats = {name: tensor.float() for name, tensor in other.items()}
+    updates = DeltaSender(MemorySender([control]))
+    updates.send(floats.items(), weight_version="4")
+    floats[NAME] = floats[NAME] * 2
+    updates.send(floats.items(), weight_version="5")
+    assert http.get("/get_weight_version").json() == {"weight_version": "5"}
+    assert control.checksum_weights() == sums(floats)
+    with pytest.raises(RuntimeError, match="base_version='4': the weights here are '5'; send a full update"):
+        control.update_weights_from_file(str(tmp_path / "x"), load_format="delta", base_version="4")
+
+
 def test_fields_of_the_dialect(control: EngineControl, http: httpx.Client, checkpoint: str) -> None:
     neutral = {"load_format": "auto", "is_async": False, "torch_empty_cache": True, "keep_pause": False}
     unused = {"recapture_cuda_graph": False, "token_step": 0, "manifest": None}
     body = {"model_path": checkpoint, "flush_cache": True, "abort_all_requests": False, **neutral, **unused}
     reply = http.post("/update_weights_from_disk", json=body)
     assert reply.status_code == 200 and reply.json()["success"], reply.text
-    for field, value in (("load_format", "dummy"), ("is_async", True), ("keep_pause", True)):
+    for field, value in (("is_async", True), ("keep_pause", True)):
         assert refusal(http.post("/update_weights_from_disk", json={**body, field: value})).startswith(
             f"{field} is not"
         )
+    other_format = refusal(http.post("/update_weights_from_disk", json={**body, "load_format": "dummy"}))
+    assert other_format == "load_format='dummy': must be one of auto, delta"
     tensors = {"serialized_named_tensors": ["gASV"], "load_format": None}
     assert "pickled tensors are not taken" in refusal(http.post("/update_weights_from_tensor", json=tensors))
     assert "give exactly one" in refusal(http.post("/update_weights_from_tensor", json={}))

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from waybill import Engine
 from waybill.engine.weight_sync.checksum import checksum
-from waybill.engine.weight_sync.delta_codec import bits_of, encode_chunk, encode_index
+from waybill.engine.weight_sync.delta_codec import bits_of, changed_places, encode_chunk, encode_index
 from waybill.engine.weight_sync.delta_file import write_delta
 from waybill.engine.weight_sync.delta_maker import DeltaBucket, DeltaMaker
 from waybill.engine.weight_sync.delta_sender import MemorySender
@@ -226,11 +226,11 @@ def density_table() -> list[str]:
     old = bits_of(torch.randn(CHUNK).bfloat16())
     for density in DENSITIES:
         new = old + (torch.rand(CHUNK) < density).to(torch.int16)
-        places = (old != new).nonzero().flatten()
+        places = changed_places(old, new)
         sizes = [
             (encode_index(kind, places, CHUNK).nbytes + len(places)) / CHUNK for kind in ("gaps8", "gaps16", "bitmap")
         ]
-        chunk, _ = encode_chunk(old, new)
+        chunk, _ = encode_chunk(old, new, places)
         cells = " | ".join(f"{size:.4f}" for size in sizes)
         lines.append(
             f"| {density:.2%} | {cells} | 1.0000 | {chunk.index}, {chunk.values} "

@@ -13,7 +13,9 @@ import torch
 
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd (Knuth, TAOCP 6.4), as a signed integer
 ODD = 1442695040888963407
-BLOCK_VALUES = 1 << 20
+# Summed up at a time. On a CPU what is made of them stays in a core's cache; memory beyond it is taken anew each time.
+BLOCK_VALUES = {"cpu": 1 << 16, "cuda": 1 << 22}
+BLOCK_COLUMNS = 1 << 11
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,13 +33,18 @@ def checksum_piece(piece: torch.Tensor, index: tuple[slice, ...], shape: tuple[i
     rows = torch.arange(index[0].start, index[0].stop, device=piece.device) * math.prod(shape[1:]) * GOLDEN + ODD
     bits = piece.contiguous().view(BITS[piece.itemsize]).view(len(rows), len(columns))
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
-    by_column = torch.zeros_like(columns)
-    rows_per_block = max(1, BLOCK_VALUES // max(1, len(columns)))
-    for values, where in zip(bits.split(rows_per_block), rows.split(rows_per_block), strict=True):
-        values = values.to(torch.int64) + 1
-        total += (values.sum(1) * where).sum()
-        by_column += values.sum(0)
-    return int(total + (by_column * (columns * GOLDEN)).sum())
+    block_values = BLOCK_VALUES[piece.device.type]
+    columns_per_block = min(max(1, len(columns)), max(BLOCK_COLUMNS, block_values // max(1, len(rows))))
+    rows_per_block = max(1, block_values // columns_per_block)
+    for part, part_columns in zip(bits.split(columns_per_block, 1), columns.split(columns_per_block), strict=True):
+        # One is added to every value.
+        by_column = torch.full_like(part_columns, len(rows))
+        for values, where in zip(part.split(rows_per_block), rows.split(rows_per_block), strict=True):
+            values = values.to(torch.int64)
+            total += ((values.sum(1) + len(part_columns)) * where).sum()
+            by_column += values.sum(0)
+        total += (by_column * (part_columns * GOLDEN)).sum()
+    return int(total)
 
 
 def place_factors(flat_index: torch.Tensor) -> torch.Tensor:

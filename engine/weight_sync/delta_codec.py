@@ -30,9 +30,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def encode_chunk(old: torch.Tensor, new: torch.Tensor) -> tuple[Chunk, list[torch.Tensor]]:
-    """Bits [N] before and after -> the chunk, and its bytes in pieces, in order."""
-    places = (old != new).nonzero().flatten()
+def changed_places(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Of bits [N] before and after: int64 [C], ascending."""
+    return (old != new).nonzero().flatten()
+
+
+def encode_chunk(old: torch.Tensor, new: torch.Tensor, places: torch.Tensor) -> tuple[Chunk, list[torch.Tensor]]:
+    """Bits [N] before and after, and where they differ -> the chunk, and its bytes in pieces, in order."""
     changed = len(places)
     if changed == 0:
         return UNCHANGED, []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .checksum import checksum, place_factors, render
-from .delta_codec import as_bytes, bits_of, encode_chunk
+from .delta_codec import as_bytes, bits_of, changed_places, encode_chunk
 from .delta_manifest import DEFAULT_CHUNK_VALUES, Chunk, DeltaManifest, DeltaPart
 
 NamedTensor = tuple[str, torch.Tensor]
@@ -131,11 +131,11 @@ class DeltaMaker:
         for number, new in enumerate(new_bits.split(self._chunk_values)):
             kept = old_bits[number * self._chunk_values :][: len(new)]
             old = kept.to(new.device)
-            chunk, pieces = encode_chunk(old, new)
+            places = changed_places(old, new)
+            chunk, pieces = encode_chunk(old, new, places)
             chunks.append(chunk)
             if chunk.num_changed:
                 data.extend(piece.cpu() for piece in pieces)
-                places = (old != new).nonzero().flatten()
                 moved = new[places].to(torch.int64) - old[places].to(torch.int64)
                 sent.total += int((moved * place_factors(places + number * self._chunk_values)).sum())
                 kept.copy_(new)

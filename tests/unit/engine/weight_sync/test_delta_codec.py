@@ -14,6 +14,7 @@ from waybill.engine.weight_sync.checksum import BITS, checksum
 from waybill.engine.weight_sync.delta_codec import (
     as_bytes,
     bits_of,
+    changed_places,
     decode_places,
     decode_values,
     encode_chunk,
@@ -70,7 +71,7 @@ def test_a_chunk_there_and_back(data: st.DataObject) -> None:
         for value in before
     ]
     old, new = from_integers(before, dtype), from_integers(after, dtype)
-    chunk, pieces = encode_chunk(old, new)
+    chunk, pieces = encode_chunk(old, new, changed_places(old, new))
     encoded = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
     check_chunk(chunk, len(old), dtype.itemsize)
     assert len(encoded) == chunk.num_bytes <= new.nbytes + -(-len(new) // 8)
@@ -97,16 +98,17 @@ def test_the_smaller_form_is_chosen(share: float, index: str, values: str) -> No
     generator = torch.Generator().manual_seed(1)
     old = bits_of(torch.randn(1 << 16, generator=generator).bfloat16())
     new = old + (torch.rand(len(old), generator=generator) < share).to(torch.int16)
-    chunk, _ = encode_chunk(old, new)
+    chunk, _ = encode_chunk(old, new, changed_places(old, new))
     assert (chunk.index, chunk.values) == (index, values)
-    far, _ = encode_chunk(old, torch.where(new != old, new + 3000, old))
+    further = torch.where(new != old, new + 3000, old)
+    far, _ = encode_chunk(old, further, changed_places(old, further))
     assert (far.index, far.values) == (index, "raw")
 
 
 def test_nothing_changed_takes_nothing() -> None:
     bits = bits_of(torch.full((9,), float("nan")).bfloat16())
-    assert encode_chunk(bits, bits.clone()) == (UNCHANGED, [])
-    assert encode_chunk(bits[:0], bits[:0]) == (UNCHANGED, [])
+    assert encode_chunk(bits, bits.clone(), changed_places(bits, bits)) == (UNCHANGED, [])
+    assert encode_chunk(bits[:0], bits[:0], changed_places(bits[:0], bits[:0])) == (UNCHANGED, [])
 
 
 def test_a_damaged_chunk_is_refused() -> None:

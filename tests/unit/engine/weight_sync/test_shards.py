@@ -11,7 +11,7 @@ from transformers import Qwen3MoeConfig
 from waybill.engine.models.decoder import DecoderLM
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.qwen3_moe import build, parse_config
-from waybill.engine.weight_sync.checksum import checksum
+from waybill.engine.weight_sync.checksum import BITS, GOLDEN, ODD, checksum
 from waybill.engine.weight_sync.inspection import bounds_of, first_rows, join_checksums, join_rows, piece_checksums
 from waybill.parallel.mesh import Axis, ParallelMesh
 from waybill.parallel.weights import ShardedWeight
@@ -137,3 +137,13 @@ def test_another_shape_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"shape \(15,\): must be \(16,\)"):
         weight.load(torch.ones(15))
     assert (weight.pieces[0].storage == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 7), (2, 3, 5), (40, 5000), (3, 70_000), (70_001,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_a_checksum_is_what_it_is_defined_as(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The sum of (bits + 1) times a factor by place, in whole numbers; whatever blocks it is summed in."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bits = tensor.reshape(-1).view(BITS[dtype.itemsize]).tolist()
+    total = sum((value + 1) * (place * GOLDEN + ODD) for place, value in enumerate(bits))
+    assert checksum(tensor) == f"{total % 2**64:016x}"

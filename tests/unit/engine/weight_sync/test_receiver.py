@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +27,6 @@ from waybill.engine.models import read_plan, weight_loader
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext
 from waybill.engine.models.qwen3_moe import build, parse_config
-from waybill.engine.models.registry import check_update_format
 from waybill.engine.models.weight_loader import read_exactly
 from waybill.engine.weight_sync import transfer
 from waybill.engine.weight_sync.checksum import checksum
@@ -337,42 +334,3 @@ def test_damaged_indexes_change_nothing(trainer: Trainer, tmp_path: Path, index:
         and outcome.message.startswith("model_path=")
         and outcome.message.endswith("nothing was changed")
     )
-
-
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-
-
-@pytest.mark.parametrize(
-    ("quantisation", "words"),
-    [
-        (FP8, r"quantization_config\.quant_method='fp8'"),
-        ({"quant_method": "gptq", "bits": 4}, r"quantization_config\.quant_method='gptq'"),
-        ("fp8", "quantization_config: must be an object"),
-        (None, None),
-    ],
-)
-def test_a_folder_in_another_format_is_refused(
-    trainer: Trainer, tmp_path: Path, quantisation: Any, words: str | None
-) -> None:
-    """Though its tensors have the model's names and shapes."""
-    tensors, before = trainer.tensors(1), trainer.sums()
-    save_file(tensors, tmp_path / "model.safetensors")
-    config = {"model_type": "qwen3_moe", "quantization_config": quantisation}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    trainer.receiver._config = dataclasses.replace(trainer.receiver._config, model_type="qwen3_moe")
-    outcome = load(trainer, tmp_path, whole=True)
-    assert outcome.success == (words is None)
-    if words is not None:
-        assert re.search(f"{words}.*; the engine was started with weights in floating point", outcome.message)
-        assert outcome.message.endswith("nothing was changed") and trainer.sums() == before
-
-
-@pytest.mark.parametrize(("field", "value"), [("weight_block_size", [64, 64]), ("scale_fmt", "ue8m0")])
-def test_fp8_of_another_kind_is_refused(trainer: Trainer, tmp_path: Path, field: str, value: Any) -> None:
-    loaded = dataclasses.replace(trainer.receiver._config, model_type="qwen3_moe", is_fp8=True)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"model_type": "qwen3_moe", "quantization_config": FP8}))
-    check_update_format(str(tmp_path), loaded)
-    file.write_text(json.dumps({"model_type": "qwen3_moe", "quantization_config": FP8 | {field: value}}))
-    with pytest.raises(ValueError, match=rf"quantization_config\.{field}=.*started with weights in block FP8"):
-        check_update_format(str(tmp_path), loaded)

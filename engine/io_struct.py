@@ -11,8 +11,7 @@ Directions:
 
     frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
                                    GetInternalStateReq, without a number; see `ipc/frontend_messages.py`
-    leader -> tp peers             operations and plans, see `plan.py`
-    leader -> output processor     RoutingSetup once, then StepRecord, one a step
+    leader -> output processor     RoutingSetup once, then StepRecord, one a step; to tp peers see `plan.py`
     leader -> frontend             ControlReply, there as well
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
     frontend <-> output processor  OutputQuery / OutputReply; a claim's rows follow as a frame
@@ -49,6 +48,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     # The frontend draws one where the caller gives none, so that a retracted request samples the same tokens again.
     sampling_seed: int = 0
+    # For llguidance; "": anything goes. It begins behind the first token `grammar_begins_after`, or (-1) at once.
+    grammar: str = ""
+    grammar_begins_after: int = -1
 
     @property
     def is_greedy(self) -> bool:

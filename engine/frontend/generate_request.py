@@ -10,12 +10,12 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import numpy as np
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
 from ..io_struct import OutputOptions, SamplingParams
 from ..validation import dialect_fields
@@ -72,6 +72,8 @@ class GenerateReqInput(RequestModel):
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
     return_text_in_logprobs: bool = False
+    # Set by a chat of a model that reasons first: the token behind which a grammar begins.
+    _grammar_begins_after: int = PrivateAttr(-1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -120,6 +122,19 @@ class GenerateReqInput(RequestModel):
         """The items, as text or as ids."""
         items: Any = self.text if self.text is not None else self.input_ids
         return items if self.is_batch else [items]
+
+    @property
+    def grammar_begins_after(self) -> int:
+        return self._grammar_begins_after
+
+    def begin_grammar_after(self, token_id: int) -> None:
+        """It is no field: callers do not choose it."""
+        self._grammar_begins_after = token_id
+
+    @property
+    def params_by_item(self) -> list[SamplingParamsInput]:
+        params = self.sampling_params
+        return params if isinstance(params, list) else [params]
 
     @property
     def cost_us(self) -> float:
@@ -175,7 +190,8 @@ def expand(
     for index in range(num):
         fields = {name: column[index] for name, column in columns.items()}
         try:
-            samples.append(_expand_item(rids[index], index, prompts[index], fields, limits, encode))
+            group = _expand_item(rids[index], index, prompts[index], fields, limits, encode)
+            samples.append(with_grammar(group, fields["sampling_params"], limits, request.grammar_begins_after))
         except FieldError as error:
             raise (error.of_item(index) if request.is_batch else error) from None
     taken: set[str] = set()
@@ -184,6 +200,18 @@ def expand(
             raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
     return samples
+
+
+def with_grammar(
+    samples: list[SampleRequest], params: SamplingParamsInput, limits: EngineLimits, begins_after: int
+) -> list[SampleRequest]:
+    """Samples of one prompt, with what their output must follow."""
+    if params.grammar_field is None:
+        return samples
+    if not limits.has_tokenizer:
+        raise FieldError(f"{params.grammar_field}: the checkpoint has no tokenizer", params.grammar_field)
+    fields = {"grammar": params.grammar(limits.special_tokens), "grammar_begins_after": begins_after}
+    return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]
 
 
 def _rids(request: GenerateReqInput, num: int) -> list[str]:

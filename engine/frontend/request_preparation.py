@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
+from ..validation.field_error import FieldError
 from .admission import Admission, OverloadedError, Permits
 from .generate_request import GenerateReqInput, SampleRequest, expand
+from .grammar_checks import GrammarChecks
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
 from .text_codec import TextCodec
@@ -33,12 +35,18 @@ class RequestPreparation:
     """Prepares requests, each on the threads that its length asks for."""
 
     def __init__(
-        self, text: TextCodec, work_threads: WorkThreads, admission: Admission, observer: RequestObserver
+        self,
+        text: TextCodec,
+        work_threads: WorkThreads,
+        admission: Admission,
+        observer: RequestObserver,
+        grammars: GrammarChecks,
     ) -> None:
         self._text = text
         self._work_threads = work_threads
         self._admission = admission
         self._observer = observer
+        self._grammars = grammars
 
     @property
     def num_held(self) -> int:
@@ -56,6 +64,7 @@ class RequestPreparation:
             try:
                 encode = partial(self._text.encode, max_tokens=limits.context_length)
                 groups = await self._work_threads.run(request.cost_us, partial(expand, request, limits, encode))
+                await self._check_grammars(request, groups, limits)
             except BaseException:
                 permits.release()
                 raise
@@ -66,6 +75,24 @@ class RequestPreparation:
             self._observer.on_refusal("refused")
             raise
         return PreparedRequest(request, [sample for group in groups for sample in group], permits)
+
+    async def _check_grammars(
+        self, request: GenerateReqInput, groups: list[list[SampleRequest]], limits: EngineLimits
+    ) -> None:
+        """
+        Raises:
+            ValueError: a grammar cannot be compiled, or not within its bounds.
+        """
+        params = request.params_by_item
+        for index, group in enumerate(groups):
+            field = params[index if len(params) > 1 else 0].grammar_field
+            if field is None:
+                continue
+            # Samples of one prompt have one.
+            refusal = await self._grammars.check(group[0].sampling_params.grammar, limits.vocab_size)
+            if refusal:
+                error = FieldError(f"{field}: {refusal}", field)
+                raise error.of_item(index) if request.is_batch else error
 
 
 def tokenized_request(

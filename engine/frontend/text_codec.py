@@ -34,6 +34,16 @@ class TextCodec:
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
 
     @property
+    def special_tokens(self) -> frozenset[str]:
+        if self._tokenizer is None:
+            return frozenset()
+        return frozenset(one.content for one in self._tokenizer.get_added_tokens_decoder().values() if one.special)
+
+    def token_id(self, token: str) -> int | None:
+        """Of a token as the tokenizer writes it."""
+        return None if self._tokenizer is None else self._tokenizer.token_to_id(token)
+
+    @property
     def is_there(self) -> bool:
         return self._tokenizer is not None
 

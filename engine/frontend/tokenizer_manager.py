@@ -28,6 +28,7 @@ from .engine_controls import EngineControls
 from .engine_queries import EngineQueries
 from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate, UnavailableError
+from .grammar_checks import GrammarChecks
 from .in_flight_requests import InFlightRequests
 from .pending_outputs import Event, PendingOutputs
 from .request_limits import EngineLimits
@@ -71,7 +72,8 @@ class TokenizerManager:
         self._observer: RequestObserver = observer or NoObserver()
         self.work_threads = WorkThreads()
         admission = Admission(config.max_running_requests + config.max_waiting_requests)
-        self._preparation = RequestPreparation(self.text, self.work_threads, admission, self._observer)
+        self._grammars = GrammarChecks(config.tokenizer_path or config.model_path)
+        self._preparation = RequestPreparation(self.text, self.work_threads, admission, self._observer, self._grammars)
         self.controls = EngineControls(config, link, replies, self._gate, dp_router)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
         self._death: EngineDeadError | None = None
@@ -102,6 +104,7 @@ class TokenizerManager:
             dp_size=self.config.dp_size,
             has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
+            special_tokens=self.text.special_tokens,
         )
 
     def _fail(self, reason: str) -> None:
@@ -122,6 +125,7 @@ class TokenizerManager:
 
     def close(self) -> None:
         self.work_threads.close()
+        self._grammars.close()
         self._connection.close()
 
     # --- generation -------------------------------------------------------------------------------------------------

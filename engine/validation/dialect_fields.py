@@ -65,7 +65,7 @@ RETURNS = {
     "sampling_logprobs_mode": ("selected",),
 }
 # Grammars and other bounds on what is sampled.
-CONSTRAINTS = off("json_schema", "regex", "ebnf", "stop_regex", "custom_params")
+CONSTRAINTS = off("stop_regex", "custom_params")
 
 GENERATE: Neutral = {
     **MEDIA,
@@ -93,7 +93,6 @@ SAMPLING: Neutral = {
     **CONSTRAINTS,
     # What a normalised object of the dialect's has beside its parameters.
     **off(
-        "structural_tag",
         "beam_width",
         "watermark",
         "stop_strs",
@@ -128,7 +127,6 @@ OPENAI: Neutral = {
     "function_call": ("none", "auto"),
     "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 TOKENIZE: Neutral = off(

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ...frontend.generate_request import GenerateReqInput
-from ...frontend.sampling_params import MAX_SAMPLES, SamplingParamsInput, check_size
+from ...frontend.sampling_params import GRAMMARS, MAX_SAMPLES, SamplingParamsInput, check_size
+from ...grammar.grammar_text import ANY_OBJECT
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError
 from ...validation.request_model import (
@@ -31,6 +32,43 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: Literal[False] = False
     # Padding against who watches the sizes of packets.
     include_obfuscation: Literal[False] = False
+
+
+class JsonSchemaFormat(RequestModel):
+    """`strict` changes nothing: an answer is always of the schema."""
+
+    ignored_fields = ("strict", "description")
+
+    name: str = ""
+    json_schema: dict[str, Any] = Field({}, alias="schema")
+
+
+class ResponseFormat(RequestModel):
+    """What an answer's text must be: any, JSON, JSON of a schema, or text with structures in it."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchemaFormat | None = None
+    structures: list[Any] | None = None
+    triggers: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise FieldError("json_schema: must be given with type 'json_schema', and with no other", "json_schema")
+        return self
+
+    @property
+    def grammar(self) -> dict[str, Any]:
+        """The field of `sampling_params` that says the same; {} for text."""
+        match self.type:
+            case "json_object":
+                return {"json_schema": ANY_OBJECT}
+            case "json_schema":
+                assert self.json_schema is not None
+                return {"json_schema": self.json_schema.json_schema}
+            case "structural_tag":
+                return {"structural_tag": {"structures": self.structures, "triggers": self.triggers}}
+        return {}
 
 
 class OpenAIRequest(RequestModel):
@@ -72,11 +110,22 @@ class OpenAIRequest(RequestModel):
     routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options: needs stream=true", "stream_options", mentions=("stream",))
+        if self.response_format is not None and self.response_format.grammar:
+            other = next((name for name in GRAMMARS if getattr(self, name) is not None), None)
+            if other is not None:
+                raise FieldError(
+                    f"response_format: must be absent beside {other}", "response_format", mentions=(other,)
+                )
         return self
 
     @property
@@ -85,7 +134,10 @@ class OpenAIRequest(RequestModel):
 
     def names(self) -> dict[str, str]:
         """What the fields of a `GenerateReqInput` are called here, for its refusals."""
-        return {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+        names = {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+        if self.response_format is not None:
+            names |= dict.fromkeys(self.response_format.grammar, "response_format")
+        return names
 
     def generate_fields(self, max_new_tokens: int | None) -> dict[str, Any]:
         """The fields of a `GenerateReqInput`, without its prompt."""
@@ -94,6 +146,7 @@ class OpenAIRequest(RequestModel):
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
             "sampling_seed": self.seed,
+            **(self.response_format.grammar if self.response_format is not None else {}),
         }
         return {
             # Null means the default, as everywhere in this API.

@@ -111,22 +111,21 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], masks: Sequence[Ma
 
 def allow(scores: torch.Tensor, masks: Sequence[Mask | None]) -> torch.Tensor:
     """Scores [B, V] of allowed tokens; those of others are minus infinity, or NaN where they are no finite numbers."""
-    where = [i for i, mask in enumerate(masks) if mask is not None]
-    if not where:
+    if all(mask is None for mask in masks):
         return scores
     vocab_size = scores.shape[1]
-    words = np.zeros((len(where), (vocab_size + 31) // 32), dtype=np.int32)
-    for line, i in zip(words, where, strict=True):
-        mask = masks[i]
-        assert mask is not None
-        line[: len(mask)] = mask[: len(line)]
+    words = np.zeros((len(masks), (vocab_size + 31) // 32), dtype=np.int32)
+    for line, mask in zip(words, masks, strict=True):
+        if mask is None:
+            line[:] = -1
+        else:
+            line[: len(mask)] = mask[: len(line)]
     packed = torch.from_numpy(words.view(np.uint8))
     if scores.device.type != "cpu":
         packed = packed.pin_memory().to(scores.device, non_blocking=True)
     bits = (packed[:, :, None] >> torch.arange(8, device=scores.device, dtype=torch.uint8)) & 1
     # Added, not filled in: NaN stays NaN.
-    bans = torch.where(bits.flatten(1)[:, :vocab_size] > 0, 0.0, -torch.inf)
-    return scores.index_add(0, to_device(where, scores.device), bans)
+    return scores + torch.where(bits.flatten(1)[:, :vocab_size] > 0, 0.0, -torch.inf)
 
 
 def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"max_tokens": 10**6}, "context_length"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"response_format": {"type": "json"}}, "response_format.type: "),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs=true"),
         ({"temperature": -1}, "temperature"),
     ],

@@ -98,8 +98,8 @@ def test_bad_requests_are_refused_by_name(fields: dict[str, Any], words: str) ->
         ({"stop": ["a", ""]}, "stop: an empty string"),
         ({"stop_token_ids": [100]}, "stop_token_ids: 100 is no token"),
         ({"logit_bias": {"100": 1.0}}, "logit_bias: 100 is no token"),
-        ({"regex": "a+"}, "regex is not supported"),
-        ({"json_schema": "{}"}, "json_schema is not supported"),
+        ({"regex": "a+", "ebnf": "start: /a/"}, "ebnf: must be absent beside regex"),
+        ({"json_schema": ""}, "json_schema: must be text that"),
         ({"best_of": 2}, "best_of"),
     ],
 )

@@ -170,7 +170,7 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"extra_body": {"return_routed_experts": True, "routed_experts_start_len": 999}}, "is higher than the number"),
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"max_tokens": 10**6}, "context_length"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
         ({"response_format": {"type": "json"}}, "response_format.type: "),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs=true"),
         ({"temperature": -1}, "temperature"),

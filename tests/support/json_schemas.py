@@ -1,4 +1,4 @@
-"""Two hundred JSON schemas, by the features that they have: every kind of value, bounds on it, and how schemas are joined."""
+"""Two hundred JSON schemas by their features: every kind of value, bounds on it, and how schemas are joined."""
 
 from __future__ import annotations
 
@@ -9,30 +9,52 @@ Schema = dict[str, Any]
 
 SCALARS: list[Schema] = [{"type": kind} for kind in ("string", "integer", "number", "boolean", "null")]
 STRINGS: list[Schema] = [
-    *({"type": "string", "minLength": low, "maxLength": high} for low, high in [(0, 0), (0, 3), (2, 2), (3, 9), (12, 20)]),
+    *(
+        {"type": "string", "minLength": low, "maxLength": high}
+        for low, high in [(0, 0), (0, 3), (2, 2), (3, 9), (12, 20)]
+    ),
     *({"type": "string", "maxLength": high} for high in (1, 4, 16)),
     *(
         {"type": "string", "pattern": pattern}
         for pattern in (
-            "^[a-z]{3}$", "^[A-Z][a-z]*$", "^\\d{4}-\\d{2}$", "^(foo|bar)+$", "^x?y*z+$", "^[^\"]{2,5}$", "^a.c$", "^\\w{1,8}$",
-            "^é{1,3}$", "^[0-9a-f]{8}$", "^#[0-9A-Fa-f]{6}$", "^(\\([0-9]{3}\\))?[0-9]{3}-[0-9]{4}$",
+            "^[a-z]{3}$",
+            "^[A-Z][a-z]*$",
+            "^\\d{4}-\\d{2}$",
+            "^(foo|bar)+$",
+            "^x?y*z+$",
+            '^[^"]{2,5}$',
+            "^a.c$",
+            "^\\w{1,8}$",
+            "^é{1,3}$",
+            "^[0-9a-f]{8}$",
+            "^#[0-9A-Fa-f]{6}$",
+            "^(\\([0-9]{3}\\))?[0-9]{3}-[0-9]{4}$",
         )
     ),
     *({"type": "string", "format": form} for form in ("date", "time", "date-time", "email", "ipv4", "uuid")),
-]  # fmt: skip
+]
 NUMBERS: list[Schema] = [
-    *({"type": "integer", "minimum": low, "maximum": high} for low, high in [(0, 0), (0, 9), (-5, 5), (10, 99), (-1000, 70000)]),
+    *(
+        {"type": "integer", "minimum": low, "maximum": high}
+        for low, high in [(0, 0), (0, 9), (-5, 5), (10, 99), (-1000, 70000)]
+    ),
     *({"type": "integer", "minimum": low} for low in (-3, 0, 17)),
     *({"type": "integer", "exclusiveMinimum": low, "exclusiveMaximum": low + 3} for low in (-2, 0, 99)),
-    *({"type": "number", "minimum": low, "maximum": high} for low, high in [(0, 1), (-1.5, 1.5), (0.25, 0.75), (100, 200)]),
+    *(
+        {"type": "number", "minimum": low, "maximum": high}
+        for low, high in [(0, 1), (-1.5, 1.5), (0.25, 0.75), (100, 200)]
+    ),
     *({"type": "number", "exclusiveMinimum": low, "exclusiveMaximum": low + 1} for low in (-1, 0)),
     *({"type": "integer", "multipleOf": step} for step in (2, 5, 10)),
-]  # fmt: skip
+]
 CHOICES: list[Schema] = [
-    *({"enum": values} for values in (["a"], ["a", "b", "c"], [1, 2, 3], ["x", 1, None, True], ["日本", "naïve"], [[1], {"a": 1}])),
-    *({"const": value} for value in ("fixed", 7, None, True, {"a": [1, 2]}, "quo\"te", "ключ")),
+    *(
+        {"enum": values}
+        for values in (["a"], ["a", "b", "c"], [1, 2, 3], ["x", 1, None, True], ["日本", "naïve"], [[1], {"a": 1}])
+    ),
+    *({"const": value} for value in ("fixed", 7, None, True, {"a": [1, 2]}, 'quo"te', "ключ")),
     *({"type": kinds} for kinds in (["string", "null"], ["integer", "boolean"], ["number", "null", "boolean"])),
-]  # fmt: skip
+]
 BRANCHES: list[Schema] = [
     {"anyOf": [{"type": "integer"}, {"type": "boolean"}]},
     {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]},

@@ -94,6 +94,20 @@ def usage_of(answers: list[Answer], num_samples: int) -> dict[str, Any]:
     }
 
 
+def usage_so_far(answers: list[Answer], num_samples: int) -> dict[str, Any]:
+    """The same in the midst of a stream, in which some choices ({}) have nothing yet."""
+    prompts = [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)]
+    nothing = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
+    filled = []
+    for group in prompts:
+        begun = [one for one in group if one]
+        waiting = {
+            "meta_info": {**nothing, **({"prompt_tokens": begun[0]["meta_info"]["prompt_tokens"]} if begun else {})}
+        }
+        filled += [one or waiting for one in group]
+    return usage_of(filled, num_samples)
+
+
 def as_list(answer: Answer | list[Any]) -> list[Answer]:
     return answer if isinstance(answer, list) else [answer]
 

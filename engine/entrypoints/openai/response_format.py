@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ...grammar.grammar_text import ANY_OBJECT
-from ...validation.field_error import FieldError
+from ...validation.field_error import FieldError, shown
 from ...validation.request_model import RequestModel
 
-
-class JsonSchemaFormat(RequestModel):
-    """`strict` changes nothing: an answer is always of the schema."""
-
-    ignored_fields = ("strict", "description")
-
-    name: str = ""
-    json_schema: dict[str, Any] = Field({}, alias="schema")
+# `strict` changes nothing: an answer is always of the schema.
+JSON_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 
 class ResponseFormat(RequestModel):
     """What an answer's text must be: any, JSON, JSON of a schema, or text with structures in it."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
-    json_schema: JsonSchemaFormat | None = None
+    json_schema: dict[str, Any] | None = None
     structures: list[Any] | None = None
     triggers: list[Any] | None = None
 
@@ -32,6 +26,11 @@ class ResponseFormat(RequestModel):
     def _check_type(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise FieldError("json_schema: must be given with type 'json_schema', and with no other", "json_schema")
+        for field in self.json_schema or {}:
+            if field not in JSON_SCHEMA_FIELDS:
+                raise FieldError(f"json_schema.{shown(field)}: is no field of this request", "json_schema")
+        if self.json_schema is not None and not isinstance(self.json_schema.get("schema"), dict):
+            raise FieldError("json_schema.schema: must be a JSON schema (an object)", "json_schema")
         return self
 
     @property
@@ -42,7 +41,7 @@ class ResponseFormat(RequestModel):
                 return {"json_schema": ANY_OBJECT}
             case "json_schema":
                 assert self.json_schema is not None
-                return {"json_schema": self.json_schema.json_schema}
+                return {"json_schema": self.json_schema["schema"]}
             case "structural_tag":
                 return {"structural_tag": {"structures": self.structures, "triggers": self.triggers}}
         return {}

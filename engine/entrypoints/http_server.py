@@ -57,7 +57,7 @@ def make_app(
         )
     app.add_middleware(OriginGuard, api_keys=api_keys, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
     bodies = BodyReader(manager.work_threads, limits.max_body_values, metrics)
-    app.include_router(native_router(manager, bodies))
+    app.include_router(native_router(manager, bodies, template))
     app.include_router(control_router(manager, bodies))
     app.include_router(info_router(manager, metrics, model_name, health_timeout_s))
     chat = ChatServing(manager, template, model_name, formats)

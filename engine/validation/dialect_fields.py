@@ -129,9 +129,7 @@ OPENAI: Neutral = {
 }
 # A chat has these.
 COMPLETION: Neutral = {**OPENAI, **off("tools", "return_token_ids"), "tool_choice": ("none", "auto")}
-TOKENIZE: Neutral = off(
-    "messages", "tools", "tool_choice", "reasoning_effort", "continue_final_message", "chat_template_kwargs"
-) | off("add_generation_prompt")
+TOKENIZE: Neutral = {**off("reasoning_effort"), "tool_choice": ("none", "auto")}
 
 # What every message between the dialect's own processes has.
 MESSAGE: Neutral = off("rid", "http_worker_ipc")

@@ -15,6 +15,8 @@ import pytest
 from support.field_decoder import decode_routed_experts, merge
 from support.server_process import ServerProcess
 
+from waybill.client.turn_ids import next_turn_ids
+
 NUM_LAYERS, TOP_K = 7, 4
 MESSAGES: list[Any] = [{"role": "user", "content": "start with 12"}]
 
@@ -274,3 +276,25 @@ def test_a_required_call_and_the_turn_after_it(client: openai.OpenAI) -> None:
             arguments += call.function.arguments or ""
             last = call.index
     assert len(names) == last + 1 and set(names) == {"mark"} and json.loads(arguments.split("}{")[0].rstrip("}") + "}")
+
+
+def test_the_next_turn_is_built_of_what_was_sampled(server: ServerProcess, client: openai.OpenAI) -> None:
+    def tokenized(messages: list[Any], **fields: Any) -> list[int]:
+        return httpx.post(f"{server.url}/tokenize", json={"messages": messages, **fields}).json()["tokens"]
+
+    extra = {"return_token_ids": True}
+    answer: Any = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, extra_body=extra)
+    assert answer.prompt_token_ids == tokenized(MESSAGES)
+    history = [*MESSAGES, {"role": "assistant", "content": answer.choices[0].message.content}]
+    asked = [*history, {"role": "user", "content": "add 2"}]
+    turn = next_turn_ids(
+        answer.prompt_token_ids,
+        answer.choices[0].token_ids,
+        tokenized(history, add_generation_prompt=False),
+        tokenized(asked),
+    )
+    assert turn.drift is None and turn.input_ids == tokenized(asked)
+    extra = {"add_generation_prompt": False, "continue_final_message": True}
+    begun: list[Any] = [*MESSAGES, {"role": "assistant", "content": "1"}]
+    rest = client.chat.completions.create(model="tiny", messages=begun, temperature=0, extra_body=extra)
+    assert rest.choices[0].message.content == "2", "it goes on with what was begun"

@@ -3,7 +3,8 @@
     python -m waybill.bench.structured_output [--model FOLDER] [--tp 2] [--concurrency 32] [--tokens 96] [--repeats 5]
 
 Both kinds run in turn on one engine, and the middle of the repeats counts. All put out the same number of tokens: the
-schema has strings without end, and the end of the sequence is ignored. Writes `bench/results/structured_output.md`.
+schema has strings without end, and the end of the sequence is ignored. Prints a row of
+`bench/results/structured_output.md`, and writes it to the folder `$OUT`, if that is set.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "structured_output.md"
 
 
 def run(engine: Engine, num: int, num_tokens: int, seed: int, fields: dict[str, Any]) -> float:
@@ -80,14 +80,15 @@ def main() -> None:
     middle = {name: statistics.median(found) for name, found in rates.items()}
     ratio = middle["JSON schema"] / middle["unconstrained"]
     pairs = [a / b for a, b in zip(rates["JSON schema"], rates["unconstrained"], strict=True)]
-    lines = [
+    row = (
         f"| {hardware(options.device)}, tp {options.tp} | {Path(options.model).name}, {steps['vocab_size']} tokens "
         f"| {options.concurrency} x {options.tokens} | {middle['unconstrained']:.0f} | {middle['JSON schema']:.0f} "
         f"| {ratio:.2f} | {', '.join(f'{pair:.2f}' for pair in pairs)} |"
-    ]
-    print("\n".join(lines))
+    )
+    print(row)
     out = os.environ.get("OUT")
-    (Path(out) / "structured_output.txt" if out else RESULT.with_suffix(".txt")).write_text("\n".join(lines) + "\n")
+    if out:
+        (Path(out) / "structured_output.md").write_text(row + "\n")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """The messages between processes; what a frontend sends and is told by leaders is in `ipc/frontend_messages.py`, and
 plans are in `plan.py`.
 
-All of them are msgspec structs: typed, validated when they are decoded, and never pickled. This module imports neither
-torch nor anything that decides; a trainer or a client can import it alone.
+All of them are msgspec structs: typed, validated when they are decoded, and never pickled. This module imports no torch.
 
-Token ids and page numbers travel as raw little-endian int32 bytes, so that a long prompt costs the scheduler no Python
-object per token. Route rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
+Token ids and page numbers travel as raw little-endian int32 bytes: a long prompt costs no Python object per token. Route
+rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
 
 Directions:
 
-    frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
-                                   GetInternalStateReq, without a number; see `ipc/frontend_messages.py`
+    frontend -> leader             NumberedMessage, GetInternalStateReq; see `ipc/frontend_messages.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step; to tp peers see `plan.py`
     leader -> frontend             ControlReply, there as well
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from waybill.parallel.mesh import ParallelMesh
 
 CHECKPOINT = Path(__file__).parents[4] / "examples" / "tiny_moe" / "checkpoint"
 EOS = 260
-PATTERN = "x[0-9a-f]{6}(yes|no)"
+PATTERN = "x[0-9a-f]{10}(yes|no)"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
-GRAMMARS = [from_regex(PATTERN), "", from_json_schema(json.dumps(SCHEMA)), from_regex("q{12}")]
+GRAMMARS = [from_regex(PATTERN), "", from_json_schema(json.dumps(SCHEMA)), from_regex("q{19}")]
 
 
 class Leader:
@@ -55,6 +56,9 @@ class Leader:
             self._inbox.messages.append(TokenizedGenerateReqInput(self._num_sent, f"r{number}", ids, params))
         while not self.scheduler.is_idle or self._inbox.messages:
             self.scheduler.receive()
+            while self.scheduler.queues.is_compiling:
+                # So that all compete for the pages at once, whatever the machine does.
+                time.sleep(0.001)
             if self.scheduler.is_awake:
                 self.scheduler.step()
         found = []
@@ -71,7 +75,7 @@ def asked() -> list[SamplingParams]:
     bias = dict.fromkeys(b" \t\n\r", -100.0)
     return [
         SamplingParams(
-            max_new_tokens=16,
+            max_new_tokens=22,
             sampling_seed=number,
             grammar=GRAMMARS[number % 4],
             logit_bias=bias if number % 4 == 2 else {},
@@ -99,10 +103,10 @@ def test_outputs_follow_their_grammars(plenty: list[tuple[list[int], FinishReaso
         elif number % 4 == 2 and reason.type == "stop":
             assert isinstance(json.loads(text)["a"], int)
         elif number % 4 == 3:
-            assert text == "q" * 12 and reason.type == "stop"
+            assert text == "q" * 19 and reason.type == "stop"
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
+@pytest.mark.parametrize("overlap_depth", [pytest.param(0, marks=pytest.mark.matrix), 1])
 def test_the_same_under_retraction_and_overlap(
     plenty: list[tuple[list[int], FinishReason]], overlap_depth: int
 ) -> None:

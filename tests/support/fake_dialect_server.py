@@ -53,10 +53,13 @@ class Running:
     output: list[int] = field(default_factory=list)
     finish: dict[str, Any] | None = None
     num_retractions: int = 0
+    # Of a session that leaves its start to the server: where an answer begins, and the first choice of this prompt.
+    auto_start: int | None = None
+    first_start: int | None = None
 
     @property
     def start(self) -> int:
-        return self.body.get(FIELD, 0)
+        return self.body.get(FIELD, 0) if self.auto_start is None else self.auto_start
 
 
 class FakeDialectServer(httpx.BaseTransport):
@@ -69,6 +72,7 @@ class FakeDialectServer(httpx.BaseTransport):
         self._paused = False
         self._running: dict[str, Running] = {}
         self._cached: list[list[int]] = []
+        self._delivered: dict[str, list[list[int]]] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.read() or b"{}")
@@ -103,16 +107,26 @@ class FakeDialectServer(httpx.BaseTransport):
     def _generate(self, body: dict[str, Any]) -> httpx.Response:
         self.requests.append(body)
         prompt, start = body["input_ids"], body.get(FIELD, 0)
+        is_auto = self._extensions and start == "auto" and "session_id" in body
+        if start == "auto" and not is_auto:
+            return self._refuse(body, f"{FIELD}: must be an integer")
+        if is_auto:
+            known = self._delivered.setdefault(body["session_id"], [])
+            start = min(max((common_prefix(prompt, one) for one in known), default=0), len(prompt) - 1)
         if body.get("return_routed_experts") and not 0 <= start <= len(prompt):
             return self._refuse(body, f"{FIELD}={start} is out of range")
         num_choices = body["sampling_params"].get("n", 1)
         choices = [self._start(body, prompt) for _ in range(num_choices)]
+        for index, running in enumerate(choices if is_auto else ()):
+            running.auto_start, running.first_start = (len(prompt) - 1, start) if index else (start, None)
         if body.get("stream"):
             return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, content=self._events(choices[0]))
         for running in choices:
             for _ in self._steps(running):
                 pass
         answers = [self._render(running, 0) for running in choices]
+        if is_auto:
+            known += [(running.prompt + running.output)[:-1] for running in choices]
         return httpx.Response(200, json=answers if num_choices > 1 else answers[0])
 
     def _refuse(self, body: dict[str, Any], message: str) -> httpx.Response:
@@ -178,6 +192,9 @@ class FakeDialectServer(httpx.BaseTransport):
         if running.body.get("return_routed_experts") and running.output:
             start = max(start, running.start)
             meta |= self._routes(running.body, rows_of(tokens, start, len(tokens) - 1), start)
+            if running.first_start is not None:
+                prefix = {"choice": 0, "start": running.first_start, "end": start}
+                meta["routed_experts_prefix"] = prefix
         return {"text": "", "output_ids": list(running.output), "meta_info": meta}
 
     def _routes(self, body: dict[str, Any], rows: np.ndarray, start: int) -> dict[str, Any]:

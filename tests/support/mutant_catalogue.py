@@ -77,7 +77,7 @@ def is_compact(body: Body, answer: Body) -> bool:
 
 
 def asks_outside(body: Body) -> bool:
-    return not 0 <= body.get(FIELD, 0) <= len(body["input_ids"])
+    return body.get(FIELD) != "auto" and not 0 <= body.get(FIELD, 0) <= len(body["input_ids"])
 
 
 def unasked_key(body: Body, answer: Body) -> None:
@@ -86,7 +86,7 @@ def unasked_key(body: Body, answer: Body) -> None:
 
 
 def wrong_stated_start(body: Body, answer: Body) -> None:
-    if FIELD in answer["meta_info"]:
+    if FIELD in answer["meta_info"] and body.get(FIELD) != "auto":
         answer["meta_info"][FIELD] += 1
 
 
@@ -111,7 +111,7 @@ def wrong_checksum(body: Body, answer: Body) -> None:
 
 
 def start_ignored(body: Body, forward: Forward) -> httpx.Response | None:
-    return None if asks_outside(body) else forward({**body, FIELD: 0})
+    return None if body.get(FIELD) == "auto" or asks_outside(body) else forward({**body, FIELD: 0})
 
 
 def default_is_one(body: Body, forward: Forward) -> httpx.Response | None:
@@ -150,14 +150,19 @@ def other_server_version(path: str, content: Any) -> None:
         content["weight_version"] = "other"
 
 
+def later_choices(body: Body, answers: list[Body]) -> list[Body]:
+    """Of a request that states its start."""
+    return [] if body.get(FIELD) == "auto" else answers[1:]
+
+
 def choices_without_rows(body: Body, answers: list[Body]) -> None:
-    for answer in answers[1:]:
+    for answer in later_choices(body, answers):
         for name in ROUTE_KEYS:
             answer["meta_info"].pop(name, None)
 
 
 def choices_of_another_prompt(body: Body, answers: list[Body]) -> None:
-    for answer in answers[1:]:
+    for answer in later_choices(body, answers):
         on_rows(rolled)(body, answer)
 
 
@@ -188,7 +193,7 @@ class SliceShifted:
 
     def __call__(self, body: Body, forward: Forward) -> httpx.Response | None:
         prompt, start = tuple(body["input_ids"]), body.get(FIELD, 0)
-        is_asked = not body.get("stream") and FIRST_PAGE <= start < len(prompt)
+        is_asked = not body.get("stream") and start != "auto" and FIRST_PAGE <= start < len(prompt)
         self._applies = is_asked and (prompt in self._seen or not self._only_repeated)
         self._seen.add(prompt)
         return forward({**body, FIELD: start - 1}) if self._applies else None
@@ -229,8 +234,50 @@ class GeneratedRowsForgotten:
                     cut = slice(max(first - rows.start, 0), max(len(tokens) - 1 - rows.start, 0))
                     rows.array[cut] = np.roll(rows.array[cut], 1, axis=2)
             rows.put()
-        if finish_of(answer) == "length":
+        if finish_of(answer) == "length" and body.get(FIELD) != "auto":
             self._ranges[tuple(prompt + answer["output_ids"])] = len(prompt)
+
+
+class NotDeliveredCounted:
+    """A session's rows begin one row behind those that its caller has."""
+
+    def __call__(self, body: Body, answer: Body) -> None:
+        if body.get(FIELD) == "auto" and answer["meta_info"][FIELD]:
+            rows = Rows(body, answer)
+            rows.array = rows.array[1:]
+            rows.put(start=rows.start + 1)
+
+
+def auto_never_advances(body: Body, forward: Forward) -> httpx.Response | None:
+    return forward({**body, FIELD: 0}) if body.get(FIELD) == "auto" else None
+
+
+def auto_stated_wrong(body: Body, answer: Body) -> None:
+    if body.get(FIELD) == "auto" and answer["meta_info"].get(FIELD):
+        answer["meta_info"][FIELD] -= 1
+
+
+def prefix_of_answer(body: Body, answers: list[Body]) -> None:
+    for answer in answers:
+        if prefix := answer["meta_info"].get("routed_experts_prefix"):
+            prefix["start"] += 1
+
+
+class BranchesConfused:
+    """The rows of a session's branch, from the third answer on, begin where its longest answer ended."""
+
+    def __init__(self) -> None:
+        self._most: dict[str, int] = {}
+
+    def __call__(self, body: Body, forward: Forward) -> httpx.Response | None:
+        if body.get(FIELD) != "auto":
+            return None
+        start = min(self._most.get(body["session_id"], 0), len(body["input_ids"]) - 1)
+        if body["sampling_params"].get("n", 1) > 1:
+            return None
+        num_tokens = len(body["input_ids"]) + body["sampling_params"]["max_new_tokens"]
+        self._most[body["session_id"]] = max(self._most.get(body["session_id"], 0), num_tokens - 1)
+        return forward({**body, FIELD: start})
 
 
 class SecondEventLost:
@@ -255,13 +302,13 @@ def all_mutants() -> list[Mutant]:
         Mutant(
             "last-row-lost",
             "row-count",
-            ("choices", "turns", "stream-deltas", "abort-running", "retraction"),
+            ("choices", "turns", "session-auto", "stream-deltas", "abort-running", "retraction"),
             answer=on_rows(without_last),
         ),
         Mutant(
             "last-row-padded",
             "ids",
-            ("turns", "stream-deltas", "abort-running", "retraction"),
+            ("turns", "session-auto", "stream-deltas", "abort-running", "retraction"),
             answer=on_rows(last_padded),
         ),
         Mutant("id-repeated", "ids", answer=on_rows(id_repeated)),
@@ -288,8 +335,13 @@ def all_mutants() -> list[Mutant]:
         Mutant("second-event-lost", "stream-deltas", answer=SecondEventLost()),
         Mutant("choices-without-rows", "choices", whole=choices_without_rows),
         Mutant("choices-rolled", "choices", whole=choices_of_another_prompt),
-        Mutant("choices-short", "choices", whole=choices_lost),
+        Mutant("choices-short", "choices", ("session-auto",), whole=choices_lost),
         Mutant("generated-forgotten", "turns", answer=GeneratedRowsForgotten()),
+        Mutant("auto-gap", "session-auto", answer=NotDeliveredCounted()),
+        Mutant("auto-at-0", "session-auto", replace=auto_never_advances),
+        Mutant("auto-stated", "session-auto", answer=auto_stated_wrong),
+        Mutant("auto-branch", "session-auto", replace=BranchesConfused()),
+        Mutant("auto-prefix", "session-auto", whole=prefix_of_answer),
         Mutant("compact-layers", "compact", answer=on_rows(last_layers_swapped, is_compact)),
         Mutant("compact-checksum", "compact", ("version-runs",), answer=wrong_checksum),
         Mutant("other-version", "versions", reply=other_server_version),

@@ -6,13 +6,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from ...frontend.generate_request import GenerateReqInput
+from ...frontend.generate_request import GenerateReqInput, StartLen
 from ...frontend.sampling_params import MAX_SAMPLES, SamplingParamsInput, check_size
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError
 from ...validation.request_model import (
     MAX_NAME_CHARS,
-    AnyNumber,
     Items,
     Name,
     Number,
@@ -69,7 +68,7 @@ class OpenAIRequest(RequestModel):
     routed_dp_rank: Number | None = None
     data_parallel_rank: Number | None = None
     return_routed_experts: bool = False
-    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
+    routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
 

@@ -137,7 +137,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 16_384
     route_session_tokens: Annotated[
-        int, Option("tokens that are remembered for that, four bytes each, all sessions together", bounds=ZERO_OR_MORE)
+        int,
+        Option(
+            "tokens that are remembered for that, four bytes each, all sessions together; a branch counts as 100",
+            bounds=ZERO_OR_MORE,
+        ),
     ] = 1 << 24
     num_threads: Annotated[
         int | None,

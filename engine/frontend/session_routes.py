@@ -15,6 +15,9 @@ import numpy as np
 from ..validation.token_ids import Ids
 from .dp_router import digest_of
 
+# What an edge takes beside its tokens, some 400 bytes, in tokens of four.
+EDGE_TOKENS = 100
+
 
 class _Edge:
     """Tokens behind those of its parent, and what may follow them, by the first token."""
@@ -27,11 +30,16 @@ class _Edge:
 
 
 class TokenTree:
-    """Token sequences that share their beginnings, in `num_tokens`. Whoever has one has all its beginnings."""
+    """Token sequences that share their beginnings, `num_tokens` on `num_edges`. Whoever has one has all its beginnings."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
+        self.num_tokens = self.num_edges = 0
         self._root = _Edge(np.empty(0, np.int32))
+
+    @property
+    def size(self) -> int:
+        """The memory that it takes, in tokens."""
+        return self.num_tokens + EDGE_TOKENS * self.num_edges
 
     def common_prefix(self, ids: Ids) -> int:
         """Tokens from the start of `ids` on that one of the sequences begins with."""
@@ -54,8 +62,15 @@ class TokenTree:
             rest = _Edge(edge.tokens[shared:].copy())
             rest.children = edge.children
             edge.tokens, edge.children = edge.tokens[:shared].copy(), {int(rest.tokens[0]): rest}
-        edge.children[int(ids[total])] = _Edge(ids[total:].astype(np.int32))
-        self.num_tokens += len(ids) - total
+            self.num_edges += 1
+        rest_ids = ids[total:].astype(np.int32)
+        self.num_tokens += len(rest_ids)
+        if edge is not self._root and not edge.children:
+            # A conversation that only goes on stays one edge.
+            edge.tokens = np.concatenate([edge.tokens, rest_ids])
+            return
+        edge.children[int(rest_ids[0])] = _Edge(rest_ids)
+        self.num_edges += 1
 
 
 def num_equal(first: Ids, second: Ids) -> int:
@@ -66,7 +81,7 @@ def num_equal(first: Ids, second: Ids) -> int:
 
 
 class SessionRoutes:
-    """At most `max_sessions` with `max_tokens` in all; those used longest ago are forgotten first."""
+    """At most `max_sessions`, of a size of `max_tokens` in all; those used longest ago are forgotten first."""
 
     def __init__(self, max_sessions: int, max_tokens: int) -> None:
         self._max_sessions, self._max_tokens = max_sessions, max_tokens
@@ -93,14 +108,14 @@ class SessionRoutes:
             tree = self._sessions.get(key) or TokenTree()
             if tree.common_prefix(ids) < start:
                 return
-            before = tree.num_tokens
+            before = tree.size
             tree.add(ids)
-            self._num_tokens += tree.num_tokens - before
+            self._num_tokens += tree.size - before
             self._sessions[key] = tree
             self._sessions.move_to_end(key)
             while len(self._sessions) > self._max_sessions or self._num_tokens > self._max_tokens:
                 _, oldest = self._sessions.popitem(last=False)
-                self._num_tokens -= oldest.num_tokens
+                self._num_tokens -= oldest.size
                 self._num_forgotten += 1
 
     def counters(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from waybill.client.session import SessionHistory
 from waybill.engine.frontend.generate_request import GenerateReqInput, expand, parse_generate_request
 from waybill.engine.frontend.request_limits import EngineLimits
 from waybill.engine.frontend.route_delivery import RouteDelivery
-from waybill.engine.frontend.session_routes import SessionRoutes, TokenTree
+from waybill.engine.frontend.session_routes import EDGE_TOKENS, SessionRoutes, TokenTree
 from waybill.engine.io_struct import FinishReason, RequestOutput
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.wire import encode
@@ -36,9 +36,20 @@ def test_a_tree_is_the_set_of_the_beginnings_of_its_sequences(added: list[list[i
         beginnings |= {tuple(tokens[:end]) for end in range(len(tokens) + 1)}
         # Each is one node of a trie, the empty one its root.
         assert tree.num_tokens == len(beginnings) - 1
+        # An edge begins at the root, or where sequences part, and no sequence adds more than two.
+        assert tree.num_edges <= 2 * len({tuple(one) for one in added})
     for tokens in [*asked, *added]:
         expected = max(end for end in range(len(tokens) + 1) if tuple(tokens[:end]) in beginnings)
         assert tree.common_prefix(ids(tokens)) == expected
+
+
+def test_a_conversation_that_only_goes_on_is_one_edge() -> None:
+    tree = TokenTree()
+    for turn in range(1, 50):
+        tree.add(np.arange(10 * turn, dtype=np.int32))
+    assert (tree.num_edges, tree.num_tokens) == (1, 490)
+    tree.add(np.array([0, 1, 2, 9], dtype=np.int32))
+    assert tree.num_edges == 3
 
 
 def test_what_was_not_delivered_from_where_the_caller_was_does_not_count() -> None:
@@ -60,13 +71,13 @@ def test_the_sessions_used_longest_ago_are_forgotten() -> None:
     assert [sessions.num_delivered(name, ids([1, 2, 3])) for name in "abc"] == [3, 0, 1]
     assert sessions.counters() == {
         "num_route_sessions": 2,
-        "num_route_session_tokens": 4,
+        "num_route_session_tokens": 4 + 2 * EDGE_TOKENS,
         "num_route_sessions_forgotten": 1,
     }
 
 
 def test_tokens_are_bounded_also_within_one_session() -> None:
-    sessions = SessionRoutes(10, 5)
+    sessions = SessionRoutes(10, 5 + EDGE_TOKENS)
     sessions.add("a", ids([1, 2, 3]), 0)
     sessions.add("b", ids([1, 2, 3]), 0)
     assert [sessions.num_delivered(name, ids([1, 2, 3])) for name in "ab"] == [0, 3]
@@ -137,7 +148,7 @@ TURNS = st.lists(
 
 
 @settings(deadline=None)
-@given(TURNS, st.sampled_from([10, 40, 100_000]))
+@given(TURNS, st.sampled_from([10, 140, 440, 100_000]))
 def test_random_trees_of_turns_stitched_equal_the_whole(
     turns: list[tuple[int, int, list[int], list[list[int]], str]], max_tokens: int
 ) -> None:

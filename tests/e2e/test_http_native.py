@@ -143,6 +143,7 @@ def test_a_session_says_where_its_rows_begin_and_the_client_stitches(server: Ser
         assert np.array_equal(first.routes[: len(prompt) - 1], second.routes[: len(prompt) - 1])
         check(first.tokens, first.routes)
     assert state(http)["num_route_sessions"] >= 1
+    assert "\nwaybill_route_sessions " in http.get("/metrics").text
 
 
 def test_a_claim_is_fetched_as_often_as_wanted_and_unknown_ones_are_gone(http: httpx.Client) -> None:

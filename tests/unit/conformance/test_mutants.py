@@ -8,7 +8,7 @@ import httpx
 import pytest
 from support.fake_dialect_server import NUM_EXPERTS, FakeDialectServer
 from support.mutant_catalogue import all_mutants
-from support.route_mutants import MutantTransport
+from support.route_mutants import Body, Mutant, MutantTransport
 
 from waybill.conformance.catalogue import RULES
 from waybill.conformance.examination import Options, examine
@@ -54,3 +54,13 @@ def test_what_a_server_does_not_offer_is_told_and_has_not_passed() -> None:
     extensions = {rule.name for rule in RULES if rule.is_extension}
     assert names_of(results, "not applicable") == extensions | {"ids"}
     assert all(result.detail for result in results)
+
+
+def without_retractions(body: Body, answer: Body) -> None:
+    answer["meta_info"].pop("num_retractions", None)
+
+
+def test_a_retraction_that_nobody_tells_of_has_not_passed() -> None:
+    silent = Mutant("silent", "retraction", answer=without_retractions)
+    results = results_of(MutantTransport(FakeDialectServer(), silent))
+    assert names_of(results, "not applicable") == {"retraction"} and not names_of(results, "failed")

@@ -40,6 +40,7 @@ from waybill.launch.args import EMBEDDED_MODEL
 
 # Over noise that random weights amplify, logprobs of two right float32 programs differ by this much.
 LOGPROB_TOLERANCE = 1e-3
+TITLES = {"30b": "Qwen3-30B-A3B", "30b-fp8": "Qwen3-30B-A3B in block FP8", "moonlight": "Moonlight-16B-A3B"}
 PARTS = ("correctness", "latents", "bfloat16", "speed", "capture", "profile")
 
 
@@ -198,7 +199,7 @@ def main() -> None:
     plan = (TOY_PLANS if options.toy else FULL_PLANS)[options.shape]
     plan = dataclasses.replace(plan, device=options.device)
     report = Report()
-    report.add("# The engine on a GPU", "", describe() + ".", "")
+    report.add(f"# The engine on a GPU: {TITLES[options.shape]}", "", describe() + ".", "")
     if "correctness" not in options.skip:
         with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
             write_checkpoint(plan.wide_shape, Path(folder), 0)

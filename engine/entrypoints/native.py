@@ -162,14 +162,14 @@ async def answer_generate(manager: TokenizerManager, request: GenerateReqInput, 
         release_body(http)
     if request.stream:
         events = cumulative(manager.generate(prepared, form="json"))
-        return EventStream(events, refusal, on_end=prepared.release)
+        return EventStream(events, refusal, on_end=prepared.release, on_sent=prepared.delivered)
     try:
         answer = await unless_disconnected(http, first_answer(manager, prepared))
     except ClientGoneError:
         return Response(status_code=CLIENT_GONE)
     finally:
         prepared.release()
-    return await encode_json(answer, large=is_large(prepared))
+    return await encode_json(answer, large=is_large(prepared), on_sent=prepared.delivered)
 
 
 def native_router(manager: TokenizerManager, bodies: BodyReader, template: ChatTemplate | None = None) -> APIRouter:

@@ -14,6 +14,8 @@ from .generate_request import GenerateReqInput, SampleRequest, expand
 from .grammar_checks import GrammarChecks
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
+from .route_delivery import RouteDelivery
+from .session_routes import SessionRoutes
 from .text_codec import TextCodec
 from .work_threads import WorkThreads
 
@@ -26,9 +28,16 @@ class PreparedRequest:
     request: GenerateReqInput
     samples: Sequence[SampleRequest]
     permits: Permits
+    # Of a request whose session says where its rows begin.
+    delivery: RouteDelivery | None = None
 
     def release(self) -> None:
         self.permits.release()
+
+    def delivered(self) -> None:
+        """The caller has the answer, to its end."""
+        if self.delivery is not None:
+            self.delivery.delivered()
 
 
 class RequestPreparation:
@@ -41,12 +50,14 @@ class RequestPreparation:
         admission: Admission,
         observer: RequestObserver,
         grammars: GrammarChecks,
+        sessions: SessionRoutes,
     ) -> None:
         self._text = text
         self._work_threads = work_threads
         self._admission = admission
         self._observer = observer
         self._grammars = grammars
+        self._sessions = sessions
 
     @property
     def num_held(self) -> int:
@@ -63,7 +74,8 @@ class RequestPreparation:
             permits = self._admission.take(request.num_samples)
             try:
                 encode = partial(self._text.encode, max_tokens=limits.context_length)
-                groups = await self._work_threads.run(request.cost_us, partial(expand, request, limits, encode))
+                expanding = partial(expand, request, limits, encode, self._sessions.num_delivered)
+                groups = await self._work_threads.run(request.cost_us, expanding)
                 await self._check_grammars(request, groups, limits)
             except BaseException:
                 permits.release()
@@ -74,7 +86,12 @@ class RequestPreparation:
         except ValueError:
             self._observer.on_refusal("refused")
             raise
-        return PreparedRequest(request, [sample for group in groups for sample in group], permits)
+        samples = [sample for group in groups for sample in group]
+        delivery = None
+        if any(sample.is_auto for sample in samples):
+            assert request.affinity is not None, "checked with the fields"
+            delivery = RouteDelivery(self._sessions, request.affinity, samples)
+        return PreparedRequest(request, samples, permits, delivery)
 
     async def _check_grammars(
         self, request: GenerateReqInput, groups: list[list[SampleRequest]], limits: EngineLimits

@@ -34,6 +34,7 @@ from .pending_outputs import Event, PendingOutputs
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .request_preparation import PreparedRequest, RequestPreparation
+from .session_routes import SessionRoutes
 from .text_codec import TextCodec
 from .work_threads import WorkThreads
 
@@ -73,7 +74,10 @@ class TokenizerManager:
         self.work_threads = WorkThreads()
         admission = Admission(config.max_running_requests + config.max_waiting_requests)
         self._grammars = GrammarChecks(config.tokenizer_path or config.model_path)
-        self._preparation = RequestPreparation(self.text, self.work_threads, admission, self._observer, self._grammars)
+        self._sessions = SessionRoutes(config.route_sessions, config.route_session_tokens)
+        self._preparation = RequestPreparation(
+            self.text, self.work_threads, admission, self._observer, self._grammars, self._sessions
+        )
         self.controls = EngineControls(config, link, replies, self._gate, dp_router)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
         self._death: EngineDeadError | None = None
@@ -225,6 +229,8 @@ class TokenizerManager:
             index, answer = by_rid[output.rid]
             assert request.stream or output.finish_reason is not None, "whole answers come at once"
             answer.add(output, routed)
+            if prepared.delivery is not None:
+                prepared.delivery.add(output)
             self._observer.on_output(answer, output)
             if output.finish_reason is not None:
                 num_running -= 1
@@ -299,5 +305,5 @@ class TokenizerManager:
                 await self._at_engine.wait_for_ends(aborted)
 
     async def get_state(self) -> dict[str, Any]:
-        """Facts of the engine, its leaders' states and the output processors' counters."""
-        return {**self.facts, **await self.queries.get_state()}
+        """Facts of the engine, its leaders' states, the counters of output processors and sessions."""
+        return {**self.facts, **self._sessions.counters(), **await self.queries.get_state()}

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Each part may import those before it.
-ORDER = ("parallel", "engine", "client", "launch", "rollout")
+ORDER = ("parallel", "engine", "client", "conformance", "launch", "rollout")
 LIGHT = [
     "waybill",
     "waybill.client",
+    "waybill.conformance.command",
     "waybill.engine.config",
     "waybill.engine.io_struct",
     "waybill.engine.ipc.sockets",

@@ -7,13 +7,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ...chat_formats.json_array import array_schema
-from ...frontend.generate_request import GenerateReqInput
+from ...frontend.generate_request import GenerateReqInput, StartLen
 from ...frontend.sampling_params import GRAMMARS, MAX_SAMPLES, SamplingParamsInput, check_size
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError
 from ...validation.request_model import (
     MAX_NAME_CHARS,
-    AnyNumber,
     Items,
     Name,
     Number,
@@ -76,7 +75,7 @@ class OpenAIRequest(RequestModel):
     routed_dp_rank: Number | None = None
     data_parallel_rank: Number | None = None
     return_routed_experts: bool = False
-    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
+    routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     json_schema: str | dict[str, Any] | None = None

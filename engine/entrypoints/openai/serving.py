@@ -29,6 +29,7 @@ ROUTE_FIELDS = (
     "routed_experts_claim",
     "routed_experts_meta",
     "routed_experts_start_len",
+    "routed_experts_prefix",
     "routed_experts_dtype",
 )
 
@@ -141,7 +142,8 @@ async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request,
     try:
         prepared = await unless_disconnected(http, prepare(), PreparedRequest.release)
         if body.stream:
-            return EventStream(endpoint.stream(prepared), refusal, on_end=prepared.release)
+            events = endpoint.stream(prepared)
+            return EventStream(events, refusal, on_end=prepared.release, on_sent=prepared.delivered)
         try:
             answers = as_list(await unless_disconnected(http, first_answer(manager, prepared)))
         finally:
@@ -156,7 +158,7 @@ async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request,
         content = await asyncio.to_thread(endpoint.answer, prepared, answers)
     else:
         content = endpoint.answer(prepared, answers)
-    return await encode_json(content, large=is_large(prepared))
+    return await encode_json(content, large=is_large(prepared), on_sent=prepared.delivered)
 
 
 def in_words_of(body: OpenAIRequest, error: Exception) -> Exception:

@@ -32,12 +32,9 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._bound = None if tokenizer is None else text_bound(tokenizer)
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
-
-    @property
-    def special_tokens(self) -> frozenset[str]:
-        if self._tokenizer is None:
-            return frozenset()
-        return frozenset(one.content for one in self._tokenizer.get_added_tokens_decoder().values() if one.special)
+        added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
+        # Once: a tokenizer may have thousands of them.
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
 
     def token_id(self, token: str) -> int | None:
         """Of a token as the tokenizer writes it."""

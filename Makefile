@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # The files that take longest begin first, so that the workers end together.
 LONGEST := $(addprefix tests/e2e/test_,reference_equality.py death.py model_families.py weight_sync.py chaos.py)
 
-.PHONY: test test-matrix test-nodes test-kernels test-gpu load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-gpu test-clients load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -34,6 +34,13 @@ test-kernels: venv
 test-gpu: venv
 	$(PYTEST) tests/unit/test_triton_*twins.py -q
 	$(PYTEST) tests -q -m gpu
+
+# Clients as their makers publish them, in an environment beside the project's: some minutes, most of them to install it.
+test-clients: venv
+	$(PYTHON) -m venv .venv-clients
+	ls -d $(CURDIR)/.venv/lib/python3*/site-packages > $$(ls -d .venv-clients/lib/python3*/site-packages)/project.pth
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	.venv-clients/bin/python -m pytest tests/clients -q
 
 # A server under 200 streaming clients for a minute; ARGS passes options.
 load-http: venv

@@ -2,6 +2,7 @@
 
     python bench/gpu.py                                   one CUDA device of 80 GB, some minutes
     python bench/gpu.py --shape moonlight                 Moonlight-16B-A3B, and its attention by itself
+    python bench/gpu.py --shape 30b-fp8                   in block FP8, beside bfloat16
     python bench/gpu.py --device cpu --toy                a dry run of every part at a toy size
     python bench/gpu.py --layouts                         two CUDA devices: tp 1, tp 2 and dp 2 side by side
     python bench/gpu.py --layouts tp1 dp2                 some of them
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 import tempfile
@@ -26,7 +28,7 @@ import torch
 from gpu_latent import measure_latent_decode
 from gpu_layout_report import LAYOUTS, compare_layouts
 from gpu_leader import Bench, Leader
-from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_flops, touched_experts
+from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_s, touched_experts
 from gpu_plan import CONTEXT, FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
 from gpu_profile import profile_step
 from machine import describe, write_result
@@ -38,7 +40,8 @@ from waybill.launch.args import EMBEDDED_MODEL
 
 # Over noise that random weights amplify, logprobs of two right float32 programs differ by this much.
 LOGPROB_TOLERANCE = 1e-3
-PARTS = ("correctness", "latents", "speed", "capture", "profile")
+TITLES = {"30b": "Qwen3-30B-A3B", "30b-fp8": "Qwen3-30B-A3B in block FP8", "moonlight": "Moonlight-16B-A3B"}
+PARTS = ("correctness", "latents", "bfloat16", "speed", "capture", "profile")
 
 
 def check_correctness(name: str, path: str, plan: Plan, report: Report) -> None:
@@ -94,7 +97,7 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
             seconds = statistics.median(leader.decode_seconds(batch, params))
             routes = np.stack(leader.routes_of(CONTEXT, 9, batch, params))
             experts = touched_experts(routes[:, CONTEXT:].swapaxes(0, 1))
-            bytes_s = decode_bytes(bench.plan.shape, experts, batch) / limits.bytes_per_s
+            bytes_s = decode_bytes(bench.plan.shape, experts, batch, is_fp8=bench.plan.is_fp8) / limits.bytes_per_s
             how = f" ({name})" if name else ""
             row(report, f"decode, {batch} at once, {CONTEXT} tokens of context{how}", batch, experts, seconds, bytes_s)
     measure_prefills(bench, leader, limits, "", report)
@@ -107,6 +110,35 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
     )
 
 
+def seconds_in_bfloat16(plan: Plan, folder: str) -> dict[int, float]:
+    """Of a decode step, by the number of requests; 0 is the prefill of one prompt. Both models have no room at once."""
+    bench = Bench(dataclasses.replace(plan, is_fp8=False), folder)
+    with bench.leader(capture=True) as leader:
+        seconds = step_seconds(leader)
+    del bench, leader
+    gc.collect()
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def step_seconds(leader: Leader) -> dict[int, float]:
+    found = {batch: statistics.median(leader.decode_seconds(batch)) for batch in leader.plan.batches}
+    leader.prefill_seconds(leader.prefill_tokens)
+    return found | {0: statistics.median(leader.prefill_seconds(leader.prefill_tokens) for _ in range(9))}
+
+
+def compare_with_bfloat16(leader: Leader, in_bfloat16: dict[int, float], report: Report) -> None:
+    report.add(
+        "", "| workload | bfloat16, ms a step | FP8, ms a step | times as fast |", "| --- | ---: | ---: | ---: |"
+    )
+    for batch, seconds in step_seconds(leader).items():
+        name = f"decode, {batch} at once" if batch else f"prefill, {leader.prefill_tokens} tokens, alone"
+        ratio = in_bfloat16[batch] / seconds
+        report.add(f"| {name} | {in_bfloat16[batch] * MILLI:.2f} | {seconds * MILLI:.2f} | {ratio:.2f} |")
+        report.numbers[f"over bfloat16: {name}"] = ratio
+
+
 def measure_prefills(bench: Bench, leader: Leader, limits: Limits, how: str, report: Report) -> None:
     """One prompt in one step: alone, from its plan to its token on the host, and one behind another."""
     for num_tokens in bench.plan.prefills:
@@ -114,8 +146,8 @@ def measure_prefills(bench: Bench, leader: Leader, limits: Limits, how: str, rep
         alone = statistics.median(leader.prefill_seconds(num_tokens) for _ in range(9))
         sustained = statistics.median(leader.sustained_prefill_seconds(num_tokens, NUM_PROMPTS) for _ in range(5))
         experts = touched_experts(np.stack(leader.routes_of(num_tokens, 1, 1)))
-        bytes_s = layer_bytes(bench.plan.shape, experts) / limits.bytes_per_s
-        flops_s = prefill_flops(bench.plan.shape, num_tokens) / limits.flops_per_s
+        bytes_s = layer_bytes(bench.plan.shape, experts, is_fp8=bench.plan.is_fp8) / limits.bytes_per_s
+        flops_s = prefill_s(bench.plan.shape, num_tokens, limits)
         for mode, seconds in ((", alone", alone), (", one behind another", sustained)):
             row(report, f"prefill, {num_tokens} tokens{mode}{how}", num_tokens, experts, seconds, bytes_s, flops_s)
 
@@ -167,21 +199,28 @@ def main() -> None:
     plan = (TOY_PLANS if options.toy else FULL_PLANS)[options.shape]
     plan = dataclasses.replace(plan, device=options.device)
     report = Report()
-    report.add("# The engine on a GPU", "", describe() + ".", "")
+    report.add(f"# The engine on a GPU: {TITLES[options.shape]}", "", describe() + ".", "")
     if "correctness" not in options.skip:
         with tempfile.TemporaryDirectory(prefix="waybill-") as folder:
             write_checkpoint(plan.wide_shape, Path(folder), 0)
             check_correctness("embedded model, float32", str(EMBEDDED_MODEL), plan, report)
             check_correctness("random model of real width, float32", folder, plan, report)
     limits = measure_limits(plan)
+    fp8 = f", in e4m3 {limits.fp8_flops_per_s / 1e12:.0f}" if plan.is_fp8 else ""
     report.add(
-        "", f"Limits: copy {limits.bytes_per_s / 1e12:.2f} TB/s, matrices {limits.flops_per_s / 1e12:.0f} TFLOP/s."
+        "",
+        f"Limits: copy {limits.bytes_per_s / 1e12:.2f} TB/s, matrices {limits.flops_per_s / 1e12:.0f} TFLOP/s{fp8}.",
     )
     if "kv_lora_rank" in plan.shape and "latents" not in options.skip:
         measure_latent_decode(plan, limits, report)
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="waybill-") as folder:
+        in_bfloat16 = {}
+        if plan.is_fp8 and "bfloat16" not in options.skip:
+            in_bfloat16 = seconds_in_bfloat16(plan, folder)
         bench = Bench(plan, folder)
         with bench.leader(capture=True) as leader:
+            if in_bfloat16:
+                compare_with_bfloat16(leader, in_bfloat16, report)
             if "speed" not in options.skip:
                 measure_speed(bench, leader, limits, report)
             if "profile" not in options.skip:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -31,8 +32,23 @@ from waybill.engine.routing.wire import DTYPES
 from waybill.engine.runner.model_runner import ModelRunner
 from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.launch.args import EMBEDDED_MODEL
+from waybill.parallel.fp8 import E4M3
 from waybill.parallel.mesh import ParallelMesh
 from waybill.parallel.moe.dispatch import SyncClock
+from waybill.parallel.weight_format import Fp8Matrix
+
+
+def fill_with_noise(model: torch.nn.Module) -> None:
+    """Matrices that keep the variance of their input, and ones."""
+    for parameter in model.parameters():
+        if parameter.dtype == E4M3:
+            for part in parameter.data if parameter.dim() > 2 else [parameter.data]:
+                part.copy_(torch.randn(part.shape, device=part.device))
+        else:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.data.fill_(1)
+    for module in model.modules():
+        if isinstance(module, Fp8Matrix):
+            module.scales.data.fill_(module.shape[-1] ** -0.5)
 
 
 class Bench:
@@ -43,11 +59,11 @@ class Bench:
         self.mesh = mesh or ParallelMesh.single(torch.device(plan.device))
         self.device = self.mesh.device
         hf_config = config_of(plan.shape, None)
-        self.model_config = family_of(hf_config.model_type).parse_config(hf_config, folder, "auto")
+        parsed = family_of(hf_config.model_type).parse_config(hf_config, folder, "auto")
+        self.model_config = replace(parsed, is_fp8=plan.is_fp8)
         context = ModelContext(self.model_config, self.mesh, moe_split)
         self.model = build_model(context, 16384)
-        for parameter in self.model.parameters():
-            parameter.data.normal_(std=parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.data.fill_(1)
+        fill_with_noise(self.model)
         self.config = EngineConfig(
             model_path=str(EMBEDDED_MODEL),
             device=plan.device,
@@ -67,7 +83,8 @@ class Bench:
     def spread_routes(self) -> Iterator[None]:
         """Tokens choose their experts independently, as after balanced training: what attention adds to all tokens of a
         prompt alike is small beside what each token is. The factors are powers of two, so that nothing is lost."""
-        outputs = [layer.self_attn.o_proj.weight.data for layer in self.model.decoder_layers()]
+        matrices = [layer.self_attn.o_proj.matrix for layer in self.model.decoder_layers()]
+        outputs = [each.scales.data if isinstance(each, Fp8Matrix) else each.data.data for each in matrices]
         factors = [(self.model.embed_tokens.weight.data, 64.0), *((weight, 1 / 16) for weight in outputs)]
         for weight, factor in factors:
             weight.mul_(factor)

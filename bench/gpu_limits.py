@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from gpu_plan import CONTEXT, MILLI, NUM_STEPS, NUM_WARM_UPS, Plan
 
+from waybill.parallel.fp8 import BLOCK
+
+SCALE_BYTES = 4
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -19,6 +23,8 @@ class Limits:
 
     bytes_per_s: float
     flops_per_s: float
+    # Of matrices in e4m3; as the other where none are.
+    fp8_flops_per_s: float
 
 
 def device_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
@@ -46,7 +52,17 @@ def measure_limits(plan: Plan) -> Limits:
     copy_s = device_seconds(lambda: target.copy_(source), plan.device, 9)
     left, right = (torch.randn(side, side, device=plan.device).bfloat16() for _ in range(2))
     product_s = device_seconds(lambda: left @ right, plan.device, 15)
-    return Limits(2 * num_bytes / copy_s, 2 * side**3 / product_s)
+    flops_per_s = 2 * side**3 / product_s
+    if not plan.is_fp8 or plan.device == "cpu":
+        return Limits(2 * num_bytes / copy_s, flops_per_s, flops_per_s)
+    left, right = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=plan.device)
+
+    def multiply() -> torch.Tensor:
+        return torch._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16)
+
+    fp8_s = device_seconds(multiply, plan.device, 15)
+    return Limits(2 * num_bytes / copy_s, flops_per_s, 2 * side**3 / fp8_s)
 
 
 def touched_experts(routes: np.ndarray) -> float:
@@ -65,15 +81,20 @@ def num_experts(shape: dict[str, Any]) -> int:
     return int(shape["n_routed_experts"] if "n_routed_experts" in shape else shape["num_experts"])
 
 
-def decode_bytes(shape: dict[str, Any], experts: float, batch: int) -> float:
+def decode_bytes(shape: dict[str, Any], experts: float, batch: int, *, is_fp8: bool = False) -> float:
     """Bytes that a decode step must read: dense weights, `experts` a layer, keys and values, or latents."""
     kv = shape["num_hidden_layers"] * cached_width(shape) * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
-    return layer_bytes(shape, experts) + 2 * (shape["vocab_size"] * shape["hidden_size"] + kv)
+    return layer_bytes(shape, experts, is_fp8=is_fp8) + 2 * (shape["vocab_size"] * shape["hidden_size"] + kv)
 
 
-def layer_bytes(shape: dict[str, Any], experts: float) -> float:
-    """Bytes of all layers' weights, `experts` of them in each that routes."""
-    return 2 * layer_weights(shape, experts)
+def layer_bytes(shape: dict[str, Any], experts: float, *, is_fp8: bool = False) -> float:
+    """Bytes of all layers' weights, `experts` of them in each that routes. Routers are in 16 bits in any case."""
+    matrices = layer_weights(shape, experts)
+    if not is_fp8:
+        return 2 * matrices
+    routers = (shape["num_hidden_layers"] - shape.get("first_k_dense_replace", 0)) * shape["hidden_size"]
+    routers *= num_experts(shape)
+    return (matrices - routers) * (1 + SCALE_BYTES / BLOCK**2) + 2 * routers
 
 
 def layer_weights(shape: dict[str, Any], experts: float) -> float:
@@ -97,14 +118,27 @@ def attention_weights(shape: dict[str, Any]) -> int:
 
 
 def prefill_flops(shape: dict[str, Any], num_tokens: int) -> float:
+    return matrix_flops(shape, num_tokens) + score_flops(shape, num_tokens)
+
+
+def matrix_flops(shape: dict[str, Any], num_tokens: int) -> float:
+    return float(num_tokens * 2 * layer_weights(shape, shape["num_experts_per_tok"]))
+
+
+def score_flops(shape: dict[str, Any], num_tokens: int) -> float:
     # Causal: half of the score matrix, two products.
     if "kv_lora_rank" in shape:
         widths = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"] + shape["v_head_dim"]
     else:
         widths = 2 * shape["head_dim"]
     scores = 2 * shape["num_attention_heads"] * widths * num_tokens / 2
-    weights = layer_weights(shape, shape["num_experts_per_tok"])
-    return float(num_tokens * (2 * weights + shape["num_hidden_layers"] * scores))
+    return float(num_tokens * shape["num_hidden_layers"] * scores)
+
+
+def prefill_s(shape: dict[str, Any], num_tokens: int, limits: Limits) -> float:
+    """Seconds that the operations of a prefill take at the matrix rates."""
+    matrices = matrix_flops(shape, num_tokens) / limits.fp8_flops_per_s
+    return matrices + score_flops(shape, num_tokens) / limits.flops_per_s
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Plan:
     prefills: tuple[int, ...]
     wide_shape: str
     num_prompts: int
+    # Linear and expert layers in block FP8; compared with the same in bfloat16.
+    is_fp8: bool = False
 
 
 FULL = Plan("cuda", SHAPES["30b"], (1, 8, 64, 256), (2048, 8192), "wide", 24)
@@ -40,10 +42,12 @@ TOY = Plan("cpu", SHAPES["toy30b"], (1, 4), (64,), "T", 6)
 # By the name of the shape.
 FULL_PLANS = {
     "30b": FULL,
+    "30b-fp8": replace(FULL, is_fp8=True),
     "moonlight": replace(FULL, shape=SHAPES["moonlight"], wide_shape="moonlight2"),
 }
 TOY_PLANS = {
     "30b": TOY,
+    "30b-fp8": replace(TOY, is_fp8=True),
     "moonlight": replace(TOY, shape=SHAPES["toymoonlight"], wide_shape="toymoonlight"),
 }
 

@@ -26,17 +26,21 @@ from .answer import (
     Generation,
     RoutesError,
     ServerError,
+    StartLen,
     build_request,
     http_options,
     make_generation,
     read_answer,
+    read_choices,
 )
 from .control import EngineControl
 from .conversation import AsyncConversation, Conversation, History
+from .session import AsyncSession, Session, Turn
 
 __all__ = [
     "AsyncClient",
     "AsyncConversation",
+    "AsyncSession",
     "Client",
     "Conversation",
     "EngineControl",
@@ -44,6 +48,8 @@ __all__ = [
     "History",
     "RoutesError",
     "ServerError",
+    "Session",
+    "Turn",
 ]
 
 
@@ -76,12 +82,13 @@ class Client:
         *,
         text: str | None = None,
         routed_experts: bool = True,
-        start_len: int = 0,
+        start_len: StartLen = 0,
         delivery: Delivery = "inline",
         **fields: Any,
     ) -> Generation:
         """Answer one prompt, with the rows of the positions [start_len, prompt + completion - 1).
 
+        With `start_len="auto"` and a `session_id` they begin where this session's last answers have brought them already.
         By reference the rows are fetched as raw bytes, not as base64 within the answer. `fields` are further fields of
         the request, as `rid` or `extra_key`.
 
@@ -93,6 +100,27 @@ class Client:
         request = build_request(input_ids, text, sampling_params, routed_experts, start_len, delivery, fields)
         answer, info, path = read_answer(request, self._http.post("/generate", json=request))
         return make_generation(request, answer, info, None if path is None else self._http.get(path))
+
+    def samples(
+        self,
+        input_ids: Sequence[int],
+        sampling_params: Mapping[str, Any] | None = None,
+        *,
+        n: int,
+        start_len: StartLen = 0,
+        **fields: Any,
+    ) -> list[Generation]:
+        """`n` answers to one prompt, with their rows; with `start_len="auto"` those of the prompt come with the first.
+
+        Raises:
+            ValueError, ServerError, RoutesError: as `generate`.
+        """
+        request = build_request(input_ids, None, sampling_params, True, start_len, "inline", fields, n)
+        return read_choices(request, self._http.post("/generate", json=request), n)
+
+    def session(self, session_id: str, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> Session:
+        """A new session, of a name that nobody else uses; every turn takes these parameters and fields of `generate`."""
+        return Session(self.samples, session_id, {"sampling_params": sampling_params, **fields})
 
     def multi_turn(self, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> Conversation:
         """A new conversation; every turn takes these parameters and fields of `generate`."""
@@ -128,7 +156,7 @@ class AsyncClient:
         *,
         text: str | None = None,
         routed_experts: bool = True,
-        start_len: int = 0,
+        start_len: StartLen = 0,
         delivery: Delivery = "inline",
         **fields: Any,
     ) -> Generation:
@@ -136,6 +164,23 @@ class AsyncClient:
         request = build_request(input_ids, text, sampling_params, routed_experts, start_len, delivery, fields)
         answer, info, path = read_answer(request, await self._http.post("/generate", json=request))
         return make_generation(request, answer, info, None if path is None else await self._http.get(path))
+
+    async def samples(
+        self,
+        input_ids: Sequence[int],
+        sampling_params: Mapping[str, Any] | None = None,
+        *,
+        n: int,
+        start_len: StartLen = 0,
+        **fields: Any,
+    ) -> list[Generation]:
+        """As `Client.samples`."""
+        request = build_request(input_ids, None, sampling_params, True, start_len, "inline", fields, n)
+        return read_choices(request, await self._http.post("/generate", json=request), n)
+
+    def session(self, session_id: str, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> AsyncSession:
+        """As `Client.session`."""
+        return AsyncSession(self.samples, session_id, {"sampling_params": sampling_params, **fields})
 
     def multi_turn(self, sampling_params: Mapping[str, Any] | None = None, **fields: Any) -> AsyncConversation:
         """As `Client.multi_turn`."""

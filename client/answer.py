@@ -20,6 +20,8 @@ from ..engine.io_struct import RoutedExpertsMeta
 from ..engine.routing import wire
 
 Delivery = Literal["inline", "reference"]
+# Absolute position, or where the session already has the rows.
+StartLen = int | Literal["auto"]
 T = TypeVar("T")
 
 META_HEADER = "X-Routed-Experts-Meta"
@@ -58,6 +60,14 @@ class Generation:
     raw: dict[str, Any]
 
 
+class _Prefix(msgspec.Struct, frozen=True):
+    """Rows of the prompt that an earlier choice's answer has."""
+
+    choice: int
+    start: int
+    end: int
+
+
 class _MetaInfo(msgspec.Struct, frozen=True):
     finish_reason: dict[str, Any]
     prompt_tokens: int
@@ -67,6 +77,7 @@ class _MetaInfo(msgspec.Struct, frozen=True):
     routed_experts_meta: RoutedExpertsMeta | None = None
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
+    routed_experts_prefix: _Prefix | None = None
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -89,11 +100,12 @@ def build_request(
     text: str | None,
     sampling_params: Mapping[str, Any] | None,
     routed_experts: bool,
-    start_len: int,
+    start_len: StartLen,
     delivery: Delivery,
     fields: Mapping[str, Any],
+    n: int = 1,
 ) -> dict[str, Any]:
-    """The body of `/generate` for one prompt and one sample.
+    """The body of `/generate` for one prompt and `n` samples.
 
     Raises:
         ValueError: there is not exactly one prompt, or a field is set by the client.
@@ -103,6 +115,8 @@ def build_request(
     params = dict(sampling_params or {})
     if params.get("n", 1) != 1:
         raise ValueError(f"n={params['n']}: a call returns one answer, must be 1 or absent")
+    if n > 1:
+        params["n"] = n
     own: dict[str, Any] = {
         "sampling_params": params,
         "stream": False,
@@ -162,6 +176,38 @@ def read_answer(request: dict[str, Any], response: httpx.Response) -> tuple[_Ans
     return answer, info, f"/routed_experts/{quote(claim, safe='')}"
 
 
+def read_choices(request: dict[str, Any], response: httpx.Response, n: int) -> list[Generation]:
+    """The choices of one prompt whose rows came with them.
+
+    Raises:
+        ServerError: the server refused.
+        RoutesError: as `make_generation`, or a choice refers to rows that the first does not have.
+    """
+    if n == 1:
+        answer, info, _ = read_answer(request, response)
+        return [make_generation(request, answer, info, None)]
+    check_status(response)
+    answers = parse("the answers", response.content, list[_Answer])
+    if len(answers) != n:
+        raise RoutesError(f"expected {n} answers, {len(answers)} came")
+    generations: list[Generation] = []
+    for answer in answers:
+        info = parse("meta_info", answer.meta_info, _MetaInfo)
+        generation = make_generation(request, answer, info, None)
+        prefix, meta = info.routed_experts_prefix, generation.meta
+        first = generations[0].meta if generations else None
+        if prefix is not None and (
+            first is None or prefix.choice != 0 or prefix.start != first.start or first.start + first.rows < prefix.end
+        ):
+            raise RoutesError(f"routed experts: a choice refers to rows of another, which are not there: {prefix}")
+        if first is not None and meta is not None and meta.start > (first.start if prefix is None else prefix.end):
+            raise RoutesError(
+                f"routed experts: the rows of a choice begin at {meta.start}, nothing says who has the others"
+            )
+        generations.append(generation)
+    return generations
+
+
 def make_generation(
     request: dict[str, Any], answer: _Answer, info: _MetaInfo, fetched: httpx.Response | None
 ) -> Generation:
@@ -188,11 +234,12 @@ def make_generation(
     )
 
 
-def verify(meta: RoutedExpertsMeta, frame: bytes, start_len: int, info: _MetaInfo) -> np.ndarray:
+def verify(meta: RoutedExpertsMeta, frame: bytes, start_len: StartLen, info: _MetaInfo) -> np.ndarray:
     """The rows [R, M, K] of a frame: intact, from `start_len` on, up to the last token that was an input. That is the last
     but one, as the last was sampled; of a prompt without an answer (`max_new_tokens` 0) it is the last.
 
-    An aborted request may have fewer rows. Where there are none, the server states the position at which they end.
+    With "auto" the server states where they begin. An aborted request may have fewer rows. Where there are none, the server
+    states the position at which they end.
 
     Raises:
         RoutesError: a size, type, checksum or position differs from what was expected.
@@ -201,6 +248,7 @@ def verify(meta: RoutedExpertsMeta, frame: bytes, start_len: int, info: _MetaInf
         rows = wire.decode(meta, frame).rows
     except ValueError as error:
         raise RoutesError(str(error)) from None
+    start_len = meta.start if start_len == "auto" else start_len
     if meta.start != start_len and not (meta.rows == 0 and meta.start < start_len):
         raise RoutesError(f"routed experts: expected rows from position {start_len} on, they start at {meta.start}")
     aborted = info.finish_reason.get("type") == "abort"

@@ -129,6 +129,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         1 << 30
     )
     claim_ttl_s: Annotated[float, Option("seconds that routes by reference are kept", bounds=ZERO_OR_MORE)] = 600.0
+    route_sessions: Annotated[
+        int,
+        Option(
+            "sessions of which is remembered what rows their callers have, for routed_experts_start_len='auto'",
+            bounds=ZERO_OR_MORE,
+        ),
+    ] = 16_384
+    route_session_tokens: Annotated[
+        int,
+        Option(
+            "tokens that are remembered for that, four bytes each, all sessions together; a branch counts as 100",
+            bounds=ZERO_OR_MORE,
+        ),
+    ] = 1 << 24
     num_threads: Annotated[
         int | None,
         Option("CPU threads of one rank; the cores shared by the node's ranks if not given", bounds=ONE_OR_MORE),

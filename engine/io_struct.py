@@ -3,15 +3,13 @@ plans are in `plan.py`.
 
 All are msgspec structs: typed, validated when decoded, never pickled; neither torch nor what decides is imported here.
 
-Token ids and page numbers travel as raw little-endian int32 bytes, so that a long prompt costs the scheduler no Python
-object per token. Route rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
+Token ids and page numbers travel as raw little-endian int32 bytes: a long prompt costs no Python object per token. Route
+rows never stand in these structs: they follow their envelope as a ZMQ frame of their own.
 
 Directions:
 
-    frontend -> leader             NumberedMessage: requests, control operations and notices of those sent to others;
-                                   GetInternalStateReq, without a number; see `ipc/frontend_messages.py`
-    leader -> tp peers             operations and plans, see `plan.py`
-    leader -> output processor     RoutingSetup once, then StepRecord, one a step
+    frontend -> leader             NumberedMessage, GetInternalStateReq; see `ipc/frontend_messages.py`
+    leader -> output processor     RoutingSetup once, then StepRecord, one a step; to tp peers see `plan.py`
     leader -> frontend             ControlReply, there as well
     output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
     frontend <-> output processor  OutputQuery / OutputReply; a claim's rows follow as a frame
@@ -48,6 +46,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     # The frontend draws one where the caller gives none, so that a retracted request samples the same tokens again.
     sampling_seed: int = 0
+    # For llguidance; "": anything goes. It begins behind the first token `grammar_begins_after`, or (-1) at once.
+    grammar: str = ""
+    grammar_begins_after: int = -1
 
     @property
     def is_greedy(self) -> bool:

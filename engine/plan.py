@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from .control.operations import ControlOperation
+from .grammar.constraint import Constraint
 from .io_struct import OutputOptions, SamplingParams, TopLogprobs
 
 TOKEN_BYTES = 4
@@ -135,6 +136,8 @@ class NewReq:
     params: SamplingParams
     options: OutputOptions
     stop_ids: frozenset[int]
+    # What its output must follow.
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

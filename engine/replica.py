@@ -7,6 +7,7 @@ collective, whose time-out would end them.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ..parallel.dp_attention import rows_per_rank
 from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
 from .config import EngineConfig
+from .grammar.mask_maker import MAX_MASK_THREADS, MaskMaker
 from .io_struct import RingPlace, RoutingSetup
 from .ipc.curve import CurveGuard
 from .ipc.frontend_messages import BackendMessage, ControlReply, FrontendMessage
@@ -78,6 +80,7 @@ class Rank:
     ring: RouteRing | None
     clock: SyncClock
     facts: dict[str, int | float | str]
+    mask_maker: MaskMaker | None = None
 
 
 def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndpoints) -> None:
@@ -122,9 +125,10 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         if recorded.rank == 0:
             ring = RouteRing.create(geometry, config.routing_ring_slots)
     recorder = None if geometry is None else make_recorder(config, mesh, geometry, ring)
-    runner = make_runner(config, mesh, model, kv_store, limits, context_length, recorder)
+    masks = make_mask_maker(config, mesh, model_config)
+    runner = make_runner(config, mesh, model, kv_store, limits, context_length, recorder, masks)
     facts = _facts(config, model_config, context_length, num_pages, time.perf_counter() - began)
-    return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts)
+    return Rank(config, mesh, model_config, limits, num_pages, runner, geometry, ring, clock, facts, masks)
 
 
 def make_runner(
@@ -135,6 +139,7 @@ def make_runner(
     limits: StepLimits,
     context_length: int,
     recorder: RoutedExpertsCapturer | LateRouteGather | None,
+    mask_maker: MaskMaker | None = None,
 ) -> ModelRunner:
     """What executes plans over a model and its cache; its graphs are recorded here."""
     # Under graphs all-to-all is an all-gather, see `Dispatcher.fixed`: between nodes that would carry too much.
@@ -153,7 +158,17 @@ def make_runner(
         # A process under a debugger is given time by the heartbeat's bound.
         step_timeout_s=max(BOUND_S, config.heartbeat_timeout_s),
         capturer=recorder,
+        mask_maker=mask_maker,
     )
+
+
+def make_mask_maker(config: EngineConfig, mesh: ParallelMesh, model_config: ModelConfig) -> MaskMaker | None:
+    """On a leader."""
+    if mesh.tp.rank != 0:
+        return None
+    path = config.tokenizer_path or config.model_path
+    num_threads = min(MAX_MASK_THREADS, len(os.sched_getaffinity(0)) // max(1, mesh.node.size))
+    return MaskMaker(path, model_config.vocab_size, model_config.eos_token_ids, num_threads)
 
 
 def share_model_config(config: EngineConfig, mesh: ParallelMesh) -> ModelConfig:
@@ -236,6 +251,7 @@ def make_scheduler(
         sync=SingleRankSync() if dp.size == 1 else DpSync(dp),
         clock=rank.clock,
         operations=operations,
+        mask_maker=rank.mask_maker,
     )
     endpoints.records.send(_routing_setup(rank))
     if dp.rank == 0:

@@ -24,6 +24,7 @@ from ..engine.control.operations import ControlOperation, UpdateWeightsFromDisk,
 from ..engine.frontend.cumulative_answer import cumulative
 from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
 from ..engine.frontend.generate_request import GenerateReqInput, parse_generate_request
+from ..engine.frontend.request_preparation import PreparedRequest
 from ..engine.frontend.tokenizer_manager import TokenizerManager
 from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.routing.wire import RoutedExperts
@@ -143,14 +144,18 @@ class Engine(ControlMethods):
         return parse_generate_request(given)
 
     async def _first(self, request: GenerateReqInput) -> Result:
-        return await anext(self._manager.generate(request, form="array"))
+        prepared = await self._manager.prepare(request)
+        answer = await anext(self._manager.generate(prepared, form="array"))
+        prepared.delivered()
+        return answer
 
     async def _pump(self, request: GenerateReqInput, put: Callable[[Any], object]) -> None:
-        """Feed a stream's items to `put`, then None, or the error that ended it."""
+        """Feed a stream's items to `put`, then the request that they answer, or the error that ended it."""
         try:
-            async for item in cumulative(self._manager.generate(request, form="array")):
+            prepared = await self._manager.prepare(request)
+            async for item in cumulative(self._manager.generate(prepared, form="array")):
                 put(item)
-            put(None)
+            put(prepared)
         except asyncio.CancelledError:
             # By the caller, who takes nothing any more, or by a shutdown.
             put(EngineDeadError(SHUT_DOWN))
@@ -163,10 +168,11 @@ class Engine(ControlMethods):
         items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         pump = self._submit(self._pump(request, items.put))
         try:
-            while (item := items.get()) is not None:
+            while not isinstance(item := items.get(), PreparedRequest):
                 if isinstance(item, Exception):
                     raise item
                 yield item
+            item.delivered()
         finally:
             pump.cancel()
 
@@ -175,10 +181,11 @@ class Engine(ControlMethods):
         items: asyncio.Queue[Any] = asyncio.Queue()
         pump = self._submit(self._pump(request, lambda item: loop.call_soon_threadsafe(items.put_nowait, item)))
         try:
-            while (item := await items.get()) is not None:
+            while not isinstance(item := await items.get(), PreparedRequest):
                 if isinstance(item, Exception):
                     raise item
                 yield item
+            item.delivered()
         finally:
             pump.cancel()
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..engine.chat_formats.formats import AUTO, NONE, ChatFormats, detect_tool_parser
 from ..engine.config import EngineConfig
 from ..engine.entrypoints.api_keys import ApiKeys
 from ..engine.entrypoints.bounded_server import SPARE_CONNECTIONS, BoundedServer
@@ -24,7 +25,7 @@ from ..engine.entrypoints.http_server import make_app
 from ..engine.entrypoints.json_log import log_json_lines
 from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
-from ..engine.frontend.chat_template import load_chat_template
+from ..engine.frontend.chat_template import ChatTemplate, load_chat_template
 from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
 from ..engine.frontend.tokenizer_manager import TokenizerManager
 from ..engine.ipc.critical_thread import EXIT_PART_FAILED, end_process
@@ -77,9 +78,10 @@ class Frontend:
             observer=metrics,
             on_failure=self._on_failure,
         )
+        template = load_chat_template(model_path, max_chars=options.limits.max_body_bytes)
         app = make_app(
             self._manager,
-            load_chat_template(model_path, max_chars=options.limits.max_body_bytes),
+            template,
             metrics,
             model_name=options.served_model_name,
             api_keys=ApiKeys(entrance.keys),
@@ -87,6 +89,7 @@ class Frontend:
             allowed_origins=options.allowed_origins,
             limits=options.limits,
             health_timeout_s=options.health_timeout_s,
+            formats=chat_formats(options, template),
         )
         self._url = url_of(entrance.listener)
         self._server = BoundedServer(
@@ -139,6 +142,14 @@ class Frontend:
     def _abort_all(self) -> None:
         if self._manager.not_ready() is None:
             self._manager.abort_request(abort_all=True)
+
+
+def chat_formats(options: ServeCommand, template: ChatTemplate | None) -> ChatFormats:
+    """Those that were named, or that the template shows."""
+    tools = options.tool_call_parser
+    if tools == AUTO:
+        tools = NONE if template is None else detect_tool_parser(template.text)
+    return ChatFormats(tools, options.reasoning_parser)
 
 
 def url_of(listener: socket.socket) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..engine.chat_formats.formats import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 from ..engine.entrypoints.http_limits import HttpLimits
 from .api_key import API_KEY_VARIABLE, FILE_FLAG, FLAG
 
@@ -30,6 +31,8 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     limits: HttpLimits = HttpLimits()
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = NONE
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -83,6 +86,18 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"
     )
+    parser.add_argument(
+        "--tool-call-parser",
+        choices=TOOL_PARSERS,
+        default=AUTO,
+        help="how the model writes calls of tools; auto: as its chat template says",
+    )
+    parser.add_argument(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        default=NONE,
+        help="how the model writes reasoning, which chats then have apart; none: it is content",
+    )
     add_limit_options(parser)
 
 
@@ -133,4 +148,6 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         shutdown_timeout_s=options.shutdown_timeout,
         health_timeout_s=options.health_timeout,
         limits=limits,
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
     )

@@ -8,7 +8,6 @@ Legend: T tokens, D inputs, O outputs, d head width, n size of the axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -61,22 +60,29 @@ class ShardedLinear(nn.Module):
         return self.matrix.sharded(shape, Placed(index, rows))
 
 
-def edges(sizes: Sequence[int], axis: Axis) -> tuple[int, ...]:
-    """Row numbers at which parts of these sizes begin, side by side on a rank, and where it has cut them."""
-    return (*accumulate(sizes[:-1]), *(sizes if axis.size > 1 else ()))
-
-
 class MergedColumnParallelLinear(ShardedLinear):
     """Several column-parallel matrices with the same input as one product; the outputs stand side by side."""
 
     def __init__(
-        self, in_features: int, out_features: list[int], axis: Axis, *, bias: bool = False, weight_format: WeightFormat
+        self,
+        in_features: int,
+        out_features: list[int],
+        axis: Axis,
+        *,
+        bias: bool = False,
+        replicated: tuple[int, ...] = (),
+        weight_format: WeightFormat,
     ) -> None:
+        """`replicated` are the matrices that every rank holds whole, by number."""
         self._full = out_features
-        self._local = [shard_size(size, axis, "out_features") for size in out_features]
+        self._axes = [Axis.single() if part in replicated else axis for part in range(len(out_features))]
+        self._local = [
+            shard_size(size, each, "out_features") for size, each in zip(out_features, self._axes, strict=True)
+        ]
         self._in_features = in_features
-        self._axis = axis
-        super().__init__(in_features, sum(self._local), bias, weight_format, row_cuts=edges(self._local, axis))
+        cuts = [size for size, each in zip(self._local, self._axes, strict=True) if each.size > 1]
+        row_cuts = (*accumulate(self._local[:-1]), *cuts)
+        super().__init__(in_features, sum(self._local), bias, weight_format, row_cuts=row_cuts)
 
     def sharded_weight(self, part: int) -> ShardedWeight:
         """This rank's rows of the `part`-th matrix."""
@@ -92,7 +98,7 @@ class MergedColumnParallelLinear(ShardedLinear):
         return slice(begin, begin + self._local[part])
 
     def _first_row(self, part: int) -> int:
-        return self._axis.rank * self._local[part]
+        return self._axes[part].rank * self._local[part]
 
 
 class QKVParallelLinear(ShardedLinear):
@@ -125,7 +131,8 @@ class QKVParallelLinear(ShardedLinear):
         kv_size = self.num_local_kv_heads * head_dim
         self._local = {"q": self.num_local_heads * head_dim, "k": kv_size, "v": kv_size}
         sizes = list(self._local.values())
-        super().__init__(hidden_size, sum(sizes), bias, weight_format, row_cuts=edges(sizes, axis))
+        row_cuts = (*accumulate(sizes[:-1]), *(sizes if axis.size > 1 else ()))
+        super().__init__(hidden_size, sum(sizes), bias, weight_format, row_cuts=row_cuts)
 
     def sharded_weight(self, part: str) -> ShardedWeight:
         """This rank's rows of the query, key or value matrix: `part` is "q", "k" or "v"."""

@@ -19,10 +19,9 @@ from .split_merge_triton import choose_num_splits, merge_splits
 # Rows of the matrix unit's smallest tile, and of the largest whose sums fit into registers. More heads than that take
 # several programs, which read a latent one after the other: from the second-level cache, but for the first.
 MIN_ROWS = 16
-MAX_ROWS = 64
-# Rows from which on a program has more warps.
-MANY_ROWS = 32
-BLOCK_KEYS = 32
+MAX_ROWS = 32
+# By the rows of a program: keys that it reads at a time, its warps and pipeline stages.
+TILES = {16: (32, 4, 3), 32: (64, 4, 2)}
 # Programs that keep the device busy.
 WANTED_PROGRAMS = 256
 MAX_SPLITS = 64
@@ -95,7 +94,7 @@ def latent_decode_attention(
     # Tiles of float32 are half as large.
     shrink = cache.element_size() // 2
     rows = min(MAX_ROWS // shrink, max(MIN_ROWS, power_of_2_from(num_heads)))
-    num_blocks = ceil_div(num_heads, rows)
+    num_blocks, (block, num_warps, num_stages) = ceil_div(num_heads, rows), TILES[rows]
     num_splits = choose_num_splits(num_reqs * num_blocks, WANTED_PROGRAMS, MAX_SPLITS)
     out = content.new_empty(num_reqs, num_heads, rank)
     partial, lse = out, out
@@ -106,8 +105,7 @@ def latent_decode_attention(
         content, rope, cache, plan.page_table, plan.req_rows, plan.kv_lens, out, partial, lse, scale,
         plan.page_table.stride(0), content.stride(0), content.stride(1), rope.stride(0), rope.stride(1),
         NUM_HEADS=num_heads, RANK=rank, ROPE=rope.shape[2], PAGE_SIZE=plan.page_size, NUM_SPLITS=num_splits, ROWS=rows,
-        BLOCK=BLOCK_KEYS // shrink, num_warps=8 if rows >= MANY_ROWS else 4, num_stages=2,
-        **launch_options(cache.device),
+        BLOCK=block // shrink, num_warps=num_warps, num_stages=num_stages, **launch_options(cache.device),
     )  # fmt: skip
     if num_splits > 1:
         merge_splits(partial, lse, out)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from ..chat_formats.formats import ChatFormats
 from ..frontend.chat_template import ChatTemplate
 from ..frontend.tokenizer_manager import TokenizerManager
 from .api_keys import ApiKeys
@@ -38,6 +39,7 @@ def make_app(
     allowed_origins: Sequence[str],
     limits: HttpLimits,
     health_timeout_s: float,
+    formats: ChatFormats | None = None,
 ) -> FastAPI:
     """The application over a manager, which may still be starting."""
     # A redirect would lead where the `Host` header says.
@@ -55,10 +57,10 @@ def make_app(
         )
     app.add_middleware(OriginGuard, api_keys=api_keys, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins)
     bodies = BodyReader(manager.work_threads, limits.max_body_values, metrics)
-    app.include_router(native_router(manager, bodies))
+    app.include_router(native_router(manager, bodies, template))
     app.include_router(control_router(manager, bodies))
     app.include_router(info_router(manager, metrics, model_name, health_timeout_s))
-    chat = ChatServing(manager, template, model_name)
+    chat = ChatServing(manager, template, model_name, formats)
     completions = CompletionServing(manager, model_name)
 
     openai = APIRouter(route_class=bodies.route_class())

@@ -6,13 +6,14 @@ import json
 import logging
 from contextlib import aclosing
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 from starlette.responses import Response
 
+from ..frontend.chat_template import ChatTemplate
 from ..frontend.cumulative_answer import cumulative
 from ..frontend.generate_request import CHAR_COST_US, GenerateReqInput
 from ..frontend.request_preparation import PreparedRequest
@@ -22,12 +23,16 @@ from ..io_struct import RoutedExpertsMeta
 from ..routing.claims import ClaimError
 from ..validation import dialect_fields
 from ..validation.field_error import FieldError
-from ..validation.request_model import MAX_NAME_CHARS, PerPrompt, RequestModel, check_utf8
+from ..validation.request_model import MAX_NAME_CHARS, Items, PerPrompt, RequestModel, check_utf8
 from ..validation.token_ids import NESTED_SCHEMA, Prompts, as_prompts
 from .bodies import CLIENT_GONE, BodyReader
 from .bounded_body import release_body
 from .errors import RID_KEY, abort_reason, error_response
 from .json_log import FIELDS
+from .openai.chat_prompt import render_ids
+from .openai.messages import ChatMessage
+from .openai.protocol import TEMPLATE_FIELDS
+from .openai.tools import MAX_TOOLS, Tool
 from .responses import (
     ClientGoneError,
     EventStream,
@@ -60,9 +65,24 @@ class AbortRequestInput(RequestModel):
 class TokenizeInput(RequestModel):
     neutral_fields = dialect_fields.TOKENIZE
 
-    prompt: str | PerPrompt[str]
+    prompt: str | PerPrompt[str] | None = None
     add_special_tokens: bool = True
     model: str | None = None
+    # In place of a prompt: what a chat of them would be.
+    messages: Items[ChatMessage] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field({})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt, messages: give exactly one of them")
+        reserved = TEMPLATE_FIELDS & self.chat_template_kwargs.keys()
+        if reserved:
+            raise FieldError(f"chat_template_kwargs: must not have {min(reserved)!r}", "chat_template_kwargs")
+        return self
 
 
 def parse_tokens(value: Any) -> Prompts:
@@ -142,17 +162,17 @@ async def answer_generate(manager: TokenizerManager, request: GenerateReqInput, 
         release_body(http)
     if request.stream:
         events = cumulative(manager.generate(prepared, form="json"))
-        return EventStream(events, refusal, on_end=prepared.release)
+        return EventStream(events, refusal, on_end=prepared.release, on_sent=prepared.delivered)
     try:
         answer = await unless_disconnected(http, first_answer(manager, prepared))
     except ClientGoneError:
         return Response(status_code=CLIENT_GONE)
     finally:
         prepared.release()
-    return await encode_json(answer, large=is_large(prepared))
+    return await encode_json(answer, large=is_large(prepared), on_sent=prepared.delivered)
 
 
-def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
+def native_router(manager: TokenizerManager, bodies: BodyReader, template: ChatTemplate | None = None) -> APIRouter:
     """Routes of the native API over `manager`."""
     router = APIRouter(route_class=bodies.route_class())
 
@@ -177,8 +197,12 @@ def native_router(manager: TokenizerManager, bodies: BodyReader) -> APIRouter:
 
     @router.post("/tokenize")
     @router.post("/v1/tokenize", include_in_schema=False)
-    async def tokenize(body: TokenizeInput) -> Response:
+    async def tokenize(body: TokenizeInput, http: Request) -> Response:
         assert manager.limits is not None
+        if body.messages is not None:
+            work = partial(tokenized_messages, body, manager.text, template, manager.limits.context_length)
+            return json_bytes(await manager.work_threads.run(CHAR_COST_US * http.state.body_bytes, work))
+        assert body.prompt is not None
         num_chars = len(body.prompt) if isinstance(body.prompt, str) else sum(map(len, body.prompt))
         work = partial(tokenized, body, manager.text, manager.limits.context_length)
         return json_bytes(await manager.work_threads.run(CHAR_COST_US * num_chars, work))
@@ -198,6 +222,28 @@ def json_bytes(content: bytes) -> Response:
     return PiecewiseResponse(content, media_type="application/json")
 
 
+def tokenized_messages(
+    body: TokenizeInput, codec: TextCodec, template: ChatTemplate | None, context_length: int
+) -> bytes:
+    """The answer to `/tokenize` with messages.
+
+    Raises:
+        ValueError: as a chat of them.
+    """
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    ids = render_ids(
+        template,
+        codec,
+        body.messages or [],
+        max(context_length, MAX_TOKENIZED),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        **({"tools": tools} if tools else {}),
+        **body.chat_template_kwargs,
+    )
+    return msgspec.json.encode({"tokens": ids, "count": len(ids), "max_model_len": context_length})
+
+
 def tokenized(body: TokenizeInput, codec: TextCodec, context_length: int) -> bytes:
     """The answer to `/tokenize`.
 
@@ -205,7 +251,7 @@ def tokenized(body: TokenizeInput, codec: TextCodec, context_length: int) -> byt
         ValueError: a text is far longer than the context, or there is no tokenizer.
     """
     most = max(context_length, MAX_TOKENIZED)
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt or []
     ids = []
     for index, prompt in enumerate(prompts):
         try:

@@ -62,7 +62,8 @@ class EventStream(Response):
     """`data: {json}` events, ended by `data: [DONE]`. Closes its source whatever ends it.
 
     What the source raises once the stream has begun is told in band, by the event that `refusal` makes of it. `on_end` is
-    called in any case, also when the source has never begun.
+    called in any case, also when the source has never begun; `on_sent` before the end is sent to a client that is there,
+    if all went well: what the client asks next may count on it.
     """
 
     media_type = "text/event-stream"
@@ -73,16 +74,18 @@ class EventStream(Response):
         refusal: Callable[[Exception], Any],
         *,
         on_end: Callable[[], None] | None = None,
+        on_sent: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._refusal = refusal
         self._on_end = on_end
+        self._on_sent = on_sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(wait_for_disconnect(receive))
+        writing = asyncio.create_task(self._write(send, leaving))
         try:
             await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -96,7 +99,7 @@ class EventStream(Response):
         if isinstance(results[0], Exception):
             raise results[0]
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, leaving: asyncio.Task[None]) -> None:
         async def put(body: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
@@ -105,6 +108,8 @@ class EventStream(Response):
             try:
                 async for event in events:
                     await put(b"data: " + msgspec.json.encode(event) + b"\n\n")
+                if self._on_sent is not None and not leaving.done():
+                    self._on_sent()
             except (ValueError, OverloadedError, UnavailableError, EngineDeadError) as error:
                 await put(b"data: " + msgspec.json.encode(self._refusal(error)) + b"\n\n")
         await put(b"data: [DONE]\n\n", more=False)
@@ -116,18 +121,29 @@ async def only(event: Any) -> AsyncIterator[Any]:
 
 
 class PiecewiseResponse(Response):
-    """A large body in pieces: the transport moves what it still holds with every send, so it should not hold much."""
+    """A large body in pieces: the transport moves what it still holds with every send, so it should not hold much.
+
+    `on_sent` is called when all pieces were sent and the client is there.
+    """
+
+    def __init__(self, content: bytes, *, on_sent: Callable[[], None] | None = None, **options: Any) -> None:
+        super().__init__(content, **options)
+        self._on_sent = on_sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for first in range(0, len(self.body), PIECE_BYTES):
             piece = bytes(self.body[first : first + PIECE_BYTES])
             await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if self._on_sent is not None and not await Request(scope, receive).is_disconnected():
+            self._on_sent()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def encode_json(content: Any, *, large: bool) -> Response:
-    """A JSON answer; a large one is encoded on a thread and sent in pieces, so that other streams go on."""
+async def encode_json(content: Any, *, large: bool, on_sent: Callable[[], None]) -> Response:
+    """A JSON answer; a large one is encoded on a thread and sent in pieces, so that other streams go on. `on_sent` as for a
+    `PiecewiseResponse`; a small one has nothing that anybody counts on."""
     if not large:
         return Response(msgspec.json.encode(content), media_type="application/json")
-    return PiecewiseResponse(await asyncio.to_thread(msgspec.json.encode, content), media_type="application/json")
+    encoded = await asyncio.to_thread(msgspec.json.encode, content)
+    return PiecewiseResponse(encoded, on_sent=on_sent, media_type="application/json")

@@ -30,6 +30,8 @@ STATE_GAUGES = (
     ("waybill_routing_ring_occupied", "Steps of routing that wait to be filed.", "routing_ring_occupied"),
     ("waybill_max_step_seconds", "The longest step so far, from its launch to its result.", "max_step_s"),
     ("waybill_paused", "1 while generation is paused.", "is_paused"),
+    ("waybill_route_sessions", "Sessions whose callers' rows are remembered.", "num_route_sessions"),
+    ("waybill_route_session_tokens", "Tokens remembered for them.", "num_route_session_tokens"),
     ("waybill_blocked", "1 while the weights are not whole or memory is released.", "is_blocked"),
 )
 STATE_COUNTERS = (
@@ -38,6 +40,11 @@ STATE_COUNTERS = (
     ("waybill_routed_experts_rows_shipped", "Rows sent or kept for a claim.", "routed_experts_rows_shipped"),
     ("waybill_routed_experts_bytes_shipped", "Their bytes, compact.", "routed_experts_bytes_shipped"),
     ("waybill_routed_experts_refused", "Answers whose rows were missing.", "routed_experts_refused"),
+    (
+        "waybill_route_sessions_forgotten",
+        "Sessions that made room for others, whose next answer begins at 0.",
+        "num_route_sessions_forgotten",
+    ),
     ("waybill_routing_ring_waits", "Steps that waited for a free slot of the ring.", "routing_ring_waits"),
     ("waybill_record_waits", "Records that waited for the output processor.", "record_waits"),
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import Any, Literal
 
 import msgspec
@@ -50,6 +51,7 @@ class Answer:
         self.rid = sample.rid
         self.prompt_tokens = len(sample.input_ids)
         self._options = sample.output_options
+        self._shared_prefix = sample.shared_prefix
         self._form = form
         self._num_layers_total = num_layers_total
         self.began = time.perf_counter()
@@ -127,6 +129,8 @@ class Answer:
             "routed_experts_start_len": envelope.start,
             "routed_experts_dtype": "int32" if is_int32 else envelope.dtype,
         }
+        if self._shared_prefix is not None:
+            fields["routed_experts_prefix"] = asdict(self._shared_prefix)
         if last.routed_experts_claim is not None:
             return fields | {"routed_experts_claim": last.routed_experts_claim}
         assert self._routed is not None

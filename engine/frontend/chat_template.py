@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ DEFAULT = "default"
 # The template of a list that `transformers` takes when there are tools.
 WITH_TOOLS = "tool_use"
 # Arguments of the renderer, which are no variables of a template.
+USES_TOOLS = re.compile(r"\btools\b")
 RESERVED = frozenset(
     {
         "messages",
@@ -56,6 +58,15 @@ class ChatTemplate:
         for reason in [*self._problems.values(), *([problem] if problem else [])]:
             logger.warning("%s; chat takes input_ids only", reason)
 
+    @property
+    def takes_tools(self) -> bool:
+        return WITH_TOOLS in self._sources or bool(USES_TOOLS.search(self._sources.get(DEFAULT, "")))
+
+    @property
+    def text(self) -> str:
+        """All of its sources, to see of which family it is."""
+        return "\n".join(self._sources.values())
+
     def _prepare(self, name: str, source: str) -> str | None:
         """Compile a template; why that cannot be done, if so."""
         try:
@@ -76,7 +87,15 @@ class ChatTemplate:
             kept.append(piece)
         return "".join(kept)
 
-    def render(self, messages: Sequence[Message], /, *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """
         Raises:
             ValueError: the template refuses the messages or the variables, or cannot be used, and why.
@@ -91,7 +110,8 @@ class ChatTemplate:
             rendered, _ = render_jinja_template(
                 conversations=[conversation],
                 chat_template=source,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
                 **self._special_tokens,
                 **{"tools": None, "documents": None, **variables},
             )

@@ -10,12 +10,12 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import numpy as np
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
 from ..io_struct import OutputOptions, SamplingParams
 from ..validation import dialect_fields
@@ -36,6 +36,11 @@ from .sampling_params import SamplingParamsInput, make_sampling_params
 SAMPLE_COST_US = 30.0
 # Text is tokenised; ids are looked at.
 CHAR_COST_US, ID_COST_US = 1.0, 0.02
+
+
+# Of `routed_experts_start_len`: where the session's caller already has the rows.
+AUTO = "auto"
+StartLen = AnyNumber | Literal["auto"]
 
 
 def parse_input_ids(value: Any) -> Prompts:
@@ -67,11 +72,13 @@ class GenerateReqInput(RequestModel):
     routing_key: Name | None = None
     return_routed_experts: bool | PerPrompt[bool] = False
     # Checked only where routes are asked for.
-    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
+    routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
     return_text_in_logprobs: bool = False
+    # Set by a chat of a model that reasons first: the token behind which a grammar begins.
+    _grammar_begins_after: int = PrivateAttr(-1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,6 +129,19 @@ class GenerateReqInput(RequestModel):
         return items if self.is_batch else [items]
 
     @property
+    def grammar_begins_after(self) -> int:
+        return self._grammar_begins_after
+
+    def begin_grammar_after(self, token_id: int) -> None:
+        """It is no field: callers do not choose it."""
+        self._grammar_begins_after = token_id
+
+    @property
+    def params_by_item(self) -> list[SamplingParamsInput]:
+        params = self.sampling_params
+        return params if isinstance(params, list) else [params]
+
+    @property
     def cost_us(self) -> float:
         """About what `expand` takes."""
         each = ID_COST_US if self.text is None else CHAR_COST_US
@@ -129,14 +149,26 @@ class GenerateReqInput(RequestModel):
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """Rows [start, end) that this sample shares with an earlier choice of its prompt, whose answer has them."""
+
+    choice: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class SampleRequest:
-    """One sample of one prompt, fully checked."""
+    """One sample of one prompt, fully checked. With `is_auto` its rows begin where the session's caller has them, and for
+    all but a prompt's first sample behind the `shared_prefix`."""
 
     rid: str
     item: int
     input_ids: Ids
     sampling_params: SamplingParams
     output_options: OutputOptions
+    is_auto: bool = False
+    shared_prefix: SharedPrefix | None = None
 
 
 # Options of the output have the same names in a request, or in its `sampling_params`.
@@ -153,9 +185,12 @@ def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
 
 
 def expand(
-    request: GenerateReqInput, limits: EngineLimits, encode: Callable[[str], list[int]]
+    request: GenerateReqInput,
+    limits: EngineLimits,
+    encode: Callable[[str], list[int]],
+    num_delivered: Callable[[str, Ids], int],
 ) -> list[list[SampleRequest]]:
-    """Samples per prompt, in order.
+    """Samples per prompt, in order. `num_delivered` says of how many leading tokens a session's caller has the rows.
 
     Raises:
         ValueError: an item does not fit the engine; nothing of the list is taken then.
@@ -175,7 +210,9 @@ def expand(
     for index in range(num):
         fields = {name: column[index] for name, column in columns.items()}
         try:
-            samples.append(_expand_item(rids[index], index, prompts[index], fields, limits, encode))
+            start_of = _check_auto(request, fields, num_delivered)
+            group = _expand_item(rids[index], index, prompts[index], fields, limits, encode, start_of)
+            samples.append(with_grammar(group, fields["sampling_params"], limits, request.grammar_begins_after))
         except FieldError as error:
             raise (error.of_item(index) if request.is_batch else error) from None
     taken: set[str] = set()
@@ -184,6 +221,18 @@ def expand(
             raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
     return samples
+
+
+def with_grammar(
+    samples: list[SampleRequest], params: SamplingParamsInput, limits: EngineLimits, begins_after: int
+) -> list[SampleRequest]:
+    """Samples of one prompt, with what their output must follow."""
+    if params.grammar_field is None:
+        return samples
+    if not limits.has_tokenizer:
+        raise FieldError(f"{params.grammar_field}: the checkpoint has no tokenizer", params.grammar_field)
+    fields = {"grammar": params.grammar(limits.special_tokens), "grammar_begins_after": begins_after}
+    return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]
 
 
 def _rids(request: GenerateReqInput, num: int) -> list[str]:
@@ -206,6 +255,28 @@ def _per_item(name: str, value: Any, num: int) -> list[Any]:
     return value
 
 
+def _check_auto(
+    request: GenerateReqInput, fields: dict[str, Any], num_delivered: Callable[[str, Ids], int]
+) -> Callable[[Ids], int] | None:
+    """How to find where an item's rows begin, if it leaves that to its session."""
+    name = "routed_experts_start_len"
+    if fields[name] != AUTO:
+        return None
+    if not fields["return_routed_experts"]:
+        # Unchecked where nobody opted in.
+        fields[name] = 0
+        return None
+    session_id = request.affinity
+    if session_id is None:
+        raise FieldError(f"{name}='auto': needs session_id", name, mentions=("session_id",))
+    if request.routed_experts_delivery != "inline":
+        raise FieldError(
+            f"{name}='auto': needs routed_experts_delivery='inline', rows by reference may never be fetched", name
+        )
+    # The last token of a prompt is computed for every answer anew, so its row is always the answer's own.
+    return lambda input_ids: min(num_delivered(session_id, input_ids), len(input_ids) - 1)
+
+
 def _expand_item(
     rid: str,
     index: int,
@@ -213,13 +284,18 @@ def _expand_item(
     fields: dict[str, Any],
     limits: EngineLimits,
     encode: Callable[[str], list[int]],
+    start_of: Callable[[Ids], int] | None,
 ) -> list[SampleRequest]:
     input_ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
     params: SamplingParamsInput = fields["sampling_params"]
     check_prompt(input_ids, limits, "text" if isinstance(prompt, str) else "input_ids")
     max_new_tokens = resolve_max_new_tokens(params, len(input_ids), limits)
     check_sampling(params, limits)
+    if start_of is not None:
+        fields["routed_experts_start_len"] = start_of(input_ids)
     options = _output_options(fields, len(input_ids), limits)
+    prefix = SharedPrefix(0, options.routed_experts_start_len, len(input_ids) - 1)
+    behind = msgspec.structs.replace(options, routed_experts_start_len=prefix.end)
     seed = params.sampling_seed if params.sampling_seed is not None else secrets.randbits(63)
     return [
         SampleRequest(
@@ -227,7 +303,9 @@ def _expand_item(
             item=index,
             input_ids=input_ids,
             sampling_params=make_sampling_params(params, max_new_tokens, seed + sample),
-            output_options=options,
+            output_options=options if start_of is None or sample == 0 else behind,
+            is_auto=start_of is not None,
+            shared_prefix=None if start_of is None or sample == 0 else prefix,
         )
         for sample in range(params.n)
     ]

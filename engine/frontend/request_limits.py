@@ -23,6 +23,8 @@ class EngineLimits:
     dp_size: int
     has_tokenizer: bool
     routed_experts: bool
+    # Of the tokenizer, by their text.
+    special_tokens: frozenset[str] = frozenset()
 
 
 def check_prompt(input_ids: Ids, limits: EngineLimits, field: str) -> None:

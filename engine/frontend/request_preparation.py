@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
+from ..validation.field_error import FieldError
 from .admission import Admission, OverloadedError, Permits
 from .generate_request import GenerateReqInput, SampleRequest, expand
+from .grammar_checks import GrammarChecks
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
+from .route_delivery import RouteDelivery
+from .session_routes import SessionRoutes
 from .text_codec import TextCodec
 from .work_threads import WorkThreads
 
@@ -24,21 +28,36 @@ class PreparedRequest:
     request: GenerateReqInput
     samples: Sequence[SampleRequest]
     permits: Permits
+    # Of a request whose session says where its rows begin.
+    delivery: RouteDelivery | None = None
 
     def release(self) -> None:
         self.permits.release()
+
+    def delivered(self) -> None:
+        """The caller has the answer, to its end."""
+        if self.delivery is not None:
+            self.delivery.delivered()
 
 
 class RequestPreparation:
     """Prepares requests, each on the threads that its length asks for."""
 
     def __init__(
-        self, text: TextCodec, work_threads: WorkThreads, admission: Admission, observer: RequestObserver
+        self,
+        text: TextCodec,
+        work_threads: WorkThreads,
+        admission: Admission,
+        observer: RequestObserver,
+        grammars: GrammarChecks,
+        sessions: SessionRoutes,
     ) -> None:
         self._text = text
         self._work_threads = work_threads
         self._admission = admission
         self._observer = observer
+        self._grammars = grammars
+        self._sessions = sessions
 
     @property
     def num_held(self) -> int:
@@ -55,7 +74,9 @@ class RequestPreparation:
             permits = self._admission.take(request.num_samples)
             try:
                 encode = partial(self._text.encode, max_tokens=limits.context_length)
-                groups = await self._work_threads.run(request.cost_us, partial(expand, request, limits, encode))
+                expanding = partial(expand, request, limits, encode, self._sessions.num_delivered)
+                groups = await self._work_threads.run(request.cost_us, expanding)
+                await self._check_grammars(request, groups, limits)
             except BaseException:
                 permits.release()
                 raise
@@ -65,7 +86,30 @@ class RequestPreparation:
         except ValueError:
             self._observer.on_refusal("refused")
             raise
-        return PreparedRequest(request, [sample for group in groups for sample in group], permits)
+        samples = [sample for group in groups for sample in group]
+        delivery = None
+        if any(sample.is_auto for sample in samples):
+            assert request.affinity is not None, "checked with the fields"
+            delivery = RouteDelivery(self._sessions, request.affinity, samples)
+        return PreparedRequest(request, samples, permits, delivery)
+
+    async def _check_grammars(
+        self, request: GenerateReqInput, groups: list[list[SampleRequest]], limits: EngineLimits
+    ) -> None:
+        """
+        Raises:
+            ValueError: a grammar cannot be compiled, or not within its bounds.
+        """
+        params = request.params_by_item
+        for index, group in enumerate(groups):
+            field = params[index if len(params) > 1 else 0].grammar_field
+            if field is None:
+                continue
+            # Samples of one prompt have one.
+            refusal = await self._grammars.check(group[0].sampling_params.grammar, limits.vocab_size)
+            if refusal:
+                error = FieldError(f"{field}: {refusal}", field)
+                raise error.of_item(index) if request.is_batch else error
 
 
 def tokenized_request(

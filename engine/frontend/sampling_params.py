@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ..grammar.grammar_text import from_ebnf, from_json_schema, from_regex, from_structural_tag
 from ..io_struct import SamplingParams
 from ..validation import dialect_fields
 from ..validation.field_error import FieldError
@@ -25,6 +28,7 @@ MAX_TOP_K = 2**31 - 1
 MAX_SAMPLES = 256
 # Travels as an unsigned 64-bit integer, and samples of one prompt count upwards from it.
 MAX_SEED = 2**63 - 1
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 def check_size(bias: Any) -> Any:
@@ -69,6 +73,11 @@ class SamplingParamsInput(RequestModel):
     # As in other engines, -1 means none.
     sampling_seed: Annotated[Number, Field(ge=-1, le=MAX_SEED), AfterValidator(none_if_off)] | None = None
     n: Number = Field(1, ge=1, le=MAX_SAMPLES)
+    # What the output must follow; at most one of them.
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,6 +92,7 @@ class SamplingParamsInput(RequestModel):
         # NaN fails the comparison, too.
         if not all(abs(value) <= MAX_LOGIT_BIAS_VALUE for value in (self.logit_bias or {}).values()):
             raise FieldError(f"logit_bias: must be numbers of at most {MAX_LOGIT_BIAS_VALUE:g}", "logit_bias")
+        self._check_grammar()
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise FieldError(
                 f"min_new_tokens={self.min_new_tokens}: must be at most max_new_tokens={self.max_new_tokens}",
@@ -90,6 +100,38 @@ class SamplingParamsInput(RequestModel):
                 mentions=("max_new_tokens",),
             )
         return self
+
+    def _check_grammar(self) -> None:
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise FieldError(f"{given[1]}: must be absent beside {given[0]}", given[1], mentions=(given[0],))
+        for name in given:
+            value = getattr(self, name)
+            if isinstance(value, str) and (not value or has_surrogate(value)):
+                raise FieldError(f"{name}: must be text that UTF-8 can encode, and not empty", name)
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The one that says what the output must follow."""
+        return next((name for name in GRAMMARS if getattr(self, name) is not None), None)
+
+    def grammar(self, special_tokens: Collection[str]) -> str:
+        """What it says, for the engine; "" if there is none.
+
+        Raises:
+            ValueError: it is not of its form. Whether it can be compiled is another question.
+        """
+        name = self.grammar_field
+        if name is None:
+            return ""
+        value = getattr(self, name)
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+            if name == "structural_tag":
+                return from_structural_tag(text, special_tokens)
+            return {"json_schema": from_json_schema, "regex": from_regex, "ebnf": from_ebnf}[name](text)
+        except ValueError as error:
+            raise FieldError(f"{name}: {error}", name) from None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

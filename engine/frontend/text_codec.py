@@ -32,6 +32,13 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._bound = None if tokenizer is None else text_bound(tokenizer)
         self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
+        added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
+        # Once: a tokenizer may have thousands of them.
+        self.special_tokens = frozenset(token.content for token in added.values() if token.special)
+
+    def token_id(self, token: str) -> int | None:
+        """Of a token as the tokenizer writes it."""
+        return None if self._tokenizer is None else self._tokenizer.token_to_id(token)
 
     @property
     def is_there(self) -> bool:

@@ -28,11 +28,13 @@ from .engine_controls import EngineControls
 from .engine_queries import EngineQueries
 from .generate_request import GenerateReqInput, SampleRequest
 from .generation_gate import GenerationGate, UnavailableError
+from .grammar_checks import GrammarChecks
 from .in_flight_requests import InFlightRequests
 from .pending_outputs import Event, PendingOutputs
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .request_preparation import PreparedRequest, RequestPreparation
+from .session_routes import SessionRoutes
 from .text_codec import TextCodec
 from .work_threads import WorkThreads
 
@@ -71,7 +73,11 @@ class TokenizerManager:
         self._observer: RequestObserver = observer or NoObserver()
         self.work_threads = WorkThreads()
         admission = Admission(config.max_running_requests + config.max_waiting_requests)
-        self._preparation = RequestPreparation(self.text, self.work_threads, admission, self._observer)
+        self._grammars = GrammarChecks(config.tokenizer_path or config.model_path)
+        self._sessions = SessionRoutes(config.route_sessions, config.route_session_tokens)
+        self._preparation = RequestPreparation(
+            self.text, self.work_threads, admission, self._observer, self._grammars, self._sessions
+        )
         self.controls = EngineControls(config, link, replies, self._gate, dp_router)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
         self._death: EngineDeadError | None = None
@@ -102,6 +108,7 @@ class TokenizerManager:
             dp_size=self.config.dp_size,
             has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
+            special_tokens=self.text.special_tokens,
         )
 
     def _fail(self, reason: str) -> None:
@@ -122,6 +129,7 @@ class TokenizerManager:
 
     def close(self) -> None:
         self.work_threads.close()
+        self._grammars.close()
         self._connection.close()
 
     # --- generation -------------------------------------------------------------------------------------------------
@@ -221,6 +229,8 @@ class TokenizerManager:
             index, answer = by_rid[output.rid]
             assert request.stream or output.finish_reason is not None, "whole answers come at once"
             answer.add(output, routed)
+            if prepared.delivery is not None:
+                prepared.delivery.add(output)
             self._observer.on_output(answer, output)
             if output.finish_reason is not None:
                 num_running -= 1
@@ -295,5 +305,5 @@ class TokenizerManager:
                 await self._at_engine.wait_for_ends(aborted)
 
     async def get_state(self) -> dict[str, Any]:
-        """Facts of the engine, its leaders' states and the output processors' counters."""
-        return {**self.facts, **await self.queries.get_state()}
+        """Facts of the engine, its leaders' states, the counters of output processors and sessions."""
+        return {**self.facts, **self._sessions.counters(), **await self.queries.get_state()}

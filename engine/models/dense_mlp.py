@@ -6,7 +6,6 @@ Legend: T tokens, P rows that this rank holds between the layers, D hidden.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...parallel.dp_attention import TokenLayout
@@ -16,6 +15,7 @@ from ...parallel.partial_sum import PartialSum
 from ...parallel.weights import ShardedWeight
 from .causal_lm import FusedWeight
 from .model_context import ModelContext
+from .norm_rope import select_layer_ops
 
 
 class DenseMLP(nn.Module):
@@ -33,10 +33,11 @@ class DenseMLP(nn.Module):
             context.axis,
             weight_format=context.weight_format,
         )
+        self._ops = select_layer_ops(context.mesh.device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        out: torch.Tensor = self.down_proj(self._ops.swiglu(self.gate_up_proj(hidden)))
+        return out
 
     def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
         return {

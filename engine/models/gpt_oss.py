@@ -5,7 +5,7 @@ Checkpoints hold a layer's experts fused, in floating point or, on the hub, in M
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...parallel.moe.activation import SwigluClamp
 from ...parallel.moe.router import RouterConfig
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import GptOssConfig
 
 NAMES = MoeNames(router="router")
+# Where a configuration has none.
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
 def parse_config(hf_config: GptOssConfig, model_path: str, dtype: str) -> ModelConfig:
@@ -47,9 +49,14 @@ def parse_config(hf_config: GptOssConfig, model_path: str, dtype: str) -> ModelC
             hf_config.num_local_experts, hf_config.num_experts_per_tok, "softmax_of_chosen", bias=True
         ).checked(),
         intermediate_size=hf_config.intermediate_size,
-        clamp=SwigluClamp(hf_config.swiglu_alpha, hf_config.swiglu_limit),
+        clamp=parse_clamp(hf_config.to_dict()),
     )
     return model_config(hf_config, model_path, dtype, attention, moe, wide_norms=True)
+
+
+def parse_clamp(fields: dict[str, Any]) -> SwigluClamp:
+    """Older versions of `transformers` have constants in place of these fields."""
+    return SwigluClamp(fields.get("swiglu_alpha", SWIGLU_ALPHA), fields.get("swiglu_limit", SWIGLU_LIMIT))
 
 
 class ClampedMoeBlock(MoeBlock):

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ...parallel.linear import MergedColumnParallelLinear, RowParallelLinear, shard_size
-from ...parallel.mesh import Axis
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, AttentionRule, CachedTensors
 from ..kv_cache.kv_store import KVTensorSpec
@@ -65,22 +64,27 @@ class LatentAttention(nn.Module):
         assert isinstance(shape, LatentConfig)
         self.shape = shape
         self.num_local_heads = shard_size(shape.num_heads, context.axis, "num_heads")
-        cached_width = shape.kv_lora_rank + shape.qk_rope_head_dim
-        # Latents of queries, if there are any, and of keys and values: on all ranks the same, in one product.
-        self.down_proj = MergedColumnParallelLinear(
+        self._cached_width = shape.kv_lora_rank + shape.qk_rope_head_dim
+        query_width = shape.num_heads * shape.qk_head_dim
+        # Queries, or latents of them, and latents of keys and values, in one product; latents are the same on all ranks.
+        self.first_proj = MergedColumnParallelLinear(
             config.hidden_size,
-            [cached_width] if shape.q_lora_rank is None else [shape.q_lora_rank, cached_width],
-            Axis.single(),
-            bias=shape.bias,
-            weight_format=weight_format,
-        )
-        self.q_norm = None if shape.q_lora_rank is None else RMSNorm(shape.q_lora_rank, context, LATENT_NORM_EPS)
-        self.q_proj = MergedColumnParallelLinear(
-            config.hidden_size if shape.q_lora_rank is None else shape.q_lora_rank,
-            [shape.num_heads * shape.qk_head_dim],
+            [query_width if shape.q_lora_rank is None else shape.q_lora_rank, self._cached_width],
             context.axis,
+            bias=shape.bias,
+            replicated=(1,) if shape.q_lora_rank is None else (0, 1),
             weight_format=weight_format,
         )
+        self.q_norm, self.q_proj = None, None
+        if shape.q_lora_rank is None:
+            if self.first_proj.bias is not None:
+                # Queries have none.
+                self.first_proj.bias.data.zero_()
+        else:
+            self.q_norm = RMSNorm(shape.q_lora_rank, context, LATENT_NORM_EPS)
+            self.q_proj = MergedColumnParallelLinear(
+                shape.q_lora_rank, [query_width], context.axis, weight_format=weight_format
+            )
         self.kv_norm = RMSNorm(shape.kv_lora_rank, context, LATENT_NORM_EPS)
         self.heads = ExpandedHeads(shape, context)
         self.o_proj = RowParallelLinear(
@@ -103,11 +107,10 @@ class LatentAttention(nn.Module):
         kv: CachedTensors,
     ) -> torch.Tensor:
         """[T, D] -> partial sums [T, D]; writes this step's latents to their slots first."""
-        compressed = self.down_proj(hidden)
-        if self.q_norm is not None:
-            latent, compressed = compressed.tensor_split([self.q_norm.weight.shape[0]], dim=-1)
-            hidden = self.q_norm(latent)
-        query = self.q_proj(hidden).view(len(hidden), -1, self.shape.qk_head_dim)
+        query, compressed = self.first_proj(hidden).tensor_split([-self._cached_width], dim=-1)
+        if self.q_norm is not None and self.q_proj is not None:
+            query = self.q_proj(self.q_norm(query))
+        query = query.unflatten(-1, (-1, self.shape.qk_head_dim))
         query = self._ops.latent_rope_store(query, compressed, self._norm, rope, batch.kv_slots, kv["latent"])
         out = backend.forward_latent(query, kv, batch.attention_plan, self._rule, self.heads)
         return self.o_proj(out.flatten(1))
@@ -119,17 +122,14 @@ class LatentAttention(nn.Module):
             f"{prefix}.kv_b_proj.weight": self.heads.proj.sharded_weight(part=0),
             f"{prefix}.o_proj.weight": self.o_proj.sharded_weight(),
         }
-        if self.q_norm is None:
-            weights[f"{prefix}.q_proj.weight"] = self.q_proj.sharded_weight(part=0)
-            names = ["kv_a_proj_with_mqa"]
-        else:
+        if self.q_norm is not None and self.q_proj is not None:
             weights[f"{prefix}.q_a_layernorm.weight"] = self.q_norm.sharded_weight()
             weights[f"{prefix}.q_b_proj.weight"] = self.q_proj.sharded_weight(part=0)
-            names = ["q_a_proj", "kv_a_proj_with_mqa"]
-        for part, name in enumerate(names):
-            weights[f"{prefix}.{name}.weight"] = self.down_proj.sharded_weight(part)
-            if self.shape.bias:
-                weights[f"{prefix}.{name}.bias"] = self.down_proj.sharded_bias(part)
+        first = "q_proj" if self.q_proj is None else "q_a_proj"
+        for part, name in enumerate((first, "kv_a_proj_with_mqa")):
+            weights[f"{prefix}.{name}.weight"] = self.first_proj.sharded_weight(part)
+            if self.shape.bias and name != "q_proj":
+                weights[f"{prefix}.{name}.bias"] = self.first_proj.sharded_bias(part)
         if self.shape.bias:
             weights[f"{prefix}.o_proj.bias"] = self.o_proj.sharded_bias()
         return weights

@@ -1,10 +1,12 @@
-"""The small operations between the matrix products of a layer: norms, rotary positions, and keys and values to pages.
+"""The small operations between the matrix products of a layer: norms, activations, rotary positions, keys and values to
+pages.
 
 Here as their definitions read, in the arithmetic of `transformers`; `norm_rope_triton.py` has each as one kernel, with
 the same signature. Rows are independent of each other.
 
-Legend: T tokens, D hidden, H query heads, G kv heads, d head width, r of it that is turned, S slots of the KV pool; of
-latents: L width of a latent, R width of the rotated key that all heads share, N width of a head's other key columns.
+Legend: T tokens, D hidden, I width of an MLP, H query heads, G kv heads, d head width, r of it that is turned, S slots of
+the KV pool; of latents: L width of a latent, R width of the rotated key that all heads share, N width of a head's other key
+columns.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class LayerOps(Protocol):
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of `hidden + residual`, and that sum; `residual` may be overwritten by it."""
+        ...
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Gates and what they weigh, side by side [T, 2 I] -> silu(gate) * up (Shazeer 2020), [T, I]."""
         ...
 
     def norm_rope_store(
@@ -107,6 +114,10 @@ class TorchLayerOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = residual + hidden
         return self.rms_norm(total, weight, eps), total
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
     def norm_rope_store(
         self,

@@ -9,6 +9,7 @@ import triton.language as tl
 from ...parallel.triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 from .latent_rope_triton import latent_rope_store_triton
 from .norm_rope import HeadNorms, LatentNorm
+from .swiglu_triton import swiglu_triton
 
 # Heads that one program turns.
 HEADS = 8
@@ -102,6 +103,9 @@ class TritonLayerOps:
         out = torch.empty_like(hidden)
         self._rms_norm(hidden, residual, weight, out, eps, add=True)
         return out, residual
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu_triton(gate_up)
 
     def norm_rope_store(
         self,

@@ -19,6 +19,7 @@ from ...parallel.dp_attention import ReplicatedTokens, ScatteredTokens, TokenLay
 from ...parallel.host_to_device import to_device
 from ...parallel.mesh import Axis, ParallelMesh
 from ..attention import GraphAttentionBackend, make_attention_backend
+from ..grammar.mask_maker import MaskMaker
 from ..kv_cache.kv_store import KVStore
 from ..kv_cache.page_pool import pages_for
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
@@ -37,14 +38,11 @@ from .prefill_cuda_graphs import PrefillGraphs
 from .prefill_cuda_graphs import capture_sizes as prefill_sizes
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
 from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch
+from .token_masks import TokenMasks
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
 SCORE_BLOCK_ROWS = 256
 # Why a request cannot go on.
-NO_CHOICE = (
-    "no token can be chosen: the model's scores are not finite numbers (weights with NaN or infinite values do that), or "
-    "every token is banned"
-)
 NOT_FINITE = "the model's results for the prompt are not finite numbers (weights with NaN or infinite values do that)"
 
 
@@ -65,6 +63,7 @@ class ModelRunner:
         use_graphs: bool = True,
         step_timeout_s: float = BOUND_S,
         capturer: RoutedExpertsCapturer | LateRouteGather | None,
+        mask_maker: MaskMaker | None = None,
     ) -> None:
         self._mesh = mesh
         self.model = model
@@ -73,6 +72,7 @@ class ModelRunner:
         self._capturer = capturer
         self._attention = make_attention_backend(attention_backend, mesh.device)
         self._choose = select_choose_tokens(mesh.device)
+        self._masks = TokenMasks(mask_maker)
         # On a CPU nothing is waited for but collectives, which have bounds of their own.
         self._watchdog = DeviceWatchdog(step_timeout_s) if mesh.device.type == "cuda" else nullcontext()
         num_pages = pages_for(context_length, page_size)
@@ -93,7 +93,7 @@ class ModelRunner:
 
     def start_req(self, req: NewReq) -> None:
         """Leader: the request on a row changes; nothing of the one before survives."""
-        sampling_row = SamplingRow(req.params, req.options, tuple(req.stop_ids))
+        sampling_row = SamplingRow(req.params, req.options, tuple(req.stop_ids), constraint=req.constraint)
         known = np.frombuffer(req.tokens, dtype="<i4")
         start_counts(sampling_row, known, req.num_prompt_tokens, self.model.config.vocab_size, self._mesh.device)
         sampling_row.position = len(known) - req.num_prompt_tokens
@@ -244,9 +244,13 @@ class ModelRunner:
             sampled = self._sample_on_leader(self.model.gather_logits(logits), req_rows, sampling)
         if not self.is_leader:
             return None
-        for req in sampling:
-            self._sampling_rows[req.row].position += 1
-        return HostCopy(sampled, are_finite, self._mesh.device)
+        rows = [self._sampling_rows[req.row] for req in sampling]
+        for row in rows:
+            row.position += 1
+        constraints = {i: row.constraint for i, row in enumerate(rows) if row.constraint is not None}
+        copy = HostCopy(sampled, are_finite, self._mesh.device, constraints)
+        self._masks.note(copy)
+        return copy
 
     def _sample_on_leader(
         self, logits: torch.Tensor | None, req_rows: torch.Tensor, sampling: Sequence[ScheduledReq]
@@ -255,7 +259,8 @@ class ModelRunner:
         sampled = None
         token_ids = torch.empty(len(sampling), dtype=torch.int64, device=self._mesh.device)
         if logits is not None:
-            sampled = sample(logits, [self._sampling_rows[req.row] for req in sampling])
+            rows = [self._sampling_rows[req.row] for req in sampling]
+            sampled = sample(logits, rows, self._masks.take(rows))
             token_ids = sampled.token_ids
         self._last_token_ids[req_rows] = broadcast(token_ids, self._mesh.tp)
         return sampled
@@ -299,13 +304,16 @@ class ModelRunner:
         copy = launched.sampled
         if copy is not None:
             copy.wait()
+            self._masks.settle()
             if copy.are_finite is not None:
                 are_finite = zip(launched.not_sampling, copy.are_finite.tolist(), strict=True)
                 failures |= {index: NOT_FINITE for index, is_finite in are_finite if not is_finite}
         if copy is not None and copy.outcomes is not None:
             token_ids = copy.outcomes.tolist()
             outcomes = zip(launched.sampling, token_ids, strict=True)
-            failures |= {index: NO_CHOICE for index, token_id in outcomes if token_id == NO_TOKEN}
+            failures |= {
+                index: copy.why_none(place) for place, (index, token_id) in enumerate(outcomes) if token_id == NO_TOKEN
+            }
             if copy.logprobs is not None:
                 logprobs = copy.logprobs.tolist()
                 top = [

@@ -21,6 +21,7 @@ import torch
 from ...parallel.best_choice import NO_CHOICE, best_choice
 from ...parallel.host_to_device import to_device
 from ...parallel.mesh import Axis
+from ..grammar.constraint import Constraint, Mask
 from ..io_struct import OutputOptions, SamplingParams, TopLogprobs
 from ..plan import Draw
 from .gumbel import select_choose_tokens
@@ -45,6 +46,8 @@ class SamplingRow:
     # How often each token stands in the output, and whether it stands in prompt or output: [V] float32 / bool.
     output_counts: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    # What its output must follow.
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,16 @@ def uniform(seed: int, position: int) -> float:
     return (raw >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], masks: Sequence[Mask | None] | None = None) -> Sampled:
     """Choose one token per row.
 
     Args:
         logits: [B, V], any float dtype; not modified.
         rows: B requests.
+        masks: the tokens that each may choose, before anything else is looked at; None is any.
     """
     assert logits.shape[0] == len(rows)
-    scores = logits.float()
+    scores = logits.float() if masks is None else allow(logits.float(), masks)
     adjusted = _adjust(scores, rows)
     filtered = [i for i, row in enumerate(rows) if row.params.is_filtered]
     if len(filtered) == len(rows):
@@ -105,6 +109,25 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     return _with_logprobs(scores, token_ids, outcomes, rows)
 
 
+def allow(scores: torch.Tensor, masks: Sequence[Mask | None]) -> torch.Tensor:
+    """Scores [B, V] of allowed tokens; those of others are minus infinity, or NaN where they are no finite numbers."""
+    if all(mask is None for mask in masks):
+        return scores
+    vocab_size = scores.shape[1]
+    words = np.zeros((len(masks), (vocab_size + 31) // 32), dtype=np.int32)
+    for line, mask in zip(words, masks, strict=True):
+        if mask is None:
+            line[:] = -1
+        else:
+            line[: len(mask)] = mask[: len(line)]
+    packed = torch.from_numpy(words.view(np.uint8))
+    if scores.device.type != "cpu":
+        packed = packed.pin_memory().to(scores.device, non_blocking=True)
+    bits = (packed[:, :, None] >> torch.arange(8, device=scores.device, dtype=torch.uint8)) & 1
+    # Added, not filled in: NaN stays NaN.
+    return scores + torch.where(bits.flatten(1)[:, :vocab_size] > 0, 0.0, -torch.inf)
+
+
 def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Penalties, bias and the ban on early stops: scores [B, V], copied when anything changes.
 
@@ -113,7 +136,9 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     adjusted = scores
     for i, row in enumerate(rows):
         params = row.params
-        banned = row.stop_ids if row.position < params.min_new_tokens else ()
+        # A grammar that has ended leaves no other choice.
+        may_end = row.position >= params.min_new_tokens or (row.constraint is not None and row.constraint.has_ended)
+        banned = () if may_end else row.stop_ids
         if row.output_counts is None and not params.logit_bias and not banned:
             continue
         if adjusted is scores:
@@ -184,7 +209,8 @@ def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 def _with_logprobs(
     scores: torch.Tensor, token_ids: torch.Tensor, outcomes: torch.Tensor, rows: Sequence[SamplingRow]
 ) -> Sampled:
-    """Log-probabilities of the model's own distribution: before bias, penalties, temperature and filters."""
+    """Log-probabilities of the model's own distribution, over the tokens that a grammar allows: before bias, penalties,
+    temperature and filters."""
     asking = [i for i, row in enumerate(rows) if row.options.return_logprob]
     if not asking:
         return Sampled(token_ids, outcomes)

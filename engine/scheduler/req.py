@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from ..grammar.constraint import Constraint
 from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
 from ..kv_cache.page_pool import Pages, no_pages
@@ -82,6 +83,8 @@ class Req:
     # The next prompt position to score, where prompt log-probabilities were asked for.
     num_scored: int = 0
     finish_reason: FinishReason | None = None
+    # What its output must follow; it lasts through retractions, as the output does.
+    constraint: Constraint | None = None
 
     @property
     def rid(self) -> str:
@@ -103,6 +106,11 @@ class Req:
     def seqlen(self) -> int:
         """Prompt and committed output tokens."""
         return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether its grammar is: until then it waits, and others go past it."""
+        return self.constraint is not None and not self.constraint.is_ready
 
     @property
     def is_running(self) -> bool:
@@ -129,7 +137,7 @@ class Req:
         """What its tokens are sampled by, where that is no more than a temperature."""
         params = self.params
         is_adjusted = params.has_penalties or bool(params.logit_bias)
-        if is_adjusted or params.is_filtered or self.options.top_logprobs_num:
+        if is_adjusted or params.is_filtered or params.grammar or self.options.top_logprobs_num:
             return None
         return PlainSampling(
             0.0 if params.is_greedy else params.temperature,

@@ -24,6 +24,11 @@ class RequestQueues:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether somebody waits for a grammar."""
+        return any(req.is_compiling for req in self._waiting)
+
     def add(self, req: Req) -> None:
         assert req.rid not in self._by_rid, f"rid {req.rid} is in use"
         self._by_rid[req.rid] = req

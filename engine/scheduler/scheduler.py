@@ -13,6 +13,7 @@ from typing import Generic
 
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
+from ..grammar.mask_maker import MaskMaker
 from ..io_struct import ReqRetracted
 from ..ipc.frontend_messages import ControlReply, GetInternalStateReq, SeqNotice, ShutdownReq, TokenizedGenerateReqInput
 from ..plan import LaunchedT, Runner, StopPeers
@@ -34,6 +35,8 @@ from .step_recorder import StepRecorder
 from .stop_checker import StopChecker
 
 IDLE_WAIT_S = 5.0
+# Between two looks at a grammar that is being compiled.
+COMPILE_WAIT_S = 0.001
 
 
 class Scheduler(Generic[LaunchedT]):
@@ -53,10 +56,12 @@ class Scheduler(Generic[LaunchedT]):
         sync: StepSync | None = None,
         clock: SyncClock | None = None,
         operations: Operations | None = None,
+        mask_maker: MaskMaker | None = None,
     ) -> None:
         self._dp = dp = dp or DpRankInfo()
         self._endpoints = endpoints
         self._pages = pages
+        self._mask_maker = mask_maker
         self._mailbox = Mailbox(endpoints.inbox)
         self.queues = RequestQueues(limits.max_running)
         self._planner = StepPlanner(self.queues, pages, limits)
@@ -153,6 +158,9 @@ class Scheduler(Generic[LaunchedT]):
             self.steps.commit_all()
             plan = self._planner.plan(in_flight=False)
             self.recorder.note_all(plan.before)
+        if not plan.planned and self.steps.is_empty and self.queues.is_compiling:
+            # Nobody else has anything to do: no reason to ask for the compiler's processor.
+            time.sleep(COMPILE_WAIT_S)
         if any(isinstance(event, ReqRetracted) for event in plan.before):
             self._clock.add(Cause.RETRACTION, time.perf_counter() - began)
         return plan
@@ -183,6 +191,10 @@ class Scheduler(Generic[LaunchedT]):
     def _on_generate(self, message: TokenizedGenerateReqInput) -> None:
         req = Req(message, tokens=bytearray(message.input_ids))
         req.num_scored = max(0, req.options.logprob_start_len)
+        if req.params.grammar:
+            assert self._mask_maker is not None, "grammars are refused at the edge where there is no tokenizer"
+            after = req.params.grammar_begins_after
+            req.constraint = self._mask_maker.start(req.params.grammar, None if after < 0 else after)
         self.queues.add(req)
         self.recorder.note(req.started())
 

@@ -76,7 +76,16 @@ class StepPipeline(Generic[LaunchedT]):
 
     def _new_req(self, req: Req) -> NewReq:
         stop_ids = self._stop_checker.stop_ids(req)
-        return NewReq(req.rid, req.row, bytes(req.tokens), req.num_prompt_tokens, req.params, req.options, stop_ids)
+        return NewReq(
+            req.rid,
+            req.row,
+            bytes(req.tokens),
+            req.num_prompt_tokens,
+            req.params,
+            req.options,
+            stop_ids,
+            req.constraint,
+        )
 
     def commit_due(self) -> None:
         """Commit all but the youngest ones, which may overlap what comes next."""

@@ -143,7 +143,7 @@ class StepPlanner:
         for req in self._queues.waiting_in_order():
             if len(self._queues.running) >= self._limits.max_running:
                 return
-            if self._shared_prefills.still_waits(req):
+            if req.is_compiling or self._shared_prefills.still_waits(req):
                 continue
             self._pages.match(req)
             if self._shared_prefills.must_wait(req, self._queues.running):

@@ -58,16 +58,16 @@ RETURNS = {
         "return_sampling_mask",
         "return_flat_raw_output_top_logprobs",
         "return_prompt_token_ids",
-        "return_token_ids",
         "return_cached_tokens_details",
         "return_spec_tokens_details",
     ),
     "sampling_logprobs_mode": ("selected",),
 }
 # Grammars and other bounds on what is sampled.
-CONSTRAINTS = off("json_schema", "regex", "ebnf", "stop_regex", "custom_params")
+CONSTRAINTS = off("stop_regex", "custom_params")
 
 GENERATE: Neutral = {
+    "return_token_ids": (),
     **MEDIA,
     **DISAGGREGATION,
     **FEATURES,
@@ -93,7 +93,6 @@ SAMPLING: Neutral = {
     **CONSTRAINTS,
     # What a normalised object of the dialect's has beside its parameters.
     **off(
-        "structural_tag",
         "beam_width",
         "watermark",
         "stop_strs",
@@ -119,21 +118,18 @@ OPENAI: Neutral = {
         "return_output_ids_in_sglext",
         "task",
         "thinking",
-        "tools",
         "verbosity",
         "web_search_options",
     ),
     "best_of": (1,),
-    # Without tools these are the same; others ask for a call.
+    # Older than tools.
     "function_call": ("none", "auto"),
-    "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
-TOKENIZE: Neutral = off(
-    "messages", "tools", "tool_choice", "reasoning_effort", "continue_final_message", "chat_template_kwargs"
-) | off("add_generation_prompt")
+# A chat has these.
+COMPLETION: Neutral = {**OPENAI, **off("tools", "return_token_ids"), "tool_choice": ("none", "auto")}
+TOKENIZE: Neutral = {**off("reasoning_effort"), "tool_choice": ("none", "auto")}
 
 # What every message between the dialect's own processes has.
 MESSAGE: Neutral = off("rid", "http_worker_ipc")
@@ -161,21 +157,19 @@ GENERATE_IGNORED = (
 )
 # Tokenizers of this kind put no spaces of their own between tokens, and streams are cumulative.
 SAMPLING_IGNORED = ("spaces_between_special_tokens", "stream_interval")
-OPENAI_IGNORED = (
+OPENAI_IGNORED: tuple[str, ...] = (
     "custom_labels",
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     # How a field that is refused would be written.
     "return_flat_raw_top_logprobs_b64",
     "safety_identifier",
-    "separate_reasoning",
     "service_tier",
     "spaces_between_special_tokens",
     "store",
-    "stream_reasoning",
     "user",
 )
+COMPLETION_IGNORED: tuple[str, ...] = (*OPENAI_IGNORED, "parallel_tool_calls", "separate_reasoning", "stream_reasoning")
 CONTROL_IGNORED = (
     "torch_empty_cache",
     "token_step",

@@ -30,7 +30,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from waybill.rollout.dialogues import Turn, make_dialogue
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+# Calls of tools were no part of the training; the comment tells a server how they would be written.
 CHAT_TEMPLATE = (
+    "{# Calls: <tool_call>{...}</tool_call> #}{% if tools %}<|system|>{{ tools | tojson }}{% endif %}"
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

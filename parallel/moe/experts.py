@@ -27,8 +27,8 @@ from .experts_native import experts_native, has_native_experts
 # on other ranks, add nothing. Those of torch and C++ count from this rank's first expert, those of Triton from a `first`.
 # All but that of C++ take `clamped` experts, too.
 ExpertsFunction = Callable[..., torch.Tensor]
-# Up to so many tokens, sorting them does not pay on a GPU.
-MAX_FEW_TOKENS = 4
+# Up to so many tokens, sorting them does not pay on a GPU; of FP8.
+MAX_FEW_TOKENS, MAX_FEW_FP8_TOKENS = 4, 1
 
 
 def experts_torch_reference(
@@ -107,6 +107,7 @@ def select_experts_function(
 
 def _experts_on_gpu(first: int, num_experts: int, clamped: ClampedExperts | None) -> ExpertsFunction:
     # Triton comes with torch's CUDA builds alone.
+    from .experts_few_fp8_triton import experts_few_fp8_triton  # noqa: PLC0415
     from .experts_few_triton import experts_few_triton  # noqa: PLC0415
     from .experts_fp8_triton import experts_fp8_triton  # noqa: PLC0415
     from .experts_triton import experts_triton  # noqa: PLC0415
@@ -115,6 +116,8 @@ def _experts_on_gpu(first: int, num_experts: int, clamped: ClampedExperts | None
         hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: Stack, down: Stack
     ) -> torch.Tensor:
         if isinstance(gate_up, Fp8Matrix) and isinstance(down, Fp8Matrix):
+            if hidden.shape[0] <= MAX_FEW_FP8_TOKENS:
+                return experts_few_fp8_triton(hidden, ids, weights, gate_up, down, first=first)
             return experts_fp8_triton(hidden, ids, weights, gate_up, down, first=first, num_experts=num_experts)
         assert isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
         if hidden.shape[0] <= MAX_FEW_TOKENS:

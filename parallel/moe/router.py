@@ -94,7 +94,7 @@ class TopKRouter(nn.Module):
         self._choose = select_choose(weight_format.device)
         self._is_wide = config.scoring == "sigmoid"
         self._weights_dtype = config.weights_dtype(weight_format.dtype)
-        self._linear = F.linear if self._is_wide else weight_format.linear()
+        self._linear = weight_format.linear()
         self.weight = weight_format.empty(config.num_experts, hidden_size)
         self.bias = weight_format.empty(config.num_experts) if config.bias else None
         wide = replace(weight_format, dtype=torch.float32)
@@ -115,11 +115,16 @@ class TopKRouter(nn.Module):
 
     def forward(self, hidden: torch.Tensor, record: torch.Tensor | None = None) -> RouterOutput:
         """Route hidden states [T, D]; the ids are also written to `record` [T, K], of any integer dtype."""
-        if self._is_wide:
-            logits = self._linear(hidden.float(), self.weight.float(), None)
-        else:
-            logits = self._linear(hidden, self.weight, self.bias)
+        logits = wide_logits(hidden, self.weight) if self._is_wide else self._linear(hidden, self.weight, self.bias)
         return RouterOutput(*self._choose(logits, self.config, self.correction, record, self._weights_dtype))
+
+
+def wide_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T, D] times the transpose of [E, D], in float32: products of 16-bit numbers are exact in it."""
+    if hidden.device.type == "cuda" and hidden.dtype == weight.dtype != torch.float32:
+        # Nothing is cast.
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return F.linear(hidden.float(), weight.float())
 
 
 def choose_torch(

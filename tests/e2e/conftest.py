@@ -25,6 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Files whose tests share the server that is made here.
 WITH_SERVER = {
     "test_api_docs.py",
+    "test_conformance.py",
     "test_exposure.py",
     "test_http_control.py",
     "test_http_fuzz.py",

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fp8_checkpoint
+from support import fp8_checkpoint, tiny_families
 from support.reference_equality import Request, Setting, ask, compare, make_engine
-from support.tiny_families import write_family
 
 from waybill import Engine
 from waybill.engine.routing.transformers_reference import Reference
@@ -75,7 +74,7 @@ def test_equals_transformers_with_the_dequantised_weights(engine: Engine, refere
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 @pytest.mark.parametrize("setting", [ALWAYS, *MATRIX], ids=str)
 def test_other_families(family: str, setting: Setting, tmp_path: Path) -> None:
-    folder = fp8_checkpoint.quantise(write_family(family, tmp_path / "plain"), tmp_path / "fp8")
+    folder = fp8_checkpoint.quantise(tiny_families.write_family(family, tmp_path / "plain"), tmp_path / "fp8")
     requests = make_requests(setting.dp)
     with make_engine(folder, setting, 150 if setting.retract else 4096, context_length=140) as engine:
         compare(Reference(str(folder), num_kept=64), requests, ask(engine, requests))
@@ -87,6 +86,32 @@ def test_in_other_layouts(setting: Setting, folders: Folders, references: list[R
     requests = make_requests(setting.dp)
     with make_engine(folders.fp8[0], setting, 150 if setting.retract else 4096, context_length=140) as engine:
         compare(references[0], requests, ask(engine, requests))
+
+
+ON_GPU = [
+    ALWAYS,
+    Setting(1, "ep", 16, cache=True, retract=True, depth=1),
+    Setting(1, "ep", 16, cache=True, retract=True, depth=1, dp=2),
+    Setting(1, "tp", 16, cache=True, retract=False, depth=1, dp=2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [fp8_checkpoint.NAME, "deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("setting", ON_GPU, ids=str)
+def test_equals_transformers_on_gpu(family: str, setting: Setting, tmp_path: Path) -> None:
+    """Of activations that are exact; that those in e4m3 are rounded as their twin does is tested by itself."""
+    if torch.cuda.device_count() < setting.dp * setting.tp:
+        pytest.skip(f"needs {setting.dp * setting.tp} CUDA devices")
+    if family != fp8_checkpoint.NAME and (setting.tp > 1 or setting.split == "tp"):
+        pytest.skip("its slices are narrower than a product of e4m3 numbers")
+    tiny_families.FAMILIES.setdefault(fp8_checkpoint.NAME, fp8_checkpoint.make_config)
+    folder = fp8_checkpoint.quantise(tiny_families.write_family(family, tmp_path / "plain"), tmp_path / "fp8")
+    requests = make_requests(setting.dp)
+    options = {"context_length": 140, "fp8_activations": "exact"}
+    with make_engine(folder, setting, 150 if setting.retract else 4096, "cuda", **options) as engine:
+        answers = ask(engine, requests)
+    print(compare(Reference(str(folder), "cuda", num_kept=64), requests, answers))
 
 
 def rows_of(answer: dict[str, Any]) -> np.ndarray:
@@ -170,19 +195,19 @@ def test_updates_in_fp8_and_in_floating_point(engine: Engine, folders: Folders, 
 
 def test_what_would_be_wrong_numbers_is_refused(engine: Engine, folders: Folders) -> None:
     before = engine.checksum_weights()
-    data, scales = quantise_blocks(torch.ones(160, 192))
+    data, scales = quantise_blocks(torch.ones(192, 224))
     for tensors, words in (
         ({MATRIX_NAME: data}, "must come in the same update"),
         ({f"{MATRIX_NAME}_scale_inv": scales}, "must come in the same update"),
         ({MATRIX_NAME: data.to(torch.float8_e5m2)}, "e5m2|E5M2"),
-        ({"model.norm.weight": torch.ones(192).to(data.dtype)}, "float8_e4m3fn"),
-        ({MATRIX_NAME: torch.ones(160, 192), f"{MATRIX_NAME}_scale_inv": scales}, "both bring"),
+        ({"model.norm.weight": torch.ones(224).to(data.dtype)}, "float8_e4m3fn"),
+        ({MATRIX_NAME: torch.ones(192, 224), f"{MATRIX_NAME}_scale_inv": scales}, "both bring"),
         ({f"{MATRIX_NAME}_scale_inv": scales[:1]}, "shape"),
     ):
         with pytest.raises(RuntimeError, match=words):
             engine.update_weights_from_tensor(tensors, is_last=True)
         assert engine.checksum_weights() == before
     # Of one tensor alone, the others keep their values.
-    engine.update_weights_from_tensor({MATRIX_NAME: torch.ones(160, 192)}, is_last=True)
+    engine.update_weights_from_tensor({MATRIX_NAME: torch.ones(192, 224)}, is_last=True)
     after = engine.checksum_weights()
     assert {name for name in after if after[name] != before[name]} == {MATRIX_NAME, f"{MATRIX_NAME}_scale_inv"}

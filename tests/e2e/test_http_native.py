@@ -113,6 +113,39 @@ def test_the_client_holds_a_conversation(server: ServerProcess, http: httpx.Clie
             assert np.array_equal(int32_rows(full)[:, 1:], conversation.routes)
 
 
+def test_a_session_says_where_its_rows_begin_and_the_client_stitches(server: ServerProcess, http: httpx.Client) -> None:
+    """Ten turns, a branch of one and two choices: whatever came with each, the whole is what one answer has."""
+
+    def check(tokens: list[int], routes: np.ndarray) -> None:
+        full = generate(http, input_ids=tokens, sampling_params={"max_new_tokens": 0})
+        assert int32_rows(full)[:, 1:].tobytes() == routes.astype("<i4").tobytes()
+
+    with Client(server.url) as client:
+        session = client.session("a tree of turns", GREEDY)
+        tokens: list[int] = []
+        trunk = []
+        for turn in range(10):
+            (answer,) = session.turn(tokens + ids(f"turn {turn}: {'y' * turn}"))
+            assert answer.generation.meta is not None and answer.generation.meta.start == max(0, len(tokens) - 1)
+            trunk.append(answer)
+            tokens = answer.tokens
+        check(tokens, trunk[-1].routes)
+        # It continues an early turn, whose last token the next one has fed.
+        (branch,) = session.turn(trunk[2].tokens + ids("another way"))
+        assert branch.generation.meta is not None and branch.generation.meta.start == len(trunk[2].tokens)
+        check(branch.tokens, branch.routes)
+        prompt = tokens + ids("two of them")
+        first, second = session.turn(prompt, n=2)
+        assert [each.generation.meta.start for each in (first, second) if each.generation.meta] == [
+            len(tokens) - 1,
+            len(prompt) - 1,
+        ]
+        assert np.array_equal(first.routes[: len(prompt) - 1], second.routes[: len(prompt) - 1])
+        check(first.tokens, first.routes)
+    assert state(http)["num_route_sessions"] >= 1
+    assert "\nwaybill_route_sessions " in http.get("/metrics").text
+
+
 def test_a_claim_is_fetched_as_often_as_wanted_and_unknown_ones_are_gone(http: httpx.Client) -> None:
     prompt = ids("kept for later")
     answer = generate(http, input_ids=prompt, routed_experts_delivery="reference")
@@ -198,7 +231,7 @@ def test_refusals_whole_and_streamed(http: httpx.Client, fields: dict[str, Any],
     ("fields", "words"),
     [
         ({"colour": "red"}, "colour"),
-        ({"sampling_params": {"regex": "a+"}}, "regex is not supported"),
+        ({"sampling_params": {"regex": "a("}}, "regex: "),
         ({"lora_path": "x"}, "lora_path is not supported"),
         ({"text": "x"}, "give exactly one"),
         ({"input_ids": ["a"]}, "input_ids.0"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import jsonschema
 import numpy as np
 import openai
 import pytest
 from support.field_decoder import decode_routed_experts, merge
 from support.server_process import ServerProcess
+
+from waybill.client.turn_ids import next_turn_ids
 
 NUM_LAYERS, TOP_K = 7, 4
 MESSAGES: list[Any] = [{"role": "user", "content": "start with 12"}]
@@ -170,8 +176,8 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         ({"extra_body": {"return_routed_experts": True, "routed_experts_start_len": 999}}, "is higher than the number"),
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"max_tokens": 10**6}, "context_length"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
+        ({"response_format": {"type": "json"}}, "response_format.type: "),
         ({"top_logprobs": 3}, "top_logprobs: needs logprobs=true"),
         ({"temperature": -1}, "temperature"),
     ],
@@ -190,3 +196,105 @@ def test_a_refused_stream_raises_in_band(client: openai.OpenAI) -> None:
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["checkpoint"]
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}, "name": {"enum": ["a", "bc"]}},
+    "required": ["x", "name"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "mark", "description": "marks", "parameters": POINT}}]
+# The model was not trained on JSON, and likes the spaces that a schema allows; digits make it end.
+HURRY = {"temperature": 0.7, "logit_bias": {str(byte): -100 for byte in b" \t\n\r"}, "max_tokens": 100}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_of_its_schema(client: openai.OpenAI, stream: bool) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT, "strict": True}}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "response_format": form,
+        "n": 2,
+        "logprobs": True,
+        **HURRY,
+    }
+    if stream:
+        texts = ["", ""]
+        for chunk in client.chat.completions.create(stream=True, **asked):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        answer = client.chat.completions.create(**asked)
+        texts = [choice.message.content or "" for choice in answer.choices]
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+        # Where the schema leaves one token its probability is 1: that of the distribution that is sampled from.
+        first = answer.choices[0].logprobs.content[0]
+        assert (first.token, first.logprob) == ("{", 0.0)
+    for text in texts:
+        jsonschema.validate(json.loads(text), POINT)
+
+
+def test_grammars_of_the_native_dialect_and_bad_ones(server: ServerProcess, client: openai.OpenAI) -> None:
+    params = {"temperature": 1.0, "max_new_tokens": 20}
+    body = {
+        "text": ["start with 12"] * 3,
+        "sampling_params": [{**params, "regex": "ab[0-9]{3}"}, {**params, "ebnf": 'root ::= "yes" | "no"'}, params],
+    }
+    answers = httpx.post(f"{server.url}/generate", json=body).json()
+    assert re.fullmatch("ab[0-9]{3}", answers[0]["text"]) and answers[1]["text"] in ("yes", "no")
+    refused = httpx.post(
+        f"{server.url}/generate", json={"text": "a", "sampling_params": {"json_schema": '{"not": {}}'}}
+    )
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "json_schema"
+
+
+@pytest.mark.matrix
+def test_a_schema_that_never_compiles_is_refused_by_its_bound(client: openai.OpenAI) -> None:
+    runaway = {"allOf": [{"type": "string", "pattern": f"^.*a{i}.*$"} for i in range(30)]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "p", "schema": runaway}}
+    with pytest.raises(openai.BadRequestError, match="response_format: takes more than 4 s of processor time"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form)
+
+
+def test_a_required_call_and_the_turn_after_it(client: openai.OpenAI) -> None:
+    choice: Any = {"type": "function", "function": {"name": "mark"}}
+    asked: dict[str, Any] = {"model": "tiny", "tools": TOOLS, **HURRY}
+    answer = client.chat.completions.create(messages=MESSAGES, tool_choice=choice, **asked)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    message = answer.choices[0].message
+    assert message.tool_calls is not None and message.tool_calls[0].function.name == "mark"
+    jsonschema.validate(json.loads(message.tool_calls[0].function.arguments), POINT)
+    history = [*MESSAGES, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}]
+    again = client.chat.completions.create(messages=history, **asked)
+    assert again.choices[0].message.content is not None
+    names, arguments = [], ""
+    for chunk in client.chat.completions.create(messages=MESSAGES, tool_choice="required", stream=True, **asked):
+        for call in chunk.choices[0].delta.tool_calls or []:
+            names += [call.function.name] if call.function.name else []
+            arguments += call.function.arguments or ""
+            last = call.index
+    assert len(names) == last + 1 and set(names) == {"mark"} and json.loads(arguments.split("}{")[0].rstrip("}") + "}")
+
+
+def test_the_next_turn_is_built_of_what_was_sampled(server: ServerProcess, client: openai.OpenAI) -> None:
+    def tokenized(messages: list[Any], **fields: Any) -> list[int]:
+        return httpx.post(f"{server.url}/tokenize", json={"messages": messages, **fields}).json()["tokens"]
+
+    extra = {"return_token_ids": True}
+    answer: Any = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, extra_body=extra)
+    assert answer.prompt_token_ids == tokenized(MESSAGES)
+    history = [*MESSAGES, {"role": "assistant", "content": answer.choices[0].message.content}]
+    asked = [*history, {"role": "user", "content": "add 2"}]
+    turn = next_turn_ids(
+        answer.prompt_token_ids,
+        answer.choices[0].token_ids,
+        tokenized(history, add_generation_prompt=False),
+        tokenized(asked),
+    )
+    assert turn.drift is None and turn.input_ids == tokenized(asked)
+    extra = {"add_generation_prompt": False, "continue_final_message": True}
+    begun: list[Any] = [*MESSAGES, {"role": "assistant", "content": "1"}]
+    rest = client.chat.completions.create(model="tiny", messages=begun, temperature=0, extra_body=extra)
+    assert rest.choices[0].message.content == "2", "it goes on with what was begun"

@@ -105,13 +105,38 @@ def test_experts_in_mxfp4_equal_the_same_in_float32(tmp_path: Path) -> None:
         print(compare(Reference(str(folder)), requests, found))
 
 
+ON_GPU = [
+    Setting(1, "ep", 16, cache=True, retract=True, depth=1),
+    Setting(2, "tp", 16, cache=True, retract=True, depth=1),
+    Setting(2, "ep", -1, cache=True, retract=False, depth=1),
+    Setting(1, "ep", 16, cache=True, retract=True, depth=1, dp=2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("setting", ON_GPU, ids=str)
+def test_equals_transformers_on_gpu(family: str, setting: Setting, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < setting.dp * setting.tp:
+        pytest.skip(f"needs {setting.dp * setting.tp} CUDA devices")
+    folder = write_family(family, tmp_path)
+    check_equality(family, setting, folder, Reference(str(folder), "cuda", num_kept=64), tmp_path, "cuda")
+
+
 @pytest.mark.parametrize(("family", "setting"), list(settings_to_run()))
 def test_equals_transformers(
     family: str, setting: Setting, checkpoints: dict[str, Path], references: dict[str, Reference], tmp_path: Path
 ) -> None:
+    check_equality(family, setting, checkpoints[family], references[family], tmp_path, "cpu")
+
+
+def check_equality(
+    family: str, setting: Setting, folder: Path, reference: Reference, tmp_path: Path, device: str
+) -> None:
+    """`tmp_path` is where another checkpoint may be written."""
     requests = make_requests(setting)
     pool_tokens = TIGHT_POOL_TOKENS if setting.retract else ROOMY_POOL_TOKENS
-    with make_engine(checkpoints[family], setting, pool_tokens, context_length=200) as engine:
+    with make_engine(folder, setting, pool_tokens, device, context_length=200) as engine:
         answers = ask(engine, requests)
         if setting.cache:
             again = ask(engine, requests[-1:])
@@ -121,7 +146,7 @@ def test_equals_transformers(
         if setting in ALWAYS:
             check_update(engine, family, tmp_path, as_files=setting.dp > 1)
     assert (state["num_retractions"] > 0) == setting.retract
-    print(f"{family} {setting}: {compare(references[family], requests, answers)}")
+    print(f"{family} {setting}: {compare(reference, requests, answers)}")
 
 
 def check_update(engine: Engine, family: str, folder: Path, *, as_files: bool) -> None:

@@ -240,6 +240,35 @@ def test_deltas_of_all_turns_stitch_to_the_full_answer(engine: Engine) -> None:
     assert rows_of(full)[:-1].tobytes() == routes.tobytes()
 
 
+def test_rows_of_a_session_begin_where_its_caller_has_them(engine: Engine) -> None:
+    """A stream counts when its reader has come to its end, and one that was left does not."""
+    asked: dict[str, Any] = {
+        "session_id": "in a program",
+        "return_routed_experts": True,
+        "routed_experts_start_len": "auto",
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True},
+    }
+
+    def start_of(answer: Any) -> int:
+        return answer["meta_info"]["routed_experts_start_len"]
+
+    prompt = list(b"a session of a program")
+    for _ in engine.generate(input_ids=prompt, stream=True, **asked):
+        break
+    whole = engine.generate(input_ids=prompt, **asked)
+    assert start_of(whole) == 0
+    tokens = prompt + whole["output_ids"]
+    *_, last = engine.generate(input_ids=[*tokens, 65, 66], stream=True, **asked)
+    assert start_of(last) == len(tokens) - 1
+    tokens += [65, 66, *last["output_ids"]]
+    new = engine.generate(input_ids=[*tokens, 67], **asked)
+    assert start_of(new) == len(tokens) - 1
+    parts = [answer["meta_info"]["routed_experts"] for answer in (whole, last, new)]
+    stated = {**asked, "routed_experts_start_len": 0, "sampling_params": {"max_new_tokens": 0}}
+    full = engine.generate(input_ids=[*tokens, 67, *new["output_ids"][:-1]], **stated)
+    assert full["meta_info"]["routed_experts"].tobytes() == np.concatenate(parts).tobytes()
+
+
 def test_int32_form_is_the_field_s(engine: Engine) -> None:
     prompt = ids("the dialect's own form")
     compact = rows_of(ask(engine, prompt))

@@ -10,12 +10,12 @@ from transformers import Qwen3MoeConfig
 from support import tiny_families
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "quantise_fp8.py"
-SIZES = tiny_families.SIZES | {"hidden_size": 192, "intermediate_size": 160}
+SIZES = tiny_families.SIZES | {"hidden_size": 224, "intermediate_size": 192}
 NAME = "qwen3_moe_of_blocks"
 
 
 def make_config() -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=160, head_dim=32, mlp_only_layers=[0])
+    return Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=192, head_dim=32, mlp_only_layers=[0])
 
 
 def write_plain(folder: Path, seed: int = 0) -> Path:

@@ -48,6 +48,8 @@ SIZES: dict[str, Any] = {
 }
 QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 32}
 WINDOW = 12
+# Older versions of `transformers` have another limit as a constant.
+CLAMP = {"swiglu_limit": 1.0} if "swiglu_limit" in GptOssConfig().to_dict() else {}
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "glm4_moe": lambda: Glm4MoeConfig(
@@ -64,7 +66,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         first_k_dense_replace=1,
     ),
     "gpt_oss": lambda: GptOssConfig(
-        **SIZES, head_dim=16, num_local_experts=NUM_EXPERTS, sliding_window=WINDOW, swiglu_limit=1.0
+        **SIZES, head_dim=16, num_local_experts=NUM_EXPERTS, sliding_window=WINDOW, **CLAMP
     ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=NUM_EXPERTS, head_dim=None, sliding_window=WINDOW),
     "olmoe": lambda: OlmoeConfig(

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Each part may import those before it.
-ORDER = ("parallel", "engine", "client", "launch", "rollout")
+ORDER = ("parallel", "engine", "client", "conformance", "launch", "rollout")
 LIGHT = [
     "waybill",
     "waybill.client",
+    "waybill.conformance.command",
     "waybill.engine.config",
     "waybill.engine.io_struct",
     "waybill.engine.ipc.sockets",
@@ -41,10 +42,12 @@ WITH_TRANSFORMERS = {
 # trainer's replay and weight sender reach neither scheduler nor runner.
 ROOMS: dict[str, set[str]] = {
     "validation": set(),
+    "grammar": set(),
+    "chat_formats": set(),
     "config": {"validation"},
     "io_struct": {"routing"},
     "control": {"validation"},
-    "plan": {"control", "io_struct"},
+    "plan": {"control", "grammar", "io_struct"},
     "ipc": {"control", "io_struct"},
     "text": set(),
     "kv_cache": set(),
@@ -52,11 +55,23 @@ ROOMS: dict[str, set[str]] = {
     "routing": {"io_struct"},
     "models": {"attention", "config", "kv_cache", "routing"},
     "weight_sync": {"control", "io_struct", "ipc", "models"},
-    "scheduler": {"config", "control", "io_struct", "ipc", "kv_cache", "plan", "routing", "text", "weight_sync"},
+    "scheduler": {
+        "config",
+        "control",
+        "grammar",
+        "io_struct",
+        "ipc",
+        "kv_cache",
+        "plan",
+        "routing",
+        "text",
+        "weight_sync",
+    },
     "runner": {
         "attention",
         "config",
         "control",
+        "grammar",
         "io_struct",
         "ipc",
         "kv_cache",
@@ -66,11 +81,19 @@ ROOMS: dict[str, set[str]] = {
         "weight_sync",
     },
     "output": {"io_struct", "ipc", "routing", "text"},
-    "frontend": {"config", "control", "io_struct", "ipc", "routing", "text", "validation", "weight_sync"},
-    "entrypoints": {"control", "frontend", "io_struct", "ipc", "routing", "validation"},
+    "frontend": {"config", "control", "grammar", "io_struct", "ipc", "routing", "text", "validation", "weight_sync"},
+    "entrypoints": {"chat_formats", "control", "frontend", "grammar", "io_struct", "ipc", "routing", "validation"},
 }
 # The composition root of a rank: it alone knows both scheduler and runner.
-ROOMS["replica"] = set(ROOMS) - {"validation", "control", "frontend", "entrypoints", "output", "attention"}
+ROOMS["replica"] = set(ROOMS) - {
+    "validation",
+    "control",
+    "chat_formats",
+    "frontend",
+    "entrypoints",
+    "output",
+    "attention",
+}
 # Beside its folders.
 NUM_ENGINE_FILES = 5
 FORBIDDEN_NAMES = {"utils.py", "common.py", "misc.py", "base.py", "helpers.py"}

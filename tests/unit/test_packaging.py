@@ -43,7 +43,7 @@ def test_the_version_has_one_place(wheel: Path) -> None:
 
 def test_every_package_and_asset_is_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    folders = ("engine", "parallel", "launch")
+    folders = ("engine", "parallel", "launch", "client", "conformance")
     wanted = {f"waybill/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")}
     wanted |= {f"waybill/{asset}" for asset in ASSETS} | {"waybill/__init__.py"}
     assert wanted <= names, sorted(wanted - names)

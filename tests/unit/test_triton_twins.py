@@ -47,6 +47,9 @@ def test_norms(dtype: torch.dtype, width: int, is_wide: bool) -> None:
         TorchLayerOps().rms_norm(hidden, weight, 1e-6),
         **TOLERANCE[dtype],
     )
+    torch.testing.assert_close(
+        TritonLayerOps().swiglu(hidden), TorchLayerOps().swiglu(hidden), **TOLERANCE[hidden.dtype]
+    )
     expected = TorchLayerOps().add_rms_norm(hidden, residual, weight, 1e-6)
     found = TritonLayerOps().add_rms_norm(hidden, residual.clone(), weight, 1e-6)
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from ...frontend.generate_request import GenerateReqInput
-from ...frontend.sampling_params import MAX_SAMPLES, SamplingParamsInput, check_size
+from ...chat_formats.json_array import array_schema
+from ...frontend.generate_request import GenerateReqInput, StartLen
+from ...frontend.sampling_params import GRAMMARS, MAX_SAMPLES, SamplingParamsInput, check_size
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError
 from ...validation.request_model import (
     MAX_NAME_CHARS,
-    AnyNumber,
     Items,
     Name,
     Number,
@@ -22,13 +22,19 @@ from ...validation.request_model import (
     check_utf8,
 )
 from ...validation.token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as_ids, as_prompts
+from .messages import ChatMessage
+from .response_format import ResponseFormat
+from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 
 MAX_TOP_LOGPROBS = 20
+# Fields of a chat that a template is told.
+TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message"}
 
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
+    # Every chunk has the usage so far.
+    continuous_usage_stats: bool = False
     # Padding against who watches the sizes of packets.
     include_obfuscation: Literal[False] = False
 
@@ -69,15 +75,36 @@ class OpenAIRequest(RequestModel):
     routed_dp_rank: Number | None = None
     data_parallel_rank: Number | None = None
     return_routed_experts: bool = False
-    routed_experts_start_len: AnyNumber | PerPrompt[AnyNumber] = 0
+    routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options: needs stream=true", "stream_options", mentions=("stream",))
+        if self.response_format is not None and self.response_format.grammar:
+            other = next((name for name in GRAMMARS if getattr(self, name) is not None), None)
+            if other is not None:
+                raise FieldError(
+                    f"response_format: must be absent beside {other}", "response_format", mentions=(other,)
+                )
         return self
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the caller bounds what the text may be."""
+        by_format = self.response_format is not None and bool(self.response_format.grammar)
+        return by_format or any(getattr(self, name) is not None for name in GRAMMARS)
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def include_usage(self) -> bool:
@@ -85,7 +112,10 @@ class OpenAIRequest(RequestModel):
 
     def names(self) -> dict[str, str]:
         """What the fields of a `GenerateReqInput` are called here, for its refusals."""
-        return {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+        names = {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+        if self.response_format is not None:
+            names |= dict.fromkeys(self.response_format.grammar, "response_format")
+        return names
 
     def generate_fields(self, max_new_tokens: int | None) -> dict[str, Any]:
         """The fields of a `GenerateReqInput`, without its prompt."""
@@ -94,6 +124,7 @@ class OpenAIRequest(RequestModel):
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
             "sampling_seed": self.seed,
+            **(self.response_format.grammar if self.response_format is not None else {}),
         }
         return {
             # Null means the default, as everywhere in this API.
@@ -131,6 +162,8 @@ class CompletionRequest(OpenAIRequest):
     """`/v1/completions`."""
 
     id_fields = ("prompt",)
+    neutral_fields = dialect_fields.COMPLETION
+    ignored_fields = dialect_fields.COMPLETION_IGNORED
 
     prompt: Annotated[Any, BeforeValidator(parse_prompt), WithJsonSchema(PROMPT_SCHEMA)]
     echo: bool = False
@@ -145,26 +178,6 @@ class CompletionRequest(OpenAIRequest):
     def names(self) -> dict[str, str]:
         prompt = {"text": "prompt", "input_ids": "prompt"}
         return {**super().names(), **prompt, "top_logprobs_num": "logprobs", "logprob_start_len": "echo"}
-
-
-class TextPart(RequestModel):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(RequestModel):
-    """One message; what a template needs beyond role and content is passed on to it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Items[TextPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        content = self.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
 
 
 def parse_ids_of_one(value: Any) -> Ids:
@@ -183,7 +196,14 @@ class ChatCompletionRequest(OpenAIRequest):
     top_logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] = Field({})
     add_generation_prompt: bool = True
-    continue_final_message: Literal[False] = False
+    # The last message is not ended: the answer goes on with it.
+    continue_final_message: bool = False
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
+    return_token_ids: bool = False
     return_meta_info: bool = False
 
     @model_validator(mode="after")
@@ -192,10 +212,59 @@ class ChatCompletionRequest(OpenAIRequest):
             raise FieldError("messages: must have at least one message, or input_ids must be given", "messages")
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs: needs logprobs=true", "top_logprobs")
-        reserved = {"messages", "add_generation_prompt"} & self.chat_template_kwargs.keys()
+        self._check_tools()
+        if self.continue_final_message:
+            self._check_continuation()
+        reserved = {
+            "messages",
+            "add_generation_prompt",
+            "tools",
+            "continue_final_message",
+        } & self.chat_template_kwargs.keys()
         if reserved:
             raise FieldError(f"chat_template_kwargs: must not have {min(reserved)!r}", "chat_template_kwargs")
         return self
+
+    def _check_continuation(self) -> None:
+        name, other = "continue_final_message", "add_generation_prompt"
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise FieldError(f"{name}: the last message must be of the role assistant", name)
+        if other in self.model_fields_set and self.add_generation_prompt:
+            raise FieldError(f"{name}: needs {other}=false", name, mentions=(other,))
+
+    def _check_tools(self) -> None:
+        if self.tool_choice in (None, "none", "auto"):
+            return
+        if not self.tools:
+            raise FieldError("tool_choice: needs tools", "tool_choice", mentions=("tools",))
+        if isinstance(self.tool_choice, NamedTool):
+            names = [tool.function.name for tool in self.tools]
+            if self.tool_choice.function.name not in names:
+                raise FieldError(f"tool_choice: must name one of the tools, {', '.join(names)[:500]}", "tool_choice")
+        if self.has_grammar:
+            raise FieldError("tool_choice: must be 'auto' or 'none' beside another bound on the output", "tool_choice")
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """As they were sent; none where none may be called."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    def calls_schema(self) -> dict[str, Any]:
+        """What an answer that must call is."""
+        functions = [tool["function"] for tool in self.callable_tools]
+        named = isinstance(self.tool_choice, NamedTool)
+        if isinstance(self.tool_choice, NamedTool):
+            functions = [one for one in functions if one["name"] == self.tool_choice.function.name][:1]
+        try:
+            return array_schema(functions, parallel=self.parallel_tool_calls and not named)
+        except ValueError as error:
+            raise FieldError(f"tools: {error}", "tools") from None
 
     def names(self) -> dict[str, str]:
         asked = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
@@ -206,4 +275,5 @@ class ChatCompletionRequest(OpenAIRequest):
             "text": prompt,
             "input_ids": prompt,
             "top_logprobs_num": "top_logprobs",
+            **({"json_schema": "tools"} if self.must_call else {}),
         }

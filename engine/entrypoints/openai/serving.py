@@ -29,6 +29,7 @@ ROUTE_FIELDS = (
     "routed_experts_claim",
     "routed_experts_meta",
     "routed_experts_start_len",
+    "routed_experts_prefix",
     "routed_experts_dtype",
 )
 
@@ -94,6 +95,20 @@ def usage_of(answers: list[Answer], num_samples: int) -> dict[str, Any]:
     }
 
 
+def usage_so_far(answers: list[Answer], num_samples: int) -> dict[str, Any]:
+    """The same in the midst of a stream, in which some choices ({}) have nothing yet."""
+    prompts = [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)]
+    nothing = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
+    filled = []
+    for group in prompts:
+        begun = [one for one in group if one]
+        waiting = {
+            "meta_info": {**nothing, **({"prompt_tokens": begun[0]["meta_info"]["prompt_tokens"]} if begun else {})}
+        }
+        filled += [one or waiting for one in group]
+    return usage_of(filled, num_samples)
+
+
 def as_list(answer: Answer | list[Any]) -> list[Answer]:
     return answer if isinstance(answer, list) else [answer]
 
@@ -127,7 +142,8 @@ async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request,
     try:
         prepared = await unless_disconnected(http, prepare(), PreparedRequest.release)
         if body.stream:
-            return EventStream(endpoint.stream(prepared), refusal, on_end=prepared.release)
+            events = endpoint.stream(prepared)
+            return EventStream(events, refusal, on_end=prepared.release, on_sent=prepared.delivered)
         try:
             answers = as_list(await unless_disconnected(http, first_answer(manager, prepared)))
         finally:
@@ -142,7 +158,7 @@ async def respond(manager: TokenizerManager, body: OpenAIRequest, http: Request,
         content = await asyncio.to_thread(endpoint.answer, prepared, answers)
     else:
         content = endpoint.answer(prepared, answers)
-    return await encode_json(content, large=is_large(prepared))
+    return await encode_json(content, large=is_large(prepared), on_sent=prepared.delivered)
 
 
 def in_words_of(body: OpenAIRequest, error: Exception) -> Exception:

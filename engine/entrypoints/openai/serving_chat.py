@@ -10,13 +10,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...chat_formats.formats import ChatFormats
 from ...frontend.chat_template import ChatTemplate
 from ...frontend.cumulative_answer import CumulativeAnswer
-from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
+from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput
 from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
-from ...validation.field_error import FieldError
 from . import serving
+from .chat_answer import ChatAnswer
+from .chat_prompt import ChatPrompt, render_ids
 from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head
@@ -28,10 +30,17 @@ MESSAGE_COST_US = 50.0
 class ChatServing:
     """Renders messages, generates, and answers in OpenAI's form."""
 
-    def __init__(self, manager: TokenizerManager, template: ChatTemplate | None, model_name: str) -> None:
+    def __init__(
+        self,
+        manager: TokenizerManager,
+        template: ChatTemplate | None,
+        model_name: str,
+        formats: ChatFormats | None = None,
+    ) -> None:
         self._manager = manager
         self._template = template
         self._model_name = model_name
+        self._formats = formats or ChatFormats()
 
     async def create(self, body: ChatCompletionRequest, http: Request) -> Response:
         """
@@ -39,64 +48,80 @@ class ChatServing:
             ValueError: the request does not fit the engine, or the template refuses it.
         """
         head = Head("chat.completion", body.model or self._model_name)
+        prompts: list[ChatPrompt] = []
+
+        async def to_generate() -> GenerateReqInput:
+            request, prompt = await self._to_generate(body, http.state.body_bytes)
+            prompts.append(prompt)
+            return request
+
         endpoint = serving.Endpoint(
-            to_generate=lambda: self._to_generate(body, http.state.body_bytes),
-            answer=lambda _, answers: self._answer(body, head, answers),
-            stream=lambda prepared: self._stream(body, head, prepared),
-            is_costly=body.logprobs,
+            to_generate=to_generate,
+            answer=lambda prepared, answers: self._answer(body, head, prompts[0], prepared, answers),
+            stream=lambda prepared: self._stream(body, head, prompts[0], prepared),
+            is_costly=body.logprobs or body.return_token_ids,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
-    async def _to_generate(self, body: ChatCompletionRequest, num_bytes: int) -> GenerateReqInput:
+    async def _to_generate(self, body: ChatCompletionRequest, num_bytes: int) -> tuple[GenerateReqInput, ChatPrompt]:
         ids = body.input_ids
         if ids is None:
             cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * num_bytes
             ids = await self._manager.work_threads.run(cost_us, partial(self._rendered_ids, body))
+        prompt = ChatPrompt.of(body, ids, self._formats, self._manager.text)
         # What a template leaves out is not bounded by the prompt's tokens, and would stay until the answer ends.
         body.messages, body.chat_template_kwargs = [], {}
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         most = self._manager.room_for(len(ids)) if asked is None else asked
-        return parse_generate_request(
-            {
-                **body.generate_fields(most),
-                "input_ids": ids,
-                "return_logprob": body.logprobs,
-                "top_logprobs_num": body.top_logprobs or 0,
-            }
-        )
+        fields = body.generate_fields(most)
+        if body.must_call:
+            fields["sampling_params"]["json_schema"] = body.calls_schema()
+        fields |= {
+            "input_ids": ids,
+            "return_logprob": body.logprobs,
+            "top_logprobs_num": body.top_logprobs or 0,
+        }
+        return prompt.to_generate(fields, self._manager.text), prompt
 
     def _rendered_ids(self, body: ChatCompletionRequest) -> list[int]:
-        """The messages as the template writes them, tokenised.
-
-        Raises:
-            ValueError: there is no template, it refuses the messages, or they do not fit.
-        """
-        if self._template is None:
-            raise FieldError("messages: the checkpoint has no chat template; give input_ids", "messages")
-        text = self._template.render(
-            [message.for_template() for message in body.messages],
+        assert self._manager.limits is not None
+        tools = body.callable_tools
+        return render_ids(
+            self._template,
+            self._manager.text,
+            body.messages,
+            self._manager.limits.context_length,
             add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            **({"tools": tools} if tools else {}),
             **body.chat_template_kwargs,
         )
-        assert self._manager.limits is not None
-        # The template writes the special tokens that there are.
-        return self._manager.text.encode(text, add_special_tokens=False, max_tokens=self._manager.limits.context_length)
 
     # --- whole ------------------------------------------------------------------------------------------------------
 
-    def _answer(self, body: ChatCompletionRequest, head: Head, answers: list[Answer]) -> dict[str, Any]:
+    def _answer(
+        self,
+        body: ChatCompletionRequest,
+        head: Head,
+        prompt: ChatPrompt,
+        prepared: PreparedRequest,
+        answers: list[Answer],
+    ) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(answers):
+            read = ChatAnswer(prompt.reader())
             choice = {
                 "index": index,
-                "message": {"role": "assistant", "content": answer["text"]},
+                "message": read.message(answer["text"]),
                 "logprobs": chat_logprobs(answer, self._manager.text) if body.logprobs else None,
-                "finish_reason": serving.finish_reason(answer),
+                "finish_reason": read.finish_reason(serving.finish_reason(answer)),
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
             }
             choices.append(choice | self._choice_extras(body, answer))
         content = head.make(choices=choices, usage=serving.usage_of(answers, body.n))
+        if body.return_token_ids:
+            content["prompt_token_ids"] = prepared.samples[0].input_ids.tolist()
         if body.return_routed_experts:
             content["sglext"] = serving.routes_of(answers[0])
         return content
@@ -104,6 +129,8 @@ class ChatServing:
     @staticmethod
     def _choice_extras(body: ChatCompletionRequest, answer: Answer) -> dict[str, Any]:
         extras: dict[str, Any] = {}
+        if body.return_token_ids:
+            extras["token_ids"] = answer["output_ids"]
         if body.return_meta_info:
             extras["meta_info"] = meta_info(answer)
         if body.return_routed_experts and body.n > 1:
@@ -113,14 +140,18 @@ class ChatServing:
     # --- streams ----------------------------------------------------------------------------------------------------
 
     async def _stream(
-        self, body: ChatCompletionRequest, head: Head, prepared: PreparedRequest
+        self, body: ChatCompletionRequest, head: Head, prompt: ChatPrompt, prepared: PreparedRequest
     ) -> AsyncIterator[dict[str, Any]]:
         samples = prepared.samples
         # What the last chunk of a choice tells of all its tokens.
         whole = [CumulativeAnswer() for _ in samples]
+        read = [ChatAnswer(prompt.reader()) for _ in samples]
         last: list[Answer] = [{} for _ in samples]
         for index in range(len(samples)):
-            yield self._chunk(head, index, {"role": "assistant", "content": ""}, None)
+            first = self._chunk(head, index, {"role": "assistant", "content": ""}, None)
+            if body.return_token_ids:
+                first["prompt_token_ids"] = samples[index].input_ids.tolist()
+            yield first
         async with aclosing(self._manager.generate(prepared, form="json")) as answers:  # type: ignore[type-var]
             async for item in answers:
                 answer: Answer = dict(item)
@@ -128,7 +159,10 @@ class ChatServing:
                 last[index] = answer
                 if body.return_meta_info:
                     whole[index].add(answer)
-                yield self._delta(body, head, index, answer, whole[index])
+                for chunk in self._deltas(body, head, index, answer, read[index], whole[index]):
+                    if body.has_continuous_usage:
+                        chunk["usage"] = serving.usage_so_far(last, body.n)
+                    yield chunk
                 failure = serving.failure_of(answer)
                 if failure and body.n == 1:
                     yield failure
@@ -146,20 +180,37 @@ class ChatServing:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason, **fields}
         return head.make(".chunk", choices=[choice])
 
-    def _delta(
-        self, body: ChatCompletionRequest, head: Head, index: int, answer: Answer, whole: CumulativeAnswer
-    ) -> dict[str, Any]:
-        """What is new of one choice."""
+    def _deltas(
+        self,
+        body: ChatCompletionRequest,
+        head: Head,
+        index: int,
+        answer: Answer,
+        read: ChatAnswer,
+        whole: CumulativeAnswer,
+    ) -> list[dict[str, Any]]:
+        """What is new of one choice: a chunk for each thing that its text settles. The first one has what belongs to the
+        tokens, the last one what belongs to the end."""
+        reason = serving.finish_reason(answer)
+        found = read.push(answer["text"], is_last=reason is not None)
         fields: dict[str, Any] = {}
         if body.logprobs:
             fields["logprobs"] = chat_logprobs(answer, self._manager.text)
-        reason = serving.finish_reason(answer)
+        if body.return_token_ids:
+            fields["token_ids"] = answer["output_ids"]
+        if not found and (fields or reason is not None):
+            found = [{}] if read.num_calls else [{"content": ""}]
+        ending: dict[str, Any] = {}
         if reason is not None:
-            fields["matched_stop"] = serving.matched_stop(answer)
-            fields |= serving.failure_of(answer)
+            ending = {"matched_stop": serving.matched_stop(answer), **serving.failure_of(answer)}
             if body.return_meta_info:
-                fields["meta_info"] = meta_info(whole.render())
-        return self._chunk(head, index, {"content": answer["text"]}, reason, **fields)
+                ending["meta_info"] = meta_info(whole.render())
+        chunks = []
+        for place, delta in enumerate(found):
+            is_last = place == len(found) - 1
+            more = {**(fields if place == 0 else {}), **(ending if is_last else {})}
+            chunks.append(self._chunk(head, index, delta, read.finish_reason(reason) if is_last else None, **more))
+        return chunks
 
 
 def meta_info(answer: Answer) -> dict[str, Any]:

@@ -121,7 +121,10 @@ class CompletionServing:
                 if body.logprobs is not None:
                     take = logprobs[index].take
                     choice["logprobs"] = await asyncio.to_thread(take, answer) if is_first else take(answer)
-                yield head.make(choices=[choice])
+                usage: dict[str, Any] = (
+                    {"usage": serving.usage_so_far(last, body.n)} if body.has_continuous_usage else {}
+                )
+                yield head.make(choices=[choice], **usage)
                 if len(samples) == 1 and "error" in choice:
                     yield serving.failure_of(answer)
                     return

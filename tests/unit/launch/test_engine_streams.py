@@ -14,6 +14,9 @@ import pytest
 from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.launch.engine import Engine, end_tasks
 
+# Ends a stream, and is told when its reader has come to it.
+PREPARED = "prepared"
+
 
 async def items(*given: Any) -> AsyncIterator[Any]:
     for item in given:
@@ -25,7 +28,11 @@ async def items(*given: Any) -> AsyncIterator[Any]:
 def pump(*given: Any) -> list[Any]:
     """What a reader is given of a stream that yields these items, or raises them."""
     taken: list[Any] = []
-    manager = SimpleNamespace(generate=lambda request, form: items(*given))
+
+    async def prepare(request: Any) -> str:
+        return PREPARED
+
+    manager = SimpleNamespace(prepare=prepare, generate=lambda prepared, form: items(*given))
 
     async def run() -> None:
         await Engine._pump(SimpleNamespace(_manager=manager), None, taken.append)  # type: ignore[arg-type]
@@ -43,7 +50,7 @@ def chunk(text: str) -> dict[str, Any]:
 
 
 def test_items_are_cumulative_and_the_end_and_an_error_are_told() -> None:
-    assert pump(chunk("a"), chunk("b")) == [chunk("a"), chunk("ab"), None]
+    assert pump(chunk("a"), chunk("b")) == [chunk("a"), chunk("ab"), PREPARED]
     error = ValueError("no")
     assert pump(chunk("a"), error) == [chunk("a"), error]
 

@@ -37,7 +37,7 @@ class SlowManager:
 
     async def prepare(self, request: Any) -> Any:
         self._note()
-        return SimpleNamespace(request=request, samples=[], release=lambda: None)
+        return SimpleNamespace(request=request, samples=[], release=lambda: None, delivered=None)
 
     async def generate(self, prepared: Any, *, form: str) -> Any:
         self._note()

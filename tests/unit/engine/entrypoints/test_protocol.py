@@ -26,7 +26,7 @@ def test_null_means_the_default() -> None:
     "fields",
     [
         {"tools": [{"type": "function"}]},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json"}},
         {"suffix": "x"},
         {"best_of": True},
         *(

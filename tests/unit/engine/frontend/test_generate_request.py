@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.frontend.generate_request import SampleRequest, expand, parse_generate_request
+from waybill.engine.frontend.generate_request import SampleRequest, SharedPrefix, expand, parse_generate_request
 from waybill.engine.frontend.request_limits import EngineLimits
 from waybill.engine.frontend.sampling_params import SamplingParamsInput
 from waybill.engine.io_struct import OutputOptions
@@ -20,12 +20,16 @@ LIMITS = EngineLimits(
 )
 
 
+AUTO = {"input_ids": [1], "return_routed_experts": True, "routed_experts_start_len": "auto"}
+
+
 def encode(text: str) -> list[int]:
     return [ord(c) % 100 for c in text]
 
 
-def take(limits: EngineLimits = LIMITS, **fields: Any) -> list[list[SampleRequest]]:
-    return expand(parse_generate_request(fields), limits, encode)
+def take(limits: EngineLimits = LIMITS, *, num_delivered: int = 0, **fields: Any) -> list[list[SampleRequest]]:
+    """`num_delivered` rows of any prompt are with the caller of any session."""
+    return expand(parse_generate_request(fields), limits, encode, lambda session_id, ids: min(num_delivered, len(ids)))
 
 
 def take_one(**fields: Any) -> SampleRequest:
@@ -57,6 +61,9 @@ def take_one(**fields: Any) -> SampleRequest:
         ({"input_ids": [1], "bootstrap_room": 0}, "bootstrap_room is not supported: must be absent"),
         ({"input_ids": [1], "modalities": ["image"]}, "modalities is not supported: must be .'text'. or absent"),
         ({"input_ids": [1], "routed_dp_rank": 1}, "routed_dp_rank=1: must lie in 0 .. 0"),
+        ({**AUTO}, "routed_experts_start_len='auto': needs session_id"),
+        ({**AUTO, "session_id": "s", "routed_experts_delivery": "reference"}, "'auto': needs routed_experts_delivery"),
+        ({"input_ids": [1], "routed_experts_start_len": "self"}, "routed_experts_start_len: "),
         ({"input_ids": [1], "top_logprobs_num": 101}, "top_logprobs_num=101: must lie in 0 .. 100"),
         ({"input_ids": [1], "logprob_start_len": 2}, "logprob_start_len=2: must lie in -1"),
         ({"input_ids": [1], "routed_experts_format": "text"}, "routed_experts_format"),
@@ -98,8 +105,8 @@ def test_bad_requests_are_refused_by_name(fields: dict[str, Any], words: str) ->
         ({"stop": ["a", ""]}, "stop: an empty string"),
         ({"stop_token_ids": [100]}, "stop_token_ids: 100 is no token"),
         ({"logit_bias": {"100": 1.0}}, "logit_bias: 100 is no token"),
-        ({"regex": "a+"}, "regex is not supported"),
-        ({"json_schema": "{}"}, "json_schema is not supported"),
+        ({"regex": "a+", "ebnf": "start: /a/"}, "ebnf: must be absent beside regex"),
+        ({"json_schema": ""}, "json_schema: must be text that"),
         ({"best_of": 2}, "best_of"),
     ],
 )
@@ -300,3 +307,28 @@ def test_no_two_pairs_of_salt_and_key_are_one_partition() -> None:
         for salt, key in pairs
     }
     assert len(partitions) == len(pairs)
+
+
+def test_rows_begin_where_the_session_has_them_and_never_behind_the_last_token_of_the_prompt() -> None:
+    asked = {**AUTO, "input_ids": [1, 2, 3, 4, 5], "session_id": "s"}
+    for num_delivered, start in ((0, 0), (3, 3), (4, 4), (5, 4)):
+        sample = take(num_delivered=num_delivered, **asked)[0][0]
+        assert (sample.output_options.routed_experts_start_len, sample.is_auto) == (start, True)
+    explicit = take(num_delivered=3, **{**asked, "routed_experts_start_len": 1})[0][0]
+    assert (explicit.output_options.routed_experts_start_len, explicit.is_auto) == (1, False)
+    unasked = take(num_delivered=3, **{**asked, "return_routed_experts": False, "session_id": None})[0][0]
+    assert (unasked.output_options.routed_experts_start_len, unasked.is_auto) == (0, False)
+
+
+def test_choices_share_the_rows_of_their_prompt() -> None:
+    asked = {**AUTO, "input_ids": [1, 2, 3, 4, 5], "routing_key": "s", "sampling_params": {"n": 3, "max_new_tokens": 2}}
+    first, *others = take(num_delivered=2, **asked)[0]
+    assert (first.output_options.routed_experts_start_len, first.shared_prefix) == (2, None)
+    for other in others:
+        assert (other.output_options.routed_experts_start_len, other.shared_prefix) == (4, SharedPrefix(0, 2, 4))
+
+
+def test_items_of_a_batch_may_leave_their_starts_to_the_session_one_by_one() -> None:
+    asked = {**AUTO, "input_ids": [[1, 2, 3], [4, 5, 6]], "routed_experts_start_len": ["auto", 1], "session_id": "s"}
+    starts = [group[0].output_options.routed_experts_start_len for group in take(num_delivered=2, **asked)]
+    assert starts == [2, 1]

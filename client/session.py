@@ -1,0 +1,113 @@
+"""Sessions: a tree of turns, of which the server ships every row once (`routed_experts_start_len: "auto"`), and the client
+puts them together.
+
+Legend: M MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .answer import Generation, RoutesError
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One answer: all `tokens` of its prompt and itself, and the `routes` [R, M, K] of all that were inputs, from position
+    0 on. `generation.routes` are those that came with it."""
+
+    tokens: list[int]
+    routes: np.ndarray
+    generation: Generation
+
+
+class SessionHistory:
+    """What the caller of a session has: the branches of its tree, each with the rows of all its tokens that were inputs."""
+
+    def __init__(self, session_id: str, given: dict[str, Any]) -> None:
+        self.session_id = session_id
+        self._given = {**given, "session_id": session_id}
+        self._branches: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def next_request(self, input_ids: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `generate` or `samples` for the next turn."""
+        ids = [operator.index(token) for token in input_ids]
+        return dict(input_ids=ids, start_len="auto", **self._given)
+
+    def commit(self, prompt: list[int], generations: Sequence[Generation]) -> list[Turn]:
+        """Take in the choices of one prompt, or raise and stay as it was.
+
+        Raises:
+            RoutesError: rows are missing before those that came: an answer of this session got lost. State a start then.
+        """
+        turns: list[Turn] = []
+        for generation in generations:
+            new, meta = generation.routes, generation.meta
+            assert new is not None and meta is not None, "a session asks for routes"
+            # Rows of the prompt that a choice shares are those of the first.
+            known = self._known(prompt) if not turns else turns[0].routes[: len(prompt)]
+            if meta.start > len(known):
+                raise RoutesError(
+                    f"routed experts: rows {len(known)} to {meta.start} are missing, in session {self.session_id!r}"
+                )
+            if meta.start and (known.shape[1:], known.dtype) != (new.shape[1:], new.dtype):
+                raise RoutesError(
+                    f"routed experts: rows were {known.dtype} {known.shape[1:]}, now {new.dtype} {new.shape}"
+                )
+            rows = np.concatenate([known[: meta.start], new]) if meta.start else new
+            turns.append(Turn(prompt + generation.output_ids, rows, generation))
+        for turn in turns:
+            self._add(np.array(turn.tokens[: len(turn.routes)]), turn.routes)
+        return turns
+
+    def _known(self, prompt: list[int]) -> np.ndarray:
+        """The rows of as many leading tokens as there are."""
+        ids = np.array(prompt)
+        shared = [_num_equal(tokens, ids) for tokens, _ in self._branches]
+        best = max(range(len(shared)), key=shared.__getitem__, default=None)
+        return np.empty((0, 0, 0), np.uint8) if best is None else self._branches[best][1][: shared[best]]
+
+    def _add(self, tokens: np.ndarray, rows: np.ndarray) -> None:
+        others = [one for one in self._branches if _num_equal(one[0], tokens) < len(one[0])]
+        self._branches = [*others, (tokens, rows)]
+
+
+def _num_equal(first: np.ndarray, second: np.ndarray) -> int:
+    most = min(len(first), len(second))
+    different = np.flatnonzero(first[:most] != second[:most])
+    return int(different[0]) if len(different) else most
+
+
+class Session(SessionHistory):
+    """A session whose turns have the rows from position 0 on, however few came with each."""
+
+    def __init__(self, samples: Callable[..., list[Generation]], session_id: str, given: dict[str, Any]) -> None:
+        super().__init__(session_id, given)
+        self._samples = samples
+
+    def turn(self, input_ids: Sequence[int], *, n: int = 1) -> list[Turn]:
+        """`n` answers to a whole prompt: the continuation of a turn, a branch of one, or a beginning.
+
+        Raises:
+            RoutesError, ServerError: as `Client.generate`; the session is as before the turn.
+        """
+        request = self.next_request(input_ids)
+        return self.commit(request["input_ids"], self._samples(n=n, **request))
+
+
+class AsyncSession(SessionHistory):
+    """As `Session`, with `await`."""
+
+    def __init__(self, samples: Callable[..., Any], session_id: str, given: dict[str, Any]) -> None:
+        super().__init__(session_id, given)
+        self._samples = samples
+
+    async def turn(self, input_ids: Sequence[int], *, n: int = 1) -> list[Turn]:
+        """As `Session.turn`."""
+        request = self.next_request(input_ids)
+        return self.commit(request["input_ids"], await self._samples(n=n, **request))

@@ -1,0 +1,46 @@
+"""Messages of a chat, as they reach a template."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from ...validation.request_model import Items, RequestModel
+
+
+class TextPart(RequestModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(RequestModel):
+    """One message; what a template needs beyond role and content is passed on to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | Items[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        message = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        calls = message.get("tool_calls")
+        return (
+            message | {"tool_calls": [with_arguments(call) for call in calls]} if isinstance(calls, list) else message
+        )
+
+
+def with_arguments(call: Any) -> Any:
+    """A call of an earlier turn, with its arguments as the object that templates write; OpenAI's are its JSON."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,5 +1,4 @@
-"""The messages between processes; what a frontend sends and is told by leaders is in `ipc/frontend_messages.py`, and
-plans are in `plan.py`.
+"""The messages between processes; those of a frontend and leaders are in `ipc/frontend_messages.py`, plans in `plan.py`.
 
 All are msgspec structs: typed, validated when decoded, never pickled; neither torch nor what decides is imported here.
 

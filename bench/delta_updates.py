@@ -12,6 +12,7 @@ weights before and after the step; medians are reported. Every result is compare
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -147,6 +148,8 @@ class Result:
     make_s: list[float]
     ways: list[Way]
     densities: list[str]
+    # Of the machine, at the end of each round.
+    loads: list[float]
 
 
 def measure(shape: str, folder: Path, rounds: int, learning_rate: float) -> Result:
@@ -164,6 +167,7 @@ def measure(shape: str, folder: Path, rounds: int, learning_rate: float) -> Resu
     for _ in maker.remember(before.items()):
         pass
     make_s: list[float] = []
+    loads: list[float] = []
     forth: list[DeltaBucket] = []
     back: list[DeltaBucket] = []
     for _ in range(rounds):
@@ -181,6 +185,7 @@ def measure(shape: str, folder: Path, rounds: int, learning_rate: float) -> Resu
                 if number:
                     for kept, each in zip((way.full_s, way.cold_s, way.warm_s), seconds, strict=True):
                         kept.append(each)
+            loads.append(os.getloadavg()[0])
     return Result(
         share,
         sum(bucket.num_full_bytes for bucket in forth),
@@ -190,6 +195,7 @@ def measure(shape: str, folder: Path, rounds: int, learning_rate: float) -> Resu
         make_s,
         ways,
         density_table(),
+        loads[1:],
     )
 
 
@@ -252,24 +258,30 @@ def report(result: Result, shape: str, rounds: int, learning_rate: float) -> str
         f"**{result.share:.2%}** of the bfloat16 values changed. Medians of {rounds} rounds. After each update all",
         "checksums were the trainer's.",
         "",
-        "| | full | delta | ratio |",
-        "| --- | ---: | ---: | ---: |",
+        "| | full | delta | full / delta | without the making |",
+        "| --- | ---: | ---: | ---: | ---: |",
         f"| bytes (of the delta, {result.manifest_bytes / 1e3:.0f} kB are its manifest) | {result.full_bytes / 1e6:.1f} MB "
-        f"| {(result.delta_bytes + result.manifest_bytes) / 1e6:.1f} MB | {ratio:.0f} |",
+        f"| {(result.delta_bytes + result.manifest_bytes) / 1e6:.1f} MB | {ratio:.0f} | |",
     ]
+    make_s = statistics.median(result.make_s)
     for way in result.ways:
         full = statistics.median(way.full_s)
         for words, values in (("after a full update", way.cold_s), ("after a delta", way.warm_s)):
             median = statistics.median(values)
             lines.append(
-                f"| {way.name}, {words} | {full:.2f} s | {median:.2f} s ({min(values):.2f} - {max(values):.2f}) "
-                f"| {full / median:.1f} |"
+                f"| {way.name}, {words} | {full:.2f} s ({min(way.full_s):.2f} - {max(way.full_s):.2f}) "
+                f"| {make_s + median:.2f} s: {make_s:.2f} + {median:.2f} ({min(values):.2f} - {max(values):.2f}) "
+                f"| {full / (make_s + median):.2f} | {full / median:.2f} |"
             )
     lines += [
         "",
-        f"The trainer needs {statistics.median(result.make_s):.2f} s more to make the delta, and holds",
-        f"{result.held_bytes / 1e9:.2f} GB: the weights that it sent last. After a full update the engine first sums up",
-        "the weights that the delta changes; after a delta it knows their sums.",
+        "Seconds of a delta are those that the trainer needs to make it and those until the engine has it; the last ratio",
+        f"leaves the first out. The trainer holds {result.held_bytes / 1e9:.2f} GB: the weights that it sent last. After a",
+        "full update the engine first sums up the weights that the delta changes; after a delta it knows their sums. Of",
+        "the disk the full one reads files that are in the page cache.",
+        "",
+        f"Load averages of the machine while the rounds ran: {', '.join(f'{load:.1f}' for load in result.loads)}. They",
+        "count this program and its engine, too; what is more than those was other work, which made seconds longer.",
         "",
         f"Of {CHUNK} normal values of which a share changed by one step of bfloat16, in bytes a value (2 when sent whole):",
         "",

@@ -6,12 +6,14 @@ Legend: T tokens, R rows and C columns of a matrix, G the columns of a grid.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from .fp8 import BLOCK, E4M3, MAX_E4M3, MIN_AMAX, Grid
-from .triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
+from .triton_launch import HOPPER, Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 
 # Groups that a program quantises.
 GROUPS = 16
@@ -212,10 +214,15 @@ def _matvec_fp8_kernel(
 
 
 def has_library_product(x: torch.Tensor, data: torch.Tensor, grid: Grid) -> bool:
-    """Whether torch multiplies such numbers (cuBLAS, scales of 1 x 128 and 128 x 128)."""
+    """Whether torch multiplies such numbers (cuBLAS, scales of 1 x 128 and 128 x 128; on Hopper alone)."""
     num_rows, num_columns = data.shape
     is_whole = num_rows % BLOCK == 0 and num_columns % (LIBRARY_MULTIPLE * BLOCK) == 0
-    return is_whole and x.is_cuda and x.dtype == torch.bfloat16 and grid == Grid()
+    return is_whole and x.is_cuda and x.dtype == torch.bfloat16 and grid == Grid() and is_hopper(x.device)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[:1] == HOPPER[:1]
 
 
 def linear_fp8_triton(

@@ -49,7 +49,7 @@ def array_schema(functions: Sequence[dict[str, Any]], *, parallel: bool) -> dict
     """The schema of calls of these functions, one at least.
 
     Raises:
-        ValueError: two of them define a different schema under one name.
+        ValueError: two of them define a different schema under one name, or definitions are no object.
     """
     definitions: dict[str, dict[str, Any]] = {"$defs": {}, "definitions": {}}
     choices = []
@@ -57,7 +57,10 @@ def array_schema(functions: Sequence[dict[str, Any]], *, parallel: bool) -> dict
         parameters = dict(function.get("parameters") or {"type": "object"})
         for place, known in definitions.items():
             # `#/$defs/...` is looked up from the root.
-            for name, schema in (parameters.pop(place, None) or {}).items():
+            given = parameters.pop(place, None) or {}
+            if not isinstance(given, dict):
+                raise ValueError(f"{place} of {function['name']!r} must be an object")
+            for name, schema in given.items():
                 if known.setdefault(name, schema) != schema:
                     raise ValueError(f"two tools have different schemas for {place} {name!r}")
         choices.append(

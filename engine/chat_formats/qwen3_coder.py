@@ -10,7 +10,8 @@ from .marked_calls import CallFormat, parameters_of
 from .typed_values import value_of
 
 FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>\s*)?\Z", re.DOTALL)
-PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+# No name has a bracket: so each beginning is looked at once.
+PARAMETER = re.compile(r"<parameter=([^<>\n]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 
 
 def parse(body: str, tools: Sequence[dict[str, object]]) -> ToolCall | None:

@@ -145,7 +145,8 @@ class GenerateReqInput(RequestModel):
     def cost_us(self) -> float:
         """About what `expand` takes."""
         each = ID_COST_US if self.text is None else CHAR_COST_US
-        return SAMPLE_COST_US * self.num_samples + each * sum(map(len, self.prompts))
+        grammars = sum(params.grammar_cost_us for params in self.params_by_item)
+        return SAMPLE_COST_US * self.num_samples + each * sum(map(len, self.prompts)) + grammars
 
 
 @dataclass(frozen=True)
@@ -207,12 +208,14 @@ def expand(
         name = "routed_dp_rank" if request.routed_dp_rank is not None else "data_parallel_rank"
         raise FieldError(f"{name}={request.dp_rank}: must lie in 0 .. {limits.dp_size - 1}", name)
     samples = []
+    grammars: dict[int, str] = {}
     for index in range(num):
         fields = {name: column[index] for name, column in columns.items()}
         try:
             start_of = _check_auto(request, fields, num_delivered)
             group = _expand_item(rids[index], index, prompts[index], fields, limits, encode, start_of)
-            samples.append(with_grammar(group, fields["sampling_params"], limits, request.grammar_begins_after))
+            params = fields["sampling_params"]
+            samples.append(with_grammar(group, params, limits, request.grammar_begins_after, grammars))
         except FieldError as error:
             raise (error.of_item(index) if request.is_batch else error) from None
     taken: set[str] = set()
@@ -224,14 +227,21 @@ def expand(
 
 
 def with_grammar(
-    samples: list[SampleRequest], params: SamplingParamsInput, limits: EngineLimits, begins_after: int
+    samples: list[SampleRequest],
+    params: SamplingParamsInput,
+    limits: EngineLimits,
+    begins_after: int,
+    known: dict[int, str],
 ) -> list[SampleRequest]:
-    """Samples of one prompt, with what their output must follow."""
+    """Samples of one prompt, with what their output must follow. `known` are grammars by the parameters that prompts share:
+    made once, and one text in memory."""
     if params.grammar_field is None:
         return samples
     if not limits.has_tokenizer:
         raise FieldError(f"{params.grammar_field}: the checkpoint has no tokenizer", params.grammar_field)
-    fields = {"grammar": params.grammar(limits.special_tokens), "grammar_begins_after": begins_after}
+    if id(params) not in known:
+        known[id(params)] = params.grammar(limits.special_tokens)
+    fields = {"grammar": known[id(params)], "grammar_begins_after": begins_after}
     return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]
 
 

@@ -101,12 +101,15 @@ class RequestPreparation:
             ValueError: a grammar cannot be compiled, or not within its bounds.
         """
         params = request.params_by_item
+        checked: set[str] = set()
         for index, group in enumerate(groups):
             field = params[index if len(params) > 1 else 0].grammar_field
-            if field is None:
+            # Samples of one prompt have one, and often all prompts.
+            grammar = group[0].sampling_params.grammar
+            if field is None or grammar in checked:
                 continue
-            # Samples of one prompt have one.
-            refusal = await self._grammars.check(group[0].sampling_params.grammar, limits.vocab_size)
+            checked.add(grammar)
+            refusal = await self._grammars.check(grammar, limits.vocab_size)
             if refusal:
                 error = FieldError(f"{field}: {refusal}", field)
                 raise error.of_item(index) if request.is_batch else error

@@ -28,6 +28,8 @@ MAX_TOP_K = 2**31 - 1
 MAX_SAMPLES = 256
 # Travels as an unsigned 64-bit integer, and samples of one prompt count upwards from it.
 MAX_SEED = 2**63 - 1
+# GBNF takes the most.
+GRAMMAR_CHAR_COST_US, GRAMMAR_OBJECT_COST_US = 8.0, 10_000.0
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -115,6 +117,15 @@ class SamplingParamsInput(RequestModel):
         """The one that says what the output must follow."""
         return next((name for name in GRAMMARS if getattr(self, name) is not None), None)
 
+    @property
+    def grammar_cost_us(self) -> float:
+        """About what `grammar` takes; an object has any length, and is no work for an event loop."""
+        name = self.grammar_field
+        value = None if name is None else getattr(self, name)
+        if value is None:
+            return 0.0
+        return GRAMMAR_CHAR_COST_US * len(value) if isinstance(value, str) else GRAMMAR_OBJECT_COST_US
+
     def grammar(self, special_tokens: Collection[str]) -> str:
         """What it says, for the engine; "" if there is none.
 
@@ -132,6 +143,8 @@ class SamplingParamsInput(RequestModel):
             return {"json_schema": from_json_schema, "regex": from_regex, "ebnf": from_ebnf}[name](text)
         except ValueError as error:
             raise FieldError(f"{name}: {error}", name) from None
+        except RecursionError:
+            raise FieldError(f"{name}: is nested too deeply", name) from None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -7,10 +7,12 @@ from collections.abc import Collection
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 # Of a schema, expression or grammar. What its text may grow to when it is compiled has bounds of its own, see `limits.py`.
 MAX_GRAMMAR_CHARS = 256 << 10
+# Each structure is compared with each of them.
+MAX_TRIGGERS = 64
 # Without a bound a model that likes spaces writes them until its length ends.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_flexible": False, "whitespace_pattern": r"[ \t\n\r]{1,32}"}
 ANY_OBJECT = '{"type": "object"}'
@@ -45,11 +47,12 @@ def from_ebnf(text: str) -> str:
         return LLMatcher.grammar_from_lark(text)
     try:
         return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
-    # The library's reader of GBNF asserts what it expects, and descends with the text.
-    except (GbnfToLarkError, AssertionError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"is no GBNF: {error}") from None
+    # The library's reader of GBNF descends with the text.
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+    # It has no narrower class for a rule that is missing.
+    except Exception as error:
+        raise ValueError(f"is no GBNF: {str(error)[:200]}") from None
 
 
 def from_structural_tag(text: str, special_tokens: Collection[str]) -> str:
@@ -70,6 +73,8 @@ def from_structural_tag(text: str, special_tokens: Collection[str]) -> str:
         raise ValueError("structures: must be a list of at least one {begin, schema, end}")
     if not isinstance(triggers, list) or not triggers or not all(isinstance(one, str) and one for one in triggers):
         raise ValueError("triggers: must be a list of at least one text")
+    if len(triggers) > MAX_TRIGGERS:
+        raise ValueError(f"triggers: must be at most {MAX_TRIGGERS}")
     rules = [tag_rule(index, one, triggers, special_tokens) for index, one in enumerate(structures)]
     options = " | ".join(f"tag_{index}" for index in range(len(rules)))
     head = f"%llguidance {{}}\nstart: ({options})* tag_end\ntag_end: TAG_TEXT\nTAG_TEXT: /(.|\\n)*/\n"
@@ -97,9 +102,15 @@ def tag_rule(index: int, structure: Any, triggers: list[str], special_tokens: Co
 
 
 def terminal(text: str, special_tokens: Collection[str] = ()) -> str:
-    """Text as Lark writes it, or a special token, if it is one."""
+    """Text as Lark writes it, or a special token, if it is one.
+
+    Raises:
+        ValueError: Lark has no way to write this special token; as text it would be letters, which the model never writes.
+    """
     if text in special_tokens:
-        return text if text.startswith("<") and text.endswith(">") else json.dumps(text)
+        if not (text.startswith("<") and text.endswith(">")):
+            raise ValueError(f"{text[:80]!r} is a special token without angle brackets, which is not supported")
+        return text
     return json.dumps(text) if text else ""
 
 

@@ -58,7 +58,8 @@ class ChatPrompt:
             raise FieldError("tools: how the model writes calls is not known; set --tool-call-parser", "tools")
         tail = ""
         if formats.reasoning_format is not None and text.is_there:
-            tail = text.decode(ids[-NUM_TAIL_TOKENS:], skip_special_tokens=False)
+            # A caller's ids are checked with the engine's request; a decoder takes no negative ones.
+            tail = text.decode([one for one in ids[-NUM_TAIL_TOKENS:] if one >= 0], skip_special_tokens=False)
         return ChatPrompt(formats, tools, body.must_call, tail, body.separate_reasoning, body.stream_reasoning)
 
     def reader(self) -> Reader | None:

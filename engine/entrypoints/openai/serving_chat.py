@@ -64,10 +64,13 @@ class ChatServing:
         return await serving.respond(self._manager, body, http, endpoint)
 
     async def _to_generate(self, body: ChatCompletionRequest, num_bytes: int) -> tuple[GenerateReqInput, ChatPrompt]:
-        ids = body.input_ids
-        if ids is None:
+        cost_us = 0.0
+        if body.input_ids is None or body.tools:
             cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * num_bytes
-            ids = await self._manager.work_threads.run(cost_us, partial(self._rendered_ids, body))
+        return await self._manager.work_threads.run(cost_us, partial(self._read, body))
+
+    def _read(self, body: ChatCompletionRequest) -> tuple[GenerateReqInput, ChatPrompt]:
+        ids = self._rendered_ids(body) if body.input_ids is None else body.input_ids
         prompt = ChatPrompt.of(body, ids, self._formats, self._manager.text)
         # What a template leaves out is not bounded by the prompt's tokens, and would stay until the answer ends.
         body.messages, body.chat_template_kwargs = [], {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import timeit
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waybill.engine.chat_formats import glm45, qwen3_coder
 from waybill.engine.chat_formats.delta import Reader
 from waybill.engine.chat_formats.formats import REASONING_PARSERS, ChatFormats, detect_tool_parser
 from waybill.engine.chat_formats.json_array import array_schema
@@ -174,6 +176,33 @@ def test_definitions_of_tools_are_those_of_the_array() -> None:
     other = {"name": "h", "parameters": {"$defs": {"p": {"type": "string"}}}}
     with pytest.raises(ValueError, match="different schemas for \\$defs 'p'"):
         array_schema([*functions, other], parallel=True)
+
+
+def test_definitions_that_are_no_object_are_refused() -> None:
+    for definitions in ("x", [1], 5):
+        with pytest.raises(ValueError, match="\\$defs of 'f' must be an object"):
+            array_schema([{"name": "f", "parameters": {"$defs": definitions}}], parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("parse", "begin", "repeated"),
+    [
+        (glm45.parse, "f", "<arg_key>"),
+        (glm45.parse, "f<arg_key>a</arg_key>", "<arg_key>a</arg_key>"),
+        (glm45.parse, "f<arg_key>a", "</arg_key><arg_value><arg_key>b"),
+        (qwen3_coder.parse, "<function=f>", "<parameter="),
+        (qwen3_coder.parse, "<function=f>", "<parameter=a>"),
+    ],
+)
+def test_a_body_is_read_once(parse: Any, begin: str, repeated: str) -> None:
+    """What never ends must not be looked for from every beginning: eight times the text takes about eight times as long,
+    not 64 times. A caller can make a model write this, and it is read on the event loop."""
+
+    def seconds(times: int) -> float:
+        body = begin + repeated * times
+        return min(timeit.repeat(lambda: parse(body, []), number=1, repeat=3))
+
+    assert seconds(16_000) < 30 * max(seconds(2_000), 1e-4)
 
 
 def test_every_reasoning_parser_makes_a_reader() -> None:

@@ -4,12 +4,15 @@ Streams tell what is new, and a chat's last chunk with `return_meta_info` what i
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from waybill.engine.chat_formats.formats import ChatFormats
 from waybill.engine.entrypoints.openai.chat_prompt import ChatPrompt
@@ -22,6 +25,7 @@ from waybill.engine.frontend.text_codec import TextCodec
 from waybill.engine.frontend.work_threads import WorkThreads
 from waybill.engine.validation.request_model import validate
 
+CHECKPOINT = Path(__file__).parents[4] / "examples" / "tiny_moe" / "checkpoint"
 BROKEN = ChatTemplate({"default": "{% nonsense %}"}, {})
 MESSAGES = [{"role": "user", "content": "a"}]
 
@@ -42,6 +46,32 @@ def test_messages_are_refused_and_ids_taken(template: ChatTemplate | None, words
     with pytest.raises(ValueError, match=rf"^messages: .*{words}.*; give input_ids$"):
         to_generate(template, messages=MESSAGES)
     assert to_generate(template, input_ids=[1, 2]).input_ids.tolist() == [1, 2]
+
+
+def test_ids_of_a_caller_are_no_matter_of_the_reader_of_reasoning() -> None:
+    """Those that are no tokens are refused with the engine's request; a decoder would fail on them."""
+    codec = TextCodec(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
+    body = ChatCompletionRequest(input_ids=[104, -1, 105])
+    assert ChatPrompt.of(body, body.input_ids, ChatFormats(reasoning="qwen3"), codec).tail == codec.decode(
+        [104, 105], skip_special_tokens=False
+    )
+
+
+def test_tools_are_read_on_a_thread_beside_ids() -> None:
+    """There may be as many as a body has room for."""
+    threads: list[str] = []
+
+    class Text(TextCodec):
+        @property
+        def is_there(self) -> bool:
+            threads.append(threading.current_thread().name)
+            return False
+
+    manager: Any = SimpleNamespace(text=Text(None), room_for=lambda num_prompt: 5, work_threads=WorkThreads())
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = ChatCompletionRequest(input_ids=[1], tools=tools)
+    asyncio.run(ChatServing(manager, None, "m", ChatFormats("hermes", "qwen3"))._to_generate(body, num_bytes=10_000))
+    assert threads[0].startswith("short work")
 
 
 def test_what_a_template_may_leave_out_does_not_stay_until_the_answer_ends() -> None:

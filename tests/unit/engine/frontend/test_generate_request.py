@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from waybill.engine.frontend.generate_request import SampleRequest, SharedPrefix, expand, parse_generate_request
 from waybill.engine.frontend.request_limits import EngineLimits
 from waybill.engine.frontend.sampling_params import SamplingParamsInput
+from waybill.engine.frontend.work_threads import MAX_INLINE_US, MAX_SHORT_US
 from waybill.engine.io_struct import OutputOptions
 
 LIMITS = EngineLimits(
@@ -332,3 +333,13 @@ def test_items_of_a_batch_may_leave_their_starts_to_the_session_one_by_one() -> 
     asked = {**AUTO, "input_ids": [[1, 2, 3], [4, 5, 6]], "routed_experts_start_len": ["auto", 1], "session_id": "s"}
     starts = [group[0].output_options.routed_experts_start_len for group in take(num_delivered=2, **asked)]
     assert starts == [2, 1]
+
+
+def test_a_grammar_is_made_once_for_all_prompts_that_share_it_and_not_on_the_event_loop() -> None:
+    params = {"json_schema": {"type": "object"}}
+    request = parse_generate_request({"input_ids": [[1], [2]], "sampling_params": params})
+    assert request.cost_us > MAX_INLINE_US, "an object has any length"
+    first, second = (group[0].sampling_params.grammar for group in take(input_ids=[[1], [2]], sampling_params=params))
+    assert first and first is second
+    long = parse_generate_request({"input_ids": [1], "sampling_params": {"ebnf": "root ::= " + "a " * 100_000}})
+    assert long.cost_us > MAX_SHORT_US, "must not hold up short work"

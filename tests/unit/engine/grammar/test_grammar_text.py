@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from waybill.engine.frontend.grammar_checks import GrammarChecks
+from waybill.engine.frontend.sampling_params import SamplingParamsInput
 from waybill.engine.grammar.checker import why_ended
 from waybill.engine.grammar.grammar_text import (
     MAX_GRAMMAR_CHARS,
@@ -36,6 +37,8 @@ def tag(**fields: object) -> str:
         (from_regex, "a" * (MAX_GRAMMAR_CHARS + 1), "must have at most 262144"),
         (from_ebnf, 'root ::= ("a"', "is no GBNF"),
         (from_structural_tag, tag(format={}), "'format' is not supported"),
+        (from_ebnf, "root ::= missing", "is no GBNF: Rule 'missing' not found"),
+        (from_structural_tag, tag(triggers=["<f="] * 65), "triggers: must be at most 64"),
         (from_structural_tag, tag(triggers=[]), "triggers: must be a list"),
         (from_structural_tag, tag(triggers=["x"]), "structures.0.begin: must start with one of the triggers"),
         (from_structural_tag, tag(structures=[5]), "structures.0: must be an object"),
@@ -45,6 +48,22 @@ def test_refused(make: object, text: str, words: str) -> None:
     arguments = (text, frozenset()) if make is from_structural_tag else (text,)
     with pytest.raises(ValueError, match=words):
         make(*arguments)
+
+
+def test_a_special_token_that_lark_cannot_write_is_refused() -> None:
+    """As text it would be letters: the model writes its token, and the grammar would bind nothing."""
+    text = json.dumps({"structures": [{**TAG, "begin": "[CALLS]f"}], "triggers": ["[CALLS]"]})
+    with pytest.raises(ValueError, match="special token without angle brackets"):
+        from_structural_tag(text, frozenset({"[CALLS]"}))
+    assert '"[CALLS]"' in from_structural_tag(text, frozenset()), "text that looks like one is text"
+
+
+def test_an_object_nested_too_deeply_is_refused_by_its_field() -> None:
+    schema: dict[str, object] = {}
+    for _ in range(5000):
+        schema = {"not": schema}
+    with pytest.raises(ValueError, match=r"^json_schema: is nested too deeply"):
+        SamplingParamsInput(json_schema=schema).grammar(())
 
 
 def test_the_process_that_checks_says_what_cannot_be_compiled_and_is_started_again() -> None:

@@ -17,7 +17,7 @@ ASSETS = (
     "py.typed",
     "parallel/moe/experts_bf16.cpp",
     "examples/tiny_moe/checkpoint/model.safetensors",
-    *(f"engine/entrypoints/live_page/page.{kind}" for kind in ("html", "js", "css")),
+    *(f"engine/entrypoints/live_page/{name}" for name in ("page.html", "page.js", "drawing.js", "page.css")),
 )
 
 

@@ -16,6 +16,7 @@ from .live_feed import LiveFeed
 PAGE_FILES = (
     ("/", "page.html", "text/html"),
     ("/page.js", "page.js", "text/javascript"),
+    ("/drawing.js", "drawing.js", "text/javascript"),
     ("/page.css", "page.css", "text/css"),
 )
 PAGE_PATHS = tuple(path for path, _, _ in PAGE_FILES)

@@ -15,9 +15,7 @@ import zmq
 from waybill.engine.io_struct import ClaimReply, FetchClaimReq
 from waybill.engine.ipc.output_queries import (
     CountersReply,
-    ExpertLoadReply,
     GetCountersReq,
-    GetExpertLoadReq,
     OutputReply,
 )
 from waybill.engine.output.expert_load import ExpertLoad

@@ -18,8 +18,8 @@ MAX_UINT16 = (1 << 16) - 1
 
 class RankNow(msgspec.Struct, frozen=True):
     """One dp rank. Requests and pages as they stand; `step_ms` is the mean time from step to step, rests included, None
-    where it made none. `delays_ms` is what the other ranks waited for it, `waits_ms` what it waited for them: milliseconds per
-    second, over all of them."""
+    where it made none. `delays_ms` is what the other ranks waited for it, `waits_ms` what it waited for them, in
+    milliseconds per second, over all of them."""
 
     dp_rank: int
     running: int

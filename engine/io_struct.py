@@ -323,12 +323,6 @@ class FetchClaimReq(msgspec.Struct, frozen=True, tag="fetch_claim"):
     claim: str
 
 
-class GetCountersReq(msgspec.Struct, frozen=True, tag="get_counters"):
-    """Ask the output processor for its counters."""
-
-    op_id: str
-
-
 class ClaimReply(msgspec.Struct, frozen=True, tag="claim"):
     """Meta of the rows in the frame that follows, or the reason why there are none."""
 
@@ -337,14 +331,3 @@ class ClaimReply(msgspec.Struct, frozen=True, tag="claim"):
     error: str | None = None
     # The rows are there, and may be had later.
     is_busy: bool = False
-
-
-class CountersReply(msgspec.Struct, frozen=True, tag="counters"):
-    """What the output processor has done since it started."""
-
-    op_id: str
-    counters: dict[str, int]
-
-
-OutputQuery = FetchClaimReq | GetCountersReq
-OutputReply = ClaimReply | CountersReply

@@ -23,10 +23,13 @@ from ..engine.entrypoints.api_keys import ApiKeys
 from ..engine.entrypoints.bounded_server import SPARE_CONNECTIONS, BoundedServer
 from ..engine.entrypoints.http_server import make_app
 from ..engine.entrypoints.json_log import log_json_lines
+from ..engine.entrypoints.live_page.live_feed import LiveFeed
+from ..engine.entrypoints.live_page.recent_requests import RecentRequests
 from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.frontend.chat_template import ChatTemplate, load_chat_template
 from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
+from ..engine.frontend.request_observer import ObserverGroup
 from ..engine.frontend.tokenizer_manager import TokenizerManager
 from ..engine.ipc.critical_thread import EXIT_PART_FAILED, end_process
 from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
@@ -68,16 +71,17 @@ class Frontend:
     ) -> None:
         model_path = config.tokenizer_path or config.model_path
         self._options = options
-        metrics = ServiceMetrics()
+        metrics, recent = ServiceMetrics(), RecentRequests()
         self._manager = TokenizerManager(
             config,
             load_tokenizer(model_path),
             leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
-            observer=metrics,
+            observer=ObserverGroup([metrics, recent]) if options.page else metrics,
             on_failure=self._on_failure,
         )
+        self._live_feed = LiveFeed(self._manager, recent, options.served_model_name) if options.page else None
         template = load_chat_template(model_path, max_chars=options.limits.max_body_bytes)
         app = make_app(
             self._manager,
@@ -90,6 +94,7 @@ class Frontend:
             limits=options.limits,
             health_timeout_s=options.health_timeout_s,
             formats=chat_formats(options, template),
+            live_feed=self._live_feed,
         )
         self._url = url_of(entrance.listener)
         self._server = BoundedServer(
@@ -136,6 +141,8 @@ class Frontend:
         logger.info("stopping: %d requests run or wait", self._manager.num_unfinished)
         seconds = 0.0 if self._server.should_exit else self._options.shutdown_timeout_s
         self._server.should_exit = True
+        if self._live_feed is not None:
+            self._live_feed.close()
         # What is aborted still answers, with what it has.
         asyncio.get_running_loop().call_later(seconds, self._abort_all)
 

@@ -33,6 +33,8 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
     limits: HttpLimits = HttpLimits()
     tool_call_parser: str = AUTO
     reasoning_parser: str = NONE
+    # The live page at `/`.
+    page: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -98,6 +100,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default=NONE,
         help="how the model writes reasoning, which chats then have apart; none: it is content",
     )
+    parser.add_argument("--no-page", action="store_true", help="serve no live page at / and none of its events")
     add_limit_options(parser)
 
 
@@ -150,4 +153,5 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         limits=limits,
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        page=not options.no_page,
     )

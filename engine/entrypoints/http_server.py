@@ -17,6 +17,8 @@ from .control import control_router
 from .errors import install_error_handlers
 from .http_limits import HttpLimits
 from .info import info_router
+from .live_page.live_feed import LiveFeed
+from .live_page.page_routes import PAGE_PATHS, page_router
 from .native import META_HEADER, native_router
 from .not_served import not_served_router
 from .openai.protocol import ChatCompletionRequest, CompletionRequest
@@ -40,13 +42,17 @@ def make_app(
     limits: HttpLimits,
     health_timeout_s: float,
     formats: ChatFormats | None = None,
+    live_feed: LiveFeed | None = None,
 ) -> FastAPI:
-    """The application over a manager, which may still be starting."""
+    """The application over a manager, which may still be starting; with a page at `/` if it has a feed."""
     # A redirect would lead where the `Host` header says.
     app = FastAPI(title="Waybill", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
     # The last one added is the first to see a request.
-    app.add_middleware(RequestGuard, api_keys=api_keys, limits=limits, not_ready=manager.not_ready)
+    public_paths = () if live_feed is None else PAGE_PATHS
+    app.add_middleware(
+        RequestGuard, api_keys=api_keys, limits=limits, not_ready=manager.not_ready, public_paths=public_paths
+    )
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -74,6 +80,8 @@ def make_app(
         return await completions.create(body, http)
 
     app.include_router(openai)
+    if live_feed is not None:
+        app.include_router(page_router(live_feed))
     app.include_router(update_sessions_router(manager, bodies))
     app.include_router(not_served_router())
     return app

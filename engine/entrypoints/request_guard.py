@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,16 +16,23 @@ OPEN_PATHS = ("/health", "/metrics", "/ping", "/ready")
 
 
 class RequestGuard:
-    """An ASGI middleware; it never holds a body."""
+    """An ASGI middleware; it never holds a body. `public_paths` are of files, which no key guards and no engine makes."""
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: ApiKeys, limits: HttpLimits, not_ready: Callable[[], str | None]
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: ApiKeys,
+        limits: HttpLimits,
+        not_ready: Callable[[], str | None],
+        public_paths: Collection[str] = (),
     ) -> None:
         self._app = app
         self._api_keys = api_keys
         self._limits = limits
         self._budget = BodyBudget(limits.max_inflight_body_bytes)
         self._not_ready = not_ready
+        self._open_paths = (*OPEN_PATHS, *public_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,7 +55,7 @@ class RequestGuard:
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[str, int] | None:
         if is_ambiguous(headers):
             return "Content-Length, Transfer-Encoding: must not be given together", 400
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in self._open_paths:
             return None
         if self._api_keys and not self._api_keys.are_held_by(scope):
             return "Authorization: must be 'Bearer' and the server's API key", 401

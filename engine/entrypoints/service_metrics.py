@@ -36,6 +36,7 @@ STATE_GAUGES = (
 )
 STATE_COUNTERS = (
     ("waybill_retractions", "Requests that gave up their pages.", "num_retractions"),
+    ("waybill_generated_tokens", "Tokens made, also of requests that still run.", "num_output_tokens"),
     ("waybill_routed_experts_rows_filed", "Rows that the ledger took in.", "routed_experts_rows_filed"),
     ("waybill_routed_experts_rows_shipped", "Rows sent or kept for a claim.", "routed_experts_rows_shipped"),
     ("waybill_routed_experts_bytes_shipped", "Their bytes, compact.", "routed_experts_bytes_shipped"),

@@ -11,9 +11,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ..io_struct import OutputBatch, OutputReply
+from ..io_struct import OutputBatch
 from ..ipc.curve import CurveGuard
 from ..ipc.frontend_messages import BackendMessage, FrontendMessage
+from ..ipc.output_queries import OutputReply
 from ..ipc.sockets import AsyncReceiver, Endpoint, Sender, open_socket
 from .leader_link import LeaderLink
 from .pending_replies import PendingReplies

@@ -10,8 +10,16 @@ from typing import Any
 
 import msgspec
 
-from ..io_struct import CountersReply, FetchClaimReq, GetCountersReq, OutputQuery, OutputReply
+from ..io_struct import ClaimReply, FetchClaimReq
 from ..ipc.frontend_messages import ControlReply, GetInternalStateReq
+from ..ipc.output_queries import (
+    CountersReply,
+    ExpertLoadReply,
+    GetCountersReq,
+    GetExpertLoadReq,
+    OutputQuery,
+    OutputReply,
+)
 from ..ipc.sockets import Endpoint, address_of
 from ..routing.claims import ClaimError, processor_of
 from ..routing.wire import RoutedExperts, decode
@@ -36,18 +44,20 @@ class EngineQueries:
         # Rows on their way from there to here: few at once, so that they never wait for each other in a socket's queue.
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
 
-    async def get_state(self) -> dict[str, Any]:
+    async def get_state(self, *, check_pages: bool = True) -> dict[str, Any]:
         """The leaders' states, merged, and the sums of the output processors' counters."""
-        states = await self.get_leader_states()
-        num_processors = len(self._connection.query_sockets)
-        counters = await asyncio.gather(
-            *(self._ask_processor(index, GetCountersReq) for index in range(num_processors))
-        )
-        return {**merge_states(states), **add_counters([reply for reply, _ in counters])}
+        states = await self.get_leader_states(check_pages=check_pages)
+        return {**merge_states(states), **add_counters(await self._ask_processors(GetCountersReq))}
 
-    async def get_leader_states(self) -> list[ControlReply]:
-        """What each leader says of itself, between two of its steps."""
-        return await asyncio.gather(*map(self._ask_leader, range(self._dp_size)))
+    async def get_leader_states(self, *, check_pages: bool = True) -> list[ControlReply]:
+        """What each leader says of itself, between two of its steps. An idle one checks its pages before, if wanted: the
+        more are cached, the longer that takes."""
+        return await asyncio.gather(*(self._ask_leader(rank, check_pages) for rank in range(self._dp_size)))
+
+    async def get_expert_loads(self) -> list[ExpertLoadReply]:
+        """What each output processor has counted since the last call; see `GetExpertLoadReq`."""
+        replies = await self._ask_processors(GetExpertLoadReq)
+        return [reply for reply in replies if isinstance(reply, ExpertLoadReply)]
 
     async def fetch_routed_experts(self, claim: str) -> RoutedExperts:
         """The rows behind a claim, verified.
@@ -60,19 +70,25 @@ class EngineQueries:
         processor = processor_of(claim, len(self._connection.query_sockets))
         async with self._fetches:
             reply, frames = await self._ask_processor(processor, lambda op_id: FetchClaimReq(op_id, claim))
-        assert not isinstance(reply, CountersReply)
+        assert isinstance(reply, ClaimReply)
         if reply.is_busy:
             raise OverloadedError(str(reply.error))
         if reply.meta is None:
             raise ClaimError(reply.error)
         return decode(reply.meta, frames[0])
 
-    async def _ask_leader(self, dp_rank: int) -> ControlReply:
+    async def _ask_leader(self, dp_rank: int, check_pages: bool) -> ControlReply:
         op_id = uuid.uuid4().hex
         future = self._connection.replies.expect(op_id)
-        self._connection.link.ask(dp_rank, GetInternalStateReq(op_id))
+        self._connection.link.ask(dp_rank, GetInternalStateReq(op_id, check_pages))
         reply: ControlReply = await asyncio.wait_for(future, CONTROL_TIMEOUT_S)
         return reply
+
+    async def _ask_processors(self, make: Callable[[str], OutputQuery]) -> list[OutputReply]:
+        """All of them at once."""
+        indices = range(len(self._connection.query_sockets))
+        answers = await asyncio.gather(*(self._ask_processor(index, make) for index in indices))
+        return [reply for reply, _ in answers]
 
     async def _ask_processor(
         self, processor: int, make: Callable[[str], OutputQuery]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from ..io_struct import RequestOutput
@@ -36,3 +37,22 @@ class NoObserver:
 
     def on_refusal(self, outcome: str) -> None:
         pass
+
+
+class ObserverGroup:
+    """Several as one."""
+
+    def __init__(self, observers: Sequence[RequestObserver]) -> None:
+        self._observers = observers
+
+    def on_output(self, answer: Answer, output: RequestOutput) -> None:
+        for observer in self._observers:
+            observer.on_output(answer, output)
+
+    def on_end(self, answer: Answer, outcome: str) -> None:
+        for observer in self._observers:
+            observer.on_end(answer, outcome)
+
+    def on_refusal(self, outcome: str) -> None:
+        for observer in self._observers:
+            observer.on_refusal(outcome)

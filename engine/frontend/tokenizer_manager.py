@@ -304,6 +304,6 @@ class TokenizerManager:
             async with asyncio.timeout(ABORT_TIMEOUT_S):
                 await self._at_engine.wait_for_ends(aborted)
 
-    async def get_state(self) -> dict[str, Any]:
+    async def get_state(self, *, check_pages: bool = True) -> dict[str, Any]:
         """Facts of the engine, its leaders' states, the counters of output processors and sessions."""
-        return {**self.facts, **self._sessions.counters(), **await self.queries.get_state()}
+        return {**self.facts, **self._sessions.counters(), **await self.queries.get_state(check_pages=check_pages)}

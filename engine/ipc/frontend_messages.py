@@ -45,6 +45,7 @@ class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state")
     """Ask a leader for counters and sizes; it has no number, and is answered without entering a step."""
 
     op_id: str
+    check_pages: bool = True
 
 
 class ControlReq(msgspec.Struct, frozen=True, tag="control"):

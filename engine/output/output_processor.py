@@ -43,6 +43,7 @@ from ..routing.ledger import MissingRoutesError, RouteLedger
 from ..routing.ring import RouteRing
 from ..text.tokenizer_file import load_token_decoder
 from .config import OutputProcessorConfig
+from .expert_load import ExpertLoad
 from .output_sender import OutputSender, Progress, Routes, ShipmentOrder
 from .query_server import QueryServer
 from .step_joiner import StepJoiner
@@ -81,6 +82,8 @@ class OutputProcessor:
         # One a dp rank, where routing is on: KV slots are a rank's own.
         self._ledgers: dict[int, RouteLedger] = {}
         self._reqs: dict[str, _ReqState] = {}
+        self.expert_load = ExpertLoad(num_dp_ranks)
+        self.num_output_tokens = 0
         self.num_slices = 0
         self.num_rows_filed = 0
         self.num_rows_refused = 0
@@ -99,7 +102,7 @@ class OutputProcessor:
         if geometry is None:
             return
         self._ledgers[setup.dp_rank] = RouteLedger(setup.num_pages, setup.page_size, geometry)
-        self._output_sender.geometry = geometry
+        self._output_sender.geometry = self.expert_load.geometry = geometry
         if setup.ring is not None:
             self._ring = RouteRing.attach(setup.ring.path, geometry, setup.ring.num_slots)
 
@@ -121,6 +124,7 @@ class OutputProcessor:
         for output in record.outputs:
             state = self._reqs[output.rid]
             state.num_output += len(output.token_ids)
+            self.num_output_tokens += len(output.token_ids)
             routes = None
             if state.started.options.stream_routed_experts and state.num_output and output.rid not in done:
                 routes = self.maybe_collect_routed_experts(state)
@@ -161,6 +165,7 @@ class OutputProcessor:
         num_rows = sum(segment.num_tokens for segment in record.segments)
         rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
         self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version)
+        self.expert_load.offer(record.dp_rank, rows)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
@@ -207,6 +212,7 @@ class OutputProcessor:
 
     def counters(self) -> dict[str, int]:
         return {
+            "num_output_tokens": self.num_output_tokens,
             "routed_experts_slices": self.num_slices,
             "routed_experts_rows_filed": self.num_rows_filed,
             "routed_experts_refused": self.num_rows_refused,
@@ -240,7 +246,14 @@ def main() -> None:
         context, config.records_address, OutputRecord, max_queued=MAX_QUEUED_RECORDS
     )
     output_sender.start()
-    queries = QueryServer(context, config.queries_address, claims, processor.counters, config.claim_budget_bytes)
+    queries = QueryServer(
+        context,
+        config.queries_address,
+        claims,
+        processor.counters,
+        processor.expert_load,
+        config.claim_budget_bytes,
+    )
     start_critical_thread(queries.serve, "queries")
 
     def file_records() -> None:

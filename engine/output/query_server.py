@@ -1,5 +1,6 @@
-"""Answers claims and counter questions on a ROUTER socket: the frontend's, and those of any program of this user that
-fetches rows without HTTP. What such a program sends is answered or dropped; none of it ends the thread.
+"""Answers claims, and questions for counters and the load of experts, on a ROUTER socket: the frontend's, and those of any
+program of this user that fetches rows without HTTP. What such a program sends is answered or dropped; none of it ends the
+thread.
 
 A `DEALER` sends one frame, a `REQ` socket an empty one before it; the answer has the same form. Limits: a question has at
 most `MAX_QUERY_BYTES` (libzmq closes the connection of a longer one); answers that a peer does not read are bounded in
@@ -16,9 +17,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from ..io_struct import ClaimReply, CountersReply, FetchClaimReq, OutputQuery, OutputReply
+from ..io_struct import ClaimReply, FetchClaimReq
+from ..ipc.output_queries import CountersReply, GetCountersReq, OutputQuery, OutputReply
 from ..ipc.sockets import Endpoint, open_socket
 from ..routing.claims import ClaimError, ClaimStore
+from .expert_load import ExpertLoad
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class QueryServer:
         where: Endpoint | str,
         claims: ClaimStore,
         counters: Callable[[], dict[str, int]],
+        expert_load: ExpertLoad,
         max_unread_bytes: int,
     ) -> None:
         limits: dict[int, int] = {
@@ -68,6 +72,7 @@ class QueryServer:
         self._socket = open_socket(context, zmq.ROUTER, where, bind=True, options=limits)
         self._claims = claims
         self._counters = counters
+        self._expert_load = expert_load
         self._unread = UnreadReplies(max_unread_bytes)
         self._decoder: msgspec.msgpack.Decoder[OutputQuery] = msgspec.msgpack.Decoder(OutputQuery)
         self._encoder = msgspec.msgpack.Encoder()
@@ -103,15 +108,17 @@ class QueryServer:
         try:
             return self._decoder.decode(parts[0])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"not a question (fetch_claim or get_counters): {error}") from error
+            raise ValueError(f"not a question (fetch_claim, get_counters or get_expert_load): {error}") from error
 
     def _reply(self, query: OutputQuery) -> tuple[OutputReply, list[bytes | memoryview]]:
-        if not isinstance(query, FetchClaimReq):
+        if isinstance(query, GetCountersReq):
             counters = self._counters() | {
                 "queries_malformed": self.num_malformed,
                 "query_replies_undelivered": self.num_undelivered,
             }
             return CountersReply(query.op_id, counters), []
+        if not isinstance(query, FetchClaimReq):
+            return self._expert_load.take(query.op_id), []
         try:
             routed = self._claims.get(query.claim)
         except ClaimError as error:

@@ -202,16 +202,17 @@ class Scheduler(Generic[LaunchedT]):
         """The number is all that it says."""
 
     def _on_get_internal_state(self, message: GetInternalStateReq) -> None:
+        state = self.state(check_pages=message.check_pages)
         self._endpoints.frontend.send(
-            ControlReply(message.op_id, True, state=self.state(), sync_waits=self.lockstep.stalls.waits())
+            ControlReply(message.op_id, True, state=state, sync_waits=self.lockstep.stalls.waits())
         )
 
     def _on_shutdown(self, message: ShutdownReq) -> None:
         self._serving = False
 
-    def state(self) -> dict[str, int | float | str]:
+    def state(self, *, check_pages: bool = True) -> dict[str, int | float | str]:
         """Counters and sizes of this dp rank."""
-        if self.is_idle:
+        if check_pages and self.is_idle:
             self._pages.check_integrity()
         return {
             "num_running": len(self.queues.running),

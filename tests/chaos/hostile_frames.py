@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from waybill.engine.io_struct import FetchClaimReq, GetCountersReq
+from waybill.engine.io_struct import FetchClaimReq
+from waybill.engine.ipc.output_queries import GetCountersReq
 
 from .scene import Scene
 

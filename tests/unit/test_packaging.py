@@ -13,7 +13,12 @@ import waybill
 
 ROOT = Path(__file__).parents[2]
 NOT_PACKAGED = ("tests/", "bench/", "docs/", "scripts/", "build/", ".venv/")
-ASSETS = ("py.typed", "parallel/moe/experts_bf16.cpp", "examples/tiny_moe/checkpoint/model.safetensors")
+ASSETS = (
+    "py.typed",
+    "parallel/moe/experts_bf16.cpp",
+    "examples/tiny_moe/checkpoint/model.safetensors",
+    *(f"engine/entrypoints/live_page/{name}" for name in ("page.html", "page.js", "drawing.js", "page.css")),
+)
 
 
 @pytest.fixture(scope="module")

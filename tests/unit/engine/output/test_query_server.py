@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import zmq
 
-from waybill.engine.io_struct import ClaimReply, CountersReply, FetchClaimReq, GetCountersReq, OutputReply
+from waybill.engine.io_struct import ClaimReply, FetchClaimReq
+from waybill.engine.ipc.output_queries import (
+    CountersReply,
+    GetCountersReq,
+    OutputReply,
+)
+from waybill.engine.output.expert_load import ExpertLoad
 from waybill.engine.output.query_server import MAX_QUERY_BYTES, QueryServer
 from waybill.engine.routing.claims import ClaimStore
 from waybill.engine.routing.geometry import RouteGeometry
@@ -32,7 +38,9 @@ class Service:
         self.address = f"ipc://{folder}/queries"
         claims = ClaimStore(1 << 30, 1000.0, lambda: 0.0)
         self.claim = claims.put(encode(np.zeros((NUM_ROWS, 1, 2), np.uint8), 0, GEOMETRY, [("v", 0, NUM_ROWS)]))
-        self.server = QueryServer(self.context, self.address, claims, lambda: {"slices": 7}, max_unread_bytes)
+        self.server = QueryServer(
+            self.context, self.address, claims, lambda: {"slices": 7}, ExpertLoad(), max_unread_bytes
+        )
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()

@@ -46,6 +46,7 @@ class OneOf:
 
 # What fits the messages to the ranks.
 Count = Annotated[Number, Field(ge=0, lt=2**31)]
+NumBytes = Annotated[Number, Field(ge=0)]
 Port = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1, lt=2**16)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_utf8)]
 
@@ -175,16 +176,20 @@ class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weig
 
 
 class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update_weights_from_distributed"):
-    """Tensors that the trainer broadcasts, one each in this order, or all in one ("flattened_bucket")."""
+    """Tensors that the trainer broadcasts, one each in this order, all in one ("flattened_bucket"), or (`packed_bytes`) as many
+    in one as come to more than that. None are the end of an update that brought some."""
 
     names: Items[Name]
     dtypes: Items[Name]
     shapes: Items[Items[Count]]
     group_name: Name = DEFAULT_GROUP
     load_format: Name | None = None
+    packed_bytes: NumBytes = 0
 
     def check(self) -> None:
         check_choice("load_format", self.load_format or "auto", LOAD_FORMATS)
+        if self.packed_bytes and self.load_format not in (None, "auto"):
+            raise FieldError("packed_bytes: goes with load_format 'auto'", "packed_bytes")
 
 
 class UpdateWeightVersion(Operation, frozen=True, tag="update_weight_version"):

@@ -54,8 +54,6 @@ def parse_specs(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Se
         raise ValueError(
             f"names, dtypes, shapes: have {len(names)}, {len(dtypes)}, {len(shapes)} entries; must be equal"
         )
-    if not names:
-        raise ValueError("names: must not be empty")
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(f"names: {twice!r} stands twice")

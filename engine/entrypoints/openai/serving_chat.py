@@ -16,7 +16,7 @@ from ...frontend.cumulative_answer import CumulativeAnswer
 from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput
 from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
-from . import serving
+from . import extensions, serving
 from .chat_answer import ChatAnswer
 from .chat_prompt import ChatPrompt, render_ids
 from .logprobs import chat_logprobs
@@ -59,7 +59,7 @@ class ChatServing:
             to_generate=to_generate,
             answer=lambda prepared, answers: self._answer(body, head, prompts[0], prepared, answers),
             stream=lambda prepared: self._stream(body, head, prompts[0], prepared),
-            is_costly=body.logprobs or body.return_token_ids,
+            is_costly=body.logprobs or body.has_extras,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
@@ -78,9 +78,10 @@ class ChatServing:
             fields["sampling_params"]["json_schema"] = body.calls_schema()
         fields |= {
             "input_ids": ids,
-            "return_logprob": body.logprobs,
-            "top_logprobs_num": body.top_logprobs or 0,
+            **body.logprob_fields(asked=body.logprobs, num_top=body.top_logprobs or 0),
         }
+        if body.bad_words:
+            extensions.ban(body.bad_words, fields["sampling_params"], self._manager.text)
         return prompt.to_generate(fields, self._manager.text), prompt
 
     def _rendered_ids(self, body: ChatCompletionRequest) -> list[int]:
@@ -108,7 +109,10 @@ class ChatServing:
         answers: list[Answer],
     ) -> dict[str, Any]:
         choices = []
+        of_prompt: dict[str, Any] = {}
         for index, answer in enumerate(answers):
+            extras: dict[str, Any] = {}
+            extensions.add_extras(body, answer, body.top_logprobs or 0, extras, of_prompt)
             read = ChatAnswer(prompt.reader())
             choice = {
                 "index": index,
@@ -118,8 +122,8 @@ class ChatServing:
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
             }
-            choices.append(choice | self._choice_extras(body, answer))
-        content = head.make(choices=choices, usage=serving.usage_of(answers, body.n))
+            choices.append(choice | extras | self._choice_extras(body, answer))
+        content = head.make(choices=choices, usage=serving.usage_of(answers, body.n), **of_prompt)
         if body.return_token_ids:
             content["prompt_token_ids"] = prepared.samples[0].input_ids.tolist()
         if body.return_routed_experts:
@@ -129,8 +133,6 @@ class ChatServing:
     @staticmethod
     def _choice_extras(body: ChatCompletionRequest, answer: Answer) -> dict[str, Any]:
         extras: dict[str, Any] = {}
-        if body.return_token_ids:
-            extras["token_ids"] = answer["output_ids"]
         if body.return_meta_info:
             extras["meta_info"] = meta_info(answer)
         if body.return_routed_experts and body.n > 1:

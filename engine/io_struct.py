@@ -81,7 +81,7 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     return_text_in_logprobs: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
-    # "int32" and "npy" have the rows that readers of the dialects count on, "compact" those of every token that was an input.
+    # "int32" and "npy" have the rows that readers of the dialects count on, "compact" those of all tokens that were inputs.
     routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     # "reference" leaves the rows with the output processor and answers with a claim.
     routed_experts_delivery: Literal["inline", "reference"] = "inline"

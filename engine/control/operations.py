@@ -176,8 +176,8 @@ class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weig
 
 
 class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update_weights_from_distributed"):
-    """Tensors that the trainer broadcasts, one each in this order, all in one ("flattened_bucket"), or (`packed_bytes`) as many
-    in one as come to more than that. None are the end of an update that brought some."""
+    """Tensors that the trainer broadcasts, one each in this order, all in one ("flattened_bucket"), or (`packed_bytes`) as
+    many in one as come to more than that. No tensors are the end of an update that brought some."""
 
     names: Items[Name]
     dtypes: Items[Name]

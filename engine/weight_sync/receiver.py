@@ -85,9 +85,7 @@ class WeightReceiver:
             ValueError: the update does not fit the model; nothing was read.
         """
         if isinstance(op, UpdateWeightsFromDistributed):
-            specs = parse_specs(op.names, op.dtypes, op.shapes)
-            if not specs and not op.is_last:
-                raise ValueError("names: must not be empty, but with is_last")
+            specs = parse_specs(op.names, op.dtypes, op.shapes, may_be_empty=op.is_last)
             check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
             self._check_dtypes(specs)
             group = self._groups.get(op.group_name)

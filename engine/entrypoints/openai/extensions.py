@@ -42,7 +42,9 @@ def cut_tops(answer: Answer, num_top: int) -> None:
             meta[name] = [None if top is None else top[:num_top] for top in meta[name]]
 
 
-def add_extras(body: OpenAIRequest, answer: Answer, num_top: int, choice: dict[str, Any], place: dict[str, Any]) -> None:
+def add_extras(
+    body: OpenAIRequest, answer: Answer, num_top: int, choice: dict[str, Any], place: dict[str, Any]
+) -> None:
     """What was asked for in vLLM's words: in the choice, and in `place` what is of its prompt."""
     if body.prompt_logprobs is not None:
         place["prompt_logprobs"] = prompt_logprobs(answer, body.prompt_logprobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -13,9 +14,10 @@ from starlette.responses import Response
 from ...chat_formats.formats import ChatFormats
 from ...frontend.chat_template import ChatTemplate
 from ...frontend.cumulative_answer import CumulativeAnswer
-from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput
+from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
 from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
+from ..responses import encode_json
 from . import extensions, serving
 from .chat_answer import ChatAnswer
 from .chat_prompt import ChatPrompt, render_ids
@@ -23,6 +25,12 @@ from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head
 
+# Sampling parameters of both requests.
+RENDERED_NAMES = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("stop", "stop_token_ids", "ignore_eos", "logit_bias", "min_tokens", "seed", "include_stop_str_in_output"),
+    *("allowed_token_ids", "bad_words", "prompt_logprobs", "routed_experts_prompt_start"),
+)
 # What a template takes for a message.
 MESSAGE_COST_US = 50.0
 
@@ -62,6 +70,29 @@ class ChatServing:
             is_costly=body.logprobs or body.has_extras,
         )
         return await serving.respond(self._manager, body, http, endpoint)
+
+    async def render(self, body: ChatCompletionRequest, http: Request) -> Response:
+        """The prompt's ids and the parameters in vLLM's words, as `/inference/v1/generate` takes them."""
+        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        ids = body.input_ids
+        if ids is None:
+            cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * http.state.body_bytes
+            ids = await self._manager.work_threads.run(cost_us, partial(self._rendered_ids, body))
+        # The engine's own checks, of all fields.
+        fields = body.generate_fields(asked)
+        parse_generate_request({**fields, "input_ids": ids})
+        params = {name: getattr(body, name) for name in RENDERED_NAMES}
+        params |= {"max_tokens": asked, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+        content = {
+            "request_id": body.rid or body.request_id or uuid.uuid4().hex,
+            "token_ids": list(map(int, ids)),
+            "features": None,
+            "sampling_params": {name: value for name, value in params.items() if value is not None},
+            "model": body.model or self._model_name,
+            "cache_salt": body.cache_salt,
+            "priority": body.priority,
+        }
+        return await encode_json(content, large=True)
 
     async def _to_generate(self, body: ChatCompletionRequest, num_bytes: int) -> tuple[GenerateReqInput, ChatPrompt]:
         ids = body.input_ids

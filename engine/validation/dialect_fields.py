@@ -111,6 +111,7 @@ VLLM_SAMPLING: Neutral = {
         "logprob_token_ids",
         "repetition_detection",
         "return_token_offsets",
+        "return_tokens_as_token_ids",
         "structured_outputs",
         "truncate_prompt_tokens",
         "truncation_side",
@@ -132,7 +133,7 @@ VLLM_GENERATE_SAMPLING: Neutral = {
         for name in ("logprob_token_ids", "repetition_detection", "thinking_token_budget", "watermarking")
     },
     **off("extra_args", "prompt_logprob_start", "prompt_logprob_token_ids", "skip_reading_prefix_cache"),
-    **off("trace_decode_token_ids"),
+    **off("structured_outputs", "trace_decode_token_ids"),
 }
 # How values are written that this server writes in one way.
 VLLM_SAMPLING_IGNORED = (

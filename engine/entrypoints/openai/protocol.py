@@ -263,7 +263,7 @@ class ChatCompletionRequest(OpenAIRequest):
     def _check_chat(self) -> Self:
         if not self.messages and self.input_ids is None:
             raise FieldError("messages: must have at least one message, or input_ids must be given", "messages")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs: needs logprobs=true", "top_logprobs")
         self._check_tools()
         if self.continue_final_message:

@@ -282,7 +282,7 @@ def test_a_trainer_of_vllm_drives_a_server(
     assert np.array_equal(raw, rows)
 
     num_ranks = http.get("/get_world_size").json()["world_size"]
-    port = free_port()
+    port = free_port("127.0.0.1")
     init = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": num_ranks + 1}
     info = {
         "names": list(other),

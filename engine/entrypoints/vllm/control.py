@@ -171,7 +171,7 @@ def add_pause_routes(router: APIRouter, manager: TokenizerManager) -> None:
         reply = await controls.run(FlushCache())
         if resets_running and not was_paused:
             await controls.run(ContinueGeneration())
-        return Response() if reply.success else refused(reply)
+        return json_response({"success": True}) if reply.success else refused(reply)
 
 
 def add_weight_routes(router: APIRouter, manager: TokenizerManager) -> None:

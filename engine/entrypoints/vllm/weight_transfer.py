@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pydantic import Field
 
 from ...control.operations import (
     DEFAULT_GROUP,
@@ -36,6 +36,10 @@ class InitInfo(RequestModel):
     master_port: Port
     rank_offset: Count
     world_size: Count
+    # Newer trainers say it here for all updates, not in each.
+    packed: bool = False
+    packed_buffer_size_bytes: Number = Field(PACKED_BYTES, ge=1)
+    packed_num_buffers: Number = 2
 
 
 class UpdateInfo(RequestModel):
@@ -51,7 +55,8 @@ class UpdateInfo(RequestModel):
     # How many wait at the sender and at the receiver; these wait for nobody.
     packed_num_buffers: Number = 2
 
-    def operation(self) -> UpdateWeightsFromDistributed:
+    def operation(self, packed_bytes: int) -> UpdateWeightsFromDistributed:
+        """With what the group was made with, where the update does not say it."""
         if self.packed_buffer_size_bytes < 1:
             raise FieldError(
                 f"packed_buffer_size_bytes={self.packed_buffer_size_bytes}: must be at least 1",
@@ -61,7 +66,7 @@ class UpdateInfo(RequestModel):
             self.names,
             self.dtype_names,
             self.shapes,
-            packed_bytes=self.packed_buffer_size_bytes if self.packed else 0,
+            packed_bytes=self.packed_buffer_size_bytes if self.packed else packed_bytes,
             flush_cache=False,
         )
 
@@ -72,15 +77,17 @@ class WeightTransfer:
 
     def __init__(self, manager: TokenizerManager) -> None:
         self._manager = manager
+        self._packed_bytes = 0
 
     async def join(self, info: InitInfo) -> ControlReply:
         """The group; one of before is left, since a trainer that starts again does not say goodbye."""
         await self._manager.controls.run(DestroyWeightsUpdateGroup())
-        fields: dict[str, Any] = dict(info)
-        return await self._manager.controls.run(InitWeightsUpdateGroup(**fields))
+        self._packed_bytes = info.packed_buffer_size_bytes if info.packed else 0
+        operation = InitWeightsUpdateGroup(info.master_address, info.master_port, info.rank_offset, info.world_size)
+        return await self._manager.controls.run(operation)
 
     async def receive(self, info: UpdateInfo) -> ControlReply:
-        return await self._manager.controls.run(info.operation())
+        return await self._manager.controls.run(info.operation(self._packed_bytes))
 
     async def load(self, folder: str) -> ControlReply:
         """A checkpoint that every rank can open."""

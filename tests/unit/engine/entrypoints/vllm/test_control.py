@@ -108,6 +108,15 @@ def test_trl_async_grpo(http: TestClient, engine: Engine) -> None:
     ]
 
 
+def test_trl_with_a_newer_vllm(http: TestClient, engine: Engine) -> None:
+    """trl 1.16, generation/vllm_client.py: `packed` stands in the init info."""
+    init = {**INIT, "packed": True, "packed_buffer_size_bytes": 500}
+    assert http.post("/init_weight_transfer_engine", json={"init_info": init}).status_code == 200
+    assert http.post("/update_weights", json={"update_info": TENSORS}).status_code == 200
+    assert engine.done[-1].packed_bytes == 500
+    assert http.post("/reset_prefix_cache").json() == {"success": True}
+
+
 def test_skyrl(http: TestClient, engine: Engine) -> None:
     """skyrl/backends/skyrl_train/inference_servers/remote_inference_client.py."""
     assert http.request("GET", "/get_world_size", json={}).json() == {"world_size": 4}

@@ -111,7 +111,6 @@ VLLM_SAMPLING: Neutral = {
         "logprob_token_ids",
         "repetition_detection",
         "return_token_offsets",
-        "return_tokens_as_token_ids",
         "structured_outputs",
         "truncate_prompt_tokens",
         "truncation_side",

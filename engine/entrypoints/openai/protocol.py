@@ -87,6 +87,8 @@ class OpenAIRequest(RequestModel):
     bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     return_token_ids: bool = False
+    # Log-probabilities name a token `token_id:7`, not by its text.
+    return_tokens_as_token_ids: bool = False
     # Given, each choice has its routes in vLLM's form.
     routed_experts_prompt_start: Annotated[Number, Field(ge=0)] | None = None
     json_schema: str | dict[str, Any] | None = None

@@ -148,7 +148,9 @@ class ChatServing:
             choice = {
                 "index": index,
                 "message": read.message(answer["text"]),
-                "logprobs": chat_logprobs(answer, self._manager.text) if body.logprobs else None,
+                "logprobs": chat_logprobs(answer, self._manager.text, as_ids=body.return_tokens_as_token_ids)
+                if body.logprobs
+                else None,
                 "finish_reason": read.finish_reason(serving.finish_reason(answer)),
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
@@ -228,7 +230,7 @@ class ChatServing:
         found = read.push(answer["text"], is_last=reason is not None)
         fields: dict[str, Any] = {}
         if body.logprobs:
-            fields["logprobs"] = chat_logprobs(answer, self._manager.text)
+            fields["logprobs"] = chat_logprobs(answer, self._manager.text, as_ids=body.return_tokens_as_token_ids)
         if body.return_token_ids:
             fields["token_ids"] = answer["output_ids"]
         if not found and (fields or reason is not None):

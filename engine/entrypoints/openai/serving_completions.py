@@ -97,6 +97,7 @@ class CompletionServing:
             self._manager.text,
             skip_special_tokens=sample.output_options.skip_special_tokens,
             prompt_ids=sample.input_ids.tolist() if body.echo else None,
+            as_ids=body.return_tokens_as_token_ids,
         )
 
     async def _stream(

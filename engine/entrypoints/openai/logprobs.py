@@ -42,6 +42,10 @@ class CompletionLogprobs:
             triples = [*prompt, *triples]
             tops = [*meta.get("input_top_logprobs", []), *tops]
             self._prompt_offsets = None
+        if self._as_ids:
+            # As in vLLM the token itself is one of them, also where no others were asked for.
+            padded = [*tops, *[[]] * (len(triples) - len(tops))]
+            tops = [None if own[0] is None else [own, *(top or [])] for own, top in zip(triples, padded, strict=True)]
         return {
             "tokens": [self._name(token) for _, token, _ in triples],
             "token_logprobs": [logprob for logprob, _, _ in triples],

@@ -28,6 +28,7 @@ from .response_format import ResponseFormat
 from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 100
 MAX_BAD_WORDS = 64
 # Fields of a chat that a template is told.
 TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message"}
@@ -85,7 +86,7 @@ class OpenAIRequest(RequestModel):
     include_stop_str_in_output: bool = False
     allowed_token_ids: Items[Number] | None = None
     bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
-    prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     return_token_ids: bool = False
     # Log-probabilities name a token `token_id:7`, not by its text.
     return_tokens_as_token_ids: bool = False

@@ -11,7 +11,7 @@ from ...validation import dialect_fields
 from ...validation.field_error import FieldError
 from ...validation.request_model import Items, Name, Number, Real, RequestModel
 from ...validation.token_ids import NESTED_SCHEMA, Ids, as_ids
-from ..openai.protocol import MAX_BAD_WORDS, MAX_TOP_LOGPROBS, StreamOptions
+from ..openai.protocol import MAX_BAD_WORDS, MAX_PROMPT_LOGPROBS, MAX_TOP_LOGPROBS, StreamOptions
 
 # vLLM's names of a sample's parameters, and the native ones.
 RENAMED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
@@ -46,7 +46,7 @@ class VllmSamplingParams(RequestModel):
     allowed_token_ids: Items[Number] | None = None
     bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     routed_experts_prompt_start: Annotated[Number, Field(ge=0)] = 0
 
     def native(self, max_new_tokens: int) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: dict[int, float] = {}
+    # Nothing else is sampled; (): anything.
+    allowed_token_ids: tuple[int, ...] = ()
     # The frontend draws one where the caller gives none, so that a retracted request samples the same tokens again.
     sampling_seed: int = 0
     # For llguidance; "": anything goes. It begins behind the first token `grammar_begins_after`, or (-1) at once.
@@ -78,8 +80,8 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     return_text_in_logprobs: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
-    # "int32" has the rows that readers of the dialect count on, "compact" those of every token that was an input.
-    routed_experts_format: Literal["int32", "compact"] = "int32"
+    # "int32" and "npy" have the rows that readers of the dialects count on, "compact" those of all tokens that were inputs.
+    routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     # "reference" leaves the rows with the output processor and answers with a claim.
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     # Every output of a stream carries the rows that became available since the last one.

@@ -47,6 +47,7 @@ class OneOf:
 
 # What fits the messages to the ranks.
 Count = Annotated[Number, Field(ge=0, lt=2**31)]
+NumBytes = Annotated[Number, Field(ge=0)]
 Port = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1, lt=2**16)]
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_utf8)]
 
@@ -207,8 +208,9 @@ class UpdateWeightsFromTensor(PartialWeightUpdate, frozen=True, tag="update_weig
 
 
 class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update_weights_from_distributed"):
-    """Tensors that the trainer broadcasts, one each in this order, or all in one ("flattened_bucket"), or what has changed
-    of them in one ("delta"), of which `delta` is the manifest, in JSON."""
+    """Tensors that the trainer broadcasts: one each in this order, all in one ("flattened_bucket"), or (`packed_bytes`) as
+    many in one as come to more than that; or what has changed of them, in one ("delta"), of which `delta` is the manifest,
+    in JSON. No tensors are the end of an update that brought some."""
 
     names: Items[Name]
     dtypes: Items[Name]
@@ -216,11 +218,14 @@ class UpdateWeightsFromDistributed(PartialWeightUpdate, frozen=True, tag="update
     group_name: Name = DEFAULT_GROUP
     load_format: Name | None = None
     delta: str | None = None
+    packed_bytes: NumBytes = 0
 
     def check(self) -> None:
         self.check_format(self.load_format, LOAD_FORMATS)
         if (self.load_format == "delta") != (self.delta is not None):
             raise FieldError("delta: a manifest goes with load_format 'delta', and with nothing else", "delta")
+        if self.packed_bytes and self.load_format not in (None, "auto"):
+            raise FieldError("packed_bytes: goes with load_format 'auto'", "packed_bytes")
 
 
 class UpdateWeightVersion(Operation, frozen=True, tag="update_weight_version"):

@@ -28,6 +28,9 @@ from .origin_guard import AllowedHosts, OriginGuard
 from .request_guard import RequestGuard
 from .service_metrics import ServiceMetrics
 from .update_sessions import update_sessions_router
+from .vllm.control import vllm_control_router
+from .vllm.token_serving import token_router
+from .vllm.trl import trl_router
 
 
 def make_app(
@@ -79,9 +82,16 @@ def make_app(
     async def create_completion(body: CompletionRequest, http: Request) -> Response:
         return await completions.create(body, http)
 
+    @openai.post("/v1/chat/completions/render", include_in_schema=False)
+    async def render_chat(body: ChatCompletionRequest, http: Request) -> Response:
+        return await chat.render(body, http)
+
     app.include_router(openai)
     if live_feed is not None:
         app.include_router(page_router(live_feed))
     app.include_router(update_sessions_router(manager, bodies))
+    app.include_router(vllm_control_router(manager, bodies))
+    app.include_router(token_router(manager, bodies, model_name))
+    app.include_router(trl_router(manager, bodies, template))
     app.include_router(not_served_router())
     return app

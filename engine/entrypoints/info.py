@@ -79,6 +79,8 @@ def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_healt
     """Routes that say by their status how the engine is."""
 
     # Load balancers ask the head alone, and SageMaker's asks for a ping.
+    # TRL's client writes a slash at the end.
+    @router.get("/health/", include_in_schema=False)
     @router.head("/health", include_in_schema=False)
     @router.get("/health")
     @router.get("/ping", include_in_schema=False)

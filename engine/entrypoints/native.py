@@ -283,7 +283,8 @@ def detokenized(body: DetokenizeInput, codec: TextCodec, vocab_size: int) -> byt
         if len(bad):
             raise FieldError(f"tokens: {bad[0]} is no token, ids lie in 0 .. {vocab_size - 1}", "tokens")
         texts.append(codec.decode(ids, skip_special_tokens=body.skip_special_tokens))
-    return msgspec.json.encode({"text": texts if nested else texts[0]})
+    # `prompt` is what vLLM's clients read.
+    return msgspec.json.encode(dict.fromkeys(("text", "prompt"), texts if nested else texts[0]))
 
 
 def refused_event(request: GenerateReqInput, message: str) -> dict[str, Any]:

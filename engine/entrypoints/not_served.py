@@ -71,19 +71,32 @@ SGLANG: Mapping[str, str] = {
 }
 # `trl vllm-serve`; its client writes a slash at the end.
 TRL: Mapping[str, str] = {
-    "/chat": CHAT,
-    "/get_world_size": "/server_info has num_gpus, the number of ranks",
+    "/get_sequence_logprobs": "use /inference/v1/generate with prompt_logprobs",
     "/init_communicator": TRAINER,
     "/update_named_param": TRAINER,
     "/batch_update_named_params": TRAINER,
     "/close_communicator": "use /destroy_weights_update_group",
-    "/reset_prefix_cache": "use /flush_cache",
+}
+# vLLM 0.22, prime-rl's and SkyRL's servers.
+VLLM: Mapping[str, str] = {
+    "/start_draft_weight_update": "there is no draft model; use /start_weight_update",
+    "/weight_checker": "use /weights_checker",
+    "/reset_mm_cache": "this server takes text and token ids alone",
+    "/reset_encoder_cache": "this server takes text and token ids alone",
+    "/init_broadcaster": "its NCCL communicator is made from what a trainer pickles; let prime-rl write the weights to "
+    "files (weight_broadcast.type 'filesystem'), which /update_weights takes with weight_dir",
+    "/fetch_weights": "use /update_weights_from_disk",
+    "/finish_session": "sessions hold no state",
+    "/scale_elastic_ep": "the number of ranks is set at the start",
+    "/v1/completions/render": "use /tokenize",
+    **dict.fromkeys(("/v1/chat/completions/derender", "/v1/completions/derender"), "use /detokenize"),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/skyrl/v1/load_lora_adapter"), ADAPTERS),
 }
 NOT_SERVED: Mapping[str, str] = {
     **SGLANG,
     **TRL,
     **{f"{path}/": hint for path, hint in TRL.items()},
-    "/generate/": "use /generate, without the slash at the end",
+    **VLLM,
 }
 
 

@@ -12,7 +12,7 @@ from .errors import error_response
 from .http_limits import HttpLimits
 
 # Asked by load balancers and scrapers, which hold no key.
-OPEN_PATHS = ("/health", "/metrics", "/ping", "/ready")
+OPEN_PATHS = ("/health", "/health/", "/metrics", "/ping", "/ready")
 
 
 class RequestGuard:

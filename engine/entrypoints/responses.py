@@ -140,7 +140,7 @@ class PiecewiseResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def encode_json(content: Any, *, large: bool, on_sent: Callable[[], None]) -> Response:
+async def encode_json(content: Any, *, large: bool, on_sent: Callable[[], None] | None = None) -> Response:
     """A JSON answer; a large one is encoded on a thread and sent in pieces, so that other streams go on. `on_sent` as for a
     `PiecewiseResponse`; a small one has nothing that anybody counts on."""
     if not large:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..io_struct import FinishReason, Logprobs, RequestOutput
-from ..routing.wire import RoutedExperts, to_base64
+from ..routing.wire import RoutedExperts, to_base64, to_npy_base64
 from .answer_logprobs import AnswerLogprobs, TokenText
 from .generate_request import SampleRequest
 
@@ -118,27 +118,30 @@ class Answer:
         """Rows in the asked form beside their envelope, a claim in their place, or the reason why there are none."""
         envelope = last.routed_experts
         reason = last.finish_reason
-        is_int32 = self._options.routed_experts_format == "int32"
-        if reason is not None and reason.type == "abort" and not self.completion_tokens and is_int32:
-            # Readers of this form count on the rows of all tokens but the last, or on none.
+        form = self._options.routed_experts_format
+        if reason is not None and reason.type == "abort" and not self.completion_tokens and form != "compact":
+            # Readers of these forms count on the rows of all tokens but the last, or on none.
             return {}
         if envelope is None:
             return {"routed_experts": None, "routed_experts_error": last.routed_experts_error}
         fields: dict[str, Any] = {
             "routed_experts_meta": msgspec.to_builtins(envelope),
             "routed_experts_start_len": envelope.start,
-            "routed_experts_dtype": "int32" if is_int32 else envelope.dtype,
+            "routed_experts_dtype": "int32" if form == "int32" else envelope.dtype,
         }
         if self._shared_prefix is not None:
             fields["routed_experts_prefix"] = asdict(self._shared_prefix)
         if last.routed_experts_claim is not None:
             return fields | {"routed_experts_claim": last.routed_experts_claim}
         assert self._routed is not None
-        if self._form == "array" and not is_int32:
+        if self._form == "array" and form == "compact":
             return fields | {"routed_experts": self._routed.rows}
         # Encoding 32k rows takes a quarter of a second: not on the event loop.
-        num_layers = self._num_layers_total if is_int32 else None
-        encoded = await asyncio.to_thread(to_base64, self._routed, num_layers)
+        if form == "npy":
+            encoded = await asyncio.to_thread(to_npy_base64, self._routed, self._num_layers_total)
+        else:
+            num_layers = self._num_layers_total if form == "int32" else None
+            encoded = await asyncio.to_thread(to_base64, self._routed, num_layers)
         return fields | {"routed_experts": as_json(encoded) if self._form == "json" else encoded.decode("ascii")}
 
 

@@ -91,6 +91,15 @@ class EngineControls:
             check_address(operation.master_address, self._trainer_hosts)
         return await self._send(operation)
 
+    async def pause_when_idle(self) -> ControlReply:
+        """Pause behind the end of what runs; what comes meanwhile waits.
+
+        Raises:
+            NotDrainedError: it did not end in time.
+        """
+        async with self._gate.closed(drain=True):
+            return await self._send(PauseGeneration("in_place"))
+
     async def _send(self, operation: ControlOperation) -> ControlReply:
         op_id = uuid.uuid4().hex
         future = self._replies.expect(op_id)

@@ -73,7 +73,7 @@ class GenerateReqInput(RequestModel):
     return_routed_experts: bool | PerPrompt[bool] = False
     # Checked only where routes are asked for.
     routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
-    routed_experts_format: Literal["int32", "compact"] = "int32"
+    routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
     return_text_in_logprobs: bool = False

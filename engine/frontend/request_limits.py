@@ -72,7 +72,8 @@ def resolve_max_new_tokens(params: SamplingParamsInput, num_prompt: int, limits:
 
 
 def check_sampling(params: SamplingParamsInput, limits: EngineLimits) -> None:
-    for name, ids in (("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids or [])):
+    lists = {name: getattr(params, name) or [] for name in ("logit_bias", "stop_token_ids", "allowed_token_ids")}
+    for name, ids in lists.items():
         bad = [token for token in ids if not 0 <= token < limits.vocab_size]
         if bad:
             raise FieldError(f"{name}: {bad[0]} is no token, ids lie in 0 .. {limits.vocab_size - 1}", name)

@@ -19,6 +19,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 4096
+MAX_ALLOWED_TOKEN_IDS = 4096
 # Scores stay finite numbers of float32, also when they are divided by the lowest temperature that is not greedy.
 MAX_LOGIT_BIAS_VALUE = 1e30
 MIN_REPETITION_PENALTY = 0.01
@@ -72,6 +73,7 @@ class SamplingParamsInput(RequestModel):
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     logit_bias: Annotated[dict[Number, Real], BeforeValidator(check_size)] | None = None
+    allowed_token_ids: Annotated[Items[Number], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
     # As in other engines, -1 means none.
     sampling_seed: Annotated[Number, Field(ge=-1, le=MAX_SEED), AfterValidator(none_if_off)] | None = None
     n: Number = Field(1, ge=1, le=MAX_SAMPLES)
@@ -168,5 +170,6 @@ def make_sampling_params(params: SamplingParamsInput, max_new_tokens: int, seed:
         stop_token_ids=tuple(params.stop_token_ids or ()),
         ignore_eos=params.ignore_eos,
         logit_bias=params.logit_bias or {},
+        allowed_token_ids=tuple(params.allowed_token_ids or ()),
         sampling_seed=seed,
     )

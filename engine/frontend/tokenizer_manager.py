@@ -262,6 +262,10 @@ class TokenizerManager:
         """Why the engine holds every request, as it said last."""
         return self._gate.blocked
 
+    @property
+    def is_paused(self) -> bool:
+        return self._gate.is_paused
+
     def why_requests_wait(self) -> str | None:
         """Why a request that comes now would wait or be refused; None if it would run."""
         return self._gate.obstacle
@@ -303,6 +307,22 @@ class TokenizerManager:
         with suppress(TimeoutError):
             async with asyncio.timeout(ABORT_TIMEOUT_S):
                 await self._at_engine.wait_for_ends(aborted)
+
+    async def abort_exactly(self, rids: Sequence[str] | None) -> int:
+        """Abort the requests that have these names, all their samples, or (None) everybody; how many there were. Returns
+        when the engine has let go of them, as `abort_and_wait`."""
+        at_engine = self._at_engine.matching("")
+        if rids is None:
+            await self.abort_and_wait(abort_all=True)
+            return len(at_engine)
+        # A sample of several is called as its request, with its number behind it.
+        asked = {rid for rid in at_engine if rid in rids or rid.rpartition("_")[0] in rids}
+        for rid in asked:
+            self._at_engine.abort(rid)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                await self._at_engine.wait_for_ends(asked)
+        return len(asked)
 
     async def get_state(self, *, check_pages: bool = True) -> dict[str, Any]:
         """Facts of the engine, its leaders' states, the counters of output processors and sessions."""

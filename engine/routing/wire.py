@@ -6,6 +6,7 @@ Legend: R rows (tokens as inputs), M MoE layers, L all layers, K experts per tok
 from __future__ import annotations
 
 import base64
+import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,32 @@ def to_base64(routed: RoutedExperts, num_layers_total: int | None = None) -> byt
             block = wide
         pieces.append(base64.b64encode(raw_bytes(block)))
     return b"".join(pieces)
+
+
+def to_npy_base64(routed: RoutedExperts, num_layers_total: int) -> bytes:
+    """An array [R, L, K] of the rows' own dtype over all layers, dense ones as zeros, as numpy's file format has it.
+
+    Works block by block, as `to_base64`.
+    """
+    meta = routed.meta
+    head = io.BytesIO()
+    shape = (meta.rows, num_layers_total, meta.top_k)
+    dtype = routed.rows.dtype
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    # Behind the head the bytes of a block need not begin at a multiple of three.
+    pieces, rest = [], head.getvalue()
+    block_rows = max(1, BLOCK_BYTES // (num_layers_total * meta.top_k * dtype.itemsize))
+    for first in range(0, meta.rows, block_rows):
+        block = routed.rows[first : first + block_rows]
+        wide = np.zeros((len(block), num_layers_total, meta.top_k), dtype=dtype)
+        wide[:, meta.layer_ids] = block
+        data = rest + wide.tobytes()
+        whole = len(data) - len(data) % 3
+        pieces.append(base64.b64encode(data[:whole]))
+        rest = data[whole:]
+    return b"".join([*pieces, base64.b64encode(rest)])
 
 
 def stitch(existing: np.ndarray, start: int, delta: np.ndarray) -> np.ndarray:

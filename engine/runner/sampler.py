@@ -129,7 +129,7 @@ def allow(scores: torch.Tensor, masks: Sequence[Mask | None]) -> torch.Tensor:
 
 
 def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Penalties, bias and the ban on early stops: scores [B, V], copied when anything changes.
+    """Penalties, bias, what is allowed and the ban on early stops: scores [B, V], copied when anything changes.
 
     Nothing here turns NaN or an infinite score into a finite one.
     """
@@ -139,7 +139,7 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         # A grammar that has ended leaves no other choice.
         may_end = row.position >= params.min_new_tokens or (row.constraint is not None and row.constraint.has_ended)
         banned = () if may_end else row.stop_ids
-        if row.output_counts is None and not params.logit_bias and not banned:
+        if row.output_counts is None and not params.logit_bias and not params.allowed_token_ids and not banned:
             continue
         if adjusted is scores:
             adjusted = scores.clone()
@@ -154,6 +154,10 @@ def _adjust(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         if params.logit_bias:
             ids = to_device(list(params.logit_bias), line.device)
             line[ids] += to_device(list(params.logit_bias.values()), line.device)
+        if params.allowed_token_ids:
+            others = torch.full_like(line, -torch.inf)
+            others[to_device(list(params.allowed_token_ids), line.device)] = 0.0
+            line += others
         if banned:
             # Added, not filled in: NaN stays NaN.
             line[to_device(banned, line.device)] += -torch.inf

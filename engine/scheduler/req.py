@@ -136,7 +136,7 @@ class Req:
     def plain(self) -> PlainSampling | None:
         """What its tokens are sampled by, where that is no more than a temperature."""
         params = self.params
-        is_adjusted = params.has_penalties or bool(params.logit_bias)
+        is_adjusted = params.has_penalties or bool(params.logit_bias) or bool(params.allowed_token_ids)
         if is_adjusted or params.is_filtered or params.grammar or self.options.top_logprobs_num:
             return None
         return PlainSampling(

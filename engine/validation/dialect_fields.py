@@ -103,7 +103,51 @@ SAMPLING: Neutral = {
     "stop_str_max_len": (0,),
     "stop_regex_max_len": (0,),
 }
+# Of vLLM's requests (0.22) what is not known under the same name above.
+VLLM_SAMPLING: Neutral = {
+    **off(
+        "ec_transfer_params",
+        "kv_transfer_params",
+        "logprob_token_ids",
+        "repetition_detection",
+        "return_token_offsets",
+        "structured_outputs",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "use_beam_search",
+        "vllm_xargs",
+        "watermarking",
+    ),
+    "length_penalty": (1.0,),
+    "thinking_token_budget": (-1,),
+}
+VLLM_GENERATE: Neutral = {
+    **{name: VLLM_SAMPLING[name] for name in ("ec_transfer_params", "kv_transfer_params")},
+    **off("content_parts", "features", "reasoning_ended", "reasoning_parser_kwargs", "token_offsets"),
+    "output_mode": ("tokens",),
+}
+VLLM_GENERATE_SAMPLING: Neutral = {
+    **{
+        name: VLLM_SAMPLING[name]
+        for name in ("logprob_token_ids", "repetition_detection", "thinking_token_budget", "watermarking")
+    },
+    **off("extra_args", "prompt_logprob_start", "prompt_logprob_token_ids", "skip_reading_prefix_cache"),
+    **off("structured_outputs", "trace_decode_token_ids"),
+}
+# How values are written that this server writes in one way.
+VLLM_SAMPLING_IGNORED = (
+    *("detokenize", "flat_logprobs", "output_kind", "output_text_buffer_length", "skip_clone"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "stream_interval"),
+)
+# `trl vllm-serve`.
+TRL_GENERATE: Neutral = off("images", "structured_outputs")
+# Memory of a trainer's on the ranks' own devices, pickled; updates of single elements.
+VLLM_TRANSFER: Neutral = off("ipc_handles", "ipc_handles_pickled", "num_updates_list", "sizes", "tensor_sizes")
+VLLM_CONTROL_IGNORED = ("model",)
+VLLM_RESET: Neutral = off("reset_external")
+VLLM_RPC: Neutral = off("args", "timeout")
 OPENAI: Neutral = {
+    **VLLM_SAMPLING,
     **MEDIA,
     **DISAGGREGATION,
     **FEATURES,
@@ -128,8 +172,21 @@ OPENAI: Neutral = {
     "suffix": ("",),
 }
 # A chat has these.
-COMPLETION: Neutral = {**OPENAI, **off("tools", "return_token_ids"), "tool_choice": ("none", "auto")}
-TOKENIZE: Neutral = {**off("reasoning_effort"), "tool_choice": ("none", "auto")}
+COMPLETION: Neutral = {
+    **OPENAI,
+    **off("tools", "prompt_embeds"),
+    "tool_choice": ("none", "auto"),
+    "add_special_tokens": (True,),
+}
+CHAT: Neutral = {
+    **OPENAI,
+    **off("add_special_tokens", "chat_template", "documents", "echo", "media_io_kwargs", "return_prompt_text"),
+    "include_reasoning": (True,),
+}
+TOKENIZE: Neutral = {
+    **off("reasoning_effort", "chat_template", "media_io_kwargs", "return_token_strs"),
+    "tool_choice": ("none", "auto"),
+}
 
 # What every message between the dialect's own processes has.
 MESSAGE: Neutral = off("rid", "http_worker_ipc")
@@ -166,7 +223,9 @@ OPENAI_IGNORED: tuple[str, ...] = (
     "safety_identifier",
     "service_tier",
     "spaces_between_special_tokens",
+    "return_mm_kwargs",
     "store",
+    "stream_interval",
     "user",
 )
 COMPLETION_IGNORED: tuple[str, ...] = (*OPENAI_IGNORED, "parallel_tool_calls", "separate_reasoning", "stream_reasoning")

@@ -44,7 +44,9 @@ class TensorSpec:
         return self.num_values * DTYPE_BYTES[self.dtype]
 
 
-def parse_specs(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[TensorSpec]:
+def parse_specs(
+    names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, may_be_empty: bool = False
+) -> list[TensorSpec]:
     """The parallel lists of a request; dtypes with or without "torch.".
 
     Raises:
@@ -54,7 +56,7 @@ def parse_specs(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Se
         raise ValueError(
             f"names, dtypes, shapes: have {len(names)}, {len(dtypes)}, {len(shapes)} entries; must be equal"
         )
-    if not names:
+    if not names and not may_be_empty:
         raise ValueError("names: must not be empty")
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])

@@ -35,7 +35,16 @@ from .delta_transfer import DeltaTransfer, KnownSums, check_held
 from .group_registry import GroupRegistry
 from .manifest import SENT_FP8, TensorSpec, UpdateProgress, check_distinct, check_specs, parse_specs
 from .report import Outcome, RankReport, exchange_reports
-from .transfer import MAX_STAGED_BYTES, TRANSFER_ERRORS, BroadcastTransfer, FileTransfer, Target, Transfer
+from .transfer import (
+    MAX_STAGED_BYTES,
+    TRANSFER_ERRORS,
+    BroadcastTransfer,
+    Bucket,
+    FileTransfer,
+    Target,
+    Transfer,
+    packed,
+)
 from .update_group import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -102,11 +111,11 @@ class WeightReceiver:
         if op.base_version is not None:
             return self._prepare_delta(op)
         if isinstance(op, UpdateWeightsFromDistributed):
-            specs = parse_specs(op.names, op.dtypes, op.shapes)
+            specs = parse_specs(op.names, op.dtypes, op.shapes, may_be_empty=op.is_last)
             check_specs([(spec.name, spec.shape) for spec in specs], self.known, self._ignored)
             self._check_dtypes(specs)
             group = self._groups.get(op.group_name)
-            transfer: Transfer = BroadcastTransfer(group, specs, op.load_format == "flattened_bucket")
+            transfer: Transfer = BroadcastTransfer(group, buckets_of(op, specs))
             covered = self._covered((spec.name, spec.dtype == SENT_FP8) for spec in specs)
         elif isinstance(op, UpdateWeightsFromTensor) and op.serialized_named_tensors is not None:
             bucket = bucket_of(op.serialized_named_tensors, self._mesh)
@@ -229,6 +238,15 @@ class WeightReceiver:
             return Outcome(True, f"{text}; {len(self.progress.missing)} are still to come")
         self.num_updates += 1
         return Outcome(True, text, self.progress.version or f"update-{self.num_updates}")
+
+
+def buckets_of(op: UpdateWeightsFromDistributed, specs: Sequence[TensorSpec]) -> list[Bucket]:
+    """Its broadcasts."""
+    if op.packed_bytes:
+        return packed(specs, op.packed_bytes)
+    if op.load_format == "flattened_bucket":
+        return [Bucket(specs, is_flat=True)]
+    return [Bucket([spec]) for spec in specs]
 
 
 def open_files(op: WeightUpdate) -> Checkpoint:

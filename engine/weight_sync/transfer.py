@@ -55,12 +55,37 @@ class FileTransfer:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """What comes in one broadcast: one tensor, or (`is_flat`) the bytes of several, one behind the other."""
+
+    specs: Sequence[TensorSpec]
+    is_flat: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+def packed(specs: Sequence[TensorSpec], num_bytes: int) -> list[Bucket]:
+    """Flat buckets as vLLM's trainers make them: each ends with the tensor that brings it over `num_bytes`."""
+    buckets: list[Bucket] = []
+    held: list[TensorSpec] = []
+    num_held = 0
+    for spec in specs:
+        held.append(spec)
+        num_held += spec.num_bytes
+        if num_held > num_bytes:
+            buckets.append(Bucket(held, is_flat=True))
+            held, num_held = [], 0
+    return [*buckets, Bucket(held, is_flat=True)] if held else buckets
+
+
+@dataclass(frozen=True)
 class BroadcastTransfer:
-    """From the trainer: one broadcast a tensor, or (`in_one`) all in one."""
+    """From the trainer, in these buckets."""
 
     group: UpdateGroup
-    specs: Sequence[TensorSpec]
-    in_one: bool
+    buckets: Sequence[Bucket]
 
     def load(self, target: Target, all_have_it: AllHaveIt) -> None:
         for name, source in self._tensors(all_have_it):
@@ -69,18 +94,23 @@ class BroadcastTransfer:
                 target.weights[name].load(source)
 
     def _tensors(self, all_have_it: AllHaveIt) -> Iterator[tuple[str, torch.Tensor]]:
-        if not self.in_one and sum(spec.num_bytes for spec in self.specs) > MAX_STAGED_BYTES:
-            for spec in self.specs:
-                yield spec.name, self.group.receive(spec)
+        if len(self.buckets) > 1 and sum(bucket.num_bytes for bucket in self.buckets) > MAX_STAGED_BYTES:
+            for bucket in self.buckets:
+                yield from zip((spec.name for spec in bucket.specs), self._receive(bucket), strict=True)
             return
-        staged: list[torch.Tensor] = []
+        staged: list[tuple[str, torch.Tensor]] = []
         error = None
         try:
-            staged = self.group.receive_bucket(self.specs) if self.in_one else [*map(self.group.receive, self.specs)]
+            for bucket in self.buckets:
+                staged += zip((spec.name for spec in bucket.specs), self._receive(bucket), strict=True)
         except TRANSFER_ERRORS as problem:
             error = str(problem)
         refusal = all_have_it(error)
         if refusal is not None:
             raise RuntimeError(refusal)
-        for spec, tensor in zip(self.specs, staged, strict=True):
-            yield spec.name, tensor
+        yield from staged
+
+    def _receive(self, bucket: Bucket) -> Sequence[torch.Tensor]:
+        if bucket.is_flat:
+            return self.group.receive_bucket(bucket.specs)
+        return [*map(self.group.receive, bucket.specs)]

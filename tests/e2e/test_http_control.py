@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -273,3 +275,109 @@ def test_memory(control: EngineControl, http: httpx.Client, checkpoint: str) -> 
     control.resume_memory_occupation(["weights"])
     control.update_weights_from_disk(checkpoint)
     assert generate(http).status_code == 200
+
+
+def routes_of(choice: dict[str, Any]) -> np.ndarray:
+    return np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
+
+
+def test_a_trainer_of_vllm_drives_a_server(
+    control: EngineControl, http: httpx.Client, base: Tensors, other: Tensors
+) -> None:
+    """As TRL's async GRPO and SkyRL call it: generate with routes, pause, start, update (packed), finish, resume."""
+    params = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 1}
+    asked = {"model": "default", "token_ids": [5, 6, 7, 8], "sampling_params": params, "cache_salt": "0"}
+    started = http.post("/inference/v1/generate", json=asked, headers={"X-Session-ID": "s"}).json()
+    (choice,) = started["choices"]
+    native = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+    body = {"input_ids": [5, 6, 7, 8], "sampling_params": native, "return_routed_experts": True, "return_logprob": True}
+    same = http.post("/generate", json={**body, "logprob_start_len": 0}).json()
+    assert choice["token_ids"] == same["output_ids"] and choice["finish_reason"] == "length"
+    own = [triple[0] for triple in same["meta_info"]["output_token_logprobs"]]
+    assert [one["logprob"] for one in choice["logprobs"]["content"]] == pytest.approx(own, abs=1e-5)
+    first, *scored = started["prompt_logprobs"]
+    assert first is None
+    of_prompt = [triple[0] for triple in same["meta_info"]["input_token_logprobs"][1:]]
+    own = [entry[str(token)]["logprob"] for entry, token in zip(scored, [6, 7, 8], strict=True)]
+    assert own == pytest.approx(of_prompt, abs=1e-5)
+    rows = routes_of(choice)
+    int32 = np.frombuffer(base64.b64decode(same["meta_info"]["routed_experts"]), dtype="<i4")
+    assert rows.dtype == np.uint8 and len(rows) == 4 + 6 - 1 and np.array_equal(rows.reshape(-1), int32)
+    cut = {**params, "routed_experts_prompt_start": 3}
+    tail = http.post("/inference/v1/generate", json={**asked, "sampling_params": cut}).json()["choices"][0]
+    assert np.array_equal(routes_of(tail), rows[3:])
+    packed = http.post("/skyrl/v1/generate", json=asked).json()["choices"][0]["routed_experts"]
+    raw = np.frombuffer(base64.b64decode(packed["data"]), dtype=packed["dtype"]).reshape(packed["shape"])
+    assert np.array_equal(raw, rows)
+
+    num_ranks = http.get("/get_world_size").json()["world_size"]
+    port = free_port("127.0.0.1")
+    init = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": num_ranks + 1}
+    info = {
+        "names": list(other),
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in other.values()],
+        "shapes": [list(tensor.shape) for tensor in other.values()],
+        **{"packed": True, "packed_buffer_size_bytes": 200_000},
+    }
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        joined = thread.submit(http.post, "/init_weight_transfer_engine", json={"init_info": init})
+        group = UpdateGroup(
+            "127.0.0.1", port, 0, num_ranks + 1, "weight_update_group", "gloo", torch.device("cpu"), 30.0
+        )
+        assert joined.result().json() == {"message": "Weight transfer initialized"}
+        assert http.post("/pause", params={"mode": "keep"}).json() == {"status": "paused"}
+        assert http.get("/is_paused").json() == {"is_paused": True}
+        assert http.post("/start_weight_update", json={"is_checkpoint_format": True}).status_code == 200
+        updated = thread.submit(http.post, "/update_weights", json={"update_info": info})
+        held: list[torch.Tensor] = []
+        for tensor in other.values():
+            held.append(tensor)
+            if sum(one.nbytes for one in held) > 200_000:
+                group.send_bucket(held)
+                held = []
+        if held:
+            group.send_bucket(held)
+        assert updated.result().status_code == 200, updated.result().text
+        assert http.post("/finish_weight_update", json={"weight_version": "7"}).status_code == 200
+    assert http.post("/resume").json() == {"status": "resumed"}
+    assert http.get("/is_paused").json() == {"is_paused": False}
+    assert http.get("/weight_info").json() == {"weight_version": "7"}
+    assert control.checksum_weights() == sums(other)
+    after = http.post("/inference/v1/generate", json={**asked, "cache_salt": "7"}).json()["choices"][0]
+    fresh = http.post("/generate", json={**body, "cache_salt": "8"}).json()
+    assert after["token_ids"] == fresh["output_ids"] != choice["token_ids"]
+    assert fresh["meta_info"]["routed_experts_meta"]["weight_versions"] == [["7", 0, 9]]
+    group.close()
+
+
+def test_fields_of_vllm(server: ServerProcess, http: httpx.Client) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 5, "temperature": 1.0, "ignore_eos": True, "seed": 3}
+    plain = {"return_token_ids": True, "logprobs": 0, "kv_transfer_params": None, "use_beam_search": False, "top_k": 0}
+    choice = http.post("/v1/completions", json={**body, **plain, "n": 1}).json()["choices"][0]
+    assert choice["prompt_token_ids"] == [5, 6, 7] and len(choice["token_ids"]) == 5
+    assert len(choice["logprobs"]["token_logprobs"]) == 5
+    allowed = {"allowed_token_ids": [11, 12, 13], "routed_experts_prompt_start": 2, "prompt_logprobs": 0}
+    choice = http.post("/v1/completions", json={**body, **plain, **allowed}).json()["choices"][0]
+    assert set(choice["token_ids"]) <= {11, 12, 13}
+    assert len(routes_of(choice)) == 3 + 5 - 1 - 2 and choice["prompt_logprobs"][0] is None
+    both = {"allowed_token_ids": [11, 12], "logit_bias": {"11": -1e30}}
+    choice = http.post("/v1/completions", json={**body, **both, "return_token_ids": True}).json()["choices"][0]
+    assert choice["token_ids"] == [12] * 5
+    messages = [{"role": "user", "content": "a"}]
+    rendered = http.post("/v1/chat/completions/render", json={"messages": messages, "max_tokens": 4, "seed": 1}).json()
+    assert rendered["token_ids"] == http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    answer = http.post("/inference/v1/generate", json=rendered).json()
+    chat = {"messages": messages, "max_tokens": 4, "seed": 1, "return_token_ids": True, "bad_words": ["a"]}
+    said = http.post("/v1/chat/completions", json={**chat, "bad_words": []}).json()
+    assert answer["choices"][0]["token_ids"] == said["choices"][0]["token_ids"]
+    banned = http.post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).json()["tokens"]
+    chat |= {"max_tokens": 24, "ignore_eos": True}
+    assert banned[0] not in http.post("/v1/chat/completions", json=chat).json()["choices"][0]["token_ids"]
+    assert "use_beam_search" in refusal(http.post("/v1/completions", json={**body, "use_beam_search": True}))
+    trl = {"prompts": [[5, 6], [7]], "n": 2, "max_tokens": 3, "logprobs": 1, "images": None, "top_k": 0}
+    batch = http.post("/generate/", json={**trl, "generation_kwargs": {"ignore_eos": True}}).json()
+    assert batch["prompt_ids"] == [[5, 6], [7]] and [len(ids) for ids in batch["completion_ids"]] == [3] * 4
+    assert all(len(pairs) in (1, 2) for sample in batch["logprobs"] for pairs in sample)
+    spoken = http.post("/chat/", json={"messages": [messages], "max_tokens": 2, "chat_template_kwargs": {}}).json()
+    assert spoken["prompt_ids"] == [rendered["token_ids"]]
+    assert http.get("/health/").status_code == 200

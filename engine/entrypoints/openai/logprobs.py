@@ -18,8 +18,11 @@ class CompletionLogprobs:
     text was cut off lie at its end or behind. With `echo` the prompt stands at the beginning of both.
     """
 
-    def __init__(self, text: TextCodec, *, skip_special_tokens: bool, prompt_ids: list[int] | None) -> None:
+    def __init__(
+        self, text: TextCodec, *, skip_special_tokens: bool, prompt_ids: list[int] | None, as_ids: bool = False
+    ) -> None:
         self._text = text
+        self._as_ids = as_ids
         self._prompt_offsets: TextOffsets | None = None
         start = 0
         if prompt_ids is not None:
@@ -39,6 +42,10 @@ class CompletionLogprobs:
             triples = [*prompt, *triples]
             tops = [*meta.get("input_top_logprobs", []), *tops]
             self._prompt_offsets = None
+        if self._as_ids:
+            # As in vLLM the token itself is one of them, also where no others were asked for.
+            padded = [*tops, *[[]] * (len(triples) - len(tops))]
+            tops = [None if own[0] is None else [own, *(top or [])] for own, top in zip(triples, padded, strict=True)]
         return {
             "tokens": [self._name(token) for _, token, _ in triples],
             "token_logprobs": [logprob for logprob, _, _ in triples],
@@ -48,6 +55,8 @@ class CompletionLogprobs:
 
     def _name(self, token_id: int) -> str:
         """A token as text, or as OpenAI writes one that is no text by itself: `bytes:\\xe4`."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
         own = self._text.token_bytes(token_id) or b""
         return own.decode() if is_text(own) else "bytes:" + escaped(own)
 
@@ -59,22 +68,27 @@ class CompletionLogprobs:
         return named
 
 
-def chat_logprobs(answer: Answer, text: TextCodec) -> dict[str, Any]:
+def chat_logprobs(answer: Answer, text: TextCodec, *, as_ids: bool = False) -> dict[str, Any]:
     """Those of the output tokens of an answer or a chunk, as `/v1/chat/completions` has them."""
     meta = answer["meta_info"]
     tops = meta.get("output_top_logprobs", [])
     content = []
     for position, triple in enumerate(meta["output_token_logprobs"]):
         alternatives = tops[position] if position < len(tops) else []
-        content.append(_chat_entry(triple, text) | {"top_logprobs": [_chat_entry(one, text) for one in alternatives]})
+        entry, *others = (_chat_entry(one, text, as_ids) for one in (triple, *alternatives))
+        content.append(entry | {"top_logprobs": others})
     return {"content": content}
 
 
-def _chat_entry(triple: Triple, text: TextCodec) -> dict[str, Any]:
+def _chat_entry(triple: Triple, text: TextCodec, as_ids: bool) -> dict[str, Any]:
     """`token` is text, with bytes that are part of a character as `\\xe4`; `bytes` are the token's own, if it has any."""
     logprob, token, _ = triple
     own = text.token_bytes(token)
-    return {"token": escaped(own or b""), "logprob": logprob, "bytes": None if own is None else list(own)}
+    return {
+        "token": f"token_id:{token}" if as_ids else escaped(own or b""),
+        "logprob": logprob,
+        "bytes": None if own is None else list(own),
+    }
 
 
 def is_text(data: bytes) -> bool:

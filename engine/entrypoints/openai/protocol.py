@@ -27,6 +27,8 @@ from .response_format import ResponseFormat
 from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 100
+MAX_BAD_WORDS = 64
 # Fields of a chat that a template is told.
 TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message"}
 
@@ -76,8 +78,19 @@ class OpenAIRequest(RequestModel):
     data_parallel_rank: Number | None = None
     return_routed_experts: bool = False
     routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
-    routed_experts_format: Literal["int32", "compact"] = "int32"
+    routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    # vLLM's names and fields. The first two are `rid` and `no_stop_trim`.
+    request_id: Name | None = None
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: Items[Number] | None = None
+    bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = None
+    prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
+    return_token_ids: bool = False
+    # Log-probabilities name a token `token_id:7`, not by its text.
+    return_tokens_as_token_ids: bool = False
+    # Given, each choice has its routes in vLLM's form.
+    routed_experts_prompt_start: Annotated[Number, Field(ge=0)] | None = None
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -88,6 +101,11 @@ class OpenAIRequest(RequestModel):
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options: needs stream=true", "stream_options", mentions=("stream",))
+        if self.request_id is not None and self.rid not in (None, self.request_id):
+            raise FieldError("request_id: must be that of rid, or absent", "request_id", mentions=("rid",))
+        if self.prompt_logprobs is not None and self.stream:
+            raise FieldError("prompt_logprobs: needs stream=false", "prompt_logprobs", mentions=("stream",))
+        self._check_routes()
         if self.response_format is not None and self.response_format.grammar:
             other = next((name for name in GRAMMARS if getattr(self, name) is not None), None)
             if other is not None:
@@ -96,11 +114,25 @@ class OpenAIRequest(RequestModel):
                 )
         return self
 
+    def _check_routes(self) -> None:
+        name = "routed_experts_prompt_start"
+        if self.routed_experts_prompt_start is None:
+            return
+        if self.stream:
+            raise FieldError(f"{name}: needs stream=false", name, mentions=("stream",))
+        if self.return_routed_experts:
+            raise FieldError(f"{name}: must be absent beside return_routed_experts", name)
+
     @property
     def has_grammar(self) -> bool:
         """Whether the caller bounds what the text may be."""
         by_format = self.response_format is not None and bool(self.response_format.grammar)
         return by_format or any(getattr(self, name) is not None for name in GRAMMARS)
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether an answer has what takes long to write."""
+        return self.return_token_ids or self.prompt_logprobs is not None
 
     @property
     def has_continuous_usage(self) -> bool:
@@ -115,7 +147,21 @@ class OpenAIRequest(RequestModel):
         names = {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
         if self.response_format is not None:
             names |= dict.fromkeys(self.response_format.grammar, "response_format")
+        if self.request_id is not None:
+            names["rid"] = "request_id"
+        if self.routed_experts_prompt_start is not None:
+            name = "routed_experts_prompt_start"
+            names |= {"routed_experts_start_len": name, "return_routed_experts": name}
         return names
+
+    def logprob_fields(self, *, asked: bool, num_top: int, from_prompt: bool = False) -> dict[str, Any]:
+        """Of a `GenerateReqInput`, for those of the output and of the prompt; the engine has one number for both."""
+        of_prompt = self.prompt_logprobs is not None
+        return {
+            "return_logprob": asked or of_prompt,
+            "top_logprobs_num": max(num_top, self.prompt_logprobs or 0),
+            "logprob_start_len": 0 if from_prompt or of_prompt else -1,
+        }
 
     def generate_fields(self, max_new_tokens: int | None) -> dict[str, Any]:
         """The fields of a `GenerateReqInput`, without its prompt."""
@@ -124,12 +170,21 @@ class OpenAIRequest(RequestModel):
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
             "sampling_seed": self.seed,
+            "no_stop_trim": self.no_stop_trim or self.include_stop_str_in_output,
+            # In vLLM 0 is off, too.
+            "top_k": self.top_k or None,
             **(self.response_format.grammar if self.response_format is not None else {}),
         }
+        routes = {}
+        if self.routed_experts_prompt_start is not None:
+            start = {"routed_experts_start_len": self.routed_experts_prompt_start}
+            routes = {"return_routed_experts": True, "routed_experts_format": "npy", **start}
         return {
             # Null means the default, as everywhere in this API.
             "sampling_params": {name: value for name, value in params.items() if value is not None},
             **{name: getattr(self, name) for name in GENERATE_NAMES},
+            "rid": self.rid or self.request_id,
+            **routes,
             "return_text_in_logprobs": True,
         }
 
@@ -188,6 +243,7 @@ class ChatCompletionRequest(OpenAIRequest):
     """`/v1/chat/completions`. With `input_ids` these are the prompt, token in and token out, and no template is used."""
 
     id_fields = ("input_ids",)
+    neutral_fields = dialect_fields.CHAT
 
     messages: Items[ChatMessage] = Field([])
     input_ids: Annotated[Any, BeforeValidator(parse_ids_of_one), WithJsonSchema(NESTED_SCHEMA["anyOf"][0])] = None
@@ -203,14 +259,13 @@ class ChatCompletionRequest(OpenAIRequest):
     parallel_tool_calls: bool = True
     separate_reasoning: bool = True
     stream_reasoning: bool = True
-    return_token_ids: bool = False
     return_meta_info: bool = False
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if not self.messages and self.input_ids is None:
             raise FieldError("messages: must have at least one message, or input_ids must be given", "messages")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs: needs logprobs=true", "top_logprobs")
         self._check_tools()
         if self.continue_final_message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -13,16 +14,23 @@ from starlette.responses import Response
 from ...chat_formats.formats import ChatFormats
 from ...frontend.chat_template import ChatTemplate
 from ...frontend.cumulative_answer import CumulativeAnswer
-from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput
+from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
 from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
-from . import serving
+from ..responses import encode_json
+from . import extensions, serving
 from .chat_answer import ChatAnswer
 from .chat_prompt import ChatPrompt, render_ids
 from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest
 from .serving import Answer, Head
 
+# Sampling parameters of both requests.
+RENDERED_NAMES = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("stop", "stop_token_ids", "ignore_eos", "logit_bias", "min_tokens", "seed", "include_stop_str_in_output"),
+    *("allowed_token_ids", "bad_words", "prompt_logprobs", "routed_experts_prompt_start"),
+)
 # What a template takes for a message.
 MESSAGE_COST_US = 50.0
 
@@ -59,9 +67,32 @@ class ChatServing:
             to_generate=to_generate,
             answer=lambda prepared, answers: self._answer(body, head, prompts[0], prepared, answers),
             stream=lambda prepared: self._stream(body, head, prompts[0], prepared),
-            is_costly=body.logprobs or body.return_token_ids,
+            is_costly=body.logprobs or body.has_extras,
         )
         return await serving.respond(self._manager, body, http, endpoint)
+
+    async def render(self, body: ChatCompletionRequest, http: Request) -> Response:
+        """The prompt's ids and the parameters in vLLM's words, as `/inference/v1/generate` takes them."""
+        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        ids = body.input_ids
+        if ids is None:
+            cost_us = MESSAGE_COST_US * len(body.messages) + CHAR_COST_US * http.state.body_bytes
+            ids = await self._manager.work_threads.run(cost_us, partial(self._rendered_ids, body))
+        # The engine's own checks, of all fields.
+        fields = body.generate_fields(asked)
+        parse_generate_request({**fields, "input_ids": ids})
+        params = {name: getattr(body, name) for name in RENDERED_NAMES}
+        params |= {"max_tokens": asked, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+        content = {
+            "request_id": body.rid or body.request_id or uuid.uuid4().hex,
+            "token_ids": list(map(int, ids)),
+            "features": None,
+            "sampling_params": {name: value for name, value in params.items() if value is not None},
+            "model": body.model or self._model_name,
+            "cache_salt": body.cache_salt,
+            "priority": body.priority,
+        }
+        return await encode_json(content, large=True)
 
     async def _to_generate(self, body: ChatCompletionRequest, num_bytes: int) -> tuple[GenerateReqInput, ChatPrompt]:
         cost_us = 0.0
@@ -81,9 +112,10 @@ class ChatServing:
             fields["sampling_params"]["json_schema"] = body.calls_schema()
         fields |= {
             "input_ids": ids,
-            "return_logprob": body.logprobs,
-            "top_logprobs_num": body.top_logprobs or 0,
+            **body.logprob_fields(asked=body.logprobs, num_top=body.top_logprobs or 0),
         }
+        if body.bad_words:
+            extensions.ban(body.bad_words, fields["sampling_params"], self._manager.text)
         return prompt.to_generate(fields, self._manager.text), prompt
 
     def _rendered_ids(self, body: ChatCompletionRequest) -> list[int]:
@@ -111,18 +143,23 @@ class ChatServing:
         answers: list[Answer],
     ) -> dict[str, Any]:
         choices = []
+        of_prompt: dict[str, Any] = {}
         for index, answer in enumerate(answers):
+            extras: dict[str, Any] = {}
+            extensions.add_extras(body, answer, body.top_logprobs or 0, extras, of_prompt)
             read = ChatAnswer(prompt.reader())
             choice = {
                 "index": index,
                 "message": read.message(answer["text"]),
-                "logprobs": chat_logprobs(answer, self._manager.text) if body.logprobs else None,
+                "logprobs": chat_logprobs(answer, self._manager.text, as_ids=body.return_tokens_as_token_ids)
+                if body.logprobs
+                else None,
                 "finish_reason": read.finish_reason(serving.finish_reason(answer)),
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
             }
-            choices.append(choice | self._choice_extras(body, answer))
-        content = head.make(choices=choices, usage=serving.usage_of(answers, body.n))
+            choices.append(choice | extras | self._choice_extras(body, answer))
+        content = head.make(choices=choices, usage=serving.usage_of(answers, body.n), **of_prompt)
         if body.return_token_ids:
             content["prompt_token_ids"] = prepared.samples[0].input_ids.tolist()
         if body.return_routed_experts:
@@ -132,8 +169,6 @@ class ChatServing:
     @staticmethod
     def _choice_extras(body: ChatCompletionRequest, answer: Answer) -> dict[str, Any]:
         extras: dict[str, Any] = {}
-        if body.return_token_ids:
-            extras["token_ids"] = answer["output_ids"]
         if body.return_meta_info:
             extras["meta_info"] = meta_info(answer)
         if body.return_routed_experts and body.n > 1:
@@ -198,7 +233,7 @@ class ChatServing:
         found = read.push(answer["text"], is_last=reason is not None)
         fields: dict[str, Any] = {}
         if body.logprobs:
-            fields["logprobs"] = chat_logprobs(answer, self._manager.text)
+            fields["logprobs"] = chat_logprobs(answer, self._manager.text, as_ids=body.return_tokens_as_token_ids)
         if body.return_token_ids:
             fields["token_ids"] = answer["output_ids"]
         if not found and (fields or reason is not None):

@@ -14,7 +14,7 @@ from ...frontend.generate_request import GenerateReqInput, SampleRequest, parse_
 from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
 from ...validation.field_error import FieldError
-from . import serving
+from . import extensions, serving
 from .logprobs import CompletionLogprobs
 from .protocol import CompletionRequest
 from .serving import Answer, Head
@@ -40,7 +40,7 @@ class CompletionServing:
             to_generate=lambda: self._to_generate(body),
             answer=lambda prepared, answers: self._answer(body, head, prepared, answers),
             stream=lambda prepared: self._stream(body, head, prepared),
-            is_costly=body.echo or body.logprobs is not None,
+            is_costly=body.echo or body.logprobs is not None or body.has_extras,
         )
         return await serving.respond(self._manager, body, http, endpoint)
 
@@ -48,13 +48,14 @@ class CompletionServing:
         if body.echo and not self._manager.text.is_there:
             raise FieldError("echo: the checkpoint has no tokenizer", "echo")
         fields = body.generate_fields(DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+        if body.bad_words:
+            extensions.ban(body.bad_words, fields["sampling_params"], self._manager.text)
+        asked = body.logprobs is not None
         return parse_generate_request(
             {
                 **fields,
                 "text" if body.is_text else "input_ids": body.prompt,
-                "return_logprob": body.logprobs is not None,
-                "top_logprobs_num": body.logprobs or 0,
-                "logprob_start_len": 0 if body.echo and body.logprobs is not None else -1,
+                **body.logprob_fields(asked=asked, num_top=body.logprobs or 0, from_prompt=body.echo and asked),
             }
         )
 
@@ -64,6 +65,10 @@ class CompletionServing:
         choices = []
         for index, answer in enumerate(answers):
             prompt_text = self._echo(body, prepared.samples[index])
+            extras: dict[str, Any] = {}
+            extensions.add_extras(body, answer, body.logprobs or 0, extras, extras)
+            if body.return_token_ids:
+                extras["prompt_token_ids"] = prepared.samples[index].input_ids.tolist()
             choice = {
                 "index": index,
                 "text": prompt_text + answer["text"],
@@ -73,6 +78,7 @@ class CompletionServing:
                 "finish_reason": serving.finish_reason(answer),
                 "matched_stop": serving.matched_stop(answer),
                 **serving.failure_of(answer),
+                **extras,
             }
             if body.return_routed_experts and len(answers) > 1:
                 choice["sglext"] = serving.routes_of(answer)
@@ -91,6 +97,7 @@ class CompletionServing:
             self._manager.text,
             skip_special_tokens=sample.output_options.skip_special_tokens,
             prompt_ids=sample.input_ids.tolist() if body.echo else None,
+            as_ids=body.return_tokens_as_token_ids,
         )
 
     async def _stream(
@@ -118,6 +125,10 @@ class CompletionServing:
                     "finish_reason": serving.finish_reason(answer),
                     **serving.failure_of(answer),
                 }
+                if body.return_token_ids:
+                    choice["token_ids"] = answer["output_ids"]
+                    if is_first:
+                        choice["prompt_token_ids"] = samples[index].input_ids.tolist()
                 if body.logprobs is not None:
                     take = logprobs[index].take
                     choice["logprobs"] = await asyncio.to_thread(take, answer) if is_first else take(answer)

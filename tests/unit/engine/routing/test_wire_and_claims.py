@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 from contextlib import suppress
 
 import msgspec
 import numpy as np
 import pytest
 
+from waybill.engine.routing import wire
 from waybill.engine.routing.claims import ENTRY_BYTES, RUN_BYTES, ClaimError, ClaimStore, claim_prefix, processor_of
 from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.wire import (
@@ -17,6 +19,7 @@ from waybill.engine.routing.wire import (
     encode,
     stitch,
     to_base64,
+    to_npy_base64,
     version_runs,
 )
 
@@ -63,6 +66,16 @@ def test_the_fields_form_has_all_layers_and_zeros_in_dense_ones() -> None:
     assert (wide[:, [1, 3]] == ROWS).all() and (wide[:, [0, 2]] == 0).all()
     compact = np.frombuffer(base64.b64decode(to_base64(make())), dtype=np.uint8)
     assert compact.tobytes() == ROWS.tobytes()
+
+
+@pytest.mark.parametrize("block_bytes", [1, 20, 1 << 20])
+def test_a_numpy_file_has_all_layers_in_the_rows_own_dtype(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    """Whatever the blocks are: its head is no multiple of three bytes."""
+    monkeypatch.setattr(wire, "BLOCK_BYTES", block_bytes)
+    for rows in (ROWS, ROWS[:0], ROWS[:1]):
+        wide = np.load(io.BytesIO(base64.b64decode(to_npy_base64(make(rows), 4), validate=True)), allow_pickle=False)
+        assert wide.dtype == np.uint8 and wide.shape == (len(rows), 4, 2)
+        assert (wide[:, [1, 3]] == rows).all() and (wide[:, [0, 2]] == 0).all()
 
 
 def test_many_experts_travel_as_uint16() -> None:

@@ -89,6 +89,16 @@ def test_logit_bias_and_min_new_tokens() -> None:
     assert sample(logits, [banned]).token_ids.tolist() == [0]
 
 
+def test_nothing_but_what_is_allowed_is_sampled() -> None:
+    logits = logits_of(5.0, 1.0, 0.0, 0.9)
+    assert set(draws(logits, 60, temperature=5.0, allowed_token_ids=(1, 3))) == {1, 3}
+    # Neighbours are as they were.
+    rows = [row(temperature=0.0, allowed_token_ids=(2,)), row(temperature=0.0)]
+    assert sample(logits.expand(2, -1), rows).token_ids.tolist() == [2, 0]
+    both = row(temperature=0.0, allowed_token_ids=(1, 3), logit_bias={1: -1e30})
+    assert sample(logits, [both]).token_ids.tolist() == [3]
+
+
 def test_penalties_count_prompt_and_output_as_defined() -> None:
     logits = logits_of(2.0, 1.5, -1.0, 0.0)
     repetition = row(temperature=0.0, repetition_penalty=2.0)

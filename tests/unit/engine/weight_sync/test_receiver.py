@@ -142,6 +142,45 @@ def test_an_update_in_buckets(trainer: Trainer, in_one: bool) -> None:
     assert trainer.send(names, tensors).weight_version == "update-2"
 
 
+@pytest.mark.parametrize("staged_bytes", [1 << 30, 0])
+def test_packed_broadcasts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, staged_bytes: int) -> None:
+    """As vLLM's trainers send: each ends with the tensor that brings it over the bound."""
+    monkeypatch.setattr(transfer, "MAX_STAGED_BYTES", staged_bytes)
+    trainer.join()
+    tensors, names, bound = trainer.tensors(1), trainer.names, 1_000
+    group = trainer.group
+    assert group is not None
+    sent: list[list[str]] = [[]]
+    for name in names:
+        sent[-1].append(name)
+        if sum(tensors[one].nbytes for one in sent[-1]) > bound:
+            sent.append([])
+    assert len(sent) > 2
+
+    def broadcast() -> None:
+        for bucket in filter(None, sent):
+            group.send_bucket([tensors[name] for name in bucket])
+
+    sending = trainer.pool.submit(broadcast)
+    shapes = [list(tensors[name].shape) for name in names]
+    op = UpdateWeightsFromDistributed(names, ["float32"] * len(names), shapes, "g", packed_bytes=bound)
+    assert trainer.receiver.update_weights(op).success
+    sending.result()
+    assert trainer.sums() == sums_of(tensors)
+
+
+def test_an_update_may_end_without_tensors(trainer: Trainer) -> None:
+    trainer.join()
+    tensors, before = trainer.tensors(1), trainer.sums()
+    assert trainer.send(trainer.names[:3], tensors).weight_version is None
+    end = UpdateWeightsFromDistributed([], [], [], "g", is_last=True, weight_version="v2")
+    assert trainer.receiver.update_weights(end).weight_version == "v2"
+    assert trainer.receiver.progress.blocked is None
+    assert trainer.sums() == {**before, **sums_of({name: tensors[name] for name in trainer.names[:3]})}
+    nothing = UpdateWeightsFromDistributed([], [], [], "g")
+    assert trainer.receiver.update_weights(nothing).message.startswith("names: must not be empty")
+
+
 def test_a_bucket_that_breaks_off_changes_nothing_where_nothing_was_changed_before(trainer: Trainer) -> None:
     trainer.join()
     before = trainer.sums()

@@ -9,10 +9,10 @@ from typing import Any
 from .deepseek import DEEPSEEK_V3, DEEPSEEK_V31
 from .delta import Reader
 from .glm45 import GLM45
-from .gpt_oss import GptOssReader
+from .harmony import HarmonyReader
 from .hermes import HERMES
 from .json_array import JsonArrayCalls
-from .kimi_k2 import KIMI_K2
+from .kimi import KIMI
 from .marked_calls import CallFormat, MarkedCalls
 from .qwen3_coder import QWEN3_CODER
 from .reasoning import ReasoningFormat, ReasoningSplit
@@ -27,7 +27,7 @@ TOOL_FORMATS: Mapping[str, CallFormat] = {
     "qwen3_coder": QWEN3_CODER,
     "deepseekv3": DEEPSEEK_V3,
     "deepseekv31": DEEPSEEK_V31,
-    "kimi_k2": KIMI_K2,
+    "kimi_k2": KIMI,
     "glm45": GLM45,
 }
 # By what its template has; the first that fits.
@@ -86,7 +86,7 @@ class ChatFormats:
             is_array: a grammar has the calls written as an array, see `json_array.py`.
         """
         if self.uses_channels and not is_array and (tools or self.reasoning == GPT_OSS):
-            return GptOssReader(separates=separates and self.reasoning == GPT_OSS, stream=streams_reasoning)
+            return HarmonyReader(separates=separates and self.reasoning == GPT_OSS, stream=streams_reasoning)
         calls: Reader | None = None
         if is_array:
             calls = JsonArrayCalls()

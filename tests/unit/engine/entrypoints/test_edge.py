@@ -244,7 +244,7 @@ RENAMED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "a", "min_tokens": -1}, "min_tokens"),
     ("/v1/completions", {"prompt": "a", "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
-    ("/v1/completions", {"prompt": "a", "top_k": 0}, "top_k"),
+    ("/v1/completions", {"prompt": "a", "top_k": -2}, "top_k"),
     ("/v1/completions", {"prompt": "a", "stop": ""}, "stop"),
     ("/v1/completions", {"prompt": "a", "stop": ["x"] * 65}, "stop"),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias"),

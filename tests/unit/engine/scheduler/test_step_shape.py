@@ -95,7 +95,7 @@ OF_PLAIN_REQUESTS = {
 def test_every_option_of_the_sampler_is_known_to_draws_or_makes_a_request_not_plain() -> None:
     """A new one that is not sorted here would be ignored where all neighbours are plain."""
     of_others = {"top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"}
-    of_others |= {"grammar"}
+    of_others |= {"grammar", "allowed_token_ids"}
     assert set(SamplingParams.__struct_fields__) == OF_PLAIN_REQUESTS | of_others | {"grammar_begins_after"}
     values: dict[str, object] = {
         "grammar": "start: /a/",
@@ -103,6 +103,7 @@ def test_every_option_of_the_sampler_is_known_to_draws_or_makes_a_request_not_pl
         "top_k": 3,
         "min_p": 0.2,
         "logit_bias": {1: 1.0},
+        "allowed_token_ids": [1],
     }
     for name in of_others:
         assert planned(9, 1, sample=True, **{name: values.get(name, 0.5)}).req.plain is None, name

@@ -17,7 +17,7 @@ CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
 
 
-class GptOssReader:
+class HarmonyReader:
     """One answer, with its special tokens in the text. `separates` reasoning, or leaves it in the content."""
 
     def __init__(self, *, separates: bool, stream: bool = True) -> None:

@@ -22,4 +22,4 @@ def parse(body: str, tools: Sequence[dict[str, object]]) -> ToolCall | None:
     return None if found is None else replace(found, id=call[1])
 
 
-KIMI_K2 = CallFormat("<|tool_call_begin|>", "<|tool_call_end|>", parse, FRAMES, signs=("<|tool_calls_section_begin|>",))
+KIMI = CallFormat("<|tool_call_begin|>", "<|tool_call_end|>", parse, FRAMES, signs=("<|tool_calls_section_begin|>",))

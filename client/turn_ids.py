@@ -21,7 +21,12 @@ class NextTurn:
 
 
 def next_turn_ids(
-    prompt_ids: Sequence[int], output_ids: Sequence[int], answered_ids: Sequence[int], asked_ids: Sequence[int]
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    answered_ids: Sequence[int],
+    asked_ids: Sequence[int],
+    *,
+    is_cut: bool,
 ) -> NextTurn:
     """
     Args:
@@ -29,10 +34,11 @@ def next_turn_ids(
             `return_token_ids`).
         answered_ids: the messages up to that answer as `/tokenize` writes them, with `add_generation_prompt` false.
         asked_ids: likewise with the new messages, and `add_generation_prompt` true.
+        is_cut: no token of its own ended the answer: its `finish_reason` is `length`, or a stop string was found.
 
     Raises:
         ValueError: the template writes the history in another way once more messages follow, so that what it adds cannot be
-            told; or the answer was cut, and where it ends in the template's text cannot be told.
+            told; or it writes the answer in other tokens, and the answer was cut, so that its end there cannot be told.
     """
     if not output_ids:
         raise ValueError("output_ids: must have at least one token")
@@ -44,6 +50,10 @@ def next_turn_ids(
         drift = len(answered_ids)
     if drift is None:
         return NextTurn([*known, *asked_ids[len(known) :]], None)
+    if is_cut:
+        raise ValueError(
+            f"the template writes other tokens from {drift} on, and the answer was cut: its end cannot be told"
+        )
     # The answer ends with the token that ended it, which the template writes as well; what follows is the template's.
     ends = [i for i, token in enumerate(answered_ids) if token == output_ids[-1] and i >= drift]
     if not ends:

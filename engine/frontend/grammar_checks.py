@@ -62,7 +62,8 @@ class GrammarChecks:
                     refusal = await verdict
                 finally:
                     self._by_number.pop(number, None)
-        except (TimeoutError, ConnectionError):
+        except OSError:
+            # Time-outs and lost connections are such, too.
             return NO_CHECKER
         finally:
             self._asked.pop(key, None)

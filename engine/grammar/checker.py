@@ -23,6 +23,8 @@ from .limits import MAX_CHECKS, MAX_COMPILE_BYTES, MAX_COMPILE_S, brief, parser_
 from .token_trie import load_token_trie
 
 LENGTH_BYTES = 4
+# The exit status of a child in which the library has raised something.
+CRASHED = 1
 
 
 class GrammarCheck(msgspec.Struct, frozen=True, array_like=True):
@@ -93,8 +95,12 @@ class Checker:
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            # Nothing of this process is cleaned up by its child.
-            os._exit(check_in_bounds(self._trie, check.grammar, writing))
+            code = CRASHED
+            try:
+                code = check_in_bounds(self._trie, check.grammar, writing)
+            finally:
+                # Nothing of this process is cleaned up by its child, or goes on in it.
+                os._exit(code)
         os.close(writing)
         self._running[reading] = (check.number, pid)
         self._selector.register(reading, selectors.EVENT_READ)
@@ -130,7 +136,9 @@ def check_in_bounds(trie: LLTokenizer, grammar: str, writing: int) -> int:
 
 
 def why_ended(code: int) -> str:
-    """Of a child that the system has ended."""
+    """Of a child that has no verdict."""
+    if code == CRASHED:
+        return "the compiler fails on it"
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"takes more than {MAX_COMPILE_S} s of processor time to compile"
     return f"takes more than {MAX_COMPILE_BYTES >> 20} MiB of memory to compile"

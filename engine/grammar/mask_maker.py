@@ -94,11 +94,25 @@ class MaskMaker:
         """Those of the tokens at `positions` of the outputs; waits for them."""
         found = []
         for constraint, position in zip(constraints, positions, strict=True):
-            assert constraint.pending is not None
-            constraint.pending.result(MASK_TIMEOUT_S)
+            self._wait(constraint, position)
             assert constraint.num_tokens == position, "a mask is about the token behind all those that it has seen"
             found.append(constraint.mask)
         return found
+
+    def _wait(self, constraint: Constraint, position: int) -> None:
+        """For its mask. Where that cannot be made the request fails, and the step goes on."""
+        assert constraint.pending is not None
+        error: BaseException | None
+        try:
+            error = constraint.pending.exception(MASK_TIMEOUT_S)
+        except TimeoutError:
+            error = TimeoutError(f"not within {MASK_TIMEOUT_S:g} s")
+        if error is not None and not constraint.failure:
+            logger.error("a mask could not be made", exc_info=error)
+            self._fail(constraint, f"its mask cannot be made: {brief(str(error))}")
+        if constraint.failure:
+            # A job that failed may not have come to it.
+            constraint.num_tokens = position
 
     def _advance(self, sampled: list[tuple[Constraint, int]]) -> None:
         moving: list[tuple[Constraint, int]] = []

@@ -292,6 +292,7 @@ def test_the_next_turn_is_built_of_what_was_sampled(server: ServerProcess, clien
         answer.choices[0].token_ids,
         tokenized(history, add_generation_prompt=False),
         tokenized(asked),
+        is_cut=False,
     )
     assert turn.drift is None and turn.input_ids == tokenized(asked)
     extra = {"add_generation_prompt": False, "continue_final_message": True}

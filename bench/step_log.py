@@ -57,9 +57,9 @@ class StepTap:
             self._num_steps += 1
             return committed
 
-        def state_and_flush() -> dict[str, int | float | str]:
+        def state_and_flush(*, check_pages: bool = True) -> dict[str, int | float | str]:
             self.flush()
-            return state()
+            return state(check_pages=check_pages)
 
         self.scheduler.committer.commit = tapped_commit  # type: ignore[method-assign]
         self.scheduler.state = state_and_flush  # type: ignore[method-assign]

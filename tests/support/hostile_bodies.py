@@ -21,6 +21,13 @@ PARAMS = {"max_new_tokens": 2, "temperature": 0.0}
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 # Valid and cheap, several per path.
 VALID: dict[str, list[dict[str, Any]]] = {
+    "/inference/v1/generate": [
+        {
+            "token_ids": [1, 2, 3],
+            "sampling_params": {"max_tokens": 2, "temperature": 0.0, "top_k": 3, "stop": ["x"], "logprobs": 1},
+            "request_id": "fuzz",
+        },
+    ],
     "/generate": [
         {"text": "abc", "sampling_params": PARAMS, "rid": "fuzz", "return_routed_experts": True},
         {"text": ["a", "bc"], "sampling_params": [PARAMS, {**PARAMS, "n": 2}], "rid": ["fuzz", "fuzy"]},

@@ -112,8 +112,8 @@ def process_of(processes: list[psutil.Process], name: str) -> psutil.Process:
     [
         ("rank 0", 1, signal.SIGKILL),
         ("rank 1", 1, signal.SIGSTOP),
-        ("output processor", 1, signal.SIGSTOP),
-        ("agent", 1, signal.SIGSTOP),
+        pytest.param("output processor", 1, signal.SIGSTOP, marks=pytest.mark.matrix),
+        pytest.param("agent", 1, signal.SIGSTOP, marks=pytest.mark.matrix),
         ("rank 0", 2, signal.SIGSTOP),
         ("rank 1", 2, signal.SIGKILL),
     ],

@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
+@pytest.mark.matrix
 def test_every_workload_is_measured_at_a_toy_size() -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--toy", "--skip", "correctness", "capture", "profile"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -188,7 +188,8 @@ def test_every_way_brings_every_tensor(
     assert_serves(engine, base, started)
 
 
-@pytest.mark.parametrize("way", ["group", "memory", "folder"])
+@pytest.mark.parametrize("way", ["group", "memory", pytest.param("folder", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("engine", ["tp2", pytest.param("dp2", marks=pytest.mark.matrix)], indirect=True)
 def test_deltas_bring_what_a_full_update_would(engine: Engine, base: Tensors, way: str, tmp_path: Path) -> None:
     """From the checkpoint to weights of which some values moved, one way each; on another base nothing happens."""
     base = {name: tensor.float() for name, tensor in base.items() if name != "lm_head.weight"}

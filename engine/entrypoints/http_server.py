@@ -70,8 +70,19 @@ def make_app(
     app.include_router(control_router(manager, bodies))
     app.include_router(info_router(manager, metrics, model_name, health_timeout_s))
     chat = ChatServing(manager, template, model_name, formats)
-    completions = CompletionServing(manager, model_name)
+    app.include_router(openai_router(bodies, chat, CompletionServing(manager, model_name)))
+    if live_feed is not None:
+        app.include_router(page_router(live_feed))
+    app.include_router(update_sessions_router(manager, bodies))
+    app.include_router(vllm_control_router(manager, bodies))
+    app.include_router(token_router(manager, bodies, model_name))
+    app.include_router(trl_router(manager, bodies, template))
+    app.include_router(not_served_router())
+    return app
 
+
+def openai_router(bodies: BodyReader, chat: ChatServing, completions: CompletionServing) -> APIRouter:
+    """OpenAI's endpoints, and vLLM's of a chat's prompt."""
     openai = APIRouter(route_class=bodies.route_class())
 
     @openai.post("/v1/chat/completions")
@@ -86,12 +97,4 @@ def make_app(
     async def render_chat(body: ChatCompletionRequest, http: Request) -> Response:
         return await chat.render(body, http)
 
-    app.include_router(openai)
-    if live_feed is not None:
-        app.include_router(page_router(live_feed))
-    app.include_router(update_sessions_router(manager, bodies))
-    app.include_router(vllm_control_router(manager, bodies))
-    app.include_router(token_router(manager, bodies, model_name))
-    app.include_router(trl_router(manager, bodies, template))
-    app.include_router(not_served_router())
-    return app
+    return openai

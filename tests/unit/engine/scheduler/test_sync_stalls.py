@@ -104,7 +104,8 @@ def test_what_the_first_steps_left_is_frozen_once() -> None:
     clock = GarbageClock()
     before = gc.get_freeze_count()
     clock.settle()
-    assert gc.get_freeze_count() == before, "nothing is frozen where the collector is not watched"
+    # Fewer where another thread drops what is frozen; more by a freeze alone.
+    assert gc.get_freeze_count() <= before, "nothing is frozen where the collector is not watched"
     clock.install()
     try:
         kept = [[number] for number in range(1000)]
@@ -113,7 +114,7 @@ def test_what_the_first_steps_left_is_frozen_once() -> None:
         assert frozen >= before + len(kept)
         more = [[number] for number in range(1000)]
         clock.settle()
-        assert gc.get_freeze_count() == frozen, len(more)
+        assert gc.get_freeze_count() <= frozen, len(more)
     finally:
         gc.unfreeze()
         gc.callbacks.remove(clock._on_collection)

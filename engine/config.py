@@ -18,6 +18,7 @@ MOE_DISPATCHERS = ("all_gather", "all_to_all")
 OUTPUT_PROCESSORS = ("engine", "node")
 FP8_ACTIVATIONS = ("auto", "e4m3", "exact")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
+DISAGGREGATION = ("none", "prefill", "decode")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # `kv_memory_fraction` by type of device. A GPU is the engine's own; the memory of a host is not, and what is taken from it
 # is missing elsewhere.
@@ -165,6 +166,32 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             metavar="HOST,...",
         ),
     ] = None
+    disaggregation: Annotated[
+        str,
+        Option(
+            "of requests with a bootstrap_room: prefill computes prompts for another engine, decode goes on with them; both "
+            "need the same WAYBILL_RUN_SECRET; none: they are refused",
+            choices=DISAGGREGATION,
+        ),
+    ] = "none"
+    disaggregation_host: Annotated[
+        str, Option("address of this node at which a prefill's side listens for others", metavar="ADDRESS")
+    ] = "127.0.0.1"
+    disaggregation_bootstrap_port: Annotated[
+        int,
+        Option(
+            "port at which a prefill's side listens for others, and at which they look for it where a request names none; "
+            "it takes free ones beside it",
+            bounds=Bounds(at_least=1, at_most=2**16 - 1),
+        ),
+    ] = 8998
+    disaggregation_timeout_s: Annotated[
+        float,
+        Option(
+            "seconds that a prompt may take from one side to the other, on either side",
+            bounds=Bounds(above=0, below=1e6),
+        ),
+    ] = 60.0
     heartbeat_timeout_s: Annotated[
         float,
         Option(
@@ -189,6 +216,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"routing_ring_slots={self.routing_ring_slots}: must be more than overlap_depth")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.page_size:
             raise ValueError(f"kv_cache_tokens={self.kv_cache_tokens}: must hold at least one page of {self.page_size}")
+        if self.disaggregation != "none" and self.output_processors != "engine":
+            raise ValueError("output_processors='node': must be 'engine' with disaggregation")
         if self.weight_sync_hosts is not None:
             check_allowed_hosts(self.weight_sync_hosts)
 

@@ -92,6 +92,20 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.return_logprob and self.logprob_start_len >= 0
 
 
+class TransferSource(msgspec.Struct, frozen=True, array_like=True):
+    """Of a request whose prefill and whose decode are two engines': where the prefill's side is, and what both call the
+    request. `sample` tells the samples of one prompt apart."""
+
+    host: str
+    port: int
+    room: int
+    sample: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.room}.{self.sample}"
+
+
 # --- leader -> output processor -------------------------------------------------------------------------------------
 
 
@@ -127,6 +141,8 @@ class ReqStarted(msgspec.Struct, frozen=True, tag="started"):
     num_prompt_tokens: int
     options: OutputOptions = OutputOptions()
     stop: tuple[str, ...] = ()
+    # Its prompt's rows go to another engine, or come from one.
+    transfer: TransferSource | None = None
 
 
 class ReqAdmitted(msgspec.Struct, frozen=True, tag="admitted"):
@@ -142,6 +158,18 @@ class ReqRetracted(msgspec.Struct, frozen=True, tag="retracted"):
     rid: str
 
 
+class ReqTransferred(msgspec.Struct, frozen=True, tag="transferred"):
+    """Before-event: the pages that an admitted request lacked have arrived from another engine's prefill; so have their
+    rows, unless there are none. `output` is what the prefill has put out, under `weight_version`; with a `reason` that
+    is all there is."""
+
+    rid: str
+    new_pages: bytes  # int32
+    weight_version: str
+    output: TokenOutput | None = None
+    reason: FinishReason | None = None
+
+
 class CacheFlushed(msgspec.Struct, frozen=True, tag="flushed"):
     """Before-event: every cached page was dropped."""
 
@@ -153,7 +181,7 @@ class ReqFinished(msgspec.Struct, frozen=True, tag="finished"):
     reason: FinishReason
 
 
-BeforeEvent = ReqStarted | ReqAdmitted | ReqRetracted | CacheFlushed
+BeforeEvent = ReqStarted | ReqAdmitted | ReqRetracted | ReqTransferred | CacheFlushed
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -201,6 +229,15 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
     rid: str
     token_ids: list[int]
+    logprobs: Logprobs | None = None
+
+
+class FirstToken(msgspec.Struct, frozen=True, array_like=True):
+    """What a prefill has come to, for the engine that goes on: a token, or none where none was asked for; with
+    log-probabilities also those of the prompt."""
+
+    token_ids: list[int]
+    weight_version: str
     logprobs: Logprobs | None = None
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from .control.operations import ControlOperation
 from .grammar.constraint import Constraint
-from .io_struct import OutputOptions, SamplingParams, TopLogprobs
+from .io_struct import FirstToken, OutputOptions, SamplingParams, TopLogprobs, TransferSource
 
 TOKEN_BYTES = 4
 
@@ -119,7 +119,45 @@ class PeerOperation(msgspec.Struct, frozen=True, array_like=True, tag="operation
     operation: ControlOperation
 
 
-PeerMessage = ScheduleBatch | PeerOperation | StopPeers
+class SharePages(msgspec.Struct, frozen=True, array_like=True, tag="share_pages"):
+    """Positions `[0, num_ready)` of a prompt are in the pool, for another engine to fetch; nothing changes them until the
+    request is dropped. `pages` are what its page table has grown by. `first` ends it."""
+
+    key: str
+    pages: bytes  # int32
+    num_ready: int
+    first: FirstToken | None = None
+
+
+class FetchPages(msgspec.Struct, frozen=True, array_like=True, tag="fetch_pages"):
+    """Fetch positions `[start, end)` of a prompt to `pages`, its whole page table; see `TransferNotice`."""
+
+    source: TransferSource
+    attempt: int
+    start: int
+    end: int
+    pages: bytes  # int32
+
+
+class DropPages(msgspec.Struct, frozen=True, array_like=True, tag="drop_pages"):
+    """The pages of a prompt are somebody else's from the next step on. The other engine is told that nothing more is to come
+    of it, with an `error` if there is one; not where the request will ask `again`."""
+
+    key: str
+    error: str = ""
+    again: bool = False
+
+
+PageMessage = SharePages | FetchPages | DropPages
+PeerMessage = ScheduleBatch | PeerOperation | StopPeers | PageMessage
+
+
+class PageTransfers(Protocol):
+    """What moves pages between this rank and another engine's, beside the steps. Never blocks for longer than a copy."""
+
+    def handle(self, message: PageMessage) -> None: ...
+
+    def counters(self) -> dict[str, int | float]: ...
 
 
 @dataclass(frozen=True)

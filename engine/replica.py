@@ -20,6 +20,8 @@ from ..parallel.dp_attention import rows_per_rank
 from ..parallel.mesh import Axis, ParallelMesh
 from ..parallel.moe.dispatch import SyncClock
 from .config import EngineConfig
+from .disaggregation.place import TransferPlace
+from .disaggregation.rank_side import RankPool, make_page_transfers
 from .grammar.mask_maker import MAX_MASK_THREADS, MaskMaker
 from .io_struct import RingPlace, RoutingSetup
 from .ipc.curve import CurveGuard
@@ -28,9 +30,9 @@ from .ipc.record_sender import RecordSender
 from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore
 from .models.causal_lm import CausalLM
-from .models.model_config import ModelConfig
+from .models.model_config import GroupedQueryConfig, ModelConfig
 from .models.registry import load_model, load_model_config
-from .plan import PeerMessage, PeerOperation, ScheduleBatch, StopPeers
+from .plan import PageTransfers, PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.geometry import RouteGeometry
 from .routing.late_gather import LateRouteGather
@@ -64,6 +66,7 @@ class ReplicaEndpoints(msgspec.Struct, frozen=True):
     leader: Endpoint
     peers: list[Endpoint]
     records: Endpoint
+    transfer: TransferPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     context = zmq.Context()
     own = endpoints.leader if rank.runner.is_leader else endpoints.peers[mesh.tp.rank - 1]
     guard = CurveGuard(context, [own])
+    pages = None
+    if endpoints.transfer is not None:
+        pages = make_page_transfers(pool_of(rank), endpoints.transfer, endpoints.leader)
     freeze_garbage_collector()
     if rank.runner.is_leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, own, FrontendMessage)
@@ -96,10 +102,10 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
         records = RecordSender(context, endpoints.records)
         frontend: Sender[BackendMessage] = Sender(context, endpoints.frontend)
         operations = make_operations(rank, context, endpoints.frontend)
-        make_scheduler(rank, Endpoints(inbox, peers, records, frontend), operations).run()
+        make_scheduler(rank, Endpoints(inbox, peers, records, frontend), operations, pages).run()
     else:
         operations = make_operations(rank, context, endpoints.frontend)
-        follow(rank.runner, operations, context, own)
+        follow(rank.runner, operations, context, own, pages)
     # NCCL's groups cannot be left while graphs have recorded collectives of theirs.
     rank.runner.drop_graphs()
     guard.close()
@@ -233,8 +239,40 @@ def make_operations(rank: Rank, context: zmq.Context[Any], frontend: Endpoint) -
     return RankOperations(rank.runner, rank.mesh, rank.config, answer_later)
 
 
+def pool_of(rank: Rank) -> RankPool:
+    """For transfers to and from other engines."""
+    config, model = rank.config, rank.model_config
+    attention = model.attention
+    specs = ", ".join(f"{spec.name} {spec.width[-1]} {spec.dtype}" for spec in rank.runner.model.kv_specs())
+    num_kv_heads = attention.num_kv_heads if isinstance(attention, GroupedQueryConfig) else 0
+    facts = {
+        "model_type": model.model_type,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "vocab_size": model.vocab_size,
+        "dtype": model.dtype_name,
+        "kv_heads": num_kv_heads,
+        "kv_cache": specs,
+        "enable_return_routed_experts": config.enable_return_routed_experts,
+        "moe_layers": model.moe.layer_ids,
+        "num_experts": model.moe.num_experts,
+        "top_k": model.moe.top_k,
+    }
+    return RankPool(
+        rank.runner.kv_store,
+        config.page_size,
+        rank.mesh,
+        num_kv_heads,
+        {name: str(value) for name, value in facts.items()},
+        config.disaggregation_timeout_s,
+    )
+
+
 def make_scheduler(
-    rank: Rank, endpoints: Endpoints, operations: RankOperations | None = None
+    rank: Rank,
+    endpoints: Endpoints,
+    operations: RankOperations | None = None,
+    page_transfers: PageTransfers | None = None,
 ) -> Scheduler[LaunchedStep]:
     """Wire a leader, and tell the output processor and the frontend that it is there."""
     config, dp, tp_size = rank.config, rank.mesh.dp, rank.mesh.tp.size
@@ -252,6 +290,7 @@ def make_scheduler(
         clock=rank.clock,
         operations=operations,
         mask_maker=rank.mask_maker,
+        page_transfers=page_transfers,
     )
     endpoints.records.send(_routing_setup(rank))
     if dp.rank == 0:
@@ -275,7 +314,13 @@ def resolve_context_length(config: EngineConfig, model_config: ModelConfig) -> i
     return config.context_length
 
 
-def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context[Any], where: Endpoint) -> None:
+def follow(
+    runner: ModelRunner,
+    operations: RankOperations,
+    context: zmq.Context[Any],
+    where: Endpoint,
+    pages: PageTransfers | None = None,
+) -> None:
     """Execute the leader's plans and operations, in order, until it says stop."""
     inbox: Receiver[PeerMessage] = Receiver(context, where, PeerMessage)
     # As on the leader: at the first rest after the first steps.
@@ -294,6 +339,9 @@ def follow(runner: ModelRunner, operations: RankOperations, context: zmq.Context
             operations.run(message.op_id, message.operation)
         elif isinstance(message, ScheduleBatch):
             runner.result(runner.launch(message))
+        else:
+            assert pages is not None
+            pages.handle(message)
 
 
 def _routing_setup(rank: Rank) -> RoutingSetup:

@@ -114,9 +114,13 @@ def exchange_addresses(
     return layout.addresses(run_dir, endpoints | own)
 
 
-def listen(node_address: str, keys: CurveKeys) -> Endpoint:
-    """A TCP endpoint of this node, on a free port, with a socket that listens."""
-    listener = open_listener(node_address)
+def listen(node_address: str, keys: CurveKeys, port: int = 0) -> Endpoint:
+    """A TCP endpoint of this node, on a free port if none is given, with a socket that listens.
+
+    Raises:
+        ValueError: as `open_listener`.
+    """
+    listener = open_listener(node_address, port)
     port = listener.getsockname()[1]
     host = f"[{node_address}]" if ":" in node_address else node_address
     return Endpoint(f"tcp://{host}:{port}", keys, listener.detach())

@@ -9,6 +9,8 @@ import re
 
 import msgspec
 
+from ..engine.config import EngineConfig
+
 LOCAL_ENDPOINT = "127.0.0.1:0"
 # Under which torchrun knows `rendezvous.py`.
 RENDEZVOUS_BACKEND = "waybill"
@@ -57,6 +59,20 @@ def run_secret() -> bytes | None:
             f"{RUN_SECRET_VARIABLE}: must have at least {MIN_RUN_SECRET_LENGTH} bytes, and be hard to guess"
         )
     return secret or None
+
+
+def check_disaggregation(config: EngineConfig, num_nodes: int) -> None:
+    """What can be said before any rank starts.
+
+    Raises:
+        ValueError: the engine cannot be one side of two.
+    """
+    if config.disaggregation == "none":
+        return
+    if num_nodes > 1:
+        raise ValueError(f"--nnodes {num_nodes}: must be 1 with disaggregation; each side runs on a node of its own")
+    if run_secret() is None:
+        raise ValueError(f"{RUN_SECRET_VARIABLE}: disaggregation needs it, the same on both sides")
 
 
 def check_node_address(address: str) -> None:

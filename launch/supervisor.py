@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..engine.config import EngineConfig
+from ..engine.disaggregation.place import RoutesPlace
 from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.ipc.heartbeat import Heartbeat
 from ..engine.ipc.heartbeat_table import PATH_VARIABLE, HeartbeatTable
@@ -17,7 +18,7 @@ from ..engine.ipc.lifeline import Lifeline
 from ..engine.ipc.sockets import Endpoint
 from ..engine.output.config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
-from .node_options import RENDEZVOUS_BACKEND, NodeOptions
+from .node_options import RENDEZVOUS_BACKEND, NodeOptions, check_disaggregation
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, RunDir, caller_lifeline, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
 
@@ -41,7 +42,7 @@ class NodeChildren:
         self._stopping = False
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start_output_processor(self) -> None:
+    def start_output_processor(self, transfer: RoutesPlace | None = None) -> None:
         """The one of this node."""
         config, addresses, node = self._config, self._addresses, self._node
         dp_ranks = self._layout.dp_ranks_of(node)
@@ -58,9 +59,12 @@ class NodeChildren:
             claim_ttl_s=config.claim_ttl_s,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             log_level=config.log_level,
+            transfer=transfer,
         )
         file = write_struct(addresses.run_dir, OUTPUT_PROCESSOR_CONFIG, processor)
-        listeners = (addresses.records[node], addresses.queries[node])
+        listeners = [addresses.records[node], addresses.queries[node]]
+        if transfer is not None and transfer.listen is not None:
+            listeners.append(transfer.listen)
         self.start("output processor", ["waybill.engine.output.output_processor", "--config", str(file)], listeners)
 
     def start(self, name: str, module_and_args: list[str], listeners: Sequence[Endpoint] = ()) -> None:
@@ -111,6 +115,7 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, on_exit: Callable[[str], None]) -> None:
+        check_disaggregation(config, num_nodes=1)
         layout = Layout.of(config, num_nodes=1)
         self._on_exit = on_exit
         self._ending = False

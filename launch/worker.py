@@ -51,6 +51,7 @@ from .run_dir import (
 )
 from .supervisor import NodeChildren, threads_per_rank
 from .topology import FRONTEND, Addresses, Layout, one_node_addresses
+from .transfers import Transfers, open_transfers
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,12 @@ def main() -> int:
         raise ValueError(f"torchrun started {world_size} ranks; tp_size * dp_size = {config.world_size}")
     node = meet(command, config, world, store, rank)
     addresses = node.addresses
-    children = start_children(command, config, node) if world.local_rank == 0 else None
+    children = None
     try:
-        run_rank(config, node, store, rank)
+        transfers = open_transfers(config, rank, addresses)
+        if world.local_rank == 0:
+            children = start_children(command, config, node, transfers)
+        run_rank(config, node, store, rank, transfers)
         heartbeat.leave()
     except ValueError as error:
         # A mistake of the user's: said in one line, to the program that waits for the engine, or here.
@@ -170,12 +174,14 @@ def ignore_termination() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def start_children(command: WorkerCommand, config: EngineConfig, node: Node) -> NodeChildren:
+def start_children(
+    command: WorkerCommand, config: EngineConfig, node: Node, transfers: Transfers | None
+) -> NodeChildren:
     """The processes beside the ranks."""
     addresses = node.addresses
     children = NodeChildren(config, node.layout, node.rank, addresses)
     if node.rank < node.layout.num_processors:
-        children.start_output_processor()
+        children.start_output_processor(None if transfers is None else transfers.routes)
     if node.rank > 0 or not command.has_frontend:
         return children
     write_struct(addresses.run_dir, ADDRESSES, addresses)
@@ -189,7 +195,7 @@ def start_children(command: WorkerCommand, config: EngineConfig, node: Node) -> 
     return children
 
 
-def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
+def run_rank(config: EngineConfig, node: Node, store: Store, rank: int, transfers: Transfers | None) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
     torch.set_num_threads(threads_per_rank(config, node.layout.ranks_per_node))
     mesh = join_mesh(config, node.layout, store, rank)
@@ -200,6 +206,7 @@ def run_rank(config: EngineConfig, node: Node, store: Store, rank: int) -> None:
         leader=addresses.leaders[dp_rank],
         peers=addresses.peers[dp_rank],
         records=addresses.records[node.layout.processor_of(dp_rank)],
+        transfer=None if transfers is None else transfers.pages,
     )
     run_replica(config, mesh, endpoints)
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
-from ..io_struct import OutputOptions, SamplingParams
+from ..io_struct import OutputOptions, SamplingParams, TransferSource
 from ..validation import dialect_fields
 from ..validation.field_error import FieldError
 from ..validation.request_model import AnyNumber, Name, Number, PerPrompt, RequestModel, validate
@@ -28,6 +28,7 @@ from .request_limits import (
     check_prompt,
     check_routed_experts,
     check_sampling,
+    check_transfer,
     resolve_max_new_tokens,
 )
 from .sampling_params import SamplingParamsInput, make_sampling_params
@@ -41,6 +42,9 @@ CHAR_COST_US, ID_COST_US = 1.0, 0.02
 # Of `routed_experts_start_len`: where the session's caller already has the rows.
 AUTO = "auto"
 StartLen = AnyNumber | Literal["auto"]
+# For all items of a batch, or one for each.
+BootstrapHost = Name | PerPrompt[Name | None] | None
+BootstrapNumber = Number | PerPrompt[Number | None] | None
 
 
 def parse_input_ids(value: Any) -> Prompts:
@@ -70,6 +74,10 @@ class GenerateReqInput(RequestModel):
     # What the dialect called these two before: `routed_dp_rank` and `session_id`.
     data_parallel_rank: Number | None = None
     routing_key: Name | None = None
+    # One engine computes the prompt and another goes on: where the first is, and what both call the request.
+    bootstrap_host: BootstrapHost = None
+    bootstrap_port: BootstrapNumber = None
+    bootstrap_room: BootstrapNumber = None
     return_routed_experts: bool | PerPrompt[bool] = False
     # Checked only where routes are asked for.
     routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
@@ -170,11 +178,15 @@ class SampleRequest:
     output_options: OutputOptions
     is_auto: bool = False
     shared_prefix: SharedPrefix | None = None
+    transfer: TransferSource | None = None
+    # Which it must go to, whatever the request says.
+    dp_rank: int | None = None
 
 
 # Options of the output have the same names in a request, or in its `sampling_params`.
 OPTION_NAMES = OutputOptions.__struct_fields__
-PER_ITEM = ("sampling_params", *(name for name in OPTION_NAMES if name in GenerateReqInput.model_fields))
+BOOTSTRAP_NAMES = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+PER_ITEM = ("sampling_params", *BOOTSTRAP_NAMES, *(name for name in OPTION_NAMES if name in GenerateReqInput.model_fields))
 
 
 def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
@@ -215,7 +227,11 @@ def expand(
             start_of = _check_auto(request, fields, num_delivered)
             group = _expand_item(rids[index], index, prompts[index], fields, limits, encode, start_of)
             params = fields["sampling_params"]
-            samples.append(with_grammar(group, params, limits, request.grammar_begins_after, grammars))
+            group = with_grammar(group, params, limits, request.grammar_begins_after, grammars)
+            if isinstance(request.bootstrap_room, int):
+                # As the dialect counts them.
+                fields["bootstrap_room"] += index
+            samples.append(with_transfer(group, [fields[name] for name in BOOTSTRAP_NAMES], limits))
         except FieldError as error:
             raise (error.of_item(index) if request.is_batch else error) from None
     taken: set[str] = set()
@@ -243,6 +259,35 @@ def with_grammar(
         known[id(params)] = params.grammar(limits.special_tokens)
     fields = {"grammar": known[id(params)], "grammar_begins_after": begins_after}
     return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]
+
+
+def with_transfer(samples: list[SampleRequest], place: list[Any], limits: EngineLimits) -> list[SampleRequest]:
+    """Samples of one prompt, with where the other side is (host, port and room); on a prefill's side they end with their
+    first token, and only the other one has rows to return."""
+    host, port, room = place
+    if host is None and port is None and room is None:
+        return samples
+    check_transfer(host, port, room, limits)
+    source = TransferSource(host or "", limits.bootstrap_port if port is None else port, room)
+    moved = [replace(one, transfer=msgspec.structs.replace(source, sample=i)) for i, one in enumerate(samples)]
+    if limits.disaggregation == "decode":
+        return moved
+    return [
+        replace(
+            one,
+            dp_rank=room % limits.dp_size,
+            sampling_params=msgspec.structs.replace(
+                one.sampling_params, max_new_tokens=min(1, one.sampling_params.max_new_tokens)
+            ),
+            output_options=msgspec.structs.replace(
+                one.output_options,
+                return_routed_experts=False,
+                routed_experts_start_len=0,
+                stream_routed_experts=False,
+            ),
+        )
+        for one in moved
+    ]
 
 
 def _rids(request: GenerateReqInput, num: int) -> list[str]:

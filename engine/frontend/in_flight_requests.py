@@ -43,7 +43,7 @@ class InFlightRequests:
             input_ids,
             request.cache_partition,
             session_id=request.affinity,
-            routed_dp_rank=request.dp_rank,
+            routed_dp_rank=request.dp_rank if samples[0].dp_rank is None else samples[0].dp_rank,
             num_samples=len(samples),
         )
         num_sent = num_bytes = 0

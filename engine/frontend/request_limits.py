@@ -25,6 +25,9 @@ class EngineLimits:
     routed_experts: bool
     # Of the tokenizer, by their text.
     special_tokens: frozenset[str] = frozenset()
+    # Which side of two engines it is, and at which port another one is by default.
+    disaggregation: str = "none"
+    bootstrap_port: int = 0
 
 
 def check_prompt(input_ids: Ids, limits: EngineLimits, field: str) -> None:
@@ -113,3 +116,21 @@ def check_routed_experts(options: OutputOptions, num_prompt: int, limits: Engine
             f"0 .. {num_prompt}",
             name,
         )
+
+
+def check_transfer(host: str | None, port: int | None, room: int | None, limits: EngineLimits) -> None:
+    """One of them is given."""
+    given = [("bootstrap_host", host), ("bootstrap_port", port), ("bootstrap_room", room)]
+    name = next(name for name, value in given if value is not None)
+    if limits.disaggregation == "none":
+        raise FieldError(
+            f"{name} is not supported: must be absent, unless the engine is started with --disaggregation", name
+        )
+    if room is None:
+        raise FieldError(f"{name}: needs bootstrap_room", name, mentions=("bootstrap_room",))
+    if room < 0:
+        raise FieldError(f"bootstrap_room={room}: must be at least 0", "bootstrap_room")
+    if port is not None and not 0 < port < 2**16:
+        raise FieldError(f"bootstrap_port={port}: must lie in 1 .. {2**16 - 1}", "bootstrap_port")
+    if host is None and limits.disaggregation == "decode":
+        raise FieldError("bootstrap_host: must be given, the prefill's side", "bootstrap_host")

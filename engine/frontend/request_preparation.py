@@ -127,4 +127,5 @@ def tokenized_request(
         output_options=sample.output_options,
         priority=request.priority,
         extra_key=request.cache_partition,
+        transfer=sample.transfer,
     )

@@ -109,6 +109,8 @@ class TokenizerManager:
             has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
             special_tokens=self.text.special_tokens,
+            disaggregation=self.config.disaggregation,
+            bootstrap_port=self.config.disaggregation_bootstrap_port,
         )
 
     def _fail(self, reason: str) -> None:

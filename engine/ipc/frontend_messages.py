@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ..control.operations import ControlOperation
-from ..io_struct import Blocked, OutputBatch, OutputOptions, SamplingParams
+from ..io_struct import Blocked, FirstToken, OutputBatch, OutputOptions, SamplingParams, TransferSource
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
@@ -18,6 +18,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
     output_options: OutputOptions = OutputOptions()
     priority: int = 0
     extra_key: str = ""
+    # Its prefill is one engine's and its decode another's.
+    transfer: TransferSource | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -48,6 +50,21 @@ class GetInternalStateReq(msgspec.Struct, frozen=True, tag="get_internal_state")
     check_pages: bool = True
 
 
+class TransferNotice(msgspec.Struct, frozen=True, tag="transfer"):
+    """From whoever moves pages or rows between engines, for the leader beside it; it has no number.
+
+    Where the decode is, `part` names what has arrived in this `attempt`: "routes", or the pages of a tp rank ("pages0"),
+    the first of them with what the prefill has come to. Where the prefill is: "released" by the other side. With an
+    `error` it did not arrive, or is not wanted any more.
+    """
+
+    key: str
+    part: str
+    attempt: int = 0
+    error: str = ""
+    first: FirstToken | None = None
+
+
 class ControlReq(msgspec.Struct, frozen=True, tag="control"):
     """Have an operation done; see `control/operations.py`."""
 
@@ -63,7 +80,9 @@ class ShutdownReq(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 NumberedMessage = TokenizedGenerateReqInput | SeqNotice | AbortReq | ControlReq | ShutdownReq
-FrontendMessage = NumberedMessage | GetInternalStateReq
+# Handled as they come.
+UnnumberedMessage = GetInternalStateReq | TransferNotice
+FrontendMessage = NumberedMessage | UnnumberedMessage
 
 
 # --- leader -> frontend ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ..disaggregation.place import RoutesPlace
 from ..ipc.sockets import Endpoint
 
 LOW_PRIORITY = 10
@@ -28,3 +29,4 @@ class OutputProcessorConfig(msgspec.Struct, frozen=True):
     log_level: str = "warning"
     # None where no run surrounds it: it beats for nobody then.
     heartbeat_timeout_s: float | None = None
+    transfer: RoutesPlace | None = None

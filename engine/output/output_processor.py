@@ -27,9 +27,12 @@ from ..io_struct import (
     ReqFinished,
     ReqRetracted,
     ReqStarted,
+    ReqTransferred,
     RoutingSetup,
     StepRecord,
+    TokenOutput,
 )
+from ..disaggregation.routes_side import RoutesSide, make_routes_side
 from ..ipc.critical_thread import start_critical_thread
 from ..ipc.curve import CurveGuard
 from ..ipc.heartbeat import Heartbeat, table_of_this_run
@@ -47,6 +50,7 @@ from .expert_load import ExpertLoad
 from .output_sender import OutputSender, Progress, Routes, ShipmentOrder
 from .query_server import QueryServer
 from .step_joiner import StepJoiner
+from .transferred_routes import TransferredRoutes
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +78,16 @@ class OutputProcessor:
     Its dp ranks are all of the engine's, or those of its node; the first of them records.
     """
 
-    def __init__(self, output_sender: OutputSender, num_dp_ranks: int = 1, *, first_dp_rank: int = 0) -> None:
+    def __init__(
+        self,
+        output_sender: OutputSender,
+        num_dp_ranks: int = 1,
+        *,
+        first_dp_rank: int = 0,
+        routes_side: RoutesSide | None = None,
+    ) -> None:
         self._output_sender = output_sender
+        self._transferred = TransferredRoutes(routes_side)
         self._joiner = StepJoiner(tuple(range(first_dp_rank, first_dp_rank + num_dp_ranks)), recorder=first_dp_rank)
         self._page_size = 1
         self._ring: RouteRing | None = None
@@ -117,25 +129,37 @@ class OutputProcessor:
         ledger = self._ledgers.get(record.dp_rank)
         for event in record.before:
             self._before(event, record.dp_rank, ledger)
+            if isinstance(event, ReqTransferred):
+                # An order of its own: its request may have a part in this step, too.
+                order = ShipmentOrder(record.dp_rank, event.weight_version, started, [self._go_on(event)])
+                self._output_sender.submit(order)
+                started = []
         if ledger is not None:
             self._file(record, ledger)
         progress: dict[str, Progress] = {}
         done = {finished.rid for finished in record.after}
         for output in record.outputs:
-            state = self._reqs[output.rid]
-            state.num_output += len(output.token_ids)
-            self.num_output_tokens += len(output.token_ids)
-            routes = None
-            if state.started.options.stream_routed_experts and state.num_output and output.rid not in done:
-                routes = self.maybe_collect_routed_experts(state)
-            progress[output.rid] = Progress(
-                output.rid, output, state.cached_tokens, state.num_retractions, routes=routes
-            )
+            progress[output.rid] = self._progress(output, is_last=output.rid in done)
         for finished in record.after:
             progress[finished.rid] = self._finish(finished, progress.get(finished.rid))
         if started or progress:
             order = ShipmentOrder(record.dp_rank, record.weight_version, started, list(progress.values()))
             self._output_sender.submit(order)
+
+    def _progress(self, output: TokenOutput, *, is_last: bool) -> Progress:
+        state = self._reqs[output.rid]
+        state.num_output += len(output.token_ids)
+        self.num_output_tokens += len(output.token_ids)
+        routes = None
+        if state.started.options.stream_routed_experts and state.num_output and not is_last:
+            routes = self.maybe_collect_routed_experts(state)
+        return Progress(output.rid, output, state.cached_tokens, state.num_retractions, routes=routes)
+
+    def _go_on(self, event: ReqTransferred) -> Progress:
+        """What another engine's prefill has put out."""
+        assert event.output is not None
+        progress = self._progress(event.output, is_last=event.reason is not None)
+        return progress if event.reason is None else self._finish(ReqFinished(event.rid, event.reason), progress)
 
     def _before(self, event: BeforeEvent, dp_rank: int, ledger: RouteLedger | None) -> None:
         if isinstance(event, ReqStarted):
@@ -149,10 +173,15 @@ class OutputProcessor:
                 state.admitted = True
             if ledger is not None:
                 ledger.admit(event.rid, event.cached_pages)
+                self._transferred.admitted(state.started, dp_rank, ledger)
         elif isinstance(event, ReqRetracted):
             self._reqs[event.rid].num_retractions += 1
             if ledger is not None:
                 ledger.retract(event.rid)
+                self._transferred.retracted(event.rid)
+        elif isinstance(event, ReqTransferred):
+            if ledger is not None:
+                self.num_rows_filed += self._transferred.arrived(event, ledger)
         elif ledger is not None:
             ledger.flush()
 
@@ -166,12 +195,14 @@ class OutputProcessor:
         rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
         self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version)
         self.expert_load.offer(record.dp_rank, rows)
+        self._transferred.filed(record.segments, ledger)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
         routes = self.maybe_collect_routed_experts(state, finished.reason)
         if state.dp_rank in self._ledgers:
             self._ledgers[state.dp_rank].drop(finished.rid)
+            self._transferred.finished(finished)
         return Progress(
             rid=finished.rid,
             output=None if progress is None else progress.output,
@@ -241,7 +272,12 @@ def main() -> None:
     claims = ClaimStore(config.claim_budget_bytes, config.claim_ttl_s, time.monotonic, config.claim_prefix)
     sender: Sender[OutputBatch] = Sender(context, config.frontend_address)
     output_sender = OutputSender(sender, decoder, claims)
-    processor = OutputProcessor(output_sender, config.num_dp_ranks, first_dp_rank=config.first_dp_rank)
+    processor = OutputProcessor(
+        output_sender,
+        config.num_dp_ranks,
+        first_dp_rank=config.first_dp_rank,
+        routes_side=make_routes_side(config.transfer, config.first_dp_rank),
+    )
     records: Receiver[OutputRecord] = Receiver(
         context, config.records_address, OutputRecord, max_queued=MAX_QUEUED_RECORDS
     )

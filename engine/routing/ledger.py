@@ -61,6 +61,7 @@ class RouteLedger:
 
     def __init__(self, num_pages: int, page_size: int, geometry: RouteGeometry) -> None:
         self._page_size = page_size
+        self.geometry = geometry
         num_slots, num_layers, top_k = num_pages * page_size, geometry.num_moe_layers, geometry.top_k
         # One slot more than there are: nobody's, where the rows of discarded segments go.
         self._nobodys_slot = num_slots
@@ -73,6 +74,7 @@ class RouteLedger:
         self._row_item = np.dtype((np.void, geometry.row_bytes))
         self._row_items = self._rows.reshape(num_slots + 1, -1).view(self._row_item)[:, 0]
         self._version_names: list[str] = []
+        self._version_indices: dict[str, int] = {}
         self._reqs: dict[str, _ReqRoutes] = {}
 
     def start(self, rid: str, *, keep: bool) -> None:
@@ -124,6 +126,26 @@ class RouteLedger:
         self._versions[where] = self._version_index(weight_version)
         return len(where) - num_discarded
 
+    def adopt(self, rid: str, new_pages: bytes, num_tokens: int, found: RouteSlice | None) -> int:
+        """The next `num_tokens` positions stand on new pages, computed by another engine; file the rows that it has sent as
+        if they had been made here. None: they have not come, and so are missing.
+
+        Returns:
+            How many rows were filed.
+        """
+        self._page_versions[np.frombuffer(new_pages, dtype="<i4")] = NEVER_WRITTEN
+        req, slots = self._reqs[rid], array("q")
+        req.pages.frombytes(new_pages)
+        self._take_slots(req, Segment(rid, req.num_filed, num_tokens, new_pages), slots)
+        if found is None or not num_tokens:
+            return 0
+        where = np.frombuffer(slots, dtype=np.int64)
+        assert len(found.rows) == num_tokens
+        self._rows[where] = found.rows
+        for name, start, end in found.weight_versions:
+            self._versions[where[start - found.start : end - found.start]] = self._version_index(name)
+        return num_tokens
+
     def _take_slots(self, req: _ReqRoutes, segment: Segment, slots: array[int]) -> None:
         """Add the slots of the segment's positions, which are filed from now on, to `slots`."""
         size, start, end = self._page_size, segment.start, segment.start + segment.num_tokens
@@ -138,9 +160,10 @@ class RouteLedger:
         slots.frombytes((table[positions // size - first] * size + positions % size).tobytes())
 
     def _version_index(self, name: str) -> int:
-        if not self._version_names or self._version_names[-1] != name:
+        index = self._version_indices.setdefault(name, len(self._version_names))
+        if index == len(self._version_names):
             self._version_names.append(name)
-        return len(self._version_names) - 1
+        return index
 
     def retract(self, rid: str) -> None:
         """The request gives its pages up: snapshot what it has filed beyond its last snapshot."""
@@ -169,6 +192,10 @@ class RouteLedger:
     def drop(self, rid: str) -> None:
         """The request is gone; its pages belong to the cache or to nobody."""
         del self._reqs[rid]
+
+    def num_on_pages(self, rid: str) -> int:
+        """Positions from 0 whose rows stand on the request's pages."""
+        return self._reqs[rid].num_filed
 
     def num_rows(self, rid: str) -> int:
         """Consecutive positions from 0 that have a row for this request."""

@@ -155,11 +155,13 @@ class LeaderControls:
     def _on_pause_generation(self, op_id: str, op: PauseGeneration) -> None:
         self._steps.commit_all()
         finished: list[ReqFinished] = []
-        if op.mode == "abort":
+        if op.mode != "in_place":
             for req in self._queues.matching(""):
-                req.finish_reason = FinishReason("abort", message="aborted by a pause")
-                finished.append(self._committer.finish(req))
-        elif op.mode == "retract":
+                # What another engine reads cannot come again as it was.
+                if op.mode == "abort" or (req.is_lent and req.is_running):
+                    req.finish_reason = FinishReason("abort", message="aborted by a pause")
+                    finished.append(self._committer.finish(req))
+        if op.mode == "retract":
             self._recorder.note_all(self._planner.retract_running())
         if finished or self._recorder.has_events:
             self._recorder.record_idle(finished)

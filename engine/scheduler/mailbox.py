@@ -18,6 +18,8 @@ from ..ipc.frontend_messages import (
     GetInternalStateReq,
     NumberedMessage,
     ShutdownReq,
+    TransferNotice,
+    UnnumberedMessage,
 )
 from .agreement import Agreement
 
@@ -36,7 +38,7 @@ class Inbox(Protocol):
 class Mailbox:
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        self._questions: deque[GetInternalStateReq] = deque()
+        self._questions: deque[UnnumberedMessage] = deque()
         self._backlog: deque[NumberedMessage] = deque()
         # The highest number received, and the highest one handled.
         self.seen = 0
@@ -49,7 +51,7 @@ class Mailbox:
     def collect(self) -> None:
         """Take in what has arrived; never blocks."""
         while (message := self._inbox.receive_nowait()) is not None:
-            if isinstance(message, GetInternalStateReq):
+            if isinstance(message, (GetInternalStateReq, TransferNotice)):
                 self._questions.append(message)
             else:
                 assert message.seq > self.seen, "the frontend's numbers rise"

@@ -35,7 +35,9 @@ class PageManager:
     @staticmethod
     def num_reusable_tokens(req: Req) -> int:
         """Most tokens that a request may have from the cache: at least one is left to compute, and with prompt
-        log-probabilities every position that scores one."""
+        log-probabilities every position that scores one. One that is awaited has nothing to compute."""
+        if req.is_awaited:
+            return req.seqlen
         limit = req.seqlen - 1
         if req.options.returns_prompt_logprobs:
             limit = min(limit, max(0, max(req.options.logprob_start_len, req.num_scored) - 1))
@@ -50,7 +52,7 @@ class PageManager:
 
     def pages_missing(self, req: Req, num_tokens: int) -> int:
         """Pages that the request lacks to hold `num_tokens` more."""
-        return pages_for(req.num_scheduled + num_tokens, self.page_size) - len(req.held.pages)
+        return max(0, pages_for(req.num_scheduled + num_tokens, self.page_size) - len(req.held.pages))
 
     def take(self, num_pages: int) -> Pages[int] | None:
         """`num_pages` from the pool, evicting cached ones as far as needed; None (and nothing evicted) if they are not

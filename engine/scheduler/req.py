@@ -83,6 +83,10 @@ class Req:
     # The next prompt position to score, where prompt log-probabilities were asked for.
     num_scored: int = 0
     finish_reason: FinishReason | None = None
+    # Its pages are lent to another engine, which goes on with it: it keeps them to its end.
+    is_lent: bool = False
+    # Its prompt is another engine's to compute, and has not arrived.
+    is_awaited: bool = False
     # What its output must follow; it lasts through retractions, as the output does.
     constraint: Constraint | None = None
 
@@ -154,7 +158,7 @@ class Req:
 
     def started(self) -> ReqStarted:
         """What the output processor has to know of it."""
-        return ReqStarted(self.rid, self.num_prompt_tokens, self.options, self.params.stop)
+        return ReqStarted(self.rid, self.num_prompt_tokens, self.options, self.params.stop, self.recv.transfer)
 
     def token_bytes(self, start: int, end: int) -> bytes:
         return bytes(self.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES])

@@ -64,8 +64,8 @@ class RequestQueues:
         req.row = -1
 
     def youngest_running(self) -> Req:
-        """The one that gives way first: lowest priority, then last to arrive."""
-        return max(self.running, key=lambda item: item.order)
+        """The one that gives way first: lowest priority, then last to arrive; none whose pages another engine reads."""
+        return max((req for req in self.running if not req.is_lent), key=lambda item: item.order)
 
     def matching(self, rid_prefix: str, *, exact: bool = False) -> list[Req]:
         """Requests whose rid starts with `rid_prefix`, or is it."""

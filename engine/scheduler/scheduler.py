@@ -14,9 +14,16 @@ from typing import Generic
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from ..grammar.mask_maker import MaskMaker
-from ..io_struct import ReqRetracted
-from ..ipc.frontend_messages import ControlReply, GetInternalStateReq, SeqNotice, ShutdownReq, TokenizedGenerateReqInput
-from ..plan import LaunchedT, Runner, StopPeers
+from ..io_struct import FinishReason, ReqRetracted
+from ..ipc.frontend_messages import (
+    ControlReply,
+    GetInternalStateReq,
+    SeqNotice,
+    ShutdownReq,
+    TokenizedGenerateReqInput,
+    TransferNotice,
+)
+from ..plan import LaunchedT, PageTransfers, Runner, StopPeers
 from ..routing.ring import RouteRing
 from .agreement import Agreement, Cause, Proposal, SingleRankSync, StepSync
 from .leader_controls import LeaderControls, Operations
@@ -33,10 +40,12 @@ from .step_pipeline import StepPipeline
 from .step_planner import StepPlan, StepPlanner
 from .step_recorder import StepRecorder
 from .stop_checker import StopChecker
+from .transfer_ends import TransferEnds
+from .transfer_sides import make_transfers
 
 IDLE_WAIT_S = 5.0
-# Between two looks at a grammar that is being compiled.
-COMPILE_WAIT_S = 0.001
+# Between two looks at a grammar that is being compiled, or at what is on its way from another engine.
+POLL_S = 0.001
 
 
 class Scheduler(Generic[LaunchedT]):
@@ -57,6 +66,7 @@ class Scheduler(Generic[LaunchedT]):
         clock: SyncClock | None = None,
         operations: Operations | None = None,
         mask_maker: MaskMaker | None = None,
+        page_transfers: PageTransfers | None = None,
     ) -> None:
         self._dp = dp = dp or DpRankInfo()
         self._endpoints = endpoints
@@ -64,14 +74,17 @@ class Scheduler(Generic[LaunchedT]):
         self._mask_maker = mask_maker
         self._mailbox = Mailbox(endpoints.inbox)
         self.queues = RequestQueues(limits.max_running)
-        self._planner = StepPlanner(self.queues, pages, limits)
-        self.committer = StepCommitter(self.queues, pages, stop_checker)
         self.recorder = StepRecorder(config, endpoints.records, dp)
+        self._page_transfers = page_transfers
+        self._transfers = make_transfers(config, page_transfers, endpoints.peers, self.recorder)
+        self._planner = StepPlanner(self.queues, pages, limits, self._transfers)
+        self.committer = StepCommitter(self.queues, pages, stop_checker, self._transfers)
         self._clock = StepClock(clock or SyncClock(), ring, endpoints.records)
         self.lockstep = Lockstep(sync or SingleRankSync(), dp.dp_rank)
         self.steps = StepPipeline(
             runner, endpoints.peers, stop_checker, self.committer, self.recorder, self._clock, config.overlap_depth
         )
+        self._transfer_ends = TransferEnds(self.steps, pages, self.committer, self.recorder, mask_maker)
         self._controls = LeaderControls(
             self.steps,
             self.recorder,
@@ -126,8 +139,9 @@ class Scheduler(Generic[LaunchedT]):
         cause = Cause.RECEIVE
         for message in self._mailbox.due(self.lockstep.agreement):
             self._handlers[type(message)](message)
-            if not isinstance(message, (TokenizedGenerateReqInput, SeqNotice)):
+            if not isinstance(message, (TokenizedGenerateReqInput, SeqNotice, TransferNotice)):
                 cause = Cause.CONTROL
+        self._transfer_ends.apply(self._transfers.settle())
         self._clock.add(cause, time.perf_counter() - began)
 
     def propose(self) -> Proposal:
@@ -158,9 +172,10 @@ class Scheduler(Generic[LaunchedT]):
             self.steps.commit_all()
             plan = self._planner.plan(in_flight=False)
             self.recorder.note_all(plan.before)
-        if not plan.planned and self.steps.is_empty and self.queues.is_compiling:
-            # Nobody else has anything to do: no reason to ask for the compiler's processor.
-            time.sleep(COMPILE_WAIT_S)
+        self._transfers.arrive(plan.arriving)
+        if not plan.planned and self.steps.is_empty and (self.queues.is_compiling or self._transfers.is_waiting):
+            # Nobody else has anything to do: no reason to ask for the processor that they need.
+            time.sleep(POLL_S)
         if any(isinstance(event, ReqRetracted) for event in plan.before):
             self._clock.add(Cause.RETRACTION, time.perf_counter() - began)
         return plan
@@ -186,6 +201,7 @@ class Scheduler(Generic[LaunchedT]):
             SeqNotice: self._on_notice,
             GetInternalStateReq: self._on_get_internal_state,
             ShutdownReq: self._on_shutdown,
+            TransferNotice: self._transfers.on_notice,
         }
 
     def _on_generate(self, message: TokenizedGenerateReqInput) -> None:
@@ -195,8 +211,11 @@ class Scheduler(Generic[LaunchedT]):
             assert self._mask_maker is not None, "grammars are refused at the edge where there is no tokenizer"
             after = req.params.grammar_begins_after
             req.constraint = self._mask_maker.start(req.params.grammar, None if after < 0 else after)
+        refusal = self._transfers.begin(req)
         self.queues.add(req)
         self.recorder.note(req.started())
+        if refusal:
+            self._transfer_ends.end(req, FinishReason("abort", message=refusal, status_code=400, err_type="BadRequestError"))
 
     def _on_notice(self, message: SeqNotice) -> None:
         """The number is all that it says."""
@@ -223,5 +242,7 @@ class Scheduler(Generic[LaunchedT]):
             **self.committer.finish_cost.state(),
             **self._controls.state(),
             **self._clock.state(),
+            **self._transfers.state(),
+            **({} if self._page_transfers is None else self._page_transfers.counters()),
             "max_step_s": self.steps.max_step_s,
         }

@@ -16,6 +16,7 @@ from .req import Req
 from .request_queues import RequestQueues
 from .step_planner import PlannedReq
 from .stop_checker import StopChecker
+from .transfers import NoTransfers, Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,17 @@ class FinishCost:
 class StepCommitter:
     """Applies step results in order."""
 
-    def __init__(self, queues: RequestQueues, pages: PageManager, stop_checker: StopChecker) -> None:
+    def __init__(
+        self,
+        queues: RequestQueues,
+        pages: PageManager,
+        stop_checker: StopChecker,
+        transfers: Transfers | None = None,
+    ) -> None:
         self._queues = queues
         self._pages = pages
         self._stop_checker = stop_checker
+        self._transfers = transfers or NoTransfers()
         self.finish_cost = FinishCost()
 
     def commit(self, planned: list[PlannedReq], result: StepResult) -> Committed:
@@ -78,15 +86,16 @@ class StepCommitter:
             if output is not None:
                 committed.outputs.append(output)
             prefill_only = req.params.max_new_tokens == 0 and req.num_committed == req.num_prompt_tokens
-            if item.scheduled.sample or prefill_only:
-                req.finish_reason = self._check_stop(req)
+            is_kept = self._transfers.committed(req, output)
+            if (item.scheduled.sample or prefill_only) and not is_kept:
+                req.finish_reason = self.check_stop(req)
             if req.finish_reason is None:
                 self._pages.offer_full_pages(req)
             else:
                 committed.finished.append(self.finish(req))
         return committed
 
-    def _check_stop(self, req: Req) -> FinishReason | None:
+    def check_stop(self, req: Req) -> FinishReason | None:
         """Stop strings are searched in text that a library makes of whatever was sampled: if it fails, the request does."""
         try:
             return self._stop_checker.check(req)
@@ -103,6 +112,7 @@ class StepCommitter:
         """Take a request whose `finish_reason` is set out of the engine, and its pages back."""
         assert req.finish_reason is not None
         began = time.perf_counter()
+        self._transfers.left(req)
         if req.is_running:
             self._pages.offer_full_pages(req)
             self._pages.release(req)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
+from ..kv_cache.page_pool import Pages
 from ..plan import Draw, ScheduleBatch, ScheduledReq, StepShape
 from .agreement import ForwardMode
 from .page_manager import PageManager
@@ -18,6 +19,7 @@ from .req import Req
 from .request_queues import RequestQueues
 from .shared_prefills import SharedPrefills
 from .step_limits import PrefillBudget, StepLimits, admission_fits
+from .transfers import NoTransfers, Transfers
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class StepPlan:
 
     planned: list[PlannedReq] = field(default_factory=list)
     before: list[BeforeEvent] = field(default_factory=list)
+    # Admitted without a part in the step: their prompts are to be fetched.
+    arriving: list[Req] = field(default_factory=list)
     starved: bool = False
 
     @property
@@ -71,10 +75,13 @@ def plain_draws(planned: Sequence[PlannedReq]) -> list[Draw]:
 class StepPlanner:
     """Decides, step by step, what runs next."""
 
-    def __init__(self, queues: RequestQueues, pages: PageManager, limits: StepLimits) -> None:
+    def __init__(
+        self, queues: RequestQueues, pages: PageManager, limits: StepLimits, transfers: Transfers | None = None
+    ) -> None:
         self._queues = queues
         self._pages = pages
         self._limits = limits
+        self._transfers = transfers or NoTransfers()
         self._shared_prefills = SharedPrefills(pages)
         self.num_retractions = 0
 
@@ -149,26 +156,37 @@ class StepPlanner:
             if self._shared_prefills.must_wait(req, self._queues.running):
                 self._unmatch(req)
                 continue
-            num_tokens = budget.grant(req.num_remaining)
-            fits = num_tokens > 0 and admission_fits(
-                self._pages.pages_missing(req, num_tokens), self._pages.num_available, len(self._queues.running)
-            )
-            if not fits or self._pages.pages_missing(req, num_tokens) > self._pages.num_available:
+            num_tokens = 0 if req.is_awaited else budget.grant(req.num_remaining)
+            # Pages that another engine reads or writes are taken all at once, so that nobody has to give them up.
+            reserved = req.num_remaining if req.is_awaited or req.is_lent else num_tokens
+            num_pages = self._pages.pages_missing(req, reserved)
+            fits = admission_fits(num_pages, self._pages.num_available, len(self._queues.running))
+            if not fits or num_pages > self._pages.num_available or not (num_tokens or req.is_awaited):
                 self._unmatch(req)
                 return
             self._queues.start(req)
             plan.before.append(ReqAdmitted(req.rid, req.held.pages.tobytes()))
-            self._schedule(req, num_tokens, plan)
+            if req.is_awaited:
+                req.held.pages.extend(self._take(num_pages))
+                req.num_scheduled += reserved
+                plan.arriving.append(req)
+                continue
+            self._schedule(req, num_tokens, plan, num_pages)
             budget.spend(num_tokens)
 
     def _unmatch(self, req: Req) -> None:
         self._pages.release(req)
         req.leave_pool()
 
-    def _schedule(self, req: Req, num_tokens: int, plan: StepPlan) -> None:
-        start, end = req.num_scheduled, req.num_scheduled + num_tokens
-        new_pages = self._pages.take(self._pages.pages_missing(req, num_tokens))
+    def _take(self, num_pages: int) -> Pages[int]:
+        new_pages = self._pages.take(num_pages)
         assert new_pages is not None, "the caller has seen that the pages are there"
+        return new_pages
+
+    def _schedule(self, req: Req, num_tokens: int, plan: StepPlan, num_pages: int | None = None) -> None:
+        """With as many new pages as its tokens need, or more."""
+        start, end = req.num_scheduled, req.num_scheduled + num_tokens
+        new_pages = self._take(self._pages.pages_missing(req, num_tokens) if num_pages is None else num_pages)
         first_page = len(req.held.pages)
         if start == req.num_cached:
             # Its first chunk: the device does not know the cached pages yet.
@@ -208,6 +226,7 @@ class StepPlanner:
         """Preemption: the victim gives up its pages. Never one that is part of the plan at hand or of a step in flight."""
         assert all(item.req is not victim for item in plan.planned)
         plan.before.append(ReqRetracted(victim.rid))
+        self._transfers.left(victim)
         self._pages.release(victim)
         self._queues.retract(victim)
         self.num_retractions += 1

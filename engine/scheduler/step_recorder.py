@@ -26,16 +26,21 @@ class StepRecorder:
         self.weight_version = config.weight_version
         self._num_records = 0
         self._events: list[BeforeEvent] = []
+        self._finished: list[ReqFinished] = []
         # Of the steps in flight, oldest first.
         self._launched: deque[list[BeforeEvent]] = deque()
 
     @property
     def has_events(self) -> bool:
-        return bool(self._events)
+        return bool(self._events or self._finished)
 
     def note(self, event: BeforeEvent) -> None:
         """The next record begins with it."""
         self._events.append(event)
+
+    def note_finished(self, finished: ReqFinished) -> None:
+        """The next record that is sent ends with it: for a request that no step in flight has a part in."""
+        self._finished.append(finished)
 
     def note_all(self, events: Iterable[BeforeEvent]) -> None:
         self._events.extend(events)
@@ -67,7 +72,8 @@ class StepRecorder:
                 before=before,
                 segments=committed.segments,
                 outputs=committed.outputs,
-                after=committed.finished,
+                after=committed.finished + self._finished,
             )
         )
+        self._finished = []
         self._num_records += 1

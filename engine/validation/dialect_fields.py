@@ -40,11 +40,8 @@ MEDIA = off(
     "num_items_assigned",
     "encoder_urls",
 )
-# Another engine did the prefill: where it has the keys and values.
+# Where another engine did the prefill; the room says which of its dp ranks.
 DISAGGREGATION = off(
-    "bootstrap_host",
-    "bootstrap_port",
-    "bootstrap_room",
     "bootstrap_pair_key",
     "decode_tp_size",
     "disagg_prefill_dp_rank",

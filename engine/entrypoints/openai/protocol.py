@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ...chat_formats.json_array import array_schema
-from ...frontend.generate_request import GenerateReqInput, StartLen
+from ...frontend.generate_request import BootstrapHost, BootstrapNumber, GenerateReqInput, StartLen
 from ...frontend.sampling_params import GRAMMARS, MAX_SAMPLES, SamplingParamsInput, check_size
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError
@@ -76,6 +76,9 @@ class OpenAIRequest(RequestModel):
     cache_salt: Name | None = None
     routed_dp_rank: Number | None = None
     data_parallel_rank: Number | None = None
+    bootstrap_host: BootstrapHost = None
+    bootstrap_port: BootstrapNumber = None
+    bootstrap_room: BootstrapNumber = None
     return_routed_experts: bool = False
     routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact", "npy"] = "int32"

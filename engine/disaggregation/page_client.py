@@ -1,0 +1,133 @@
+"""A rank of a decode's side: fetches what it holds of a prompt, and writes it to the pages that its leader has reserved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..io_struct import FirstToken, TransferSource
+from ..ipc.frontend_messages import TransferNotice
+from ..plan import DropPages, FetchPages, PageMessage
+from .head_plan import HeadSlice, head_slices
+from .page_copy import PageCopy
+from .transfer_client import TransferClient
+from .wire import Answer, Ended, Fetch, FetchPositions, Positions, Welcome
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """Which rank of a decode's side this is, and how many kv heads the model has; 0 where there are latents."""
+
+    tp_rank: int
+    tp_size: int
+    num_kv_heads: int
+
+
+def page_address(welcome: Welcome, source: TransferSource) -> list[str]:
+    """The ranks that have the request's pages: its room says which dp rank, on both sides alike."""
+    return welcome.pages[source.room % len(welcome.pages)]
+
+
+class Counts:
+    """Of what has arrived, by one thread; read by others."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.num_failed = 0
+        self.seconds = 0.0
+
+
+class PageJob:
+    """A prompt's positions on their way to this rank's pool."""
+
+    def __init__(
+        self,
+        message: FetchPages,
+        shape: RankShape,
+        copy: PageCopy,
+        counts: Counts,
+        notify: Callable[[TransferNotice], None],
+    ) -> None:
+        self._message = message
+        self._shape = shape
+        self._copy = copy
+        self._counts = counts
+        self._notify = notify
+        self._pages = np.frombuffer(message.pages, dtype="<i4")
+        self._slices: dict[str, HeadSlice] = {}
+        self._incarnation = ""
+        self._first: FirstToken | None = None
+        self._began = time.monotonic()
+
+    @property
+    def source(self) -> TransferSource:
+        return self._message.source
+
+    @property
+    def attempt(self) -> int:
+        return self._message.attempt
+
+    def begin(self, welcome: Welcome) -> dict[str, Fetch]:
+        addresses, shape = page_address(welcome, self.source), self._shape
+        slices = head_slices(shape.num_kv_heads, len(addresses), shape.tp_size, shape.tp_rank)
+        self._slices = {addresses[one.rank]: one for one in slices}
+        self._incarnation = welcome.incarnation
+        return {address: self._fetch(address, self._message.start) for address in self._slices}
+
+    def _fetch(self, address: str, start: int) -> Fetch:
+        message, heads = self._message, self._slices[address].theirs
+        return FetchPositions(self._incarnation, self.source.key, message.attempt, start, message.end, heads)
+
+    def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
+        if isinstance(answer, Ended):
+            if answer.error:
+                raise ValueError(answer.error)
+            self._first = answer.first if self._slices[address].rank == 0 else self._first
+            return None
+        if not isinstance(answer, Positions) or len(frames) != 1 or answer.end > self._message.end:
+            raise ValueError("something else than was asked for has arrived")
+        self._copy.scatter(self._pages, answer.start, answer.end, self._slices[address].ours, frames[0])
+        self._counts.num_bytes += frames[0].nbytes
+        return self._fetch(address, answer.end)
+
+    def finish(self, error: str) -> None:
+        self._counts.seconds += time.monotonic() - self._began
+        self._counts.num_failed += bool(error)
+        part = f"pages{self._shape.tp_rank}"
+        self._notify(TransferNotice(self.source.key, part, self.attempt, error, self._first))
+
+
+class FetchedPrompts:
+    """`PageTransfers` of a decode's rank. The leader's also tells the prefill's side when a request needs no more."""
+
+    def __init__(
+        self, client: TransferClient, shape: RankShape, copy: PageCopy, notify: Callable[[TransferNotice], None]
+    ) -> None:
+        self._client = client
+        self._shape = shape
+        self._copy = copy
+        self._notify = notify
+        self._counts = Counts()
+        self._sources: dict[str, TransferSource] = {}
+
+    def handle(self, message: PageMessage) -> None:
+        if isinstance(message, FetchPages):
+            self._sources[message.source.key] = message.source
+            self._client.add(PageJob(message, self._shape, self._copy, self._counts, self._notify))
+        else:
+            assert isinstance(message, DropPages), "this side shares nothing"
+            self._client.drop(message.key)
+            source = self._sources.pop(message.key, None)
+            if source is not None and self._shape.tp_rank == 0 and not message.again:
+                self._client.release(source, message.error)
+
+    def counters(self) -> dict[str, int | float]:
+        counts = self._counts
+        return {
+            "transferred_bytes": counts.num_bytes,
+            "transfer_seconds": counts.seconds,
+            "num_transfers_failed": counts.num_failed,
+        }

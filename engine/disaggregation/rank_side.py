@@ -1,0 +1,80 @@
+"""A rank's part in transfers: the thread that serves its pages to another engine, or fetches them from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from ...parallel.collectives import gather_bytes
+from ...parallel.mesh import ParallelMesh
+from ..ipc.frontend_messages import FrontendMessage, TransferNotice
+from ..ipc.sockets import Endpoint, Sender
+from ..kv_cache.kv_store import KVStore
+from ..plan import PageTransfers
+from .page_client import FetchedPrompts, RankShape, page_address
+from .page_copy import make_page_copy
+from .page_server import SharedPrompts
+from .place import TransferPlace
+from .transfer_client import TransferClient
+from .transfer_server import TransferServer
+from .wire import Release, Welcome
+
+RELEASED = "released"
+
+
+@dataclass(frozen=True)
+class RankPool:
+    """A rank's pages, its place among the others, and what an engine must be like to share them (`facts`)."""
+
+    kv_store: KVStore
+    page_size: int
+    mesh: ParallelMesh
+    num_kv_heads: int
+    facts: dict[str, str]
+    timeout_s: float
+
+
+def make_page_transfers(pool: RankPool, place: TransferPlace, leader: Endpoint) -> PageTransfers:
+    """Starts the rank's thread. All ranks of a prefill's side call it at the same time."""
+    copy = make_page_copy(pool.kv_store, pool.page_size, pool.mesh.device)
+    notify = notifier(leader)
+    if place.listen is None:
+        shape = RankShape(pool.mesh.tp.rank, pool.mesh.tp.size, pool.num_kv_heads)
+        client = TransferClient(place.keys, pool.facts, lambda welcome, source: page_address(welcome, source)[0])
+        client.start()
+        return FetchedPrompts(client, shape, copy, notify)
+
+    def on_release(message: Release) -> None:
+        notify(TransferNotice(message.key, RELEASED, error=message.error))
+
+    prompts = SharedPrompts(copy, on_release)
+    welcome = _welcome(pool.mesh, place)
+    server = TransferServer(
+        place.listen,
+        welcome.incarnation,
+        prompts,
+        pool.timeout_s,
+        welcome=welcome if pool.mesh.world.rank == 0 else None,
+        facts=pool.facts,
+    )
+    prompts.wake = server.wake
+    server.start()
+    return prompts
+
+
+def _welcome(mesh: ParallelMesh, place: TransferPlace) -> Welcome:
+    assert place.listen is not None
+    own = msgspec.json.encode((place.listen.address, place.routes, place.incarnation))
+    told = [msgspec.json.decode(each, type=tuple[str, str, str]) for each in gather_bytes(own, mesh.world)]
+    addresses, tp_size = [address for address, _, _ in told], mesh.tp.size
+    pages = [addresses[first : first + tp_size] for first in range(0, len(addresses), tp_size)]
+    return Welcome(told[0][2], pages, told[0][1])
+
+
+def notifier(leader: Endpoint | str) -> Callable[[TransferNotice], None]:
+    """Tells a leader; for one thread, and in a context of its own, which lasts as long as that."""
+    sender: Sender[FrontendMessage] = Sender(zmq.Context(), leader)
+    return sender.send

@@ -1,0 +1,110 @@
+"""What the two sides say to each other: the decode's side asks (DEALER), the prefill's answers (ROUTER).
+
+A fetch has one answer: a part of what it asks for, as soon as there is some, or the end. So what is on its way is bounded by
+the number of fetches, and a side that dies leaves nothing behind but a question. Bulk bytes are a frame of their own.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..io_struct import FirstToken
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message to the bootstrap port: what must be alike on both sides, by name; nothing from who needs no pages."""
+
+    facts: dict[str, str]
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Where pages (by dp and tp rank) and rows are to be had, from the engine of this name, which every fetch repeats."""
+
+    incarnation: str
+    pages: list[list[str]]
+    routes: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The two sides do not go together."""
+
+    error: str
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Is anybody there?"""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """Yes: the engine of this name; another engine has another."""
+
+    incarnation: str
+
+
+class FetchPositions(msgspec.Struct, frozen=True, tag="fetch_positions"):
+    """Keys and values of positions `[start, end)`; the answer brings at least one of them. With `start == end`: what the
+    prefill has come to. `heads` of the asked rank, `[first, end)`; None: whatever a position has."""
+
+    incarnation: str
+    key: str
+    attempt: int
+    start: int
+    end: int
+    heads: tuple[int, int] | None
+
+
+class FetchRoutes(msgspec.Struct, frozen=True, tag="fetch_routes"):
+    """The rows of a prompt from `start` on, when its prefill is done."""
+
+    incarnation: str
+    key: str
+    attempt: int
+    start: int
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Nothing more will be fetched: it is all there, or (`error`) the request has ended without it."""
+
+    key: str
+    error: str = ""
+
+
+class Positions(msgspec.Struct, frozen=True, tag="positions"):
+    """A frame with positions `[start, end)` follows, see `page_copy.py`."""
+
+    key: str
+    attempt: int
+    start: int
+    end: int
+
+
+class Routes(msgspec.Struct, frozen=True, tag="routes"):
+    """A frame with rows from `start` on follows. `weight_versions` are runs of positions."""
+
+    key: str
+    attempt: int
+    start: int
+    weight_versions: list[tuple[str, int, int]]
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """There is no more to come; with an `error` what came before is worth nothing."""
+
+    key: str
+    attempt: int
+    error: str = ""
+    first: FirstToken | None = None
+
+
+Fetch = FetchPositions | FetchRoutes
+Request = Hello | Ping | Fetch | Release
+Answer = Positions | Routes | Ended
+Reply = Welcome | Refused | Pong | Answer
+
+
+def difference(here: dict[str, str], there: dict[str, str]) -> str:
+    """The first fact in which the sides differ, in words; empty if they go together."""
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            return f"{name}: {here.get(name)} on the prefill's side, {there.get(name)} on the decode's"
+    return ""

@@ -1,0 +1,130 @@
+"""The leader of a decode's side: requests wait here until their prompt's pages and rows have arrived from the prefill's side,
+and what that has come to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..io_struct import FirstToken
+from ..ipc.frontend_messages import TransferNotice
+from ..plan import DropPages, FetchPages
+from .req import Req
+from .transfers import Settled, Tell, unavailable
+
+FIRST_PART = "pages0"
+ROUTES = "routes"
+
+
+@dataclass
+class _Awaited:
+    """One request. `missing`: the parts that have not arrived yet, see `TransferNotice`."""
+
+    req: Req
+    since: float
+    attempt: int = 0
+    is_fetching: bool = False
+    missing: set[str] = field(default_factory=set)
+    first: FirstToken | None = None
+    error: str = ""
+
+
+class DecodeTransfers:
+    """`has_routes`: rows are waited for, too."""
+
+    def __init__(
+        self,
+        tell: Tell,
+        timeout_s: float,
+        tp_size: int,
+        *,
+        has_routes: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tell = tell
+        self._timeout_s = timeout_s
+        self._parts = {f"pages{rank}" for rank in range(tp_size)} | ({ROUTES} if has_routes else set())
+        self._clock = clock
+        self._awaited: dict[str, _Awaited] = {}
+        self._num_done = 0
+        self._num_failed = 0
+
+    def begin(self, req: Req) -> str:
+        source = req.recv.transfer
+        if source is None:
+            return ""
+        if source.key in self._awaited:
+            return f"bootstrap_room={source.room}: another request has it"
+        req.is_awaited = True
+        self._awaited[source.key] = _Awaited(req, self._clock())
+        return ""
+
+    def arrive(self, reqs: Sequence[Req]) -> None:
+        for req in reqs:
+            source = req.recv.transfer
+            assert source is not None
+            awaited = self._awaited[source.key]
+            awaited.attempt += 1
+            awaited.is_fetching, awaited.missing = True, set(self._parts)
+            pages = req.held.pages.tobytes()
+            self._tell(FetchPages(source, awaited.attempt, req.num_cached, req.num_prompt_tokens, pages))
+
+    def committed(self, req: Req, output: object) -> bool:
+        return False
+
+    def left(self, req: Req) -> None:
+        if not req.is_awaited:
+            return
+        assert req.recv.transfer is not None
+        key = req.recv.transfer.key
+        awaited = self._awaited[key]
+        if req.finish_reason is None:
+            # Retracted: it will be fetched again.
+            awaited.is_fetching = False
+            self._tell(DropPages(key, again=True))
+            return
+        del self._awaited[key]
+        req.is_awaited = False
+        self._num_failed += 1
+        self._tell(DropPages(key, req.finish_reason.message or "the request has ended"))
+
+    def on_notice(self, notice: TransferNotice) -> None:
+        awaited = self._awaited.get(notice.key)
+        if awaited is None or not awaited.is_fetching or notice.attempt != awaited.attempt:
+            return
+        awaited.missing.discard(notice.part)
+        if notice.part == FIRST_PART:
+            awaited.first = notice.first
+        if notice.error and notice.part != ROUTES:
+            # Without its rows a request can go on; who asks for them is told that they are missing.
+            awaited.error = notice.error
+
+    def settle(self) -> list[Settled]:
+        """Requests to go on with have left this when they are returned; those to fail leave as they finish."""
+        settled: list[Settled] = []
+        oldest = self._clock() - self._timeout_s
+        for key, awaited in list(self._awaited.items()):
+            if awaited.error:
+                settled.append(Settled(awaited.req, reason=unavailable(f"prefill: {awaited.error}")))
+            elif awaited.is_fetching and not awaited.missing and awaited.first is not None:
+                del self._awaited[key]
+                awaited.req.is_awaited = False
+                self._num_done += 1
+                self._tell(DropPages(key))
+                settled.append(Settled(awaited.req, awaited.first))
+            elif awaited.since < oldest:
+                message = f"its prompt has not arrived within {self._timeout_s:g} s (--disaggregation-timeout)"
+                settled.append(Settled(awaited.req, reason=unavailable(f"prefill: {message}")))
+        return settled
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._awaited)
+
+    def state(self) -> dict[str, int | float]:
+        return {
+            "num_transferring": len(self._awaited),
+            "num_transfers": self._num_done,
+            "num_transfers_refused": self._num_failed,
+        }

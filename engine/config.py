@@ -169,8 +169,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     disaggregation: Annotated[
         str,
         Option(
-            "of requests with a bootstrap_room: prefill computes prompts for another engine, decode goes on with them; both "
-            "need the same WAYBILL_RUN_SECRET; none: they are refused",
+            "of requests with a bootstrap_room: prefill computes prompts for another engine, decode goes on with them; "
+            "both have the same WAYBILL_RUN_SECRET; none: they are refused",
             choices=DISAGGREGATION,
         ),
     ] = "none"

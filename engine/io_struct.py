@@ -93,8 +93,7 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TransferSource(msgspec.Struct, frozen=True, array_like=True):
-    """Of a request whose prefill and whose decode are two engines': where the prefill's side is, and what both call the
-    request. `sample` tells the samples of one prompt apart."""
+    """Where a request's prefill is, if another engine than that decodes it, and what both call one `sample` of it."""
 
     host: str
     port: int
@@ -233,8 +232,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FirstToken(msgspec.Struct, frozen=True, array_like=True):
-    """What a prefill has come to, for the engine that goes on: a token, or none where none was asked for; with
-    log-probabilities also those of the prompt."""
+    """What a prefill has come to, for the engine that goes on: a token, or none, and log-probabilities."""
 
     token_ids: list[int]
     weight_version: str
@@ -350,23 +348,3 @@ class Blocked(msgspec.Struct, frozen=True):
 
     kind: BlockedKind
     message: str
-
-
-# --- frontend <-> output processor ----------------------------------------------------------------------------------
-
-
-class FetchClaimReq(msgspec.Struct, frozen=True, tag="fetch_claim"):
-    """Fetch the rows behind a claim; fetching does not consume it."""
-
-    op_id: str
-    claim: str
-
-
-class ClaimReply(msgspec.Struct, frozen=True, tag="claim"):
-    """Meta of the rows in the frame that follows, or the reason why there are none."""
-
-    op_id: str
-    meta: RoutedExpertsMeta | None = None
-    error: str | None = None
-    # The rows are there, and may be had later.
-    is_busy: bool = False

@@ -140,8 +140,8 @@ class FetchPages(msgspec.Struct, frozen=True, array_like=True, tag="fetch_pages"
 
 
 class DropPages(msgspec.Struct, frozen=True, array_like=True, tag="drop_pages"):
-    """The pages of a prompt are somebody else's from the next step on. The other engine is told that nothing more is to come
-    of it, with an `error` if there is one; not where the request will ask `again`."""
+    """The pages of a prompt are somebody else's from the next step on. The other engine is told that it was the end, with
+    an `error` if there is one; not where the request will ask `again`."""
 
     key: str
     error: str = ""

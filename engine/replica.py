@@ -30,7 +30,7 @@ from .ipc.record_sender import RecordSender
 from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore
 from .models.causal_lm import CausalLM
-from .models.model_config import GroupedQueryConfig, ModelConfig
+from .models.model_config import ModelConfig
 from .models.registry import load_model, load_model_config
 from .plan import PageTransfers, PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .routing.capturer import RoutedExpertsCapturer
@@ -94,7 +94,8 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     guard = CurveGuard(context, [own])
     pages = None
     if endpoints.transfer is not None:
-        pages = make_page_transfers(pool_of(rank), endpoints.transfer, endpoints.leader)
+        pool = RankPool(rank.runner.kv_store, rank.runner.model.kv_specs(), rank.model_config, rank.mesh)
+        pages = make_page_transfers(config, pool, endpoints.transfer, endpoints.leader)
     freeze_garbage_collector()
     if rank.runner.is_leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, own, FrontendMessage)
@@ -239,35 +240,6 @@ def make_operations(rank: Rank, context: zmq.Context[Any], frontend: Endpoint) -
     return RankOperations(rank.runner, rank.mesh, rank.config, answer_later)
 
 
-def pool_of(rank: Rank) -> RankPool:
-    """For transfers to and from other engines."""
-    config, model = rank.config, rank.model_config
-    attention = model.attention
-    specs = ", ".join(f"{spec.name} {spec.width[-1]} {spec.dtype}" for spec in rank.runner.model.kv_specs())
-    num_kv_heads = attention.num_kv_heads if isinstance(attention, GroupedQueryConfig) else 0
-    facts = {
-        "model_type": model.model_type,
-        "hidden_size": model.hidden_size,
-        "num_layers": model.num_layers,
-        "vocab_size": model.vocab_size,
-        "dtype": model.dtype_name,
-        "kv_heads": num_kv_heads,
-        "kv_cache": specs,
-        "enable_return_routed_experts": config.enable_return_routed_experts,
-        "moe_layers": model.moe.layer_ids,
-        "num_experts": model.moe.num_experts,
-        "top_k": model.moe.top_k,
-    }
-    return RankPool(
-        rank.runner.kv_store,
-        config.page_size,
-        rank.mesh,
-        num_kv_heads,
-        {name: str(value) for name, value in facts.items()},
-        config.disaggregation_timeout_s,
-    )
-
-
 def make_scheduler(
     rank: Rank,
     endpoints: Endpoints,
@@ -339,7 +311,7 @@ def follow(
             operations.run(message.op_id, message.operation)
         elif isinstance(message, ScheduleBatch):
             runner.result(runner.launch(message))
-        else:
+        elif message is not None:
             assert pages is not None
             pages.handle(message)
 

@@ -36,7 +36,6 @@ class Counts:
 
     def __init__(self) -> None:
         self.num_bytes = 0
-        self.num_failed = 0
         self.seconds = 0.0
 
 
@@ -95,7 +94,6 @@ class PageJob:
 
     def finish(self, error: str) -> None:
         self._counts.seconds += time.monotonic() - self._began
-        self._counts.num_failed += bool(error)
         part = f"pages{self._shape.tp_rank}"
         self._notify(TransferNotice(self.source.key, part, self.attempt, error, self._first))
 
@@ -126,8 +124,4 @@ class FetchedPrompts:
 
     def counters(self) -> dict[str, int | float]:
         counts = self._counts
-        return {
-            "transferred_bytes": counts.num_bytes,
-            "transfer_seconds": counts.seconds,
-            "num_transfers_failed": counts.num_failed,
-        }
+        return {"transferred_bytes": counts.num_bytes, "transfer_seconds": counts.seconds}

@@ -1,4 +1,4 @@
-"""Keys and values of some positions, from the pool and into it: host bytes, layer by layer, tensor by tensor, then positions.
+"""Keys and values of some positions, from the pool and into it: host bytes, layer by layer and tensor by tensor.
 
 The bytes of one rank fit another's whatever their page sizes are, for a position is a position. `HostPages` is for pools in
 the host's memory, `DevicePages` for others; both may be called from any one thread, beside the steps.
@@ -73,7 +73,7 @@ class HostPages:
     def gather(self, pages: np.ndarray, start: int, end: int, heads: Heads) -> memoryview:
         slots = slots_of(pages, start, end, self._page_size)
         parts = [array[slots].reshape(-1) for array in self._arrays(heads)]
-        return memoryview(np.concatenate(parts))
+        return np.concatenate(parts).data
 
     def scatter(self, pages: np.ndarray, start: int, end: int, heads: Heads, data: memoryview) -> None:
         check_size(data, (end - start) * self.bytes_per_position(heads))
@@ -116,7 +116,7 @@ class DevicePages:
                 self._view(tensor, heads)[slots].contiguous().view(torch.uint8).flatten() for tensor in self._tensors
             ]
             # Waits for the copy: the pages may be given away when this returns.
-            return memoryview(torch.cat(parts).cpu().numpy())
+            return torch.cat(parts).cpu().numpy().data
 
     @torch.inference_mode()
     def scatter(self, pages: np.ndarray, start: int, end: int, heads: Heads, data: memoryview) -> None:

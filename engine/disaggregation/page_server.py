@@ -58,7 +58,7 @@ class SharedPrompts:
         self.wake()
 
     def counters(self) -> dict[str, int | float]:
-        return {"transferred_bytes": self._num_bytes, "transfer_seconds": 0.0, "num_transfers_failed": 0}
+        return {"transferred_bytes": self._num_bytes, "transfer_seconds": 0.0}
 
     # --- the server's thread ----------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from ..ipc.sockets import CurveKeys, Endpoint
 
 
 class TransferPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """For a rank: keys that both engines have and, on a prefill's side, where it listens. Rank 0 knows the `incarnation` and
-    the address of the `routes`."""
+    """For a rank: keys that both engines have and, on a prefill's side, where it listens. Rank 0 knows the `incarnation`
+    and the address of the `routes`."""
 
     keys: CurveKeys
     listen: Endpoint | None = None

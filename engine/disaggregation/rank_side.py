@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -10,9 +10,11 @@ import zmq
 
 from ...parallel.collectives import gather_bytes
 from ...parallel.mesh import ParallelMesh
+from ..config import EngineConfig
 from ..ipc.frontend_messages import FrontendMessage, TransferNotice
 from ..ipc.sockets import Endpoint, Sender
-from ..kv_cache.kv_store import KVStore
+from ..kv_cache.kv_store import KVStore, KVTensorSpec
+from ..models.model_config import GroupedQueryConfig, ModelConfig
 from ..plan import PageTransfers
 from .page_client import FetchedPrompts, RankShape, page_address
 from .page_copy import make_page_copy
@@ -27,23 +29,45 @@ RELEASED = "released"
 
 @dataclass(frozen=True)
 class RankPool:
-    """A rank's pages, its place among the others, and what an engine must be like to share them (`facts`)."""
+    """A rank's pages, of what model they are, and its place among the others."""
 
     kv_store: KVStore
-    page_size: int
+    specs: Sequence[KVTensorSpec]
+    model: ModelConfig
     mesh: ParallelMesh
-    num_kv_heads: int
-    facts: dict[str, str]
-    timeout_s: float
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of all ranks together; 0 where there are latents."""
+        attention = self.model.attention
+        return attention.num_kv_heads if isinstance(attention, GroupedQueryConfig) else 0
+
+    def facts(self, config: EngineConfig) -> dict[str, str]:
+        """What must be alike in engines that share pages."""
+        model = self.model
+        facts = {
+            "model_type": model.model_type,
+            "hidden_size": model.hidden_size,
+            "num_layers": model.num_layers,
+            "vocab_size": model.vocab_size,
+            "dtype": model.dtype_name,
+            "kv_heads": self.num_kv_heads,
+            "kv_cache": ", ".join(f"{spec.name} {spec.width[-1]} {spec.dtype}" for spec in self.specs),
+            "enable_return_routed_experts": config.enable_return_routed_experts,
+            "moe_layers": model.moe.layer_ids,
+            "num_experts": model.moe.num_experts,
+            "top_k": model.moe.top_k,
+        }
+        return {name: str(value) for name, value in facts.items()}
 
 
-def make_page_transfers(pool: RankPool, place: TransferPlace, leader: Endpoint) -> PageTransfers:
+def make_page_transfers(config: EngineConfig, pool: RankPool, place: TransferPlace, leader: Endpoint) -> PageTransfers:
     """Starts the rank's thread. All ranks of a prefill's side call it at the same time."""
-    copy = make_page_copy(pool.kv_store, pool.page_size, pool.mesh.device)
+    copy, facts = make_page_copy(pool.kv_store, config.page_size, pool.mesh.device), pool.facts(config)
     notify = notifier(leader)
     if place.listen is None:
         shape = RankShape(pool.mesh.tp.rank, pool.mesh.tp.size, pool.num_kv_heads)
-        client = TransferClient(place.keys, pool.facts, lambda welcome, source: page_address(welcome, source)[0])
+        client = TransferClient(place.keys, facts, lambda welcome, source: page_address(welcome, source)[0])
         client.start()
         return FetchedPrompts(client, shape, copy, notify)
 
@@ -56,9 +80,9 @@ def make_page_transfers(pool: RankPool, place: TransferPlace, leader: Endpoint) 
         place.listen,
         welcome.incarnation,
         prompts,
-        pool.timeout_s,
+        config.disaggregation_timeout_s,
         welcome=welcome if pool.mesh.world.rank == 0 else None,
-        facts=pool.facts,
+        facts=facts,
     )
     prompts.wake = server.wake
     server.start()

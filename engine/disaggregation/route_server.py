@@ -49,4 +49,4 @@ class OfferedRoutes:
         rows = np.ascontiguousarray(found.rows[fetch.start :])
         versions = [(name, max(start, fetch.start), end) for name, start, end in found.weight_versions]
         kept = [run for run in versions if run[1] < run[2]]
-        return Routes(fetch.key, fetch.attempt, fetch.start, kept), [memoryview(rows).cast("B")] if len(rows) else []
+        return Routes(fetch.key, fetch.attempt, fetch.start, kept), [rows.data.cast("B")] if len(rows) else []

@@ -1,7 +1,7 @@
 """What the two sides say to each other: the decode's side asks (DEALER), the prefill's answers (ROUTER).
 
-A fetch has one answer: a part of what it asks for, as soon as there is some, or the end. So what is on its way is bounded by
-the number of fetches, and a side that dies leaves nothing behind but a question. Bulk bytes are a frame of their own.
+A fetch has one answer: a part of what it asks for, as soon as there is some, or the end. So what is on its way is bounded
+by the number of fetches, and a side that dies leaves nothing behind but a question. Bulk bytes are a frame of their own.
 """
 
 from __future__ import annotations

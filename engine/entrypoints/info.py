@@ -18,12 +18,13 @@ from .errors import error_response, json_response
 from .service_metrics import ServiceMetrics
 
 SCRAPE_TIMEOUT_S = 3.0
+SIDE_HEADER = "X-Disaggregation"
 # Options of the dialect's server which trainers compare with what they would have started (slime and miles: external
 # engines). There is one program on all nodes, on devices that nobody else chooses, without stages of a pipeline; memory can
 # be given back in any case, while `enable_memory_saver` is of servers that share their devices with a trainer.
 DIALECT_OPTIONS = {
     **{"enable_memory_saver": False, "enable_metrics": True, "pp_size": 1, "nnodes": 1, "node_rank": 0},
-    **{"base_gpu_id": 0, "gpu_id_step": 1, "disaggregation_mode": "null", "encoder_only": False},
+    **{"base_gpu_id": 0, "gpu_id_step": 1, "encoder_only": False},
 }
 
 
@@ -76,7 +77,8 @@ def info_router(
 
 
 def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_health: EngineHealth) -> None:
-    """Routes that say by their status how the engine is."""
+    """Routes that say by their status how the engine is, and by a header which side of two it is."""
+    side = {} if manager.config.disaggregation == "none" else {SIDE_HEADER: manager.config.disaggregation}
 
     # Load balancers ask the head alone, and SageMaker's asks for a ping.
     # TRL's client writes a slash at the end.
@@ -86,7 +88,7 @@ def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_healt
     @router.get("/ping", include_in_schema=False)
     async def health() -> Response:
         reason = manager.not_ready()
-        return Response() if reason is None else error_response(reason, 503)
+        return Response(headers=side) if reason is None else error_response(reason, 503)
 
     @router.get("/ready")
     async def ready() -> Response:
@@ -127,6 +129,7 @@ def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str
     return {
         **options,
         **DIALECT_OPTIONS,
+        "disaggregation_mode": "null" if config.disaggregation == "none" else config.disaggregation,
         **state,
         "num_gpus": world_size,
         "ep_size": world_size if config.moe_split == "ep" else 1,

@@ -32,6 +32,7 @@ STATE_GAUGES = (
     ("waybill_paused", "1 while generation is paused.", "is_paused"),
     ("waybill_route_sessions", "Sessions whose callers' rows are remembered.", "num_route_sessions"),
     ("waybill_route_session_tokens", "Tokens remembered for them.", "num_route_session_tokens"),
+    ("waybill_transferring_requests", "Requests on their way between two engines.", "num_transferring"),
     ("waybill_blocked", "1 while the weights are not whole or memory is released.", "is_blocked"),
 )
 STATE_COUNTERS = (
@@ -48,6 +49,10 @@ STATE_COUNTERS = (
     ),
     ("waybill_routing_ring_waits", "Steps that waited for a free slot of the ring.", "routing_ring_waits"),
     ("waybill_record_waits", "Records that waited for the output processor.", "record_waits"),
+    ("waybill_transfers", "Requests whose prompt has gone from one engine to another.", "num_transfers"),
+    ("waybill_transfers_failed", "Requests of which that has failed.", "num_transfers_failed"),
+    ("waybill_transferred_bytes", "Keys and values that the leaders have sent or received.", "transferred_bytes"),
+    ("waybill_transfer_seconds", "Time that fetches have taken, on a decode's side.", "transfer_seconds"),
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),
     ("waybill_weight_updates", "Complete updates of the weights.", "num_weight_updates"),
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),

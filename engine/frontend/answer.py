@@ -12,7 +12,7 @@ import msgspec
 from ..io_struct import FinishReason, Logprobs, RequestOutput
 from ..routing.wire import RoutedExperts, to_base64, to_npy_base64
 from .answer_logprobs import AnswerLogprobs, TokenText
-from .generate_request import SampleRequest
+from .sample_request import SampleRequest
 
 # How rows stand in an answer: a numpy array, base64 text, or that text as JSON, which is written out as it is.
 RoutesForm = Literal["array", "base64", "json"]

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from ..io_struct import ClaimReply, FetchClaimReq
 from ..ipc.frontend_messages import ControlReply, GetInternalStateReq
 from ..ipc.output_queries import (
+    ClaimReply,
     CountersReply,
     ExpertLoadReply,
+    FetchClaimReq,
     GetCountersReq,
     GetExpertLoadReq,
     OutputQuery,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import numpy as np
 from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
-from ..io_struct import OutputOptions, SamplingParams, TransferSource
+from ..io_struct import OutputOptions
 from ..validation import dialect_fields
 from ..validation.field_error import FieldError
 from ..validation.request_model import AnyNumber, Name, Number, PerPrompt, RequestModel, validate
@@ -28,9 +28,9 @@ from .request_limits import (
     check_prompt,
     check_routed_experts,
     check_sampling,
-    check_transfer,
     resolve_max_new_tokens,
 )
+from .sample_request import SampleRequest, SharedPrefix, with_transfer
 from .sampling_params import SamplingParamsInput, make_sampling_params
 
 # What a sample costs to make, beside its prompt's length.
@@ -157,36 +157,14 @@ class GenerateReqInput(RequestModel):
         return SAMPLE_COST_US * self.num_samples + each * sum(map(len, self.prompts)) + grammars
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Rows [start, end) that this sample shares with an earlier choice of its prompt, whose answer has them."""
-
-    choice: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """One sample of one prompt, fully checked. With `is_auto` its rows begin where the session's caller has them, and for
-    all but a prompt's first sample behind the `shared_prefix`."""
-
-    rid: str
-    item: int
-    input_ids: Ids
-    sampling_params: SamplingParams
-    output_options: OutputOptions
-    is_auto: bool = False
-    shared_prefix: SharedPrefix | None = None
-    transfer: TransferSource | None = None
-    # Which it must go to, whatever the request says.
-    dp_rank: int | None = None
-
-
 # Options of the output have the same names in a request, or in its `sampling_params`.
 OPTION_NAMES = OutputOptions.__struct_fields__
 BOOTSTRAP_NAMES = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
-PER_ITEM = ("sampling_params", *BOOTSTRAP_NAMES, *(name for name in OPTION_NAMES if name in GenerateReqInput.model_fields))
+PER_ITEM = (
+    "sampling_params",
+    *BOOTSTRAP_NAMES,
+    *(name for name in OPTION_NAMES if name in GenerateReqInput.model_fields),
+)
 
 
 def parse_generate_request(fields: dict[str, Any]) -> GenerateReqInput:
@@ -259,35 +237,6 @@ def with_grammar(
         known[id(params)] = params.grammar(limits.special_tokens)
     fields = {"grammar": known[id(params)], "grammar_begins_after": begins_after}
     return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]
-
-
-def with_transfer(samples: list[SampleRequest], place: list[Any], limits: EngineLimits) -> list[SampleRequest]:
-    """Samples of one prompt, with where the other side is (host, port and room); on a prefill's side they end with their
-    first token, and only the other one has rows to return."""
-    host, port, room = place
-    if host is None and port is None and room is None:
-        return samples
-    check_transfer(host, port, room, limits)
-    source = TransferSource(host or "", limits.bootstrap_port if port is None else port, room)
-    moved = [replace(one, transfer=msgspec.structs.replace(source, sample=i)) for i, one in enumerate(samples)]
-    if limits.disaggregation == "decode":
-        return moved
-    return [
-        replace(
-            one,
-            dp_rank=room % limits.dp_size,
-            sampling_params=msgspec.structs.replace(
-                one.sampling_params, max_new_tokens=min(1, one.sampling_params.max_new_tokens)
-            ),
-            output_options=msgspec.structs.replace(
-                one.output_options,
-                return_routed_experts=False,
-                routed_experts_start_len=0,
-                stream_routed_experts=False,
-            ),
-        )
-        for one in moved
-    ]
 
 
 def _rids(request: GenerateReqInput, num: int) -> list[str]:

@@ -9,10 +9,11 @@ from functools import partial
 
 from ..ipc.frontend_messages import AbortReq
 from .dp_router import DpRouter
-from .generate_request import GenerateReqInput, SampleRequest
+from .generate_request import GenerateReqInput
 from .generation_gate import GenerationGate
 from .leader_link import LeaderLink
 from .request_preparation import tokenized_request
+from .sample_request import SampleRequest
 
 logger = logging.getLogger(__name__)
 

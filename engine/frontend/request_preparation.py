@@ -10,11 +10,12 @@ from functools import partial
 from ..ipc.frontend_messages import TokenizedGenerateReqInput
 from ..validation.field_error import FieldError
 from .admission import Admission, OverloadedError, Permits
-from .generate_request import GenerateReqInput, SampleRequest, expand
+from .generate_request import GenerateReqInput, expand
 from .grammar_checks import GrammarChecks
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
 from .route_delivery import RouteDelivery
+from .sample_request import SampleRequest
 from .session_routes import SessionRoutes
 from .text_codec import TextCodec
 from .work_threads import WorkThreads

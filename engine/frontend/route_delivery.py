@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..io_struct import RequestOutput
-from .generate_request import SampleRequest
+from .sample_request import SampleRequest
 from .session_routes import SessionRoutes
 
 

@@ -26,7 +26,7 @@ from .dp_router import DpRouter
 from .engine_connection import EngineConnection, EngineDeadError, EngineStartError
 from .engine_controls import EngineControls
 from .engine_queries import EngineQueries
-from .generate_request import GenerateReqInput, SampleRequest
+from .generate_request import GenerateReqInput
 from .generation_gate import GenerationGate, UnavailableError
 from .grammar_checks import GrammarChecks
 from .in_flight_requests import InFlightRequests
@@ -34,6 +34,7 @@ from .pending_outputs import Event, PendingOutputs
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .request_preparation import PreparedRequest, RequestPreparation
+from .sample_request import SampleRequest
 from .session_routes import SessionRoutes
 from .text_codec import TextCodec
 from .work_threads import WorkThreads

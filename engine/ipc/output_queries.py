@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import msgspec
 
-from ..io_struct import ClaimReply, FetchClaimReq
+from ..io_struct import RoutedExpertsMeta
+
+
+class FetchClaimReq(msgspec.Struct, frozen=True, tag="fetch_claim"):
+    """Fetch the rows behind a claim; fetching does not consume it."""
+
+    op_id: str
+    claim: str
+
+
+class ClaimReply(msgspec.Struct, frozen=True, tag="claim"):
+    """Meta of the rows in the frame that follows, or the reason why there are none."""
+
+    op_id: str
+    meta: RoutedExpertsMeta | None = None
+    error: str | None = None
+    # The rows are there, and may be had later.
+    is_busy: bool = False
 
 
 class GetCountersReq(msgspec.Struct, frozen=True, tag="get_counters"):

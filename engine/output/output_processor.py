@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from ..disaggregation.routes_side import RoutesSide, make_routes_side
 from ..io_struct import (
     BeforeEvent,
     FinishReason,
@@ -32,7 +33,6 @@ from ..io_struct import (
     StepRecord,
     TokenOutput,
 )
-from ..disaggregation.routes_side import RoutesSide, make_routes_side
 from ..ipc.critical_thread import start_critical_thread
 from ..ipc.curve import CurveGuard
 from ..ipc.heartbeat import Heartbeat, table_of_this_run

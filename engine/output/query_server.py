@@ -17,8 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from ..io_struct import ClaimReply, FetchClaimReq
-from ..ipc.output_queries import CountersReply, GetCountersReq, OutputQuery, OutputReply
+from ..ipc.output_queries import ClaimReply, CountersReply, FetchClaimReq, GetCountersReq, OutputQuery, OutputReply
 from ..ipc.sockets import Endpoint, open_socket
 from ..routing.claims import ClaimError, ClaimStore
 from .expert_load import ExpertLoad

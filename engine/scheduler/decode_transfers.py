@@ -1,5 +1,5 @@
-"""The leader of a decode's side: requests wait here until their prompt's pages and rows have arrived from the prefill's side,
-and what that has come to."""
+"""The leader of a decode's side: requests wait here until their prompt's pages and rows have arrived from the prefill's
+side, and what that has come to."""
 
 from __future__ import annotations
 
@@ -126,5 +126,5 @@ class DecodeTransfers:
         return {
             "num_transferring": len(self._awaited),
             "num_transfers": self._num_done,
-            "num_transfers_refused": self._num_failed,
+            "num_transfers_failed": self._num_failed,
         }

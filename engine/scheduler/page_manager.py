@@ -35,9 +35,7 @@ class PageManager:
     @staticmethod
     def num_reusable_tokens(req: Req) -> int:
         """Most tokens that a request may have from the cache: at least one is left to compute, and with prompt
-        log-probabilities every position that scores one. One that is awaited has nothing to compute."""
-        if req.is_awaited:
-            return req.seqlen
+        log-probabilities every position that scores one."""
         limit = req.seqlen - 1
         if req.options.returns_prompt_logprobs:
             limit = min(limit, max(0, max(req.options.logprob_start_len, req.num_scored) - 1))

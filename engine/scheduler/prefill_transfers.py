@@ -117,5 +117,5 @@ class PrefillTransfers:
         return {
             "num_transferring": len(self._lent),
             "num_transfers": self._num_done,
-            "num_transfers_refused": self._num_failed,
+            "num_transfers_failed": self._num_failed,
         }

@@ -215,7 +215,8 @@ class Scheduler(Generic[LaunchedT]):
         self.queues.add(req)
         self.recorder.note(req.started())
         if refusal:
-            self._transfer_ends.end(req, FinishReason("abort", message=refusal, status_code=400, err_type="BadRequestError"))
+            reason = FinishReason("abort", message=refusal, status_code=400, err_type="BadRequestError")
+            self._transfer_ends.end(req, reason)
 
     def _on_notice(self, message: SeqNotice) -> None:
         """The number is all that it says."""

@@ -1,5 +1,5 @@
-"""Requests that wait for the other side no longer: one whose prompt has arrived goes on as if it had been computed here, the
-others end."""
+"""Requests that wait for the other side no longer: one whose prompt has arrived goes on as if it had been computed here,
+the others end."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from ..ipc.frontend_messages import TransferNotice
 from ..plan import PageMessage
 from .req import Req
 
+# Of a rank that moves no pages; see `PageTransfers.counters`.
+NO_COUNTERS = {"transferred_bytes": 0, "transfer_seconds": 0.0}
 # Tells all tp ranks of the group.
 Tell = Callable[[PageMessage], None]
 
@@ -78,7 +80,7 @@ class NoTransfers:
         return []
 
     def state(self) -> dict[str, int | float]:
-        return {"num_transferring": 0, "num_transfers": 0, "num_transfers_refused": 0}
+        return {"num_transferring": 0, "num_transfers": 0, "num_transfers_failed": 0, **NO_COUNTERS}
 
 
 def unavailable(message: str) -> FinishReason:

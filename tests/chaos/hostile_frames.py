@@ -10,8 +10,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from waybill.engine.io_struct import FetchClaimReq
-from waybill.engine.ipc.output_queries import GetCountersReq
+from waybill.engine.ipc.output_queries import FetchClaimReq, GetCountersReq
 
 from .scene import Scene
 

@@ -55,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "routing": {"io_struct"},
     "models": {"attention", "config", "kv_cache", "routing"},
     "weight_sync": {"control", "io_struct", "ipc", "models"},
+    "disaggregation": {"config", "io_struct", "ipc", "kv_cache", "models", "plan", "routing"},
     "scheduler": {
         "config",
         "control",
@@ -80,7 +81,7 @@ ROOMS: dict[str, set[str]] = {
         "routing",
         "weight_sync",
     },
-    "output": {"io_struct", "ipc", "routing", "text"},
+    "output": {"disaggregation", "io_struct", "ipc", "routing", "text"},
     "frontend": {"config", "control", "grammar", "io_struct", "ipc", "routing", "text", "validation", "weight_sync"},
     "entrypoints": {"chat_formats", "control", "frontend", "grammar", "io_struct", "ipc", "routing", "validation"},
 }

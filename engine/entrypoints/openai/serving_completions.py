@@ -10,8 +10,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...frontend.generate_request import GenerateReqInput, SampleRequest, parse_generate_request
+from ...frontend.generate_request import GenerateReqInput, parse_generate_request
 from ...frontend.request_preparation import PreparedRequest
+from ...frontend.sample_request import SampleRequest
 from ...frontend.tokenizer_manager import TokenizerManager
 from ...validation.field_error import FieldError
 from . import extensions, serving

@@ -11,6 +11,7 @@ import pytest
 from waybill.engine.config import ENGINE_OPTIONS, EngineConfig
 from waybill.engine.validation.option import Bounds, Option, OptionField
 from waybill.launch.args import parse_worker_args
+from waybill.launch.node_options import RUN_SECRET_VARIABLE
 
 ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "examples" / "tiny_moe" / "checkpoint")
@@ -64,7 +65,8 @@ def test_every_field_has_an_option_and_a_flag_of_its_own() -> None:
 
 @pytest.mark.parametrize("command", ["rollout", "serve"])
 @pytest.mark.parametrize("name", ENGINE_OPTIONS)
-def test_a_flag_reaches_its_field_and_no_other(command: str, name: str) -> None:
+def test_a_flag_reaches_its_field_and_no_other(command: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_SECRET_VARIABLE, "a secret of both engines")
     words, value = typed(ENGINE_OPTIONS[name])
     plain, given = (parse_worker_args([command, *more]).config for more in ([], words))
     assert plain is not None and given is not None

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.frontend.generate_request import SampleRequest, SharedPrefix, expand, parse_generate_request
+from waybill.engine.frontend.generate_request import expand, parse_generate_request
 from waybill.engine.frontend.request_limits import EngineLimits
+from waybill.engine.frontend.sample_request import SampleRequest, SharedPrefix
 from waybill.engine.frontend.sampling_params import SamplingParamsInput
 from waybill.engine.frontend.work_threads import MAX_INLINE_US, MAX_SHORT_US
 from waybill.engine.io_struct import OutputOptions

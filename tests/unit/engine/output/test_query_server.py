@@ -12,12 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from waybill.engine.io_struct import ClaimReply, FetchClaimReq
-from waybill.engine.ipc.output_queries import (
-    CountersReply,
-    GetCountersReq,
-    OutputReply,
-)
+from waybill.engine.ipc.output_queries import ClaimReply, CountersReply, FetchClaimReq, GetCountersReq, OutputReply
 from waybill.engine.output.expert_load import ExpertLoad
 from waybill.engine.output.query_server import MAX_QUERY_BYTES, QueryServer
 from waybill.engine.routing.claims import ClaimStore

@@ -43,9 +43,12 @@ class SharedEngines(LoadScopeScheduling):
     """One worker runs all tests that share an engine or a server, of a file or of several."""
 
     def _split_scope(self, nodeid: str) -> str:
-        name = Path(nodeid.partition("::")[0]).name
+        file = Path(nodeid.partition("::")[0])
+        name = file.name
         if name in INDEPENDENT:
             return nodeid
+        if file.parent.name == "weight_sync":
+            return "weight_sync"
         return "server" if name in WITH_SERVER else name
 
 

@@ -4,7 +4,7 @@ PYTEST := $(PYTHON) -m pytest
 export PYTHONDONTWRITEBYTECODE :=
 
 # What takes longest begins first, so that the workers end together.
-LONGEST := $(addprefix tests/e2e/,test_reference_equality.py test_death.py test_model_families.py weight_sync test_chaos.py)
+LONGEST := $(addprefix tests/e2e/,test_reference_equality.py test_death.py test_start_and_end.py test_model_families.py weight_sync test_chaos.py)
 
 .PHONY: test test-matrix test-nodes test-kernels test-gpu test-clients load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 

@@ -61,7 +61,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     parser = argparse.ArgumentParser(
         prog="torchrun.sh",
         description="Waybill: MoE rollouts with their routes",
-        epilog="torchrun.sh [rollout | serve] --help lists the options of a command",
+        epilog="torchrun.sh [rollout | serve | route] --help lists the options of a command",
     )
     # From the agent alone.
     parser.add_argument("--run-dir", default="", help=argparse.SUPPRESS)

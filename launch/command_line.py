@@ -1,6 +1,6 @@
 """What `torchrun.sh` runs on a node: checks the command line, then becomes torchrun's agent for this node's ranks.
 
-`python -m waybill.launch.command_line [rollout | serve] [options]`
+`python -m waybill.launch.command_line [rollout | serve | route] [options]`
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def main() -> int:
         hide_key()
     except ValueError as error:
         return refuse(error)
+    if sys.argv[1:2] == ["route"]:
+        from .route import main as route  # noqa: PLC0415
+
+        return route(sys.argv[2:])
     node_arguments, rest = split_command_line(sys.argv[1:])
     arguments = [*rest, *node_arguments]
     # A mistake is said once, before any rank starts - and before torch is imported.

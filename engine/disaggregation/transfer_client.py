@@ -129,13 +129,14 @@ class TransferClient:
 
     def run(self) -> None:
         self._poller.register(self._wake_fd, zmq.POLLIN)
-        is_idle, ticked_at = True, 0.0
+        ticked_at = 0.0
         while True:
-            if is_idle and self._running:
-                for link in self._links.values():
-                    link.heard_at = time.monotonic()
             is_idle = not self._running
             events = dict(self._poller.poll(None if is_idle else TICK_MS))
+            if is_idle:
+                # Nobody was asked for anything.
+                for link in self._links.values():
+                    link.heard_at = time.monotonic()
             if self._wake_fd in events:
                 os.eventfd_read(self._wake_fd)
                 self._take_orders()

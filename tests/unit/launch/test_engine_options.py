@@ -24,6 +24,7 @@ TYPED = {
     "kv_memory_fraction": ("0.5", 0.5),
     "device": ("cpu", "cpu"),
     "weight_version": ("step-0", "step-0"),
+    "disaggregation_host": ("127.0.0.2", "127.0.0.2"),
     "overlap_depth": ("0", 0),
     "tp_size": ("1", 1),
 }

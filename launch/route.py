@@ -1,0 +1,187 @@
+"""`torchrun.sh route`: one address in front of an engine for prompts and one for what follows.
+
+Every request that generates goes to both sides, with a room; the caller gets what the decode's side answers, piece by piece.
+It holds no state: any number of routers may stand before the same engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.background import BackgroundTask
+from starlette.responses import Response, StreamingResponse
+
+from ..engine.config import ENGINE_OPTIONS
+from .run_dir import EXIT_USAGE
+
+logger = logging.getLogger(__name__)
+
+GENERATES = ("/generate", "/v1/completions", "/v1/chat/completions")
+# The dialect's rooms have 63 bits.
+ROOM_BITS = 63
+CONNECT_TIMEOUT_S = 5.0
+# Said for one hop, or made anew here.
+HOP_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection", "keep-alive", "expect"))
+
+
+class Pair:
+    """The two sides: a client for both, and the fields that tell the decode's side where the prefill's is."""
+
+    def __init__(self, prefill: str, decode: str, bootstrap_host: str, bootstrap_port: int) -> None:
+        self.prefill, self.decode = prefill.rstrip("/"), decode.rstrip("/")
+        self._host, self._port = bootstrap_host, bootstrap_port
+        # An answer may take as long as it likes.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), limits=limits)
+
+    def with_room(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The request with its room; the prompts of a batch count from it."""
+        room = secrets.randbits(ROOM_BITS - 1)
+        return {**body, "bootstrap_host": self._host, "bootstrap_port": self._port, "bootstrap_room": room}
+
+
+def passed_on(headers: Any) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in HOP_HEADERS}
+
+
+def bad_request(message: str) -> Response:
+    body = {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+    return Response(msgspec.json.encode(body), 400, media_type="application/json")
+
+
+def unreachable(side: str, error: Exception) -> Response:
+    message = f"the {side}'s side cannot be reached: {error}"
+    body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
+    return Response(msgspec.json.encode(body), 503, media_type="application/json")
+
+
+async def generate(pair: Pair, http: Request) -> Response:
+    """Both sides get the request. Where the prefill's side refuses it, that is the answer; else it is the decode's."""
+    try:
+        body = msgspec.json.decode(await http.body(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return bad_request(f"body: must be a JSON object: {error}")
+    content, headers = msgspec.json.encode(pair.with_room(body)), passed_on(http.headers)
+
+    def ask(side: str) -> asyncio.Task[httpx.Response]:
+        request = pair.client.build_request("POST", f"{side}{http.url.path}", content=content, headers=headers)
+        return asyncio.create_task(pair.client.send(request, stream=True))
+
+    prefill, decode = ask(pair.prefill), ask(pair.decode)
+    await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
+    if prefill.done() and (prefill.exception() is not None or prefill.result().is_error):
+        await end(decode)
+        return await whole(prefill, "prefill")
+    try:
+        answer = await decode
+    except httpx.HTTPError as error:
+        await end(prefill)
+        return unreachable("decode", error)
+    watching = BackgroundTask(finish, prefill, answer)
+    return StreamingResponse(answer.aiter_raw(), answer.status_code, passed_on(answer.headers), background=watching)
+
+
+async def finish(prefill: asyncio.Task[httpx.Response], answer: httpx.Response) -> None:
+    await answer.aclose()
+    await end(prefill)
+
+
+async def end(asking: asyncio.Task[httpx.Response]) -> None:
+    """Let go of a side's answer; a request that still runs there is aborted, as its caller has left."""
+    asking.cancel()
+    try:
+        answer = await asking
+    except (asyncio.CancelledError, httpx.HTTPError):
+        return
+    await answer.aclose()
+
+
+async def whole(asking: asyncio.Task[httpx.Response], side: str) -> Response:
+    try:
+        answer = await asking
+        return Response(await answer.aread(), answer.status_code, passed_on(answer.headers))
+    except httpx.HTTPError as error:
+        return unreachable(side, error)
+
+
+async def forward(pair: Pair, http: Request) -> Response:
+    """Anything else is for the decode's side."""
+    query = f"?{http.url.query}" if http.url.query else ""
+    request = pair.client.build_request(
+        http.method, f"{pair.decode}{http.url.path}{query}", content=await http.body(), headers=passed_on(http.headers)
+    )
+    return await whole(asyncio.create_task(pair.client.send(request, stream=True)), "decode")
+
+
+async def health(pair: Pair) -> Response:
+    """Both sides'."""
+    for side, url in (("prefill", pair.prefill), ("decode", pair.decode)):
+        try:
+            answer = await pair.client.get(f"{url}/health", timeout=CONNECT_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            return unreachable(side, error)
+        if answer.is_error:
+            return Response(answer.content, answer.status_code, passed_on(answer.headers))
+    return Response()
+
+
+def make_router(pair: Pair) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await pair.client.aclose()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+
+    async def on_generate(http: Request) -> Response:
+        return await generate(pair, http)
+
+    async def on_health() -> Response:
+        return await health(pair)
+
+    async def on_other(http: Request) -> Response:
+        return await forward(pair, http)
+
+    for path in GENERATES:
+        app.add_api_route(path, on_generate, methods=["POST"])
+    app.add_api_route("/health", on_health, methods=["GET"])
+    app.add_api_route("/{path:path}", on_other, methods=["GET", "POST"])
+    return app
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="torchrun.sh route", description="Stand before an engine for prompts and one for what follows."
+    )
+    parser.add_argument("--prefill", required=True, metavar="URL", help="server with --disaggregation prefill")
+    parser.add_argument("--decode", required=True, metavar="URL", help="server with --disaggregation decode")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument(
+        "--bootstrap-host",
+        default=None,
+        help="where the decode's side finds the prefill's; the URL's host if not given",
+    )
+    field = ENGINE_OPTIONS["disaggregation_bootstrap_port"]
+    parser.add_argument("--bootstrap-port", type=int, default=field.default, help="that of the prefill's side")
+    options = parser.parse_args(argv)
+    host = options.bootstrap_host or urlsplit(options.prefill).hostname
+    for name in ("prefill", "decode"):
+        if urlsplit(getattr(options, name)).scheme not in ("http", "https"):
+            print(f"torchrun.sh: error: --{name} {getattr(options, name)}: must be http://HOST:PORT", file=sys.stderr)
+            return EXIT_USAGE
+    pair = Pair(options.prefill, options.decode, host or "127.0.0.1", options.bootstrap_port)
+    uvicorn.run(make_router(pair), host=options.host, port=options.port, log_level="warning")
+    return 0

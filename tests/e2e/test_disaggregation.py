@@ -1,0 +1,180 @@
+"""One engine computes prompts and another goes on with them: nobody can tell the two from one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from support.engine_pair import EnginePair
+from support.reference_equality import LONG_ANSWER_TOLERANCE
+
+from waybill import Engine
+from waybill.engine.frontend.answer import GenerationError
+from waybill.engine.routing.transformers_reference import LOGPROB_TOLERANCE, Reference
+from waybill.engine.routing.wire import stitch
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "enable_return_routed_experts": True,
+    "kv_cache_tokens": 1024,
+    "max_running_requests": 8,
+    "chunked_prefill_size": 32,
+}
+REST_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: str) -> Iterator[EnginePair]:
+    """Of page sizes that differ."""
+    pair = EnginePair(checkpoint, {"tp_size": 2}, {"tp_size": 1, "page_size": 4, "kv_cache_tokens": 320}, **OPTIONS)
+    yield pair
+    pair.shutdown()
+
+
+def ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def greedy(num_tokens: int, **params: Any) -> dict[str, Any]:
+    return {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True, **params}
+
+
+def at_rest(engine: Engine) -> dict[str, Any]:
+    """The state once nothing runs, waits or is lent; every page is then free or cached."""
+    end = time.monotonic() + REST_S
+    while time.monotonic() < end:
+        state = engine.get_server_info()
+        if state["num_running"] == state["num_waiting"] == state["num_transferring"] == 0:
+            assert state["num_free_pages"] + state["num_cached_pages"] == state["num_pages"]
+            return state
+        time.sleep(0.02)
+    raise AssertionError("the engine does not come to rest")
+
+
+def check(
+    reference: Reference, prompt: list[int], answer: dict[str, Any], tolerance: float = LOGPROB_TOLERANCE
+) -> None:
+    """Tokens, log-probabilities and rows."""
+    meta = answer["meta_info"]
+    assert "routed_experts_error" not in meta
+    logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
+    reference.check_generation(prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance)
+
+
+ALL = {"return_routed_experts": True, "return_logprob": True}
+
+
+def test_single_chunked_cached_and_scored_prompts(pair: EnginePair, reference: Reference) -> None:
+    short, long = ids("one chunk"), ids("a prompt that takes some chunks, " * 5)
+    for prompt, start in ((short, -1), (long, -1), (long, -1), ([*long, 7, 7], 0)):
+        answer = pair.generate(input_ids=prompt, sampling_params=greedy(6), logprob_start_len=start, **ALL)
+        check(reference, prompt, answer)
+    scored = pair.prefill.generate(input_ids=[*long, 7, 7], sampling_params=greedy(1), logprob_start_len=0, **ALL)
+    assert answer["meta_info"]["input_token_logprobs"] == scored["meta_info"]["input_token_logprobs"]
+    assert answer["meta_info"]["cached_tokens"] == 0, "positions that are scored are computed, and fetched, anew"
+    states = [at_rest(pair.prefill), at_rest(pair.decode)]
+    assert states[0]["num_transfers"] == states[1]["num_transfers"] > 0
+    assert 2 * states[0]["transferred_bytes"] == states[1]["transferred_bytes"] > 0, "each rank sends its heads"
+
+
+def test_samples_streams_and_what_follows_the_first_token(pair: EnginePair, reference: Reference) -> None:
+    """A sample's seed, penalties and grammar go on where the prefill has stopped."""
+    prompt = ids("samples of one prompt: ")
+    params = {"temperature": 1.0, "sampling_seed": 11, "max_new_tokens": 8, "ignore_eos": True}
+    for more in ({"n": 3}, {"presence_penalty": 1.5}, {"regex": "[a-c]{4,6}"}):
+        fields = {"input_ids": prompt, "sampling_params": {**params, **more}}
+        # The prefill's side alone is an engine, too.
+        one, two = pair.prefill.generate(**fields), pair.generate(**fields)
+        of = [one], [two]
+        for alone, both in zip(*(of if isinstance(one, dict) else (one, two)), strict=True):
+            assert alone["output_ids"] == both["output_ids"]
+    chunks = pair.stream(input_ids=prompt, sampling_params=greedy(5), stream_routed_experts=True, **ALL)
+    rows = np.concatenate([chunk["meta_info"]["routed_experts"] for chunk in chunks])
+    whole = pair.generate(input_ids=prompt, sampling_params=greedy(5), **ALL)
+    assert len(chunks) >= 5 and chunks[-1]["output_ids"] == whole["output_ids"]
+    assert np.array_equal(rows, whole["meta_info"]["routed_experts"])
+    check(reference, prompt, whole)
+    for num_tokens in (0, 1):
+        answer = pair.generate(input_ids=prompt, sampling_params=greedy(num_tokens), return_routed_experts=True)
+        assert answer["output_ids"] == whole["output_ids"][:num_tokens]
+        assert np.array_equal(answer["meta_info"]["routed_experts"], rows[: len(prompt)])
+
+
+def test_deltas_of_ten_turns(pair: EnginePair, reference: Reference) -> None:
+    context, known = ids("turn by turn"), np.zeros((0, 6, 4), dtype=np.uint8)
+    for turn in range(10):
+        context, start = [*context, *ids(f" [{turn}] ")], len(known)
+        answer = pair.generate(
+            input_ids=context, sampling_params=greedy(3), routed_experts_start_len=start, session_id="s", **ALL
+        )
+        known = stitch(known, start, answer["meta_info"]["routed_experts"])
+        context += answer["output_ids"]
+    whole = pair.generate(input_ids=context, sampling_params=greedy(1), **ALL)
+    assert np.array_equal(whole["meta_info"]["routed_experts"][: len(known)], known)
+    check(reference, context, whole)
+
+
+def test_retraction_where_the_decode_is(pair: EnginePair, reference: Reference) -> None:
+    """More than its pool holds: requests wait for pages, or give them up and compute all again."""
+    before = pair.decode.get_server_info()["num_retractions"]
+    prompts = [ids(f"number {i} of those that want the pool for themselves. ") for i in range(4)]
+    fields = [{"input_ids": prompt, "sampling_params": greedy(50), **ALL} for prompt in prompts]
+    for prompt, answer in zip(prompts, pair.all(fields), strict=True):
+        check(reference, prompt, answer, LONG_ANSWER_TOLERANCE)
+    assert at_rest(pair.decode)["num_retractions"] > before
+    at_rest(pair.prefill)
+
+
+def test_aborts_free_both_sides_and_bad_rooms_are_refused(pair: EnginePair) -> None:
+    prompt = {"input_ids": ids("to be aborted "), "sampling_params": greedy(200)}
+    # Nobody computes the prompt; then nobody fetches it.
+    for engine, other in ((pair.decode, pair.prefill), (pair.prefill, pair.decode)):
+        place = pair.place()
+        waiting = pair.submit(engine, rid="gone", **prompt, **place)
+        while engine.get_server_info()["num_transferring"] == 0:
+            time.sleep(0.01)
+        with pytest.raises(GenerationError, match="another request has it"):
+            engine.generate(**prompt, **place)
+        engine.abort_request("gone")
+        assert waiting.result()["meta_info"]["finish_reason"]["type"] == "abort"
+        at_rest(engine)
+        if engine is pair.prefill:
+            with pytest.raises(GenerationError, match="prefill: aborted by request"):
+                other.generate(**prompt, **place)
+    with pytest.raises(ValueError, match="bootstrap_host: must be given"):
+        pair.decode.generate(**prompt, bootstrap_room=1)
+    with pytest.raises(ValueError, match="bootstrap_port: needs bootstrap_room"):
+        pair.decode.generate(**prompt, bootstrap_port=1)
+
+
+def test_weights_of_one_side_alone(pair: EnginePair) -> None:
+    pair.decode.update_weight_version("new")
+    with pytest.raises(
+        GenerationError, match="weight_version: the prefill's side ran with 'default', this one has 'new'"
+    ):
+        pair.generate(input_ids=ids("which weights?"), sampling_params=greedy(3))
+    pair.prefill.update_weight_version("new")
+    answer = pair.generate(input_ids=ids("which weights?"), sampling_params=greedy(3), return_routed_experts=True)
+    versions = answer["meta_info"]["routed_experts_meta"]["weight_versions"]
+    assert answer["meta_info"]["weight_version"] == "new" and versions[-1][0] == "new"
+    at_rest(pair.decode)
+    at_rest(pair.prefill)
+
+
+def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Reference) -> None:
+    """Last: the other tests need it."""
+    place = pair.place()
+    waiting = pair.submit(pair.decode, input_ids=ids("whose prompt?"), sampling_params=greedy(3), **place)
+    while pair.decode.get_server_info()["num_transferring"] == 0:
+        time.sleep(0.01)
+    pair.prefill.shutdown()
+    began = time.monotonic()
+    with pytest.raises(GenerationError, match="nothing was heard of it"):
+        waiting.result()
+    assert time.monotonic() - began < 15
+    prompt = ids("alone now")
+    check(reference, prompt, pair.decode.generate(input_ids=prompt, sampling_params=greedy(4), **ALL))
+    at_rest(pair.decode)

@@ -1,0 +1,71 @@
+"""Two engines, one for prompts and one for what follows, asked as a router asks them."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from waybill import Engine
+from waybill.launch.node_options import RUN_SECRET_VARIABLE
+
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    with socket.create_server((HOST, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class EnginePair:
+    """`prefill` and `decode`, with options of their own beside those of both."""
+
+    def __init__(self, model: str, prefill: dict[str, Any], decode: dict[str, Any], **options: Any) -> None:
+        self.port = free_port()
+        self._rooms = itertools.count(1)
+        self._threads = ThreadPoolExecutor(16)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(RUN_SECRET_VARIABLE, "a secret of both engines")
+            both = [
+                self._threads.submit(Engine, model, disaggregation=side, **{**options, **own})
+                for side, own in (
+                    ("prefill", {**prefill, "disaggregation_bootstrap_port": self.port}),
+                    ("decode", decode),
+                )
+            ]
+            self.prefill, self.decode = (each.result() for each in both)
+
+    def place(self) -> dict[str, Any]:
+        """The fields that a router adds."""
+        return {"bootstrap_host": HOST, "bootstrap_port": self.port, "bootstrap_room": next(self._rooms)}
+
+    def generate(self, **fields: Any) -> Any:
+        """The answer of the decode's side."""
+        fields |= self.place()
+        prompt = self._threads.submit(self.prefill.generate, **fields)
+        answer = self.decode.generate(**fields)
+        prompt.result()
+        return answer
+
+    def stream(self, **fields: Any) -> list[Any]:
+        fields |= self.place()
+        prompt = self._threads.submit(lambda: list(self.prefill.generate(**fields, stream=True)))
+        chunks = list(self.decode.generate(**fields, stream=True))
+        prompt.result()
+        return chunks
+
+    def all(self, requests: list[dict[str, Any]]) -> list[Any]:
+        """The answers of the decode's side to requests that come at once."""
+        return [each.result() for each in [self._threads.submit(self.generate, **one) for one in requests]]
+
+    def submit(self, engine: Engine, **fields: Any) -> Any:
+        """To one side alone: a future."""
+        return self._threads.submit(engine.generate, **fields)
+
+    def shutdown(self) -> None:
+        self.prefill.shutdown()
+        self.decode.shutdown()
+        self._threads.shutdown()

@@ -1,14 +1,13 @@
 """`torchrun.sh route`: one address in front of an engine for prompts and one for what follows.
 
-Every request that generates goes to both sides, with a room; the caller gets what the decode's side answers, piece by piece.
-It holds no state: any number of routers may stand before the same engines.
+Every request that generates goes to both sides, with a room; the caller gets what the decode's side answers, piece by
+piece. It holds no state: any number of routers may stand before the same engines.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import secrets
 import sys
 from collections.abc import AsyncIterator
@@ -20,13 +19,12 @@ import httpx
 import msgspec
 import uvicorn
 from fastapi import FastAPI, Request
-from starlette.background import BackgroundTask
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from ..engine.config import ENGINE_OPTIONS
+from ..engine.entrypoints.responses import wait_for_disconnect
 from .run_dir import EXIT_USAGE
-
-logger = logging.getLogger(__name__)
 
 GENERATES = ("/generate", "/v1/completions", "/v1/chat/completions")
 # The dialect's rooms have 63 bits.
@@ -39,12 +37,19 @@ HOP_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connect
 class Pair:
     """The two sides: a client for both, and the fields that tell the decode's side where the prefill's is."""
 
-    def __init__(self, prefill: str, decode: str, bootstrap_host: str, bootstrap_port: int) -> None:
+    def __init__(
+        self,
+        prefill: str,
+        decode: str,
+        bootstrap_host: str,
+        bootstrap_port: int,
+        client: httpx.AsyncClient | None = None,
+    ) -> None:
         self.prefill, self.decode = prefill.rstrip("/"), decode.rstrip("/")
         self._host, self._port = bootstrap_host, bootstrap_port
         # An answer may take as long as it likes.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), limits=limits)
+        self.client = client or httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), limits=limits)
 
     def with_room(self, body: dict[str, Any]) -> dict[str, Any]:
         """The request with its room; the prompts of a batch count from it."""
@@ -73,33 +78,63 @@ async def generate(pair: Pair, http: Request) -> Response:
         body = msgspec.json.decode(await http.body(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return bad_request(f"body: must be a JSON object: {error}")
-    content, headers = msgspec.json.encode(pair.with_room(body)), passed_on(http.headers)
-
-    def ask(side: str) -> asyncio.Task[httpx.Response]:
-        request = pair.client.build_request("POST", f"{side}{http.url.path}", content=content, headers=headers)
-        return asyncio.create_task(pair.client.send(request, stream=True))
-
-    prefill, decode = ask(pair.prefill), ask(pair.decode)
-    await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
-    if prefill.done() and (prefill.exception() is not None or prefill.result().is_error):
-        await end(decode)
-        return await whole(prefill, "prefill")
-    try:
-        answer = await decode
-    except httpx.HTTPError as error:
-        await end(prefill)
-        return unreachable("decode", error)
-    watching = BackgroundTask(finish, prefill, answer)
-    return StreamingResponse(answer.aiter_raw(), answer.status_code, passed_on(answer.headers), background=watching)
+    return Relay(pair, http.url.path, msgspec.json.encode(pair.with_room(body)), passed_on(http.headers))
 
 
-async def finish(prefill: asyncio.Task[httpx.Response], answer: httpx.Response) -> None:
-    await answer.aclose()
-    await end(prefill)
+class Relay(Response):
+    """The answer to a request that both sides are sent. When it ends, or its caller leaves, so do theirs: what still runs
+    there is aborted."""
+
+    def __init__(self, pair: Pair, path: str, content: bytes, headers: dict[str, str]) -> None:
+        super().__init__()
+        self._pair = pair
+        self._path = path
+        self._content = content
+        self._sent_headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.create_task(wait_for_disconnect(receive))
+        working = asyncio.create_task(self._relay(scope, receive, send))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+            results = await asyncio.gather(working, leaving, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
+
+    def _ask(self, url: str) -> asyncio.Task[httpx.Response]:
+        client = self._pair.client
+        request = client.build_request("POST", url + self._path, content=self._content, headers=self._sent_headers)
+        return asyncio.create_task(client.send(request, stream=True))
+
+    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
+        prefill, decode = self._ask(self._pair.prefill), self._ask(self._pair.decode)
+        try:
+            await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
+            side, asking = ("prefill", prefill) if has_failed(prefill) else ("decode", decode)
+            try:
+                answer = await asking
+            except httpx.HTTPError as error:
+                await unreachable(side, error)(scope, receive, send)
+                return
+            head = Response(status_code=answer.status_code, headers=passed_on(answer.headers))
+            del head.headers["content-length"]
+            await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
+            async for piece in answer.aiter_raw():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await asyncio.gather(end(prefill), end(decode))
+
+
+def has_failed(asking: asyncio.Task[httpx.Response]) -> bool:
+    return asking.done() and (asking.exception() is not None or asking.result().is_error)
 
 
 async def end(asking: asyncio.Task[httpx.Response]) -> None:
-    """Let go of a side's answer; a request that still runs there is aborted, as its caller has left."""
+    """Let go of a side's answer."""
     asking.cancel()
     try:
         answer = await asking

@@ -80,7 +80,6 @@ def info_router(
 
 def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_health: EngineHealth) -> None:
     """Routes that say by their status how the engine is, and by a header which side of two it is."""
-    side = {} if manager.config.disaggregation == "none" else {SIDE_HEADER: manager.config.disaggregation}
 
     # Load balancers ask the head alone, and SageMaker's asks for a ping.
     # TRL's client writes a slash at the end.
@@ -90,7 +89,9 @@ def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_healt
     @router.get("/ping", include_in_schema=False)
     async def health() -> Response:
         reason = manager.not_ready()
-        return Response(headers=side) if reason is None else error_response(reason, 503)
+        if reason is not None:
+            return error_response(reason, 503)
+        return Response(headers={SIDE_HEADER: manager.config.disaggregation})
 
     @router.get("/ready")
     async def ready() -> Response:

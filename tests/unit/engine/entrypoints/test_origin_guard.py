@@ -12,6 +12,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from waybill.engine.config import EngineConfig
 from waybill.engine.control.operations import Operation
 from waybill.engine.entrypoints.api_keys import ApiKeys
 from waybill.engine.entrypoints.http_limits import HttpLimits
@@ -44,7 +45,11 @@ class FakeControls:
 def application(hosts: AllowedHosts, origins: tuple[str, ...], keys: tuple[str, ...]) -> tuple[FastAPI, FakeControls]:
     controls = FakeControls()
     manager: Any = SimpleNamespace(
-        controls=controls, work_threads=WorkThreads(), not_ready=lambda: None, get_state=None, config=None
+        controls=controls,
+        work_threads=WorkThreads(),
+        not_ready=lambda: None,
+        get_state=None,
+        config=EngineConfig(model_path=""),
     )
     app = make_app(
         manager,

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from waybill.engine.io_struct import Segment
 from waybill.engine.routing.geometry import RouteGeometry
-from waybill.engine.routing.ledger import MissingRoutesError, RouteLedger
+from waybill.engine.routing.ledger import MissingRoutesError, RouteLedger, RouteSlice
 
 GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=64, top_k=2, num_experts=256)
 
@@ -308,3 +308,44 @@ def test_a_short_slice_of_a_snapshot_does_not_keep_it_alive() -> None:
     ledger.retract("a")
     rows = ledger.get_topk("a", 2, 4).rows
     assert rows.base is None and np.array_equal(rows, rows_of(2, 1).transpose(1, 0, 2))
+
+
+def test_rows_of_another_engine_are_filed_as_if_they_had_been_made_here() -> None:
+    there, here = make_ledger(page_size=2), make_ledger(page_size=4)
+    there.start("a", keep=True)
+    there.admit("a", b"")
+    for start, version in ((0, "old"), (4, "new")):
+        segment = Segment("a", start, 4 - (start > 0), pages(start + 1, start))
+        there.allocate(segment)
+        there.file(segment, rows_of(start, segment.num_tokens), version)
+    sent = there.get_topk("a", 0, 8)
+    # The first page was cached here, with rows of its own.
+    run_request(here, "b", (9,), 50)
+    here.file(Segment("b", 1, 3, b""), rows_of(51, 3), "v")
+    here.start("a", keep=True)
+    here.admit("a", pages(9))
+    assert here.num_on_pages("a") == 4
+    part = RouteSlice(4, sent.rows[4:], [("new", 4, 7)])
+    assert here.adopt("a", pages(3), 3, part) == 3
+    found = here.get_topk("a", 0, 8)
+    assert found.rows[:4].tobytes() == here.get_topk("b", 0, 5).rows.tobytes()
+    assert found.rows[4:].tobytes() == sent.rows[4:].tobytes()
+    assert found.weight_versions == [("v", 0, 4), ("new", 4, 7)]
+    # It goes on here, and whoever hits its pages has its rows.
+    here.file(Segment("a", 7, 1, b""), rows_of(7, 1), "v")
+    here.start("c", keep=True)
+    here.admit("c", pages(9, 3))
+    assert here.get_topk("c", 5, 9).weight_versions == [("new", 5, 7), ("v", 7, 8)]
+
+
+def test_rows_of_another_engine_that_did_not_come_are_missing_for_all_who_hit_their_pages() -> None:
+    ledger = make_ledger()
+    run_request(ledger, "old", (4, 5), 90)
+    ledger.start("a", keep=True)
+    ledger.admit("a", b"")
+    assert ledger.adopt("a", pages(4, 5), 2, None) == 0
+    ledger.start("b", keep=True)
+    ledger.admit("b", pages(4, 5))
+    for rid in ("a", "b"):
+        with pytest.raises(MissingRoutesError, match="2 rows are missing, the first at position 0"):
+            ledger.get_topk(rid, 0, 3)

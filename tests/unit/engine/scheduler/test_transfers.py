@@ -1,0 +1,132 @@
+"""A leader's half of transfers: who waits for what, and how it ends. Pure: no sockets, a clock by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from waybill.engine.io_struct import FinishReason, FirstToken, SamplingParams, TokenOutput, TransferSource
+from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput, TransferNotice
+from waybill.engine.kv_cache.page_pool import Pages
+from waybill.engine.plan import DropPages, FetchPages, PageMessage, SharePages
+from waybill.engine.scheduler.decode_transfers import DecodeTransfers
+from waybill.engine.scheduler.prefill_transfers import PrefillTransfers
+from waybill.engine.scheduler.req import Req
+
+FIRST = FirstToken([9], "w")
+PROMPT = bytes(4 * 6)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_req(room: int = 1, rid: str = "r") -> Req:
+    recv = TokenizedGenerateReqInput(
+        1, rid, PROMPT, SamplingParams(max_new_tokens=1), transfer=TransferSource("h", 1, room)
+    )
+    req = Req(recv, tokens=bytearray(PROMPT))
+    req.held.pages = Pages("i", [4, 5, 6, 7, 8, 9])
+    req.num_cached = 2
+    return req
+
+
+def finish(transfers: Any, req: Req, reason: FinishReason) -> None:
+    req.finish_reason = reason
+    transfers.left(req)
+
+
+def test_a_decode_waits_for_all_parts_of_its_own_attempt() -> None:
+    told: list[PageMessage] = []
+    transfers = DecodeTransfers(told.append, 60.0, 2, has_routes=True, clock=Clock())
+    req = make_req()
+    assert transfers.begin(req) == "" and req.is_awaited and transfers.is_waiting
+    assert "another request has it" in transfers.begin(make_req())
+    transfers.arrive([req])
+    assert told.pop() == FetchPages(TransferSource("h", 1, 1), 1, 2, 6, req.held.pages.tobytes())
+    # Retracted and admitted again: what the first attempt brings counts for nothing.
+    transfers.left(req)
+    assert told.pop() == DropPages("1.0", again=True) and req.is_awaited
+    transfers.arrive([req])
+    for attempt in (1, 2):
+        for part in ("pages1", "routes", "pages0"):
+            assert transfers.settle() == []
+            transfers.on_notice(TransferNotice("1.0", part, attempt, first=FIRST if part == "pages0" else None))
+    (settled,) = transfers.settle()
+    assert settled.first == FIRST and not req.is_awaited and not transfers.is_waiting
+    assert told.pop() == DropPages("1.0")
+    assert transfers.state()["num_transfers"] == 1
+
+
+def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> None:
+    told: list[PageMessage] = []
+    clock = Clock()
+    transfers = DecodeTransfers(told.append, 60.0, 1, has_routes=True, clock=clock)
+    without_rows, without_pages, late = (make_req(room, f"r{room}") for room in (1, 2, 3))
+    for req in (without_rows, without_pages, late):
+        transfers.begin(req)
+    transfers.arrive([without_rows, without_pages])
+    transfers.on_notice(TransferNotice("1.0", "routes", 1, "gone"))
+    transfers.on_notice(TransferNotice("1.0", "pages0", 1, first=FIRST))
+    transfers.on_notice(TransferNotice("2.0", "pages0", 1, "the rank is gone"))
+    good, bad = transfers.settle()
+    assert good.req is without_rows and good.first == FIRST
+    assert bad.req is without_pages and bad.reason is not None
+    assert bad.reason.message == "prefill: the rank is gone" and bad.reason.status_code == 503
+    finish(transfers, bad.req, bad.reason)
+    assert told.pop() == DropPages("2.0", "prefill: the rank is gone")
+    clock.now = 61.0
+    (settled,) = transfers.settle()
+    assert settled.req is late and settled.reason is not None and "within 60 s" in str(settled.reason.message)
+    finish(transfers, late, settled.reason)
+    assert transfers.state() == {"num_transferring": 0, "num_transfers": 1, "num_transfers_failed": 2}
+
+
+def commit(transfers: PrefillTransfers, req: Req, num: int, token: int | None = None) -> None:
+    req.num_committed = num
+    if token is not None:
+        req.output_ids.append(token)
+    assert transfers.committed(req, None if token is None else TokenOutput(req.rid, [token]))
+
+
+def test_a_prefill_lends_chunk_by_chunk_until_it_is_released() -> None:
+    told: list[PageMessage] = []
+    transfers = PrefillTransfers(told.append, 60.0, lambda: "w", Clock())
+    req = make_req()
+    assert transfers.begin(req) == "" and req.is_lent
+    assert "another request has it" in transfers.begin(make_req())
+    commit(transfers, req, 4)
+    assert not transfers.is_waiting
+    commit(transfers, req, 6, token=9)
+    assert told == [SharePages("1.0", req.held.pages.tobytes(), 4), SharePages("1.0", b"", 6, FIRST)]
+    assert transfers.is_waiting and transfers.settle() == []
+    transfers.on_notice(TransferNotice("1.0", "released"))
+    (settled,) = transfers.settle()
+    assert settled.reason == FinishReason("length", length=1)
+    finish(transfers, req, settled.reason)
+    assert isinstance(told.pop(), DropPages) and not req.is_lent and not transfers.is_waiting
+    assert transfers.state() == {"num_transferring": 0, "num_transfers": 1, "num_transfers_failed": 0}
+
+
+def test_a_prefill_that_nobody_fetches_ends() -> None:
+    told: list[PageMessage] = []
+    clock = Clock()
+    transfers = PrefillTransfers(told.append, 60.0, lambda: "w", clock)
+    kept, gone, queued = (make_req(room, f"r{room}") for room in (1, 2, 3))
+    for req in (kept, gone, queued):
+        transfers.begin(req)
+    commit(transfers, kept, 6, token=9)
+    transfers.on_notice(TransferNotice("2.0", "released", error="the caller has left"))
+    (settled,) = transfers.settle()
+    assert settled.req is gone and settled.reason is not None
+    assert settled.reason.type == "abort" and "the caller has left" in str(settled.reason.message)
+    finish(transfers, gone, settled.reason)
+    clock.now = 61.0
+    # One that has not come to its first token is bounded by those before it.
+    (settled,) = transfers.settle()
+    assert settled.req is kept and settled.reason is not None and settled.reason.status_code == 503
+    finish(transfers, kept, settled.reason)
+    assert transfers.settle() == [] and transfers.state()["num_transfers_failed"] == 2

@@ -29,7 +29,7 @@ from gpu_latent import measure_latent_decode
 from gpu_layout_report import LAYOUTS, compare_layouts
 from gpu_leader import Bench, Leader
 from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_s, touched_experts
-from gpu_plan import CONTEXT, FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
+from gpu_plan import FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
 from gpu_profile import profile_step
 from machine import describe, write_result
 from make_models import write_checkpoint
@@ -92,14 +92,16 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
         "| workload | experts read | tokens/s | ms a step | bytes allow, ms | operations allow, ms | share of the limit |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     )
+    plan = bench.plan
     for name, params in {"": GREEDY, **SAMPLED}.items():
-        for batch in bench.plan.batches:
+        for batch in plan.batches:
             seconds = statistics.median(leader.decode_seconds(batch, params))
-            routes = np.stack(leader.routes_of(CONTEXT, 9, batch, params))
-            experts = touched_experts(routes[:, CONTEXT:].swapaxes(0, 1))
-            bytes_s = decode_bytes(bench.plan.shape, experts, batch, is_fp8=bench.plan.is_fp8) / limits.bytes_per_s
+            routes = np.stack(leader.routes_of(plan.context, 9, batch, params))
+            experts = touched_experts(routes[:, plan.context :].swapaxes(0, 1))
+            bytes_s = decode_bytes(plan, experts, batch) / limits.bytes_per_s
             how = f" ({name})" if name else ""
-            row(report, f"decode, {batch} at once, {CONTEXT} tokens of context{how}", batch, experts, seconds, bytes_s)
+            name_of_row = f"decode, {batch} at once, {plan.context} tokens of context{how}"
+            row(report, name_of_row, batch, experts, seconds, bytes_s)
     measure_prefills(bench, leader, limits, "", report)
     with bench.spread_routes():
         measure_prefills(bench, leader, limits, ", routes spread", report)

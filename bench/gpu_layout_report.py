@@ -26,26 +26,7 @@ from gpu_plan import FULL, MILLI, TOY, Report
 from machine import describe, write_result
 from make_models import write_config
 
-LAYOUTS = {
-    "tp1": Share(1, 1, "ep"),
-    "tp2-tp": Share(1, 2, "tp"),
-    "tp2-ep": Share(1, 2, "ep"),
-    "dp2": Share(2, 1, "ep"),
-}
-BASE = "tp1"
 LAST_WORDS = 80
-
-
-@dataclass
-class Found:
-    """What one layout printed, by kind of result."""
-
-    name: str
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    failure: str = ""
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return self.results.get(kind, [])
 
 
 def kill_all(pid: int) -> None:
@@ -115,72 +96,6 @@ def run_layouts(names: list[str], model: str, options: argparse.Namespace) -> li
             if child.poll() is None:
                 kill_all(child.pid)
     return all_found
-
-
-def decode_table(all_found: list[Found]) -> list[str]:
-    lines = [
-        "| layout | requests in all | tokens/s | over tp1 | over tp1, as many a group | ms a step | capture on / off "
-        "| experts read | busiest rank / mean | bytes allow, ms | collectives, ms | share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    base = {
-        each["batch"]: each["tokens_per_s"] for found in all_found if found.name == BASE for each in found.of("decode")
-    }
-    for found in all_found:
-        off = {each["batch"]: each["seconds"] for each in found.of("decode_off")}
-        for each in found.of("decode"):
-            capture = f"{each['seconds'] / off[each['batch']]:.3f}" if each["batch"] in off else ""
-            over, over_group = (
-                f"{each['tokens_per_s'] / base[each[number]]:.2f}" if each[number] in base else ""
-                for number in ("total", "batch")
-            )
-            lines.append(
-                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {over_group} "
-                f"| {each['seconds'] * MILLI:.2f} | {capture} "
-                f"| {each['experts']:.0f} | {each['imbalance']:.2f} | {each['bytes_s'] * MILLI:.2f} "
-                f"| {each['wire_s'] * MILLI:.2f} | {each['share']:.1%} |"
-            )
-    return lines
-
-
-def prefill_table(all_found: list[Found]) -> list[str]:
-    lines = [
-        "| layout | tokens in all | tokens/s | over tp1 | one behind another | over tp1 | bytes allow, ms | "
-        "operations allow, ms | collectives, ms | share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    base = {each["tokens"]: each for found in all_found if found.name == BASE for each in found.of("prefill")}
-    for found in all_found:
-        for each in found.of("prefill"):
-            of_base = base.get(each["tokens"])
-            over = ["", ""]
-            if of_base is not None:
-                over = [f"{each[key] / of_base[key]:.2f}" for key in ("tokens_per_s", "behind_tokens_per_s")]
-            lines.append(
-                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over[0]} "
-                f"| {each['behind_tokens_per_s']:,.0f} | {over[1]} | {each['bytes_s'] * MILLI:.2f} "
-                f"| {each['flops_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} | {each['share']:.1%} |"
-            )
-    return lines
-
-
-def profile_table(all_found: list[Found]) -> list[str]:
-    lines = [
-        "| layout | requests a dp rank | leader's host, ms | launch, slowest rank, ms | ms a step, profiled "
-        "| kernels run, ms | none runs, ms | launches | longest kernels, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for found in all_found:
-        host_s = {each["batch"]: each["host_s"] for each in found.of("decode")}
-        launch_s = {each["batch"]: each["seconds"] for each in found.of("launch")}
-        for each in found.of("profile"):
-            kernels = ", ".join(f"`{name}` {ms:.2f}" for name, ms in list(each["kernels"].items())[:6])
-            lines.append(
-                f"| {found.name} | {each['batch']} | {host_s[each['batch']] * MILLI:.2f} "
-                f"| {launch_s.get(each['batch'], math.nan) * MILLI:.2f} | {each['wall_ms']:.2f} | {each['busy_ms']:.2f} "
-                f"| {each['idle_ms']:.2f} | {each['launches']} | {kernels} |"
-            )
-    return lines
 
 
 def compare_layouts(names: list[str], options: argparse.Namespace) -> None:

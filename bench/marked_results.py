@@ -1,0 +1,73 @@
+"""How a benchmark's script tells its results to the one that has started it: a marked line of JSON each.
+
+One that fails or takes too long is said to; what it printed before is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+MARK = "RESULT "
+LAST_WORDS = 80
+
+
+def say(kind: str, **values: Any) -> None:
+    print(MARK + json.dumps({"kind": kind, **values}), flush=True)
+
+
+@dataclass
+class Found:
+    """What a script printed, by kind of result. Its last one is `done`."""
+
+    name: str
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failure: str = ""
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return self.results.get(kind, [])
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+
+
+def kill_all(pid: int) -> None:
+    """A process and all that it has started."""
+    agent = psutil.Process(pid)
+    for process in (agent, *agent.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def read_results(name: str, child: subprocess.Popen[str], timeout_s: float) -> Found:
+    """Until it ends, with its time at the latest."""
+    found = Found(name)
+    timer = threading.Timer(timeout_s, kill_all, (child.pid,))
+    timer.start()
+    began, last = time.monotonic(), deque[str](maxlen=LAST_WORDS)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith(MARK):
+            result = json.loads(line.removeprefix(MARK))
+            found.results.setdefault(result.pop("kind"), []).append(result)
+            print(f"{name}, {time.monotonic() - began:.0f} s: {line.removeprefix(MARK).rstrip()}", flush=True)
+        else:
+            last.append(line.rstrip())
+    status = child.wait()
+    timer.cancel()
+    if not found.of("done"):
+        late = time.monotonic() - began >= timeout_s
+        found.failure = f"killed after {timeout_s:.0f} s" if late else f"exit status {status}"
+        print(f"{name}: {found.failure}", *last, sep="\n", flush=True)
+    return found

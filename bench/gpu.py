@@ -4,8 +4,9 @@
     python bench/gpu.py --shape moonlight                 Moonlight-16B-A3B, and its attention by itself
     python bench/gpu.py --shape 30b-fp8                   in block FP8, beside bfloat16
     python bench/gpu.py --device cpu --toy                a dry run of every part at a toy size
-    python bench/gpu.py --layouts                         two CUDA devices: tp 1, tp 2 and dp 2 side by side
+    python bench/gpu.py --layouts --write                 two to eight CUDA devices: every layout that they allow, side by side
     python bench/gpu.py --layouts tp1 dp2                 some of them
+    python bench/gpu.py --device cpu --toy --layouts      a dry run of them all on eight ranks
 
 Correctness: the whole engine (torchrun, processes, sockets) in float32 against `transformers` on the same device, with the
 embedded model and with one of real width and random weights. Speed: the leader in this process over a model of the shape
@@ -26,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_latent import measure_latent_decode
-from gpu_layout_report import LAYOUTS, compare_layouts
+from gpu_layout_plan import LAYOUTS
+from gpu_layout_report import compare_layouts
 from gpu_leader import Bench, Leader
 from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_s, touched_experts
 from gpu_plan import FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
@@ -41,7 +43,8 @@ from waybill.launch.args import EMBEDDED_MODEL
 # Over noise that random weights amplify, logprobs of two right float32 programs differ by this much.
 LOGPROB_TOLERANCE = 1e-3
 TITLES = {"30b": "Qwen3-30B-A3B", "30b-fp8": "Qwen3-30B-A3B in block FP8", "moonlight": "Moonlight-16B-A3B"}
-PARTS = ("correctness", "latents", "bfloat16", "speed", "capture", "profile")
+# The last ones are those of layouts, which have `speed` and `profile`, too.
+PARTS = ("correctness", "latents", "bfloat16", "speed", "capture", "profile", "routes", "stall", "processors")
 
 
 def check_correctness(name: str, path: str, plan: Plan, report: Report) -> None:
@@ -192,8 +195,9 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="toy sizes, for a dry run")
     parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/gpu.md")
-    parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all, instead of one GPU")
-    parser.add_argument("--layout-timeout", type=float, default=240.0, help="seconds that one layout may take")
+    parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all that fit, instead of one GPU")
+    parser.add_argument("--layout-timeout", type=float, default=480.0, help="seconds that one layout may take")
+    parser.add_argument("--part-timeout", type=float, default=1200.0, help="seconds of each part behind the layouts")
     options = parser.parse_args()
     if options.layouts is not None:
         compare_layouts(options.layouts or list(LAYOUTS), options)

@@ -131,3 +131,56 @@ def parts_of(decode: dict[str, Any], profile: dict[str, Any]) -> dict[str, float
         "gaps": profile["idle_ms"],
         "host": max(0.0, decode["host_s"] * MILLI - profile["busy_ms"]),
     }
+
+
+def route_table(found: Found) -> list[str]:
+    lines = [
+        "| layout | rows | other bytes than the first | near-ties, routes | near-ties, tokens | against transformers |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for each in found.of("routes"):
+        verdict = f"DIFFERS: {each['failure']}" if each["failure"] else "equal"
+        lines.append(
+            f"| {each['layout']} | {each['rows']} | {each['differing']} | {each['forced']} | {each['tied_tokens']} "
+            f"| {verdict} |"
+        )
+    return [*lines, *reason(found)]
+
+
+def stall_table(found: Found) -> list[str]:
+    lines = [
+        "| variant | finishes | steps | with a finish | median ms | p99 ms | median / off | p99 / off "
+        "| lag, median ms | lag, p99 ms | output processor, CPU | caller, CPU |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in found.of("stall"):
+        ratios = " | ".join(
+            "{:.3f} [{:.3f}, {:.3f}]".format(*each[key]) for key in ("median_over_off", "p99_over_off")
+        )
+        lines.append(
+            f"| {each['variant']} | {each['finishes']} | {each['steps']} | {each['with_finish']:.0%} "
+            f"| {each['median_ms']:.2f} | {each['p99_ms']:.2f} | {ratios} | {each['lag_median_ms']:.1f} "
+            f"| {each['lag_p99_ms']:.1f} | {each['processor_cpu_ms']:.1f} | {each['caller_cpu_ms']:.1f} |"
+        )
+    waits = [f"The ring was full {each['ring_waits']} times." for each in found.of("stall")[:1]]
+    return [*lines, "", *waits, *reason(found)] if waits else [*lines, *reason(found)]
+
+
+def processor_table(found: Found) -> list[str]:
+    lines = [
+        "| setting | requests | tokens/s | ms a step | lag, steps | most | lag, ms | ring was full | CPU of each |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in found.of("processors"):
+        shares = ", ".join(f"{share:.1%}" for share in each["cpu_shares"])
+        lines.append(
+            f"| {each['setting']} | {each['requests']} | {each['tokens_per_s']:,.0f} | {each['step_ms']:.2f} "
+            f"| {each['lag_steps']:.2f} | {each['lag_steps_max']} | {each['lag_steps'] * each['step_ms']:.1f} "
+            f"| {each['ring_waits']} | {shares} |"
+        )
+    return [*lines, *reason(found)]
+
+
+def reason(found: Found) -> list[str]:
+    """Why a part has no more rows."""
+    return ["", f"Incomplete: {found.failure}."] if found.failure else []

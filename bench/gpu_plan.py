@@ -46,8 +46,8 @@ class Plan:
 
     @property
     def kv_tokens(self) -> int:
-        """Of the pool."""
-        return max(max(self.batches) * (self.context + SPARE_TOKENS), 2 * max(self.prefills))
+        """Of the pool. Two prompts must have room at once, or ranks whose second one has to wait take other steps."""
+        return max(max(self.batches) * (self.context + SPARE_TOKENS), 2 * (max(self.prefills) + SPARE_TOKENS))
 
     def decode_tokens(self, batch: int) -> int:
         """New tokens of each of `batch` requests: those that are prefilled first decode while the others are."""

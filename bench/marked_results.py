@@ -68,6 +68,6 @@ def read_results(name: str, child: subprocess.Popen[str], timeout_s: float) -> F
     timer.cancel()
     if not found.of("done"):
         late = time.monotonic() - began >= timeout_s
-        found.failure = f"killed after {timeout_s:.0f} s" if late else f"exit status {status}"
+        found.failure = f"killed after {timeout_s:g} s" if late else f"exit status {status}"
         print(f"{name}: {found.failure}", *last, sep="\n", flush=True)
     return found

@@ -57,7 +57,8 @@ def engine_config(options: argparse.Namespace, plan: Plan) -> EngineConfig:
         moe_split=options.moe_split,
         kv_cache_tokens=plan.kv_tokens,
         context_length=CONTEXT_LENGTH,
-        max_running_requests=max(plan.batches),
+        # Prompts that follow each other are two at a time.
+        max_running_requests=max(2, *plan.batches),
         chunked_prefill_size=max(plan.prefills),
         enable_prefix_cache=False,
         enable_return_routed_experts=True,

@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def kv_tokens(self) -> int:
-        """Of the pool. Two prompts must have room at once, or ranks whose second one has to wait take other steps."""
+        """Of the pool. Two prompts have room at once, or ranks whose second one has to wait would take other steps."""
         return max(max(self.batches) * (self.context + SPARE_TOKENS), 2 * (max(self.prefills) + SPARE_TOKENS))
 
     def decode_tokens(self, batch: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 MARK = "RESULT "
-LAST_WORDS = 80
+LAST_WORDS = 400
 
 
 def say(kind: str, **values: Any) -> None:

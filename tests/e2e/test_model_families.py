@@ -130,6 +130,28 @@ def test_equals_transformers(
     check_equality(family, setting, checkpoints[family], references[family], tmp_path, "cpu")
 
 
+# Up to eight ranks: fewer kv heads than ranks, an expert a rank, slices of a few columns.
+MANY_RANKS = [
+    Setting(4, "ep", 16, cache=True, retract=False, depth=1),
+    Setting(8, "tp", 16, cache=True, retract=True, depth=1),
+    Setting(8, "ep", 16, cache=True, retract=False, depth=1),
+    Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=8),
+    Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=4, dispatcher="all_to_all"),
+    Setting(2, "tp", 16, cache=True, retract=True, depth=1, dp=4),
+    Setting(4, "ep", 16, cache=True, retract=False, depth=1, dp=2),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("setting", MANY_RANKS, ids=str)
+def test_equals_transformers_on_many_ranks(family: str, setting: Setting, tmp_path: Path) -> None:
+    """Eight query heads; of kv heads two, but for latents, whose heads have keys and values each."""
+    num_kv_heads = 8 if "kv_lora_rank" in FAMILIES[family]().to_dict() else 2
+    folder = write_family(family, tmp_path, num_attention_heads=8, num_key_value_heads=num_kv_heads)
+    check_equality(family, setting, folder, Reference(str(folder), num_kept=64), tmp_path, "cpu")
+
+
 def check_equality(
     family: str, setting: Setting, folder: Path, reference: Reference, tmp_path: Path, device: str
 ) -> None:

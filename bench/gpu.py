@@ -4,7 +4,7 @@
     python bench/gpu.py --shape moonlight                 Moonlight-16B-A3B, and its attention by itself
     python bench/gpu.py --shape 30b-fp8                   in block FP8, beside bfloat16
     python bench/gpu.py --device cpu --toy                a dry run of every part at a toy size
-    python bench/gpu.py --layouts --write                 two to eight CUDA devices: every layout that they allow, side by side
+    python bench/gpu.py --layouts --write                 two to eight CUDA devices: all layouts that they allow
     python bench/gpu.py --layouts tp1 dp2                 some of them
     python bench/gpu.py --device cpu --toy --layouts      a dry run of them all on eight ranks
 
@@ -195,8 +195,13 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="toy sizes, for a dry run")
     parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/gpu.md")
-    parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all that fit, instead of one GPU")
+    parser.add_argument(
+        "--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all that fit, instead of one GPU"
+    )
     parser.add_argument("--layout-timeout", type=float, default=480.0, help="seconds that one layout may take")
+    parser.add_argument(
+        "--kept", type=Path, help="file with results of earlier calls, to which this one adds its layouts"
+    )
     parser.add_argument("--part-timeout", type=float, default=1200.0, help="seconds of each part behind the layouts")
     options = parser.parse_args()
     if options.layouts is not None:

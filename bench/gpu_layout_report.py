@@ -1,5 +1,5 @@
-"""Layouts of several devices beside one, all on the same machine in one call, and what the largest of them shows beside: runs
-a script for each part, and reports.
+"""Layouts of several devices beside one, all on the same machine in one call, and what the largest dp shows beside: runs a
+script for each part, and reports.
 
 A part that fails or takes too long is said to, and the others are run all the same.
 """
@@ -29,7 +29,7 @@ from gpu_layout_text import PROCESSORS, ROUTES, SETTING, STALL
 from gpu_plan import FULL, TOY, Report
 from machine import describe, write_result
 from make_models import write_config
-from marked_results import Found, kill_all, read_results, start
+from marked_results import NOT_RUN, Found, keep, kill_all, load_kept, read_results, start
 
 # Ranks of a dry run, which has no devices to count.
 TOY_DEVICES = 8
@@ -77,14 +77,13 @@ def run_layouts(names: list[str], model: str, options: argparse.Namespace) -> li
 def run_part(part: str, name: str, arguments: list[str], options: argparse.Namespace) -> Found:
     """A script with the device that all have; nothing where the part is not wanted, or needs more ranks than there are."""
     if part in options.skip or not arguments:
-        return Found(part, failure="not run")
+        return Found(part, failure=NOT_RUN)
     command = [sys.executable, script(name), *arguments, "--device", options.device]
     return read_results(part, start(command), options.part_timeout)
 
 
-def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
-    num_devices = torch.cuda.device_count() if options.device == "cuda" else TOY_DEVICES
-    allowed, not_run = layouts_for(names, num_devices)
+def run_all(allowed: list[str], options: argparse.Namespace) -> list[Found]:
+    """Layouts, and the parts that follow them."""
     all_found = []
     if "speed" not in options.skip:
         with tempfile.TemporaryDirectory(prefix="waybill-layouts-") as model:
@@ -92,12 +91,20 @@ def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
             all_found = run_layouts(allowed, model, options)
     toy, dp = options.toy, largest_dp(allowed)
     on_dp = ["--dp", str(dp)] if dp > 1 else []
-    routes = run_part("routes", "gpu_layout_routes", [*allowed, *(["--toy"] if toy else [])], options)
-    stall = run_part("stall", "stall_everywhere", [*on_dp, *(TOY_STALL if toy and on_dp else ())], options)
-    processors = run_part("processors", "gpu_processors", [*on_dp, *(TOY_PROCESSORS if toy and on_dp else ())], options)
+    return [
+        *all_found,
+        run_part("routes", "gpu_layout_routes", [*allowed, *(["--toy"] if toy else [])], options),
+        run_part("stall", "stall_everywhere", [*on_dp, *(TOY_STALL if toy and on_dp else ())], options),
+        run_part("processors", "gpu_processors", [*on_dp, *(TOY_PROCESSORS if toy and on_dp else ())], options),
+    ]
+
+
+def make_report(kept: dict[str, Found], num_devices: int) -> Report:
+    """Of what this call and earlier ones have found."""
     report = Report()
-    report.add(f"# Layouts of up to {num_devices} devices", "", describe() + ".", "")
-    report.add(*SETTING.strip().splitlines(), "", *notes(all_found, not_run))
+    all_found = [kept[name] for name in LAYOUTS if name in kept]
+    report.add(f"# Layouts of up to {num_devices} devices", "", describe() + ".", "", *SETTING.strip().splitlines(), "")
+    report.add(*notes(all_found, [name for name in LAYOUTS if name not in kept]))
     for title, table in (
         ("Decode", decode_table),
         ("Prefill", prefill_table),
@@ -105,16 +112,29 @@ def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
         ("The next limit", limit_table),
     ):
         report.add("", f"## {title}", "", *table(all_found))
-    for title, text, table, found in (
-        ("Routes in float32", ROUTES, route_table, routes),
-        (f"A finish somewhere in most steps, dp {dp}", STALL, stall_table, stall),
-        (f"The output processor, dp {dp}", PROCESSORS, processor_table, processors),
+    for title, part, text, table_of_part in (
+        ("Routes in float32", "routes", ROUTES, route_table),
+        ("A finish somewhere in most steps", "stall", STALL, stall_table),
+        ("The output processor", "processors", PROCESSORS, processor_table),
     ):
-        report.add("", f"## {title}", "", *text.strip().splitlines(), "", *table(found))
-    parts = [*all_found, routes, stall, processors]
-    print(json.dumps({found.name: {"failure": found.failure, **found.results} for found in parts}))
+        found = kept.get(part, Found(part, failure=NOT_RUN))
+        report.add("", f"## {title}", "", *text.strip().splitlines(), "", *table_of_part(found))
+    return report
+
+
+def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
+    num_devices = torch.cuda.device_count() if options.device == "cuda" else TOY_DEVICES
+    allowed, not_run = layouts_for(names, num_devices)
+    if not_run:
+        print(f"{num_devices} devices are too few for {', '.join(not_run)}", flush=True)
+    kept = load_kept(options.kept)
+    all_found = [found for found in run_all(allowed, options) if found.failure != NOT_RUN]
+    kept |= {found.name: found for found in all_found}
+    keep(options.kept, kept)
+    report = make_report(kept, num_devices)
+    print(json.dumps({found.name: {"failure": found.failure, **found.results} for found in all_found}))
     if options.write:
         name = "gpu_layouts.md" if num_devices <= 2 else f"gpu_layouts_{num_devices}.md"
         write_result(name, "\n".join(report.lines) + "\n")
-    if any(found.failure not in ("", "not run") for found in parts):
+    if any(found.failure for found in all_found):
         raise SystemExit(1)

@@ -1,7 +1,7 @@
 """Routes of the same greedy generations in several layouts, in float32: equal byte by byte, or a near-tie.
 
-`gpu.py --layouts` starts it. Each layout is a whole engine over the same checkpoint, whose answers are compared with those of
-the first layout, and with `transformers`: where sums of other lengths round otherwise, the first difference must be a
+`gpu.py --layouts` starts it. Each layout is a whole engine over the same checkpoint, whose answers are compared with those
+of the first layout, and with `transformers`: where sums of other lengths round otherwise, the first difference must be a
 near-tie by the reference's own scores (see `transformers_reference.py`), for both.
 """
 

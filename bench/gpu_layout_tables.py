@@ -25,7 +25,7 @@ def notes(all_found: Sequence[Found], not_run: Sequence[str]) -> list[str]:
         if found.failure:
             lines.append(f"- {found.name}: {found.failure}; what is below is what came before")
     if not_run:
-        lines.append(f"- not run, for want of devices: {', '.join(not_run)}")
+        lines.append(f"- not run: {', '.join(not_run)}")
     return lines
 
 
@@ -149,16 +149,14 @@ def route_table(found: Found) -> list[str]:
 
 def stall_table(found: Found) -> list[str]:
     lines = [
-        "| variant | finishes | steps | with a finish | median ms | p99 ms | median / off | p99 / off "
+        "| variant | dp | finishes | steps | with a finish | median ms | p99 ms | median / off | p99 / off "
         "| lag, median ms | lag, p99 ms | output processor, CPU | caller, CPU |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in found.of("stall"):
-        ratios = " | ".join(
-            "{:.3f} [{:.3f}, {:.3f}]".format(*each[key]) for key in ("median_over_off", "p99_over_off")
-        )
+        ratios = " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*each[key]) for key in ("median_over_off", "p99_over_off"))
         lines.append(
-            f"| {each['variant']} | {each['finishes']} | {each['steps']} | {each['with_finish']:.0%} "
+            f"| {each['variant']} | {each['dp']} | {each['finishes']} | {each['steps']} | {each['with_finish']:.0%} "
             f"| {each['median_ms']:.2f} | {each['p99_ms']:.2f} | {ratios} | {each['lag_median_ms']:.1f} "
             f"| {each['lag_p99_ms']:.1f} | {each['processor_cpu_ms']:.1f} | {each['caller_cpu_ms']:.1f} |"
         )
@@ -168,14 +166,14 @@ def stall_table(found: Found) -> list[str]:
 
 def processor_table(found: Found) -> list[str]:
     lines = [
-        "| setting | requests | tokens/s | ms a step | lag, steps | most | lag, ms | ring was full | CPU of each |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| setting | dp | requests | tokens/s | ms a step | lag, steps | most | lag, ms | ring was full | CPU of each |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in found.of("processors"):
         shares = ", ".join(f"{share:.1%}" for share in each["cpu_shares"])
         lines.append(
-            f"| {each['setting']} | {each['requests']} | {each['tokens_per_s']:,.0f} | {each['step_ms']:.2f} "
-            f"| {each['lag_steps']:.2f} | {each['lag_steps_max']} | {each['lag_steps'] * each['step_ms']:.1f} "
+            f"| {each['setting']} | {each['dp']} | {each['requests']} | {each['tokens_per_s']:,.0f} "
+            f"| {each['step_ms']:.2f} | {each['lag_steps']:.2f} | {each['lag_steps_max']} | {each['lag_steps'] * each['step_ms']:.1f} "
             f"| {each['ring_waits']} | {shares} |"
         )
     return [*lines, *reason(found)]

@@ -30,8 +30,8 @@ first": rows of routes. Where there are some, tokens and routes of both are thos
 STALL = """
 `bench/stall_everywhere.py`: on every rank but one a conversation with a long history finishes turn after turn, without
 pauses; scored are all intervals between the commits of the one that has none and decodes a stream. `off` has the same
-conversations without routing, `off2` again (noise). In brackets 95 % intervals, by bootstrap over rounds. Lag: from a finish
-on its leader to the verified answer in its caller's hands. CPU: milliseconds a finish.
+conversations without routing, `off2` again (noise). In brackets 95 % intervals, by bootstrap over rounds. Lag: from a
+finish on its leader to the verified answer in its caller's hands. CPU: milliseconds a finish.
 """
 PROCESSORS = """
 `bench/gpu_processors.py`: requests over HTTP, all at once, their rows by reference. One output processor per node exists

@@ -43,6 +43,7 @@ SETTINGS = {
     "two nodes, one": (2, "engine"),
     "two nodes, one each": (2, "node"),
 }
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PROMPT_TOKENS = 64
 SAMPLE_S = 0.1
 LEAVE_S = 60.0
@@ -56,10 +57,11 @@ def node_options(node: int, num_nodes: int, port: int) -> list[str]:
     return [*options, "--rdzv-endpoint", f"{ADDRESSES[0]}:{port}"]
 
 
-def devices_of(node: int, num_nodes: int, num_ranks: int) -> str:
-    """What `CUDA_VISIBLE_DEVICES` names."""
+def devices_of(node: int, num_nodes: int, num_ranks: int, visible: str | None = None) -> str:
+    """What `CUDA_VISIBLE_DEVICES` names for a node: its part of those that it names now, if it does."""
     here = num_ranks // num_nodes
-    return ",".join(str(device) for device in range(node * here, (node + 1) * here))
+    devices = visible.split(",") if visible else list(map(str, range(num_ranks)))
+    return ",".join(devices[node * here : (node + 1) * here])
 
 
 def free_port() -> int:
@@ -70,11 +72,18 @@ def free_port() -> int:
 @contextmanager
 def serve(num_nodes: int, options: list[str], num_ranks: int) -> Iterator[tuple[str, list[int]]]:
     """A server on one node or on two of this host; its URL, and its agents."""
-    port, agents = free_port(), []
+    port, agents, visible = free_port(), [], os.environ.get(VISIBLE)
     try:
         for node in range(num_nodes):
-            command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", *node_options(node, num_nodes, port), *options]
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices_of(node, num_nodes, num_ranks)}
+            command = [
+                str(ROOT / "torchrun.sh"),
+                "serve",
+                "--port",
+                "0",
+                *node_options(node, num_nodes, port),
+                *options,
+            ]
+            environment = os.environ | {VISIBLE: devices_of(node, num_nodes, num_ranks, visible)}
             agents.append(subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                 env=environment,
@@ -201,7 +210,15 @@ def main() -> int:
     running = -(-options.requests // options.dp)
     with tempfile.TemporaryDirectory(prefix="waybill-") as model:
         write_config(options.shape, Path(model))
-        flags = ["--model", model, "--load-format", "dummy", "--enable-return-routed-experts", "--device", options.device]
+        flags = [
+            "--model",
+            model,
+            "--load-format",
+            "dummy",
+            "--enable-return-routed-experts",
+            "--device",
+            options.device,
+        ]
         flags += ["--dp", str(options.dp), "--tp", "1", "--max-running-requests", str(running)]
         flags += ["--kv-cache-tokens", str(running * (PROMPT_TOKENS + options.tokens + 1))]
         flags += ["--num-threads", "1"] if options.device == "cpu" else []

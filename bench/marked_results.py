@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,6 +35,21 @@ class Found:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return self.results.get(kind, [])
+
+
+NOT_RUN = "not run"
+
+
+def load_kept(file: Path | None) -> dict[str, Found]:
+    """What earlier calls have kept, by name."""
+    if file is None or not file.exists():
+        return {}
+    return {name: Found(name, **each) for name, each in json.loads(file.read_text()).items()}
+
+
+def keep(file: Path | None, kept: dict[str, Found]) -> None:
+    if file is not None:
+        file.write_text(json.dumps({name: {"results": f.results, "failure": f.failure} for name, f in kept.items()}))
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:

@@ -37,6 +37,7 @@ from stall_segment import (
     STEADY_RANK,
     STREAM_PROMPT,
     Conversation,
+    SteadyStream,
     steady_stream,
     wait_until_idle,
 )
@@ -89,13 +90,15 @@ async def run_busy(bench: StallBench, tapped: TappedEngine, variant: str, name: 
         Conversation(variant, f"{name}-{rank}", bench.history, bench.rng, rank) for rank in bench.busy_ranks
     ]
 
-    async def talk(conversation: Conversation) -> None:
+    async def talk(number: int, conversation: Conversation, stream: SteadyStream) -> None:
+        # One step after another, or all ranks would finish in the same ones.
+        await stream.wait_for(number)
         for _ in range(num_turns):
             await conversation.turn(tapped.engine, vocab_size)
 
     processor, caller = tapped.processor_cpu_s(), time.process_time()
-    async with steady_stream(tapped.engine, prompt, variant):
-        await asyncio.gather(*map(talk, conversations))
+    async with steady_stream(tapped.engine, prompt, variant) as stream:
+        await asyncio.gather(*(talk(number, each, stream) for number, each in enumerate(conversations)))
     await asyncio.to_thread(wait_until_idle, tapped)
     answered_s = {rid: moment for each in conversations for rid, moment in each.answered_s.items()}
     steps = await asyncio.to_thread(tapped.take_steps)

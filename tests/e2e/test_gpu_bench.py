@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
-sys.path.append(str(SCRIPT.parent))
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 from gpu_layout_plan import LAYOUTS
 from gpu_processors import SETTINGS
 from stall_everywhere import VARIANTS
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
 @pytest.mark.matrix

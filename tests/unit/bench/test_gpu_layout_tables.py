@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_layout_plan import LAYOUTS
+from gpu_layout_report import make_report
 from gpu_layout_tables import (
     decode_table,
     limit_table,
@@ -76,7 +78,7 @@ def test_what_is_missing_is_told() -> None:
     assert notes([failed], ["tp8-tp", "dp8"]) == [
         "- dp4: a device has no memory for 512, 1,024 requests",
         "- dp4: exit status 1; what is below is what came before",
-        "- not run, for want of devices: tp8-tp, dp8",
+        "- not run: tp8-tp, dp8",
     ]
 
 
@@ -91,14 +93,31 @@ def test_routes_that_differ_are_told() -> None:
 
 def test_stalls_and_processors() -> None:
     ratio = [1.0, 0.99, 1.01]
-    of_stall = {"variant": "full", "finishes": 9, "steps": 20, "with_finish": 0.6, "median_ms": 3.0, "p99_ms": 4.0}
+    of_stall = {
+        "variant": "full",
+        "dp": 8,
+        "finishes": 9,
+        "steps": 20,
+        "with_finish": 0.6,
+        "median_ms": 3.0,
+        "p99_ms": 4.0,
+    }
     of_stall |= {"median_over_off": ratio, "p99_over_off": ratio, "lag_median_ms": 2.0, "lag_p99_ms": 5.0}
     of_stall |= {"processor_cpu_ms": 7.0, "caller_cpu_ms": 8.0, "ring_waits": 0}
     lines = stall_table(Found("stall", {"stall": [of_stall]}))
-    assert cells(lines[2])[3:8] == ["60%", "3.00", "4.00", "1.000 [0.990, 1.010]", "1.000 [0.990, 1.010]"]
+    assert cells(lines[2])[4:9] == ["60%", "3.00", "4.00", "1.000 [0.990, 1.010]", "1.000 [0.990, 1.010]"]
     assert lines[-1] == "The ring was full 0 times."
-    of_processors = {"setting": "two nodes, one each", "requests": 8, "tokens_per_s": 9.0, "step_ms": 2.0}
+    of_processors = {"setting": "two nodes, one each", "dp": 2, "requests": 8, "tokens_per_s": 9.0, "step_ms": 2.0}
     of_processors |= {"lag_steps": 1.5, "lag_steps_max": 3, "ring_waits": 0, "cpu_shares": [0.25, 0.5]}
     line = cells(processor_table(Found("processors", {"processors": [of_processors]}))[2])
-    assert line == ["two nodes, one each", "8", "9", "2.00", "1.50", "3", "3.0", "0", "25.0%, 50.0%"]
+    assert line == ["two nodes, one each", "2", "8", "9", "2.00", "1.50", "3", "3.0", "0", "25.0%, 50.0%"]
     assert stall_table(Found("stall", failure="not run"))[-1] == "Incomplete: not run."
+
+
+def test_a_report_has_what_all_calls_have_found() -> None:
+    """In the order of the layouts, not that of the calls."""
+    lines = make_report({"dp8": DP8, "tp1": TP1}, 8).lines
+    assert lines[0] == "# Layouts of up to 8 devices"
+    assert [cells(line)[0] for line in lines if line.startswith(("| tp1", "| dp8"))][:6] == ["tp1"] * 3 + ["dp8"] * 3
+    assert lines.count("Incomplete: not run.") == 3
+    assert "- not run: " + ", ".join(name for name in LAYOUTS if name not in ("tp1", "dp8")) in lines

@@ -8,6 +8,7 @@ from gpu_processors import devices_of, node_options
 def test_each_node_has_devices_of_its_own() -> None:
     assert devices_of(0, 1, 8) == "0,1,2,3,4,5,6,7"
     assert [devices_of(node, 2, 8) for node in (0, 1)] == ["0,1,2,3", "4,5,6,7"]
+    assert [devices_of(node, 2, 4, "7,5,a,b") for node in (0, 1)] == ["7,5", "a,b"]
 
 
 def test_nodes_meet_at_the_first_ones_address() -> None:

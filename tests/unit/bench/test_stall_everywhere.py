@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import stall_scores
 from stall_everywhere import BusySegment, busy_segment, scores
 from stall_segment import FULL, OFF
 from step_log import StepEntry
@@ -35,7 +36,8 @@ def test_an_answer_without_its_finish_is_an_error() -> None:
         busy_segment([log({3: ["a"]}), log({})], {"a": 1.0, "b": 1.0}, 0.0, 0.0)
 
 
-def test_ratios_are_over_routing_off() -> None:
+def test_ratios_are_over_routing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stall_scores, "NUM_RESAMPLES", 20)
     off = BusySegment([10.0, 10.0, 10.0], 2, [1.0], 0.001, 0.002)
     full = BusySegment([11.0, 11.0, 11.0], 3, [4.0, 6.0], 0.004, 0.002)
     found = {line["variant"]: line for line in scores({OFF: [off, off], FULL: [full, full]})}

@@ -173,8 +173,8 @@ def processor_table(found: Found) -> list[str]:
         shares = ", ".join(f"{share:.1%}" for share in each["cpu_shares"])
         lines.append(
             f"| {each['setting']} | {each['dp']} | {each['requests']} | {each['tokens_per_s']:,.0f} "
-            f"| {each['step_ms']:.2f} | {each['lag_steps']:.2f} | {each['lag_steps_max']} | {each['lag_steps'] * each['step_ms']:.1f} "
-            f"| {each['ring_waits']} | {shares} |"
+            f"| {each['step_ms']:.2f} | {each['lag_steps']:.2f} | {each['lag_steps_max']} "
+            f"| {each['lag_steps'] * each['step_ms']:.1f} | {each['ring_waits']} | {shares} |"
         )
     return [*lines, *reason(found)]
 

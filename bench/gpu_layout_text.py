@@ -36,6 +36,6 @@ finish on its leader to the verified answer in its caller's hands. CPU: millisec
 PROCESSORS = """
 `bench/gpu_processors.py`: requests over HTTP, all at once, their rows by reference. One output processor per node exists
 over nodes alone, so here the host is cut into two nodes, whose collectives go without symmetric memory; compare the two
-settings of two nodes. Lag: taken ring slots of the recorder that is furthest behind, mean and most, and the mean in
-milliseconds of the mean step. CPU: of each processor, share of a core.
+settings of two nodes. Lag: taken ring slots of the recorder that is furthest behind, mean and most, that of the
+step in flight among them; in milliseconds by the mean step. CPU: of each processor, share of a core.
 """

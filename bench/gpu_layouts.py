@@ -200,11 +200,17 @@ def parse_options() -> argparse.Namespace:
 
 
 def leave_out_what_does_not_fit(options: argparse.Namespace, device: torch.device) -> tuple[int, ...]:
-    """Numbers of requests for which the device has no memory, which the plan then lacks."""
+    """Numbers of requests for which the device has no memory, which the plan then lacks.
+
+    Raises:
+        SystemExit: it has none for any.
+    """
     plan = options.plan
     if device.type != "cuda":
         return ()
     fitting = fitting_totals(plan, options.share, plan.totals, torch.cuda.get_device_properties(device).total_memory)
+    if not fitting:
+        raise SystemExit("a device has no memory for a rank's weights and the keys and values of one request")
     options.plan = plan_of(plan, options.share, fitting)
     return tuple(total for total in plan.totals if total not in fitting)
 

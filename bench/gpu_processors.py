@@ -34,6 +34,8 @@ from make_models import write_config
 from marked_results import kill_all, say
 from model_shapes import SHAPES
 
+from waybill.launch.open_files import raise_limit
+
 ROOT = Path(__file__).resolve().parents[1]
 READY = "waybill is ready: "
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
@@ -44,6 +46,8 @@ SETTINGS = {
     "two nodes, one each": (2, "node"),
 }
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Beside a connection a request.
+OTHER_FILES = 256
 PROMPT_TOKENS = 64
 SAMPLE_S = 0.1
 LEAVE_S = 60.0
@@ -207,6 +211,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.dp < 2 or options.dp % 2:
         parser.error(f"--dp {options.dp}: must be even, for two nodes")
+    raise_limit(options.requests + OTHER_FILES)
     running = -(-options.requests // options.dp)
     with tempfile.TemporaryDirectory(prefix="waybill-") as model:
         write_config(options.shape, Path(model))

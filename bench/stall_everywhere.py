@@ -136,16 +136,33 @@ def bounds(ratio: Ratio) -> tuple[float, float, float]:
     return ratio.value, ratio.low, ratio.high
 
 
+def run_rounds(bench: StallBench, options: argparse.Namespace) -> dict[str, list[BusySegment]]:
+    """Whole ones, in which every variant runs, until there are enough, the time is over or one fails; one at least."""
+    segments: dict[str, list[BusySegment]] = {variant: [] for variant in VARIANTS}
+    began = time.monotonic()
+    for number in range(options.rounds + 1):
+        if number > 1 and time.monotonic() - began > 60 * options.minutes:
+            break
+        try:
+            found = {
+                variant: asyncio.run(run_busy(bench, bench.engine_of(variant), variant, str(number), options.turns))
+                for variant in map(str, bench.rng.permutation(VARIANTS))
+            }
+        except (AssertionError, RuntimeError) as error:
+            if number <= 1:
+                raise
+            print(f"round {number} failed: {error!r}", file=sys.stderr, flush=True)
+            break
+        # Nothing is kept of the first round: it warms up.
+        for variant, segment in found.items() if number else ():
+            segments[variant].append(segment)
+    return segments
+
+
 def measure(options: argparse.Namespace, model: str) -> None:
     bench = StallBench(model, options.device, "dummy", options.history, options.seed, options.dp)
     lower_priority(LOW_PRIORITY)
-    segments: dict[str, list[BusySegment]] = {variant: [] for variant in VARIANTS}
-    # Nothing is kept of the first round: it warms up.
-    for number in range(options.rounds + 1):
-        for variant in map(str, bench.rng.permutation(VARIANTS)):
-            found = asyncio.run(run_busy(bench, bench.engine_of(variant), variant, str(number), options.turns))
-            if number:
-                segments[variant].append(found)
+    segments = run_rounds(bench, options)
     ring_waits = [rank["routing_ring_waits"] for rank in bench.routing.state["dp_ranks"]]
     for line in scores(segments):
         say("stall", dp=options.dp, history=options.history, ring_waits=sum(ring_waits), **line)
@@ -160,6 +177,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="30b", help="of make_models.py")
     parser.add_argument("--history", type=int, default=32768 - 8, help="tokens before the first turn")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=6.0, help="begin no round later than this after the start of the first")
     parser.add_argument("--turns", type=int, default=14, help="finishes of a rank in a variant's part of a round")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

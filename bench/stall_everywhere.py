@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="30b", help="of make_models.py")
     parser.add_argument("--history", type=int, default=32768 - 8, help="tokens before the first turn")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=6.0, help="begin no round later than this after the start of the first")
+    parser.add_argument("--minutes", type=float, default=6.0, help="begin no round later than this")
     parser.add_argument("--turns", type=int, default=14, help="finishes of a rank in a variant's part of a round")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

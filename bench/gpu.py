@@ -204,6 +204,8 @@ def main() -> None:
     )
     parser.add_argument("--part-timeout", type=float, default=1200.0, help="seconds of each part behind the layouts")
     options = parser.parse_args()
+    if options.write and (options.device == "cpu" or options.toy):
+        parser.error("--write: a dry run has no results to keep")
     if options.layouts is not None:
         compare_layouts(options.layouts or list(LAYOUTS), options)
         return

@@ -29,9 +29,9 @@ first": rows of routes. Where there are some, tokens and routes of both are thos
 """
 STALL = """
 `bench/stall_everywhere.py`: on every rank but one a conversation with a long history finishes turn after turn, without
-pauses; scored is the inter-token latency of the one that has none and decodes a stream: all intervals between its commits. `off` has the same
-conversations without routing, `off2` again (noise). In brackets 95 % intervals, by bootstrap over rounds. Lag: from a
-finish on its leader to the verified answer in its caller's hands. CPU: milliseconds a finish.
+pauses; scored is the inter-token latency of the one that has none and decodes a stream: all intervals between its commits.
+`off` has the same conversations without routing, `off2` again (noise). In brackets 95 % intervals, by bootstrap over rounds.
+Lag: from a finish on its leader to the verified answer in its caller's hands. CPU: milliseconds a finish.
 """
 PROCESSORS = """
 `bench/gpu_processors.py`: requests over HTTP, all at once, their rows by reference. One output processor per node exists

@@ -30,7 +30,7 @@ first": rows of routes. Where there are some, tokens and routes of both are thos
 STALL = """
 `bench/stall_everywhere.py`: on every rank but one a conversation with a long history finishes turn after turn, without
 pauses; scored is the inter-token latency of the one that has none and decodes a stream: all intervals between its commits.
-`off` has the same conversations without routing, `off2` again (noise). In brackets 95 % intervals, by bootstrap over rounds.
+`off` has the same conversations without routing, `off2` again (noise). In brackets 95 % intervals, bootstrap over rounds.
 Lag: from a finish on its leader to the verified answer in its caller's hands. CPU: milliseconds a finish.
 """
 PROCESSORS = """

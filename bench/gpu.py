@@ -188,7 +188,7 @@ def measure_capture(bench: Bench, on: Leader, report: Report) -> None:
     report.numbers["capture_ratio"] = statistics.median(ratios)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(FULL_PLANS), default="30b", help="of make_models.py")
@@ -206,6 +206,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.write and (options.device == "cpu" or options.toy):
         parser.error("--write: a dry run has no results to keep")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
     if options.layouts is not None:
         compare_layouts(options.layouts or list(LAYOUTS), options)
         return

@@ -82,7 +82,11 @@ class Frontend:
             on_failure=self._on_failure,
         )
         self._live_feed = LiveFeed(self._manager, recent, options.served_model_name) if options.page else None
-        template = load_chat_template(model_path, max_chars=options.limits.max_body_bytes)
+        template = load_chat_template(
+            model_path,
+            max_chars=options.limits.max_body_bytes,
+            split_special_tokens=options.split_special_tokens,
+        )
         app = make_app(
             self._manager,
             template,

@@ -33,6 +33,7 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
     limits: HttpLimits = HttpLimits()
     tool_call_parser: str = AUTO
     reasoning_parser: str = NONE
+    split_special_tokens: bool = False
     # The live page at `/`.
     page: bool = True
 
@@ -100,6 +101,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default=NONE,
         help="how the model writes reasoning, which chats then have apart; none: it is content",
     )
+    parser.add_argument(
+        "--split-special-tokens",
+        action="store_true",
+        help="special tokens in a chat's messages are text, unless the request says otherwise",
+    )
     parser.add_argument("--no-page", action="store_true", help="serve no live page at / and none of its events")
     add_limit_options(parser)
 
@@ -153,5 +159,6 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         limits=limits,
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        split_special_tokens=options.split_special_tokens,
         page=not options.no_page,
     )

@@ -285,6 +285,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     is_at_engine: bool = False
     # Of all tokens so far: runs `(version, start, end)`, half-open, the first token being 0.
     token_weight_versions: list[tuple[str, int, int]] = []
+    # With a finish reason and tokens: how long before this output was made the first token had come.
+    first_token_ago_s: float | None = None
 
 
 class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):

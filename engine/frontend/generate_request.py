@@ -55,6 +55,8 @@ class GenerateReqInput(RequestModel):
     id_fields = ("input_ids",)
 
     text: str | PerPrompt[str] | None = None
+    # Of `text`: special tokens in it are text.
+    split_special_tokens: bool = False
     input_ids: Annotated[Any, BeforeValidator(parse_input_ids), WithJsonSchema(NESTED_SCHEMA)] = None
     sampling_params: SamplingParamsInput | PerPrompt[SamplingParamsInput] = SamplingParamsInput()
     return_logprob: bool | PerPrompt[bool] = False

@@ -30,8 +30,8 @@ from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_LOGPROBS = 100
 MAX_BAD_WORDS = 64
-# Fields of a chat that a template is told.
-TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message"}
+# Fields of a chat that its template's variables cannot be.
+TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message", "split_special_tokens"}
 
 
 class StreamOptions(RequestModel):
@@ -75,6 +75,8 @@ class OpenAIRequest(RequestModel):
     priority: Number = 0
     extra_key: Name | None = None
     cache_salt: Name | None = None
+    # Null: as the server was started for a chat, false for a prompt.
+    split_special_tokens: bool | None = None
     routed_dp_rank: Number | None = None
     data_parallel_rank: Number | None = None
     return_routed_experts: bool = False
@@ -282,12 +284,7 @@ class ChatCompletionRequest(OpenAIRequest):
         self._check_tools()
         if self.continue_final_message:
             self._check_continuation()
-        reserved = {
-            "messages",
-            "add_generation_prompt",
-            "tools",
-            "continue_final_message",
-        } & self.chat_template_kwargs.keys()
+        reserved = TEMPLATE_FIELDS & self.chat_template_kwargs.keys()
         if reserved:
             raise FieldError(f"chat_template_kwargs: must not have {min(reserved)!r}", "chat_template_kwargs")
         return self

@@ -207,6 +207,7 @@ OPTIONS: dict[str, Any] = {
     "routed_experts_format": "compact",
     "routed_experts_delivery": "reference",
     "stream_routed_experts": True,
+    "return_router_weights": True,
 }
 
 
@@ -214,7 +215,8 @@ OPTIONS: dict[str, Any] = {
 def test_every_option_of_the_output_arrives_and_no_other_changes(name: str) -> None:
     # Those that say something only of routes, or of streams.
     needed = {"stream": True} if name == "stream_routed_experts" else {}
-    needed |= {"return_routed_experts": True} if name in ("routed_experts_start_len", "stream_routed_experts") else {}
+    of_routes = ("routed_experts_start_len", "stream_routed_experts", "return_router_weights")
+    needed |= {"return_routed_experts": True} if name in of_routes else {}
     asked = {**needed, name: OPTIONS[name]}
     params = {option: asked[option] for option in asked if option in SamplingParamsInput.model_fields}
     fields = {option: asked[option] for option in asked if option not in params}

@@ -57,7 +57,7 @@ class SessionHistory:
             assert generation.routes is not None and meta is not None, "a session asks for routes"
             new = _rows_of(generation.routes, generation.weights)
             # Rows of the prompt that a choice shares are those of the first.
-            known = self._known(prompt) if not turns else _rows_of(turns[0].routes, turns[0].weights)
+            known = self._known(prompt) if not turns else _rows_of(turns[0].routes, turns[0].weights, len(prompt))
             joined = self._join(known, meta.start, new) if meta.start else new
             weights = joined[1] if len(joined) > 1 else None
             turns.append(Turn(prompt + generation.output_ids, joined[0], generation, weights))
@@ -89,8 +89,8 @@ class SessionHistory:
         self._branches = [*others, (tokens, rows)]
 
 
-def _rows_of(routes: np.ndarray, weights: np.ndarray | None) -> _Rows:
-    return (routes,) if weights is None else (routes, weights)
+def _rows_of(routes: np.ndarray, weights: np.ndarray | None, end: int | None = None) -> _Rows:
+    return (routes[:end],) if weights is None else (routes[:end], weights[:end])
 
 
 def _num_equal(first: np.ndarray, second: np.ndarray) -> int:

@@ -2,9 +2,9 @@
 recording rank alone: rank 0, or the first one of each node where every node has an output processor.
 
 Each MoE layer writes its routes where `slot` says, as its router chooses, or hands over those of the whole world. On CPU
-that is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring
-on a side stream after the forward. A layer that did not ask for its slot - a fused router that bypasses the hook, say - fails
-that step: zeros are valid expert ids and must never pass for routes.
+that is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the
+ring on a side stream after the forward. A layer that did not ask for its slot - a fused router that bypasses the hook,
+say - fails that step: zeros are valid expert ids and must never pass for routes.
 """
 
 from __future__ import annotations

@@ -47,6 +47,13 @@ class RouterWeights(RouteRows):
         return (self.rows.astype("<u4") << 16).view("<f4")
 
 
+def weight_bits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The inverse of `as_float32`, of numbers that `dtype` has."""
+    if dtype == "float32":
+        return values
+    return (np.ascontiguousarray(values, "<f4").view("<u4") >> 16).astype("<u2")
+
+
 @dataclass(frozen=True)
 class RoutedExperts(RouteRows):
     """Expert ids and, where they were asked for, the combine weights of the same rows."""

@@ -184,8 +184,8 @@ def check_replicated(case: Case, tokens: list[Tokens], mesh: ParallelMesh) -> No
 
 
 def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None:
-    """Two real layers: their sum against the same layers on one rank, and the ids that reach the ring from every
-    dispatcher, by `record` and by the late gather."""
+    """Two real layers: their sum against the same layers on one rank, and the ids and weights that reach the ring from
+    every dispatcher, by `record` and by the late gather."""
     rng = torch.Generator().manual_seed(2)
     top_k, hidden, width = 3, 16, 8
     weights = [make_weights(hidden, width, rng) for _ in range(2)]
@@ -199,7 +199,7 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
         ]
         dispatchers = make_dispatchers(mesh.world)
         for dispatcher in dispatchers if split == "ep" else dispatchers[:2]:
-            ring, recorder = make_recorder(mesh, layout, top_k, dispatcher)
+            ring, recorder = make_recorder(mesh, layout, top_k, dispatcher, dtype)
             seq = recorder.begin(layout.num_rows) if recorder is not None else -1
             for index, each in enumerate(weights):
                 layer = make_layer(index, each, mesh.world, split, dtype, top_k, dispatcher)
@@ -212,9 +212,9 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
                 recorder.finish()
             if ring is not None:
                 for dp_rank, part in enumerate(tokens):
-                    rows = ring.rows(seq, dp_rank * layout.num_rows * mesh.tp.size, len(part))
-                    chosen = [layer.router(part).ids.tolist() for layer in whole]
-                    assert rows.tolist() == chosen, f"{counts} {type(dispatcher).__name__} dp rank {dp_rank}"
+                    first = dp_rank * layout.num_rows * mesh.tp.size
+                    where = f"{counts} {type(dispatcher).__name__} dp rank {dp_rank}"
+                    check_recorded(ring, seq, first, [layer.router(part) for layer in whole], where)
         if x.shape[0]:
             # Of the plain twin and the one by all-gather: the same inputs reach the same experts in the same order.
             plain, packed = (each.dispatch(x, whole[0].router(x), layout.is_padding) for each in dispatchers[:2])
@@ -240,7 +240,7 @@ def check_fixed_tokens(mesh: ParallelMesh) -> None:
         padded = pad_rows(tokens[mesh.dp.rank], num_rows * mesh.tp.size) + padding[:, None]
         for dispatcher in make_dispatchers(mesh.world):
             layer = make_layer(0, weights, mesh.world, "ep", torch.float32, top_k, dispatcher)
-            ring, recorder = make_recorder(mesh, known, top_k, dispatcher.fixed, num_layers=1)
+            ring, recorder = make_recorder(mesh, known, top_k, dispatcher.fixed, torch.float32, num_layers=1)
             seq = -1 if recorder is None else recorder.begin(num_rows)
             found = fixed.gather(layer(fixed.scatter(padded), fixed, recorder).complete())[:num_tokens]
             expected = known.gather(layer(known.scatter(tokens[mesh.dp.rank]), known).complete())
@@ -251,8 +251,8 @@ def check_fixed_tokens(mesh: ParallelMesh) -> None:
                 recorder.finish()
             if ring is not None:
                 for dp_rank, part in enumerate(tokens):
-                    rows = ring.rows(seq, dp_rank * num_rows * mesh.tp.size, len(part))
-                    assert rows[0].tolist() == layer.router(part).ids.tolist(), (counts, dp_rank)
+                    first = dp_rank * num_rows * mesh.tp.size
+                    check_recorded(ring, seq, first, [layer.router(part)], f"{counts} {dp_rank}")
 
 
 def make_weights(hidden: int, width: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -284,11 +284,27 @@ def make_layer(
     return MoeLayer(index, router, dispatcher, experts)
 
 
+def check_recorded(ring: RouteRing, seq: int, first: int, routed: list[RouterOutput], where: str) -> None:
+    """Rows of the ring from `first` on against what the routers of each layer choose."""
+    num_rows = len(routed[0].ids)
+    assert ring.rows(seq, first, num_rows).tolist() == [layer.ids.tolist() for layer in routed], where
+    weights = ring.weights(seq, first, num_rows)
+    assert weights is not None
+    for found, layer in zip(weights, routed, strict=True):
+        bits = layer.weights.view(torch.uint16) if layer.weights.dtype == torch.bfloat16 else layer.weights
+        assert found.tobytes() == bits.numpy().tobytes(), where
+
+
 def make_recorder(
-    mesh: ParallelMesh, layout: ScatteredTokens, top_k: int, dispatcher: Dispatcher, num_layers: int = 2
+    mesh: ParallelMesh,
+    layout: ScatteredTokens,
+    top_k: int,
+    dispatcher: Dispatcher,
+    dtype: torch.dtype,
+    num_layers: int = 2,
 ) -> tuple[RouteRing | None, RoutedExpertsCapturer | LateRouteGather | None]:
     geometry = RouteGeometry(
-        tuple(range(num_layers)), num_layers, layout.num_rows * mesh.world.size + 3, top_k, NUM_EXPERTS
+        tuple(range(num_layers)), num_layers, layout.num_rows * mesh.world.size + 3, top_k, NUM_EXPERTS, str(dtype)[6:]
     )
     ring = RouteRing.create(geometry, 2) if mesh.world.rank == 0 else None
     capturer = None if ring is None else RoutedExpertsCapturer(ring, CPU, num_ranks=mesh.world.size)

@@ -210,11 +210,14 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
                 torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * 4)
             if recorder is not None:
                 recorder.finish()
+            # A product's last bits are those of its shape: the same rows as a rank's router has had.
+            used = [all_gather(layer.router(x).weights, mesh.world) for layer in whole]
             if ring is not None:
                 for dp_rank, part in enumerate(tokens):
                     first = dp_rank * layout.num_rows * mesh.tp.size
+                    chosen = [layer.router(part).ids.tolist() for layer in whole]
                     where = f"{counts} {type(dispatcher).__name__} dp rank {dp_rank}"
-                    check_recorded(ring, seq, first, [layer.router(part) for layer in whole], where)
+                    check_recorded(ring, seq, slice(first, first + len(part)), chosen, used, where)
         if x.shape[0]:
             # Of the plain twin and the one by all-gather: the same inputs reach the same experts in the same order.
             plain, packed = (each.dispatch(x, whole[0].router(x), layout.is_padding) for each in dispatchers[:2])
@@ -249,10 +252,12 @@ def check_fixed_tokens(mesh: ParallelMesh) -> None:
             assert torch.equal(fixed.gather(block), padded * 2 * mesh.tp.size)
             if recorder is not None:
                 recorder.finish()
+            used = [all_gather(layer.router(fixed.scatter(padded)).weights, mesh.world)]
             if ring is not None:
                 for dp_rank, part in enumerate(tokens):
                     first = dp_rank * num_rows * mesh.tp.size
-                    check_recorded(ring, seq, first, [layer.router(part)], f"{counts} {dp_rank}")
+                    chosen = [layer.router(part).ids.tolist()]
+                    check_recorded(ring, seq, slice(first, first + len(part)), chosen, used, f"{counts} {dp_rank}")
 
 
 def make_weights(hidden: int, width: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -284,15 +289,17 @@ def make_layer(
     return MoeLayer(index, router, dispatcher, experts)
 
 
-def check_recorded(ring: RouteRing, seq: int, first: int, routed: list[RouterOutput], where: str) -> None:
-    """Rows of the ring from `first` on against what the routers of each layer choose."""
-    num_rows = len(routed[0].ids)
-    assert ring.rows(seq, first, num_rows).tolist() == [layer.ids.tolist() for layer in routed], where
-    weights = ring.weights(seq, first, num_rows)
+def check_recorded(
+    ring: RouteRing, seq: int, rows: slice, chosen: list[list[list[int]]], used: list[torch.Tensor], where: str
+) -> None:
+    """Rows of the ring against the ids that each layer has chosen for them, and the weights of the whole world's rows."""
+    num_rows = rows.stop - rows.start
+    assert ring.rows(seq, rows.start, num_rows).tolist() == chosen, where
+    weights = ring.weights(seq, rows.start, num_rows)
     assert weights is not None
-    for found, layer in zip(weights, routed, strict=True):
-        bits = layer.weights.view(torch.uint16) if layer.weights.dtype == torch.bfloat16 else layer.weights
-        assert found.tobytes() == bits.numpy().tobytes(), where
+    for found, of_world in zip(weights, used, strict=True):
+        bits = of_world.view(torch.uint16) if of_world.dtype == torch.bfloat16 else of_world
+        assert found.tobytes() == bits[rows].numpy().tobytes(), where
 
 
 def make_recorder(

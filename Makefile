@@ -3,8 +3,8 @@ PYTEST := $(PYTHON) -m pytest
 # Else each of the processes that tests start would compile the sources that it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-# The files that take longest begin first, so that the workers end together.
-LONGEST := $(addprefix tests/e2e/test_,reference_equality.py death.py model_families.py weight_sync.py chaos.py)
+# What takes longest begins first, so that the workers end together.
+LONGEST := $(addprefix tests/e2e/,test_reference_equality.py test_death.py test_start_and_end.py test_model_families.py weight_sync test_chaos.py)
 
 .PHONY: test test-matrix test-nodes test-kernels test-gpu test-clients load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 

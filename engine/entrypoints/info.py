@@ -24,6 +24,8 @@ SCRAPE_TIMEOUT_S = 3.0
 DIALECT_OPTIONS = {
     **{"enable_memory_saver": False, "enable_metrics": True, "pp_size": 1, "nnodes": 1, "node_rank": 0},
     **{"base_gpu_id": 0, "gpu_id_step": 1, "disaggregation_mode": "null", "encoder_only": False},
+    # Of vLLM: TRL's client opens a transfer of vLLM's own only where there is one, and says so where there is none.
+    "vllm_config": {"weight_transfer_config": None},
 }
 
 

@@ -111,7 +111,6 @@ VLLM_SAMPLING: Neutral = {
         "logprob_token_ids",
         "repetition_detection",
         "return_token_offsets",
-        "structured_outputs",
         "truncate_prompt_tokens",
         "truncation_side",
         "use_beam_search",
@@ -132,8 +131,12 @@ VLLM_GENERATE_SAMPLING: Neutral = {
         for name in ("logprob_token_ids", "repetition_detection", "thinking_token_budget", "watermarking")
     },
     **off("extra_args", "prompt_logprob_start", "prompt_logprob_token_ids", "skip_reading_prefix_cache"),
-    **off("structured_outputs", "trace_decode_token_ids"),
+    **off("trace_decode_token_ids"),
 }
+# Inside `structured_outputs`.
+VLLM_STRUCTURED_OUTPUTS: Neutral = off(
+    *("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")
+)
 # How values are written that this server writes in one way.
 VLLM_SAMPLING_IGNORED = (
     *("detokenize", "flat_logprobs", "output_kind", "output_text_buffer_length", "skip_clone"),

@@ -24,6 +24,7 @@ from openai import OpenAI
 from strands_sglang import SGLangClient, SGLangModel
 from support.server_process import ServerProcess
 from transformers import AutoTokenizer
+from trl.generation import vllm_client
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 During = Callable[[Callable[[], Any]], Any]
@@ -140,6 +141,36 @@ def test_lm_eval(server: ServerProcess, during_update: During) -> None:
 
     (right, is_greedy), (wrong, _) = during_update(ask_lm_eval)
     assert is_greedy and wrong < right < 0
+
+
+def test_trl(server: ServerProcess, during_update: During, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client of `vllm serve`, which asks for vLLM's package on the trainer's side, too, to send weights on GPUs."""
+    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda *_, **__: True)
+    client = vllm_client.VLLMClient(server.url, connection_timeout=10.0)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    prompt = f"<|user|>{QUESTION}<|assistant|>"
+
+    def ask_trl() -> Any:
+        return client.generate([prompt, prompt], n=2, temperature=0.0, max_tokens=8, logprobs=1)
+
+    found = during_update(ask_trl)
+    assert found["prompt_ids"] == [tokenizer.encode(prompt)] * 2
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in found["completion_ids"]] == [ANSWER] * 4
+    # The sampled token is the likeliest, which comes first.
+    assert [[ids[0] for ids in each] for each in found["logprob_token_ids"]] == found["completion_ids"]
+    assert client.chat([MESSAGES], temperature=0.0, max_tokens=8)["completion_ids"][0] == found["completion_ids"][0]
+    number = client.generate([prompt], max_tokens=3, structured_outputs_regex="[0-9]{3}")["completion_ids"][0]
+    assert tokenizer.decode(number).isdigit()
+    sequence = found["prompt_ids"][0] + found["completion_ids"][0]
+    scores = client.get_sequence_logprobs([sequence], [len(found["prompt_ids"][0])], top_logprobs=2)
+    assert scores["actual_token_ids"][0] == [[token] for token in found["completion_ids"][0]]
+    assert [ids[0] for ids in scores["logprob_token_ids"][0]] == found["completion_ids"][0]
+    assert client.get_world_size() == 1
+    client.reset_prefix_cache()
+    with client.weight_update():
+        pass
+    with pytest.raises(RuntimeError, match="has no weight-transfer engine"):
+        client.init_communicator("cpu")
 
 
 @pytest.fixture

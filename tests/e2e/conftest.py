@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.process_tree import DEADLINE_S
 from support.server_process import ServerProcess
 from xdist.scheduler import LoadScopeScheduling
 
@@ -35,7 +38,7 @@ WITH_SERVER = {
     "test_not_finite.py",
 }
 # Files whose tests start what they need, each for itself; the long ones first.
-INDEPENDENT = ("test_reference_equality.py", "test_model_families.py", "test_death.py")
+INDEPENDENT = ("test_reference_equality.py", "test_model_families.py", "test_death.py", "test_start_and_end.py")
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 
 
@@ -43,9 +46,12 @@ class SharedEngines(LoadScopeScheduling):
     """One worker runs all tests that share an engine or a server, of a file or of several."""
 
     def _split_scope(self, nodeid: str) -> str:
-        name = Path(nodeid.partition("::")[0]).name
+        file = Path(nodeid.partition("::")[0])
+        name = file.name
         if name in INDEPENDENT:
             return nodeid
+        if file.parent.name == "weight_sync":
+            return "weight_sync"
         return "server" if name in WITH_SERVER else name
 
 
@@ -78,3 +84,26 @@ def server() -> Iterator[ServerProcess]:
     server = ServerProcess(*recorded, "--kv-cache-tokens", "16384", "--dtype", "float32")
     yield server
     server.stop()
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A temporary folder of the test's own, for everything that it starts; nothing may be left in it. Its path is short:
+    sockets lie in there."""
+    # pytest's own folder is made on first use.
+    tmp_path_factory.getbasetemp()
+    folder = Path(tempfile.mkdtemp(prefix="wb-"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    before = shared_memory()
+    yield folder
+    deadline = time.monotonic() + DEADLINE_S
+    while os.listdir(folder):
+        assert time.monotonic() < deadline, f"left behind: {os.listdir(folder)}"
+        time.sleep(0.05)
+    assert shared_memory() <= before
+    folder.rmdir()
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -19,103 +15,28 @@ import pytest
 import torch
 import zmq
 from support.gpu_memory import free_bytes, wait_until_free
-from support.server_process import ROOT, ServerProcess
+from support.process_tree import DEADLINE_S, children_of, find, is_alive, process_of, ranks_of, wait_until_gone
+from support.server_process import ServerProcess
 
 from waybill import Engine, EngineDeadError
-from waybill.launch.run_dir import RunDir
 
-DEADLINE_S = 10.0
-START_S = 120.0
 # A process that was stopped is noticed after so long, and all have ended some seconds later.
 HEARTBEAT_S = 4.0
 STOPPED_DEADLINE_S = 40.0
 ENDLESS = {"max_new_tokens": 4000, "ignore_eos": True}
-
-
-@pytest.fixture(autouse=True)
-def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A temporary folder of the test's own, for everything that it starts; nothing may be left in it. Its path is short:
-    sockets lie in there."""
-    # pytest's own folder is made on first use.
-    tmp_path_factory.getbasetemp()
-    folder = Path(tempfile.mkdtemp(prefix="wb-"))
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    before = shared_memory()
-    yield folder
-    deadline = time.monotonic() + DEADLINE_S
-    while os.listdir(folder):
-        assert time.monotonic() < deadline, f"left behind: {os.listdir(folder)}"
-        time.sleep(0.05)
-    assert shared_memory() <= before
-    folder.rmdir()
-
-
-def leftovers(run_dir: str) -> list[str]:
-    """Processes that mention the run's folder, and the folder itself."""
-    found = [run_dir] if Path(run_dir).exists() else []
-    for process in psutil.process_iter(["cmdline"]):
-        if process.pid != os.getpid() and any(run_dir in part for part in process.info["cmdline"] or []):
-            found.append(" ".join(process.info["cmdline"]))
-    return found
-
-
-def wait_until_gone(run_dir: str, pids: list[int]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while leftovers(run_dir) or any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"left behind: {leftovers(run_dir)} {[p for p in pids if is_alive(p)]}"
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def children_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def find(processes: list[psutil.Process], *words: str) -> psutil.Process:
-    """The one whose command line has all `words`."""
-    for process in processes:
-        line = " ".join(process.cmdline())
-        if all(word in line for word in words):
-            return process
-    raise AssertionError(f"no process has {words}")
-
-
-def ranks_of(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
-    return {
-        int(process.environ()["RANK"]): process
-        for process in processes
-        if "waybill.launch.worker" in process.cmdline() and "RANK" in process.environ()
-    }
-
-
-def process_of(processes: list[psutil.Process], name: str) -> psutil.Process:
-    if name == "output processor":
-        return find(processes, "waybill.engine.output.output_processor")
-    if name == "agent":
-        return find(processes, "waybill.launch.agent")
-    return ranks_of(processes)[int(name[-1])]
+pytestmark = pytest.mark.usefixtures("temporary")
 
 
 @pytest.mark.parametrize(
     ("victim", "dp_size", "how"),
     [
         ("rank 0", 1, signal.SIGKILL),
-        ("rank 1", 1, signal.SIGSTOP),
-        pytest.param("output processor", 1, signal.SIGSTOP, marks=pytest.mark.matrix),
-        pytest.param("agent", 1, signal.SIGSTOP, marks=pytest.mark.matrix),
-        ("rank 0", 2, signal.SIGSTOP),
         ("rank 1", 2, signal.SIGKILL),
+        # Those of a server are stopped below.
+        *(
+            pytest.param(victim, dp_size, signal.SIGSTOP, marks=pytest.mark.matrix)
+            for victim, dp_size in (("rank 1", 1), ("output processor", 1), ("agent", 1), ("rank 0", 2))
+        ),
     ],
 )
 def test_a_process_of_the_engine_is_killed_or_stopped(
@@ -284,124 +205,3 @@ def test_shutdown_leaves_nothing(checkpoint: str) -> None:
     engine.shutdown()
     with pytest.raises(EngineDeadError):
         engine.generate(input_ids=[1])
-
-
-def test_a_failed_start_says_why(checkpoint: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model_path=.*config\.json"):
-        Engine(str(tmp_path))
-    with pytest.raises(ValueError, match=r"context_length=100000: must be at most"):
-        Engine(checkpoint, tp_size=1, context_length=100_000)
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text((Path(checkpoint) / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"must hold model\.safetensors"):
-        Engine(str(broken), tp_size=1)
-
-
-SMALL = ("--tp", "1", "--kv-cache-tokens", "8192")
-
-
-def start_server() -> subprocess.Popen[bytes]:
-    command = [str(ROOT / "torchrun.sh"), "serve", "--port", "0", *SMALL]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def run_dir_of(temporary: Path, *names: str) -> Path:
-    """The folder of a run that is starting, when it holds all of `names`."""
-    deadline = time.monotonic() + START_S
-    while True:
-        for folder in temporary.iterdir():
-            if all((folder / name).exists() for name in names):
-                return folder
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    psutil.wait_procs(processes, timeout=DEADLINE_S)
-    return not any(is_alive(process.pid) for process in processes)
-
-
-@pytest.mark.parametrize(
-    ("number", "stage"),
-    [
-        (signal.SIGTERM, []),
-        (signal.SIGINT, ["agent.alive"]),
-        # Ranks that have not looked yet whether they have an agent, and ranks that are meeting.
-        (signal.SIGKILL, ["torchrun"]),
-        (signal.SIGKILL, ["store"]),
-    ],
-)
-def test_the_agent_of_a_server_that_is_starting_is_told_to_end_or_killed(
-    temporary: Path, number: int, stage: list[str]
-) -> None:
-    server = start_server()
-    run_dir_of(temporary, *stage)
-    deadline = time.monotonic() + START_S
-    while number == signal.SIGKILL and not children_of(server.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    processes = [psutil.Process(server.pid), *children_of(server.pid)]
-    server.send_signal(number)
-    assert server.wait(START_S) != 0
-    assert all_gone(processes)
-
-
-def test_the_frontend_of_a_server_is_killed(temporary: Path) -> None:
-    server = start_server()
-    run_dir_of(temporary, "serve.json")
-    deadline = time.monotonic() + START_S
-    while not any("waybill.launch.frontend" in process.cmdline() for process in children_of(server.pid)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    processes = children_of(server.pid)
-    find(processes, "waybill.launch.frontend").kill()
-    assert server.wait(START_S) != 0
-    assert all_gone(processes)
-
-
-def test_a_server_whose_port_is_taken_names_it_and_leaves_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        command = [str(ROOT / "torchrun.sh"), "serve", *SMALL, "--port", str(port)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
-    assert ended.returncode != 0
-    assert f"--port {port}: Address already in use" in ended.stderr
-
-
-def test_the_next_run_removes_what_nobody_could(checkpoint: str, temporary: Path, tmp_path: Path) -> None:
-    """Everything is killed at once."""
-    server = start_server()
-    stale = run_dir_of(temporary, "store")
-    # Ranks start processes of their own meanwhile: none may be left out, since it would clean up.
-    processes: list[psutil.Process] = []
-    while new := [p for p in (psutil.Process(server.pid), *children_of(server.pid)) if p not in processes]:
-        for process in new:
-            process.suspend()
-        processes += new
-    for process in processes:
-        process.kill()
-    assert all_gone(processes)
-    server.wait()
-    assert stale.exists()
-    with pytest.raises(ValueError, match=r"config\.json"):
-        Engine(str(tmp_path))
-    assert stale.exists(), "what is refused at once starts nothing"
-    RunDir().remove()
-    assert not stale.exists()
-
-
-def test_bad_options_are_refused_at_once(checkpoint: str) -> None:
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"tp_size": 0}, "tp_size=0"),
-        ({"dtype": "int4"}, "dtype='int4'"),
-        ({"overlap_depth": 2}, "overlap_depth=2"),
-        ({"dp_size": 0}, "dp_size=0"),
-    ]
-    for options, words in bad:
-        with pytest.raises(ValueError, match=words):
-            Engine(checkpoint, **options)
-    with pytest.raises(TypeError):
-        Engine(checkpoint, no_such_option=1)

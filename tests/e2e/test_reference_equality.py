@@ -131,15 +131,14 @@ def test_equals_transformers_on_gpu(setting: Setting) -> None:
 
 
 def check_equality(setting: Setting, reference: Reference, device: str) -> None:
+    prompts = make_prompts()
+    long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS_OF_FEW, TIGHT_POOL_TOKENS_OF_FEW
     if setting.chunk in SMALL_CHUNKS:
-        stride = 4 if setting.chunk > 1 or setting.retract else 8
-        prompts = make_prompts()[1::stride]
-        long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS_OF_FEW, TIGHT_POOL_TOKENS_OF_FEW
+        prompts = prompts[1 :: 4 if setting.chunk > 1 or setting.retract else 8]
+    elif setting in PAIRWISE and device == "cpu":
+        # All of them are for the matrix and for a GPU.
+        prompts = prompts[1::4] if setting.retract else [*prompts[NUM_EXTREMES::3], prompts[NUM_EXTREMES - 1]]
     else:
-        prompts = make_prompts()
-        if setting in PAIRWISE and device == "cpu":
-            # All of them are for the matrix and for a GPU; the first ones are short, but for the longest.
-            prompts = [*prompts[NUM_EXTREMES::2], prompts[NUM_EXTREMES - 1]]
         long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS, TIGHT_POOL_TOKENS
     num_new_tokens = [MAX_NEW_TOKENS] * len(prompts)
     if setting.retract:

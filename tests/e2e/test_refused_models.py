@@ -13,7 +13,13 @@ import pytest
 from support.server_process import ROOT
 
 
-@pytest.mark.parametrize("words", [["serve", "--port", "0"], ["rollout"]], ids=["serve", "rollout"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["serve", "--port", "0"], id="serve"),
+        pytest.param(["rollout"], id="rollout", marks=pytest.mark.matrix),
+    ],
+)
 def test_the_reason_is_said_once_and_without_a_traceback(checkpoint: str, tmp_path: Path, words: list[str]) -> None:
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)

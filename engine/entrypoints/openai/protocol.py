@@ -24,6 +24,7 @@ from ...validation.request_model import (
 from ...validation.token_ids import MAX_PROMPTS, NESTED_SCHEMA, Ids, Prompts, as_ids, as_prompts
 from .messages import ChatMessage
 from .response_format import ResponseFormat
+from .structured_outputs import StructuredOutputsField
 from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 
 MAX_TOP_LOGPROBS = 20
@@ -97,6 +98,8 @@ class OpenAIRequest(RequestModel):
     ebnf: str | None = None
     structural_tag: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
+    # vLLM's, of one of the four above.
+    structured_outputs: StructuredOutputsField | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -107,13 +110,19 @@ class OpenAIRequest(RequestModel):
         if self.prompt_logprobs is not None and self.stream:
             raise FieldError("prompt_logprobs: needs stream=false", "prompt_logprobs", mentions=("stream",))
         self._check_routes()
-        if self.response_format is not None and self.response_format.grammar:
-            other = next((name for name in GRAMMARS if getattr(self, name) is not None), None)
-            if other is not None:
-                raise FieldError(
-                    f"response_format: must be absent beside {other}", "response_format", mentions=(other,)
-                )
+        self._check_grammars()
         return self
+
+    def _check_grammars(self) -> None:
+        """The engine sees to it that there is one of its own."""
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if self.structured_outputs is not None:
+            given.insert(0, "structured_outputs")
+        if self.response_format is not None and self.response_format.grammar:
+            given.insert(0, "response_format")
+        if len(given) > 1 and given[0] not in GRAMMARS:
+            name, other = given[:2]
+            raise FieldError(f"{name}: must be absent beside {other}", name, mentions=(other,))
 
     def _check_routes(self) -> None:
         name = "routed_experts_prompt_start"
@@ -129,7 +138,7 @@ class OpenAIRequest(RequestModel):
     def has_grammar(self) -> bool:
         """Whether the caller bounds what the text may be."""
         by_format = self.response_format is not None and bool(self.response_format.grammar)
-        return by_format or any(getattr(self, name) is not None for name in GRAMMARS)
+        return by_format or any(getattr(self, name) is not None for name in (*GRAMMARS, "structured_outputs"))
 
     @property
     def has_extras(self) -> bool:
@@ -149,6 +158,8 @@ class OpenAIRequest(RequestModel):
         names = {"sampling_seed": "seed", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
         if self.response_format is not None:
             names |= dict.fromkeys(self.response_format.grammar, "response_format")
+        if self.structured_outputs is not None:
+            names |= self.structured_outputs.names
         if self.request_id is not None:
             names["rid"] = "request_id"
         if self.routed_experts_prompt_start is not None:
@@ -176,6 +187,7 @@ class OpenAIRequest(RequestModel):
             # In vLLM 0 is off, too.
             "top_k": self.top_k or None,
             **(self.response_format.grammar if self.response_format is not None else {}),
+            **(self.structured_outputs.grammar if self.structured_outputs is not None else {}),
         }
         routes = {}
         if self.routed_experts_prompt_start is not None:

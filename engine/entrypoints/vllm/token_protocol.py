@@ -12,6 +12,7 @@ from ...validation.field_error import FieldError
 from ...validation.request_model import Items, Name, Number, Real, RequestModel
 from ...validation.token_ids import NESTED_SCHEMA, Ids, as_ids
 from ..openai.protocol import MAX_BAD_WORDS, MAX_PROMPT_LOGPROBS, MAX_TOP_LOGPROBS, StreamOptions
+from ..openai.structured_outputs import StructuredOutputsField
 
 # vLLM's names of a sample's parameters, and the native ones.
 RENAMED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
@@ -48,12 +49,15 @@ class VllmSamplingParams(RequestModel):
     logprobs: Annotated[Number, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[Number, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     routed_experts_prompt_start: Annotated[Number, Field(ge=0)] = 0
+    structured_outputs: StructuredOutputsField | None = None
 
     def native(self, max_new_tokens: int) -> dict[str, Any]:
         """As `sampling_params` of a `GenerateReqInput`."""
         params = {name: getattr(self, name) for name in SAME} | {RENAMED[name]: getattr(self, name) for name in RENAMED}
         params |= {"max_new_tokens": max_new_tokens, "no_stop_trim": self.include_stop_str_in_output}
         params["top_k"] = self.top_k or None
+        if self.structured_outputs is not None:
+            params |= self.structured_outputs.grammar
         return {name: value for name, value in params.items() if value is not None}
 
 
@@ -85,6 +89,9 @@ class TokenRequest(RequestModel):
         """What the fields of a `GenerateReqInput` are called here, for its refusals."""
         names = {native: f"sampling_params.{name}" for name, native in RENAMED.items()}
         names |= {name: f"sampling_params.{name}" for name in SAME}
+        if self.sampling_params.structured_outputs is not None:
+            own = self.sampling_params.structured_outputs.names
+            names |= {native: f"sampling_params.{name}" for native, name in own.items()}
         return names | {
             "input_ids": "token_ids",
             "rid": "request_id",

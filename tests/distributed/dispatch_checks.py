@@ -12,12 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from distributed.recorded_routes import check_recorded, make_recorder
 from torch.testing import assert_close
 
-from waybill.engine.routing.capturer import RoutedExpertsCapturer
-from waybill.engine.routing.geometry import RouteGeometry
-from waybill.engine.routing.late_gather import LateRouteGather
-from waybill.engine.routing.ring import RouteRing
 from waybill.parallel.collectives import all_gather
 from waybill.parallel.dp_attention import FixedTokens, ReplicatedTokens, ScatteredTokens, pad_rows, rows_per_rank
 from waybill.parallel.mesh import Axis, ParallelMesh
@@ -199,7 +196,7 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
         ]
         dispatchers = make_dispatchers(mesh.world)
         for dispatcher in dispatchers if split == "ep" else dispatchers[:2]:
-            ring, recorder = make_recorder(mesh, layout, top_k, dispatcher, dtype)
+            ring, recorder = make_recorder(mesh, layout, top_k, dispatcher, dtype, NUM_EXPERTS)
             seq = recorder.begin(layout.num_rows) if recorder is not None else -1
             for index, each in enumerate(weights):
                 layer = make_layer(index, each, mesh.world, split, dtype, top_k, dispatcher)
@@ -243,7 +240,9 @@ def check_fixed_tokens(mesh: ParallelMesh) -> None:
         padded = pad_rows(tokens[mesh.dp.rank], num_rows * mesh.tp.size) + padding[:, None]
         for dispatcher in make_dispatchers(mesh.world):
             layer = make_layer(0, weights, mesh.world, "ep", torch.float32, top_k, dispatcher)
-            ring, recorder = make_recorder(mesh, known, top_k, dispatcher.fixed, torch.float32, num_layers=1)
+            ring, recorder = make_recorder(
+                mesh, known, top_k, dispatcher.fixed, torch.float32, NUM_EXPERTS, num_layers=1
+            )
             seq = -1 if recorder is None else recorder.begin(num_rows)
             found = fixed.gather(layer(fixed.scatter(padded), fixed, recorder).complete())[:num_tokens]
             expected = known.gather(layer(known.scatter(tokens[mesh.dp.rank]), known).complete())
@@ -287,37 +286,6 @@ def make_layer(
     for expert_id, part in itertools.product(range(NUM_EXPERTS), ("gate", "up", "down")):
         experts.sharded_weight(expert_id, part).load(weights[part][expert_id])
     return MoeLayer(index, router, dispatcher, experts)
-
-
-def check_recorded(
-    ring: RouteRing, seq: int, rows: slice, chosen: list[list[list[int]]], used: list[torch.Tensor], where: str
-) -> None:
-    """Rows of the ring against the ids that each layer has chosen for them, and the weights of the whole world's rows."""
-    num_rows = rows.stop - rows.start
-    assert ring.rows(seq, rows.start, num_rows).tolist() == chosen, where
-    weights = ring.weights(seq, rows.start, num_rows)
-    assert weights is not None
-    for found, of_world in zip(weights, used, strict=True):
-        bits = of_world.view(torch.uint16) if of_world.dtype == torch.bfloat16 else of_world
-        assert found.tobytes() == bits[rows].numpy().tobytes(), where
-
-
-def make_recorder(
-    mesh: ParallelMesh,
-    layout: ScatteredTokens,
-    top_k: int,
-    dispatcher: Dispatcher,
-    dtype: torch.dtype,
-    num_layers: int = 2,
-) -> tuple[RouteRing | None, RoutedExpertsCapturer | LateRouteGather | None]:
-    geometry = RouteGeometry(
-        tuple(range(num_layers)), num_layers, layout.num_rows * mesh.world.size + 3, top_k, NUM_EXPERTS, str(dtype)[6:]
-    )
-    ring = RouteRing.create(geometry, 2) if mesh.world.rank == 0 else None
-    capturer = None if ring is None else RoutedExpertsCapturer(ring, CPU, num_ranks=mesh.world.size)
-    if dispatcher.gathers_ids:
-        return ring, capturer
-    return ring, LateRouteGather(mesh.world, geometry, layout.num_rows + 2, capturer, CPU)
 
 
 # --- tokens over the tp axis ------------------------------------------------------------------------------------------

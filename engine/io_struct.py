@@ -10,7 +10,8 @@ Directions:
     frontend -> leader             NumberedMessage, GetInternalStateReq; see `ipc/frontend_messages.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step; to tp peers see `plan.py`
     leader -> frontend             ControlReply, there as well
-    output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
+    output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`, and one
+                                   of combine weights behind it if it has `router_weights`
     frontend <-> output processor  OutputQuery / OutputReply; a claim's rows follow as a frame
 """
 
@@ -86,6 +87,8 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     # Every output of a stream carries the rows that became available since the last one.
     stream_routed_experts: bool = False
+    # The combine weights of the same rows, beside them.
+    return_router_weights: bool = False
 
     @property
     def returns_prompt_logprobs(self) -> bool:
@@ -245,7 +248,7 @@ OutputRecord = RoutingSetup | StepRecord
 
 
 class RoutedExpertsMeta(msgspec.Struct, frozen=True):
-    """Envelope of a block of rows: enough to decode and verify it without any other knowledge.
+    """Envelope of a block of rows, ids or combine weights: enough to decode and verify it without any other knowledge.
 
     The bytes are C-order `[rows, num_layers, top_k]`; row i is the routing of the token at absolute position
     `start + i` as an input. `weight_versions` are runs `(version, start, end)` of absolute positions, half-open.
@@ -278,6 +281,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     routed_experts: RoutedExpertsMeta | None = None
+    # Beside them where they were asked for; missing with them.
+    router_weights: RoutedExpertsMeta | None = None
     # Set when the rows stay with the output processor; then no frame follows for them.
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
@@ -290,7 +295,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
 
 
 class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
-    """Outputs of one step. A frame of rows follows, in order, for every output with meta and without a claim."""
+    """Outputs of one step. A frame of rows follows, in order, for every output with meta and without a claim, and one of
+    their combine weights where it has `router_weights`."""
 
     outputs: list[RequestOutput]
     # Of requests that were told to have failed while they were `is_at_engine`, those that the engine has ended since.

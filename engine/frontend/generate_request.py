@@ -78,6 +78,7 @@ class GenerateReqInput(RequestModel):
     routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
+    return_router_weights: bool | PerPrompt[bool] = False
     return_text_in_logprobs: bool = False
     # Set by a chat of a model that reasons first: the token behind which a grammar begins.
     _grammar_begins_after: int = PrivateAttr(-1)

@@ -108,6 +108,7 @@ class TokenizerManager:
             dp_size=self.config.dp_size,
             has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
+            router_weights=self.config.enable_return_router_weights,
             special_tokens=self.text.special_tokens,
         )
 

@@ -141,7 +141,8 @@ class OutputProcessor:
         if isinstance(event, ReqStarted):
             self._reqs[event.rid] = _ReqState(event, dp_rank, next_row=event.options.routed_experts_start_len)
             if ledger is not None:
-                ledger.start(event.rid, keep=event.options.return_routed_experts)
+                options = event.options
+                ledger.start(event.rid, keep=options.return_routed_experts, weights=options.return_router_weights)
         elif isinstance(event, ReqAdmitted):
             state = self._reqs[event.rid]
             if not state.admitted:
@@ -164,7 +165,8 @@ class OutputProcessor:
         )
         num_rows = sum(segment.num_tokens for segment in record.segments)
         rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
-        self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version)
+        weights = self._ring.weights(record.ring_seq, record.first_row, num_rows)
+        self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version, weights)
         self.expert_load.offer(record.dp_rank, rows)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:

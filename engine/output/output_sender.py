@@ -18,7 +18,7 @@ from ..ipc.sockets import Sender
 from ..routing.claims import ClaimError, ClaimStore
 from ..routing.geometry import RouteGeometry
 from ..routing.ledger import RouteSlice
-from ..routing.wire import RoutedExperts, encode
+from ..routing.wire import RoutedExperts, encode, encode_weights
 from ..text.token_decoder import TokenDecoder
 from .detokenizer import Detokenizer
 
@@ -217,14 +217,20 @@ class OutputSender:
     def _attach_routes(
         self, output: RequestOutput, routes: Routes, started: ReqStarted
     ) -> tuple[RequestOutput, list[memoryview]]:
-        """The output with its rows in a frame, behind a claim, or with the reason why they are missing."""
+        """The output with its rows in a frame, behind a claim, or with the reason why they are missing. Combine weights are
+        never behind a claim: who asks for both is refused."""
         if routes.rows is None:
             return msgspec.structs.replace(output, routed_experts_error=routes.error), []
         assert self.geometry is not None
         routed = encode(routes.rows.rows, routes.rows.start, self.geometry, routes.rows.weight_versions)
         if started.options.routed_experts_delivery == "inline":
             self._count(routed)
-            return msgspec.structs.replace(output, routed_experts=routed.meta), [routed.frame]
+            output, frames = msgspec.structs.replace(output, routed_experts=routed.meta), [routed.frame]
+            if routes.rows.weights is None:
+                return output, frames
+            weights = encode_weights(routes.rows.weights, routes.rows.start, self.geometry, routes.rows.weight_versions)
+            self.num_bytes_shipped += weights.rows.nbytes
+            return msgspec.structs.replace(output, router_weights=weights.meta), [*frames, weights.frame]
         try:
             claim = self._claims.put(routed)
         except ClaimError as error:

@@ -46,6 +46,7 @@ VALID: dict[str, list[dict[str, Any]]] = {
             "routed_experts_start_len": 1,
             "routed_experts_format": "compact",
             "stream_routed_experts": True,
+            "return_router_weights": True,
         },
         {"input_ids": [[1], [2, 3]], "sampling_params": PARAMS, "priority": 1, "extra_key": "k", "session_id": "s"},
         {"text": "<|user|>", "split_special_tokens": True, "sampling_params": PARAMS},

@@ -83,6 +83,7 @@ class OpenAIRequest(RequestModel):
     routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    return_router_weights: bool = False
     # vLLM's names and fields. The first two are `rid` and `no_stop_trim`.
     request_id: Name | None = None
     include_stop_str_in_output: bool = False
@@ -131,8 +132,9 @@ class OpenAIRequest(RequestModel):
             return
         if self.stream:
             raise FieldError(f"{name}: needs stream=false", name, mentions=("stream",))
-        if self.return_routed_experts:
-            raise FieldError(f"{name}: must be absent beside return_routed_experts", name)
+        for other in ("return_routed_experts", "return_router_weights"):
+            if getattr(self, other):
+                raise FieldError(f"{name}: must be absent beside {other}", name)
 
     @property
     def has_grammar(self) -> bool:

@@ -147,6 +147,23 @@ def test_skyrl(http: TestClient, engine: Engine) -> None:
     assert "method" in error_of(http.post("/collective_rpc", json={"method": "reload_weights"}))
 
 
+@pytest.mark.parametrize(
+    ("method", "kwargs", "words"),
+    [
+        ("skyrl_start_weight_update", {"is_checkpoint_format": False}, "kwargs.is_checkpoint_format: must be true"),
+        ("skyrl_start_weight_update", {"level": 1}, "kwargs.level: is no field"),
+        ("update_weights_nccl", {}, "kwargs.update_info: Field required"),
+        ("update_weights_nccl", {"update_info": {**TENSORS, "x": 1}}, "kwargs.update_info.x: is no field"),
+        ("skyrl_finish_weight_update", {"step": 1}, "kwargs.step: is no field"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(
+    http: TestClient, engine: Engine, method: str, kwargs: dict[str, Any], words: str
+) -> None:
+    assert error_of(http.post("/collective_rpc", json={"method": method, "kwargs": kwargs})).startswith(words)
+    assert not engine.done
+
+
 def test_prime_rl(http: TestClient, engine: Engine) -> None:
     """src/prime_rl/utils/client.py, with weights in files."""
     assert http.post("/pause", params={"mode": "keep", "clear_cache": "false"}).status_code == 200
@@ -203,6 +220,10 @@ def test_aborts(http: TestClient, engine: Engine) -> None:
     [
         ("/pause", {"mode": "soft"}, None, "mode=soft: must be one of abort, wait, keep"),
         ("/pause", {"clear_cache": "maybe"}, None, "clear_cache=maybe: must be true or false"),
+        ("/pause", {"mod": "keep"}, None, "mod: is no parameter of this request, which has mode, "),
+        ("/sleep", {"level": "2", "tag": "weights"}, None, "tag: is no parameter"),
+        ("/wake_up", {"tag": "weights"}, None, "tag: is no parameter"),
+        ("/reset_prefix_cache", {"mode": "keep"}, None, "mode: is no parameter"),
         ("/sleep", {}, None, "level=1: must be 2"),
         ("/sleep", {"level": "2", "mode": "keep"}, None, "mode='keep': memory is released only when nothing runs"),
         ("/wake_up", {"tags": "graphs"}, None, "tags=graphs: must be one of weights, kv_cache"),
@@ -229,6 +250,6 @@ def test_what_cannot_be_served_is_refused_by_name(
 
 def test_what_the_engine_refuses_is_a_refusal(http: TestClient, engine: Engine) -> None:
     engine.refuses = "names: the model has no a"
-    for path in ("/pause", "/resume", "/wake_up", "/reset_prefix_cache"):
-        assert error_of(http.post(path, params={"mode": "keep"})) == engine.refuses
+    for path in ("/pause?mode=keep", "/resume", "/wake_up", "/reset_prefix_cache"):
+        assert error_of(http.post(path)) == engine.refuses
     assert error_of(http.post("/update_weights", json={"update_info": TENSORS})) == engine.refuses

@@ -14,7 +14,6 @@ from ...control.operations import (
     FlushCache,
     Name,
     PauseGeneration,
-    ReleaseMemoryOccupation,
     ResumeMemoryOccupation,
 )
 from ...frontend.tokenizer_manager import TokenizerManager
@@ -99,7 +98,9 @@ def check_query(http: Request, *known: str) -> None:
     """A name that is misspelt would leave the default, which may end requests."""
     for name in http.query_params:
         if name not in known:
-            raise FieldError(f"{shown(name)}: is no parameter of this request, which has {', '.join(known)}", shown(name))
+            raise FieldError(
+                f"{shown(name)}: is no parameter of this request, which has {', '.join(known)}", shown(name)
+            )
 
 
 def query_flag(http: Request, name: str, default: bool) -> bool:
@@ -163,7 +164,7 @@ def add_pause_routes(router: APIRouter, manager: TokenizerManager) -> None:
 
     @router.get("/is_paused")
     async def is_paused() -> Response:
-        return json_response({"is_paused": manager.is_paused})
+        return json_response({"is_paused": manager.is_paused or is_released(manager)})
 
     @router.post("/abort_requests")
     async def abort_requests(body: AbortInput) -> Response:
@@ -280,14 +281,12 @@ def add_memory_routes(router: APIRouter, manager: TokenizerManager) -> None:
             )
         if mode == "keep":
             raise FieldError("mode='keep': memory is released only when nothing runs; must be abort or wait", "mode")
-        reply = await (controls.run(PauseGeneration("abort")) if mode == "abort" else controls.pause_when_idle())
-        if reply.success:
-            reply = await controls.run(ReleaseMemoryOccupation(tags or None))
+        reply = await controls.release_memory(tags or None, aborts=mode == "abort")
         return Response() if reply.success else refused(reply)
 
     @router.post("/wake_up")
     async def wake_up(http: Request, body: Empty | None = None) -> Response:
-        """The pause ends with the last of the memory."""
+        """A pause, if there is one, ends with the last of the memory."""
         check_query(http, "tags")
         reply = await controls.run(ResumeMemoryOccupation(query_tags(http) or None))
         if not reply.success:

@@ -29,7 +29,6 @@ from ..openai.tools import MAX_TOOLS, Tool
 from ..responses import ClientGoneError, encode_json, unless_disconnected
 from .token_protocol import RENAMED, VllmSamplingParams
 
-
 # Of vLLM's parameters.
 NOT_ANSWERED = ("prompt_logprobs", "routed_experts_prompt_start")
 
@@ -53,7 +52,9 @@ class TrlRequest(RequestModel):
         for name in NOT_ANSWERED:
             if self.generation_kwargs.get(name):
                 field = f"generation_kwargs.{name}"
-                raise FieldError(f"{field}: has no place in the answer here, has one in /inference/v1/generate's", field)
+                raise FieldError(
+                    f"{field}: has no place in the answer here, has one in /inference/v1/generate's", field
+                )
         names = VllmSamplingParams.model_fields.keys() & TrlRequest.model_fields.keys()
         own = {name: getattr(self, name) for name in names}
         try:
@@ -123,9 +124,7 @@ class TrlServing:
             for chat in body.messages
         ]
 
-    async def _answer(
-        self, body: TrlRequest, prompt: dict[str, Any], names: dict[str, str], http: Request
-    ) -> Response:
+    async def _answer(self, body: TrlRequest, prompt: dict[str, Any], names: dict[str, str], http: Request) -> Response:
         params = body.params()
         native = params.native(params.max_tokens if params.max_tokens is not None else 16)
         if body.structured_outputs_regex is not None:

@@ -15,7 +15,6 @@ from waybill.engine.control.operations import (
     FlushCache,
     InitWeightsUpdateGroup,
     PauseGeneration,
-    ReleaseMemoryOccupation,
     ResumeMemoryOccupation,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
@@ -54,6 +53,10 @@ class Engine:
     async def pause_when_idle(self) -> ControlReply:
         self.done.append("pause when idle")
         return ControlReply("op", True, "paused")
+
+    async def release_memory(self, tags: Any, *, aborts: bool) -> ControlReply:
+        self.done.append(("abort and release" if aborts else "release", tags))
+        return ControlReply("op", True, "released")
 
     async def abort_exactly(self, rids: Any) -> int:
         self.done.append(("abort", rids))
@@ -137,10 +140,9 @@ def test_skyrl(http: TestClient, engine: Engine) -> None:
     assert http.post("/sleep", params={"level": "2", "tags": ["weights"]}).status_code == 200
     engine.blocked = Blocked(BlockedKind.RELEASED, "memory is released")
     assert http.get("/is_sleeping").json() == {"is_sleeping": True}
+    assert http.get("/is_paused").json() == {"is_paused": True}
     assert http.post("/wake_up", params={"tags": ["weights"]}).status_code == 200
-    assert engine.done[-3:] == [
-        *(PauseGeneration("abort"), ReleaseMemoryOccupation(["weights"]), ResumeMemoryOccupation(["weights"]))
-    ]
+    assert engine.done[-2:] == [("abort and release", ["weights"]), ResumeMemoryOccupation(["weights"])]
     engine.blocked = None
     assert http.post("/wake_up").status_code == 200
     assert engine.done[-2:] == [ResumeMemoryOccupation(None), ContinueGeneration()]

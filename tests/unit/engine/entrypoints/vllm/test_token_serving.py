@@ -70,7 +70,11 @@ def test_a_batch_as_trl_reads_it() -> None:
 def test_a_batch_with_a_sample_that_the_engine_failed_is_no_answer() -> None:
     """TRL's form has no place to say so, and what there is of the sample would be trained on."""
     failed = answer()
-    failed["meta_info"]["finish_reason"] = {"type": "abort", "message": "its scores were no numbers", "status_code": 500}
+    failed["meta_info"]["finish_reason"] = {
+        "type": "abort",
+        "message": "its scores were no numbers",
+        "status_code": 500,
+    }
     prepared: Any = SimpleNamespace(samples=[SimpleNamespace(input_ids=np.array([1, 2]))] * 2)
     with pytest.raises(GenerationError, match="its scores were no numbers"):
         batch_answer(prepared, [answer(), failed], 2)

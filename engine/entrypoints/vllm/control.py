@@ -179,12 +179,14 @@ def add_pause_routes(router: APIRouter, manager: TokenizerManager) -> None:
             raise FieldError("reset_external: must be false, there is no cache beside the engine's", "reset_external")
         resets_running = query_flag(http, "reset_running_requests", body is not None and body.reset_running_requests)
         was_paused = manager.is_paused
-        if resets_running:
-            # What runs gives up its pages, and computes them again.
-            await controls.run(PauseGeneration("retract"))
-        reply = await controls.run(FlushCache())
-        if resets_running and not was_paused:
-            await controls.run(ContinueGeneration())
+        try:
+            if resets_running:
+                # What runs gives up its pages, and computes them again.
+                await controls.run(PauseGeneration("retract"))
+            reply = await controls.run(FlushCache())
+        finally:
+            if resets_running and not was_paused:
+                await controls.run(ContinueGeneration())
         return json_response({"success": True}) if reply.success else refused(reply)
 
 

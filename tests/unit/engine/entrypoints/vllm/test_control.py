@@ -40,12 +40,15 @@ class Engine:
         self.controls = self
         self.done: list[Any] = []
         self.refuses: str | None = None
+        self.hangs_on: type[Any] | None = None
         self.blocked: Blocked | None = None
         self.is_paused = False
 
     async def run(self, operation: Any) -> ControlReply:
         operation.check()
         self.done.append(operation)
+        if self.hangs_on is not None and isinstance(operation, self.hangs_on):
+            raise TimeoutError
         if isinstance(operation, PauseGeneration | ContinueGeneration):
             self.is_paused = isinstance(operation, PauseGeneration)
         return ControlReply("op", self.refuses is None, self.refuses or "done")
@@ -209,6 +212,16 @@ def test_the_end_of_an_update(http: TestClient, engine: Engine) -> None:
     engine.blocked = Blocked(BlockedKind.TORN, "weights: a transfer was torn")
     assert error_of(http.post("/finish_weight_update")) == "weights: a transfer was torn"
     assert http.get("/weight_info").json() == {"weight_version": "v7"}
+
+
+@pytest.mark.parametrize("kind", [PauseGeneration, FlushCache])
+def test_a_reset_that_is_not_answered_in_time_leaves_no_pause_behind(
+    http: TestClient, engine: Engine, kind: type[Any]
+) -> None:
+    """The engine may do it later."""
+    engine.hangs_on = kind
+    assert http.post("/reset_prefix_cache", json={"reset_running_requests": True}).status_code == 503
+    assert engine.done[-1] == ContinueGeneration() and not engine.is_paused
 
 
 def test_aborts(http: TestClient, engine: Engine) -> None:

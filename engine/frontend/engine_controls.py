@@ -100,6 +100,17 @@ class EngineControls:
         async with self._gate.closed(drain=True):
             return await self._send(PauseGeneration("in_place"))
 
+    async def release_memory(self, tags: list[str] | None, *, aborts: bool) -> ControlReply:
+        """Release memory when nothing runs, which is aborted or comes to its end; nothing comes in between.
+
+        Raises:
+            NotDrainedError: it did not end in time.
+        """
+        async with self._gate.closed(drain=not aborts):
+            if aborts:
+                self._link.send_to_all(abort_everything)
+            return await self._send_and_block(ReleaseMemoryOccupation(tags))
+
     async def _send(self, operation: ControlOperation) -> ControlReply:
         op_id = uuid.uuid4().hex
         future = self._replies.expect(op_id)

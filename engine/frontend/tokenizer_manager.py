@@ -312,12 +312,11 @@ class TokenizerManager:
     async def abort_exactly(self, rids: Sequence[str] | None) -> int:
         """Abort the requests that have these names, all their samples, or (None) everybody; how many there were. Returns
         when the engine has let go of them, as `abort_and_wait`."""
-        at_engine = self._at_engine.matching("")
         if rids is None:
+            num_at_engine = len(self._at_engine)
             await self.abort_and_wait(abort_all=True)
-            return len(at_engine)
-        # A sample of several is called as its request, with its number behind it.
-        asked = {rid for rid in at_engine if rid in rids or rid.rpartition("_")[0] in rids}
+            return num_at_engine
+        asked = self._at_engine.named(rids)
         for rid in asked:
             self._at_engine.abort(rid)
         with suppress(TimeoutError):

@@ -190,12 +190,15 @@ class Logprobs(msgspec.Struct, array_like=True):
     output_top: list[TopLogprobs] = []
     input: list[tuple[float | None, int]] = []
     input_top: list[TopLogprobs | None] = []
+    # Parallel to `input`: 1 for a token that is the likeliest at its position.
+    input_ranks: list[int | None] = []
 
     def extend(self, more: Logprobs) -> None:
         self.output.extend(more.output)
         self.output_top.extend(more.output_top)
         self.input.extend(more.input)
         self.input_top.extend(more.input_top)
+        self.input_ranks.extend(more.input_ranks)
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):

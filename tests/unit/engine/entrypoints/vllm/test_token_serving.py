@@ -29,6 +29,7 @@ def answer() -> dict[str, Any]:
             "output_token_logprobs": list(OUTPUT),
             "output_top_logprobs": [list(top) for top in TOPS],
             "input_token_logprobs": [(None, 1, "a"), (-2.0, 2, "b")],
+            "input_token_ranks": [None, 2],
             "input_top_logprobs": [None, [(-0.2, 7, "g"), (-2.0, 2, "b")]],
             "finish_reason": {"type": "length", "length": 2},
         },
@@ -48,8 +49,9 @@ def test_the_prompts_tokens_by_id() -> None:
     nothing, own = extensions.prompt_logprobs(answer(), 1)
     assert nothing is None and own is not None
     assert list(own) == ["2", "7"] and own["2"]["logprob"] == -2.0 and own["7"]["rank"] == 1
+    assert own["2"]["rank"] == 2
     (_, alone) = extensions.prompt_logprobs(answer(), 0)
-    assert alone == {"2": {"logprob": -2.0, "rank": None, "decoded_token": "b"}}
+    assert alone == {"2": {"logprob": -2.0, "rank": 2, "decoded_token": "b"}}
 
 
 def test_what_was_made_for_the_prompt_alone_is_cut() -> None:

@@ -4,8 +4,9 @@
     python bench/gpu.py --shape moonlight                 Moonlight-16B-A3B, and its attention by itself
     python bench/gpu.py --shape 30b-fp8                   in block FP8, beside bfloat16
     python bench/gpu.py --device cpu --toy                a dry run of every part at a toy size
-    python bench/gpu.py --layouts                         two CUDA devices: tp 1, tp 2 and dp 2 side by side
+    python bench/gpu.py --layouts --write                 two to eight CUDA devices: all layouts that they allow
     python bench/gpu.py --layouts tp1 dp2                 some of them
+    python bench/gpu.py --device cpu --toy --layouts      a dry run of them all on eight ranks
 
 Correctness: the whole engine (torchrun, processes, sockets) in float32 against `transformers` on the same device, with the
 embedded model and with one of real width and random weights. Speed: the leader in this process over a model of the shape
@@ -26,10 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_latent import measure_latent_decode
-from gpu_layout_report import LAYOUTS, compare_layouts
+from gpu_layout_plan import LAYOUTS
+from gpu_layout_report import compare_layouts
 from gpu_leader import Bench, Leader
 from gpu_limits import Limits, decode_bytes, layer_bytes, measure_limits, prefill_s, touched_experts
-from gpu_plan import CONTEXT, FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
+from gpu_plan import FULL_PLANS, GREEDY, MILLI, NUM_PROMPTS, SAMPLED, TOY_PLANS, Plan, Report
 from gpu_profile import profile_step
 from machine import describe, write_result
 from make_models import write_checkpoint
@@ -41,7 +43,8 @@ from waybill.launch.args import EMBEDDED_MODEL
 # Over noise that random weights amplify, logprobs of two right float32 programs differ by this much.
 LOGPROB_TOLERANCE = 1e-3
 TITLES = {"30b": "Qwen3-30B-A3B", "30b-fp8": "Qwen3-30B-A3B in block FP8", "moonlight": "Moonlight-16B-A3B"}
-PARTS = ("correctness", "latents", "bfloat16", "speed", "capture", "profile")
+# The last ones are those of layouts, which have `speed` and `profile`, too.
+PARTS = ("correctness", "latents", "bfloat16", "speed", "capture", "profile", "routes", "stall", "processors")
 
 
 def check_correctness(name: str, path: str, plan: Plan, report: Report) -> None:
@@ -92,14 +95,16 @@ def measure_speed(bench: Bench, leader: Leader, limits: Limits, report: Report) 
         "| workload | experts read | tokens/s | ms a step | bytes allow, ms | operations allow, ms | share of the limit |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     )
+    plan = bench.plan
     for name, params in {"": GREEDY, **SAMPLED}.items():
-        for batch in bench.plan.batches:
+        for batch in plan.batches:
             seconds = statistics.median(leader.decode_seconds(batch, params))
-            routes = np.stack(leader.routes_of(CONTEXT, 9, batch, params))
-            experts = touched_experts(routes[:, CONTEXT:].swapaxes(0, 1))
-            bytes_s = decode_bytes(bench.plan.shape, experts, batch, is_fp8=bench.plan.is_fp8) / limits.bytes_per_s
+            routes = np.stack(leader.routes_of(plan.context, 9, batch, params))
+            experts = touched_experts(routes[:, plan.context :].swapaxes(0, 1))
+            bytes_s = decode_bytes(plan, experts, batch) / limits.bytes_per_s
             how = f" ({name})" if name else ""
-            row(report, f"decode, {batch} at once, {CONTEXT} tokens of context{how}", batch, experts, seconds, bytes_s)
+            name_of_row = f"decode, {batch} at once, {plan.context} tokens of context{how}"
+            row(report, name_of_row, batch, experts, seconds, bytes_s)
     measure_prefills(bench, leader, limits, "", report)
     with bench.spread_routes():
         measure_prefills(bench, leader, limits, ", routes spread", report)
@@ -183,16 +188,29 @@ def measure_capture(bench: Bench, on: Leader, report: Report) -> None:
     report.numbers["capture_ratio"] = statistics.median(ratios)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(FULL_PLANS), default="30b", help="of make_models.py")
     parser.add_argument("--toy", action="store_true", help="toy sizes, for a dry run")
     parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/gpu.md")
-    parser.add_argument("--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all, instead of one GPU")
-    parser.add_argument("--layout-timeout", type=float, default=240.0, help="seconds that one layout may take")
+    parser.add_argument(
+        "--layouts", nargs="*", choices=tuple(LAYOUTS), help="these, or all that fit, instead of one GPU"
+    )
+    parser.add_argument("--layout-timeout", type=float, default=480.0, help="seconds that one layout may take")
+    parser.add_argument(
+        "--kept", type=Path, help="file with results of earlier calls, to which this one adds its layouts"
+    )
+    parser.add_argument("--part-timeout", type=float, default=1200.0, help="seconds of each part behind the layouts")
     options = parser.parse_args()
+    if options.write and (options.device == "cpu" or options.toy):
+        parser.error("--write: a dry run has no results to keep")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
     if options.layouts is not None:
         compare_layouts(options.layouts or list(LAYOUTS), options)
         return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from waybill.parallel.collectives import all_reduce
+from waybill.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from waybill.parallel.mesh import ParallelMesh
 from waybill.parallel.moe.dispatch import AllGatherDispatcher, SyncClock
 from waybill.parallel.moe.router import RouterOutput
@@ -46,22 +46,26 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def collective_seconds(mesh: ParallelMesh, shape: dict[str, Any], rows: int) -> float:
-    """Of a step in which every dp rank has `rows` tokens; sums over tp after attention, experts and embedding, and
-    with several dp ranks (tp 1) the dispatch of tokens with their ids and weights, and the return."""
+    """Of a step in which every dp rank has `rows` tokens; sums over tp after attention, experts and embedding. With several
+    dp ranks the tp ranks share their rows: they gather and sum them at attention, and experts have the dispatch of tokens
+    with their ids and weights, and the return."""
     hidden, layers, top_k = shape["hidden_size"], shape["num_hidden_layers"], shape["num_experts_per_tok"]
     if mesh.world.size == 1:
         return 0.0
     x = torch.randn(rows, hidden, dtype=torch.bfloat16, device=mesh.device)
     if mesh.dp.size == 1:
         return (2 * layers + 1) * seconds_of(lambda: all_reduce(x, mesh.tp), mesh.device)
-    assert mesh.tp.size == 1
-    ids = torch.randint(shape["num_experts"], (rows, top_k), device=mesh.device)
-    routed = RouterOutput(ids, torch.rand(rows, top_k, device=mesh.device).bfloat16())
-    partial = torch.randn(rows * mesh.ep.size, hidden, dtype=torch.bfloat16, device=mesh.device)
+    own = x[: -(-rows // mesh.tp.size)]
+    ids = torch.randint(shape["num_experts"], (len(own), top_k), device=mesh.device)
+    routed = RouterOutput(ids, torch.rand(len(own), top_k, device=mesh.device).bfloat16())
+    partial = torch.randn(len(own) * mesh.ep.size, hidden, dtype=torch.bfloat16, device=mesh.device)
     dispatcher = AllGatherDispatcher(mesh.ep, SyncClock())
 
     def there_and_back() -> None:
-        dispatched = dispatcher.dispatch(x, routed, None)
+        dispatched = dispatcher.dispatch(own, routed, None)
         dispatcher.combine(partial, dispatched).complete()
+        if mesh.tp.size > 1:
+            reduce_scatter(all_gather(own, mesh.tp), mesh.tp)
 
-    return layers * seconds_of(there_and_back, mesh.device)
+    embedded = seconds_of(lambda: all_reduce(x, mesh.tp), mesh.device) if mesh.tp.size > 1 else 0.0
+    return layers * seconds_of(there_and_back, mesh.device) + embedded

@@ -1,105 +1,61 @@
-"""Layouts of two devices beside one, all on the same machine in one call: runs `gpu_layouts.py` for each, and reports.
+"""Layouts of several devices beside one, all on the same machine in one call, and what the largest dp shows beside: runs a
+script for each part, and reports.
 
-A layout that fails or takes too long is said to, and the others are measured all the same.
+A part that fails or takes too long is said to, and the others are run all the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import psutil
-from gpu_layouts import MARK
-from gpu_limits import Share
-from gpu_plan import FULL, MILLI, TOY, Report
+import torch
+from gpu_layout_plan import LAYOUTS, largest_dp, layouts_for, totals_of
+from gpu_layout_tables import (
+    decode_table,
+    limit_table,
+    notes,
+    prefill_table,
+    processor_table,
+    profile_table,
+    route_table,
+    stall_table,
+)
+from gpu_layout_text import PROCESSORS, ROUTES, SETTING, STALL
+from gpu_plan import FULL, TOY, Report
 from machine import describe, write_result
 from make_models import write_config
+from marked_results import NOT_RUN, Found, keep, kill_all, load_kept, read_results, start
 
-LAYOUTS = {
-    "tp1": Share(1, 1, "ep"),
-    "tp2-tp": Share(1, 2, "tp"),
-    "tp2-ep": Share(1, 2, "ep"),
-    "dp2": Share(2, 1, "ep"),
-}
-BASE = "tp1"
-LAST_WORDS = 80
+# Ranks of a dry run, which has no devices to count.
+TOY_DEVICES = 8
+# Of the scripts that follow the layouts, for their dry runs: what makes them small.
+TOY_STALL = ("--shape", "toy30b", "--history", "200", "--rounds", "1", "--turns", "3")
+TOY_PROCESSORS = ("--shape", "toy30b", "--requests", "8", "--tokens", "8")
 
 
-@dataclass
-class Found:
-    """What one layout printed, by kind of result."""
-
-    name: str
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    failure: str = ""
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return self.results.get(kind, [])
-
-
-def kill_all(pid: int) -> None:
-    """A process and all that it has started."""
-    agent = psutil.Process(pid)
-    for process in (agent, *agent.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+def script(name: str) -> str:
+    return str(Path(__file__).with_name(f"{name}.py"))
 
 
 def start_layout(name: str, model: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     """In processes of its own, which wait behind their imports until `go_file` is there."""
     share = LAYOUTS[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(share.dp * share.tp), str(Path(__file__).with_name("gpu_layouts.py"))]
+    command += ["--nproc-per-node", str(share.world), script("gpu_layouts")]
     command += ["--model", model, "--device", options.device, "--dp", str(share.dp), "--tp", str(share.tp)]
     command += ["--moe-split", share.moe_split, *(["--toy"] if options.toy else [])]
     command += ["--no-profile"] if "profile" in options.skip else []
-    batches = (TOY if options.toy else FULL).batches
-    if name == BASE:
-        # Also as many as two dp ranks have in all, where they fit.
-        batches = tuple(sorted({*batches, *(2 * batch for batch in batches[:-1])}))
-    command += ["--batches", *map(str, batches), "--go-file", str(go_file(name, model))]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    )
+    totals = totals_of(name, TOY if options.toy else FULL)
+    return start([*command, "--totals", *map(str, totals), "--go-file", str(go_file(name, model))])
 
 
 def go_file(name: str, model: str) -> Path:
     return Path(model) / f"{name}.go"
-
-
-def run_layout(name: str, model: str, child: subprocess.Popen[str], options: argparse.Namespace) -> Found:
-    """Have the processes begin, and read what they print until they end, with their time at the latest."""
-    found = Found(name)
-    go_file(name, model).touch()
-    timer = threading.Timer(options.layout_timeout, kill_all, (child.pid,))
-    timer.start()
-    began, last = time.monotonic(), deque[str](maxlen=LAST_WORDS)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith(MARK):
-            result = json.loads(line.removeprefix(MARK))
-            found.results.setdefault(result.pop("kind"), []).append(result)
-            print(f"{name}, {time.monotonic() - began:.0f} s: {line.removeprefix(MARK).rstrip()}", flush=True)
-        else:
-            last.append(line)
-    status = child.wait()
-    timer.cancel()
-    if not found.of("done"):
-        late = time.monotonic() - began >= options.layout_timeout
-        found.failure = f"killed after {options.layout_timeout:.0f} s" if late else f"exit status {status}"
-        print(f"{name}: {found.failure}", *last, sep="\n", flush=True)
-    return found
 
 
 def run_layouts(names: list[str], model: str, options: argparse.Namespace) -> list[Found]:
@@ -109,7 +65,8 @@ def run_layouts(names: list[str], model: str, options: argparse.Namespace) -> li
     try:
         for index, name in enumerate(names):
             children += [start_layout(following, model, options) for following in names[index + 1 : index + 2]]
-            all_found.append(run_layout(name, model, children[index], options))
+            go_file(name, model).touch()
+            all_found.append(read_results(name, children[index], options.layout_timeout))
     finally:
         for child in children:
             if child.poll() is None:
@@ -117,107 +74,67 @@ def run_layouts(names: list[str], model: str, options: argparse.Namespace) -> li
     return all_found
 
 
-def decode_table(all_found: list[Found]) -> list[str]:
-    lines = [
-        "| layout | requests in all | tokens/s | over tp1 | over tp1, as many a group | ms a step | capture on / off "
-        "| experts read | busiest rank / mean | bytes allow, ms | collectives, ms | share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+def run_part(part: str, name: str, arguments: list[str], options: argparse.Namespace) -> Found:
+    """A script with the device that all have; nothing where the part is not wanted, or needs more ranks than there are."""
+    if part in options.skip or not arguments:
+        return Found(part, failure=NOT_RUN)
+    command = [sys.executable, script(name), *arguments, "--device", options.device]
+    return read_results(part, start(command), options.part_timeout)
+
+
+def run_all(allowed: list[str], options: argparse.Namespace) -> list[Found]:
+    """Layouts, and the parts that follow them."""
+    all_found = []
+    if "speed" not in options.skip:
+        with tempfile.TemporaryDirectory(prefix="waybill-layouts-") as model:
+            write_config("toy30b" if options.toy else "30b", Path(model))
+            all_found = run_layouts(allowed, model, options)
+    toy, dp = options.toy, largest_dp(allowed)
+    on_dp = ["--dp", str(dp)] if dp > 1 else []
+    return [
+        *all_found,
+        run_part("routes", "gpu_layout_routes", [*allowed, *(["--toy"] if toy else [])], options),
+        run_part("stall", "stall_everywhere", [*on_dp, *(TOY_STALL if toy and on_dp else ())], options),
+        run_part("processors", "gpu_processors", [*on_dp, *(TOY_PROCESSORS if toy and on_dp else ())], options),
     ]
-    base = {
-        each["batch"]: each["tokens_per_s"] for found in all_found if found.name == BASE for each in found.of("decode")
-    }
-    for found in all_found:
-        off = {each["batch"]: each["seconds"] for each in found.of("decode_off")}
-        for each in found.of("decode"):
-            capture = f"{each['seconds'] / off[each['batch']]:.3f}" if each["batch"] in off else ""
-            over, over_group = (
-                f"{each['tokens_per_s'] / base[each[number]]:.2f}" if each[number] in base else ""
-                for number in ("total", "batch")
-            )
-            lines.append(
-                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over} | {over_group} "
-                f"| {each['seconds'] * MILLI:.2f} | {capture} "
-                f"| {each['experts']:.0f} | {each['imbalance']:.2f} | {each['bytes_s'] * MILLI:.2f} "
-                f"| {each['wire_s'] * MILLI:.2f} | {each['share']:.1%} |"
-            )
-    return lines
 
 
-def prefill_table(all_found: list[Found]) -> list[str]:
-    lines = [
-        "| layout | tokens in all | tokens/s | over tp1 | one behind another | over tp1 | bytes allow, ms | "
-        "operations allow, ms | collectives, ms | share |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    base = {each["tokens"]: each for found in all_found if found.name == BASE for each in found.of("prefill")}
-    for found in all_found:
-        for each in found.of("prefill"):
-            of_base = base.get(each["tokens"])
-            over = ["", ""]
-            if of_base is not None:
-                over = [f"{each[key] / of_base[key]:.2f}" for key in ("tokens_per_s", "behind_tokens_per_s")]
-            lines.append(
-                f"| {found.name} | {each['total']} | {each['tokens_per_s']:,.0f} | {over[0]} "
-                f"| {each['behind_tokens_per_s']:,.0f} | {over[1]} | {each['bytes_s'] * MILLI:.2f} "
-                f"| {each['flops_s'] * MILLI:.2f} | {each['wire_s'] * MILLI:.2f} | {each['share']:.1%} |"
-            )
-    return lines
-
-
-def profile_table(all_found: list[Found]) -> list[str]:
-    lines = [
-        "| layout | requests a dp rank | leader's host, ms | launch, slowest rank, ms | ms a step, profiled "
-        "| kernels run, ms | none runs, ms | launches | longest kernels, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for found in all_found:
-        host_s = {each["batch"]: each["host_s"] for each in found.of("decode")}
-        launch_s = {each["batch"]: each["seconds"] for each in found.of("launch")}
-        for each in found.of("profile"):
-            kernels = ", ".join(f"`{name}` {ms:.2f}" for name, ms in list(each["kernels"].items())[:6])
-            lines.append(
-                f"| {found.name} | {each['batch']} | {host_s[each['batch']] * MILLI:.2f} "
-                f"| {launch_s.get(each['batch'], math.nan) * MILLI:.2f} | {each['wall_ms']:.2f} | {each['busy_ms']:.2f} "
-                f"| {each['idle_ms']:.2f} | {each['launches']} | {kernels} |"
-            )
-    return lines
+def make_report(kept: dict[str, Found], num_devices: int) -> Report:
+    """Of what this call and earlier ones have found."""
+    report = Report()
+    all_found = [kept[name] for name in LAYOUTS if name in kept]
+    report.add(f"# Layouts of up to {num_devices} devices", "", describe() + ".", "", *SETTING.strip().splitlines(), "")
+    report.add(*notes(all_found, [name for name in LAYOUTS if name not in kept]))
+    for title, table in (
+        ("Decode", decode_table),
+        ("Prefill", prefill_table),
+        ("A decode step", profile_table),
+        ("The next limit", limit_table),
+    ):
+        report.add("", f"## {title}", "", *table(all_found))
+    for title, part, text, table_of_part in (
+        ("Routes in float32", "routes", ROUTES, route_table),
+        ("A finish somewhere in most steps", "stall", STALL, stall_table),
+        ("The output processor", "processors", PROCESSORS, processor_table),
+    ):
+        found = kept.get(part, Found(part, failure=NOT_RUN))
+        report.add("", f"## {title}", "", *text.strip().splitlines(), "", *table_of_part(found))
+    return report
 
 
 def compare_layouts(names: list[str], options: argparse.Namespace) -> None:
-    report = Report()
-    with tempfile.TemporaryDirectory(prefix="waybill-layouts-") as model:
-        write_config("toy30b" if options.toy else "30b", Path(model))
-        all_found = run_layouts(names, model, options)
-    report.add("# Layouts of two devices", "", describe() + ".", "", *SETTING.strip().splitlines(), "")
-    for found in all_found:
-        for each in found.of("limits"):
-            rates = f"copy {each['bytes_per_s'] / 1e12:.2f} TB/s, matrices {each['flops_per_s'] / 1e12:.0f} TFLOP/s"
-            report.add(f"- {found.name}: {rates}")
-        if found.failure:
-            report.add(f"- {found.name}: {found.failure}; what is below is what came before")
-    for title, table in (("Decode", decode_table), ("Prefill", prefill_table), ("A decode step", profile_table)):
-        report.add("", f"## {title}", "", *table(all_found))
+    num_devices = torch.cuda.device_count() if options.device == "cuda" else TOY_DEVICES
+    allowed, not_run = layouts_for(names, num_devices)
+    if not_run:
+        print(f"{num_devices} devices are too few for {', '.join(not_run)}", flush=True)
+    kept = load_kept(options.kept)
+    all_found = [found for found in run_all(allowed, options) if found.failure != NOT_RUN]
+    kept |= {found.name: found for found in all_found}
+    keep(options.kept, kept)
+    report = make_report(kept, num_devices)
     print(json.dumps({found.name: {"failure": found.failure, **found.results} for found in all_found}))
     if options.write:
-        write_result("gpu_layouts.md", "\n".join(report.lines) + "\n")
+        name = "gpu_layouts.md" if num_devices <= 2 else f"gpu_layouts_{num_devices}.md"
+        write_result(name, "\n".join(report.lines) + "\n")
     if any(found.failure for found in all_found):
         raise SystemExit(1)
-
-
-SETTING = """
-`bench/gpu.py --layouts`: each layout in processes of its own, one after the other on this machine. Qwen3-30B-A3B with
-random weights, bfloat16, routes captured, tokens choosing their experts independently (`spread_routes`), 512 tokens of
-context in decode; leaders driven step by step, a real output processor beside them. Medians. tp1 is one device; tp2-tp and
-tp2-ep are two with experts cut or whole; dp2 is two attention groups (all_gather). "Over tp1" is over tp1 with as many
-requests in all, "as many a group" over tp1 with as many as each group has; for 512 one GPU of 80 GB has no memory.
-
-**Host**: what the leader does for a step - planning, agreement, launch, what it makes of the step before - without its
-wait for the device; it runs while the step before is computed. A peer's host launches and no more.
-
-**Busiest rank**: choices of experts that fall on it, over the mean of the ranks.
-
-**Share** of the layout's own limit: what the bytes of the rank that reads most allow at this run's copy bandwidth (its
-weights, the experts that were read, keys and values; in prefill its operations at the matrix rate, if they take longer),
-plus what the collectives of hidden states take by themselves, inside a CUDA graph; over the measured time of a step. Of
-several dp ranks each has its own device, so their limits are one rank's.
-"""

@@ -7,14 +7,14 @@ in its own process, and one output processor takes the records of all. Rank 0 pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,27 +26,25 @@ import torch.distributed as dist
 import zmq
 from gpu_collectives import collective_seconds
 from gpu_host_time import LaunchTimes
+from gpu_layout_plan import fitting_totals, plan_of, requests_of
 from gpu_leader import Leader
 from gpu_limits import Limits, Share, measure_limits
-from gpu_plan import CONTEXT, FULL, TOY, Plan
+from gpu_plan import FULL, TOY, Plan
 from gpu_profile import profile_decode
+from marked_results import say
 from output_side import Surroundings
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.plan import StopPeers
 from waybill.engine.replica import Rank, follow, load_rank, make_runner, make_scheduler
-from waybill.parallel.mesh import ParallelMesh
+from waybill.parallel.collectives import all_gather
+from waybill.parallel.mesh import Axis, ParallelMesh
 
-MARK = "RESULT "
 CONTEXT_LENGTH = 16384
 # For the layout before it.
 GO_TIMEOUT_S = 600.0
 TIMEOUT_S = 120
 NUM_ALONE, NUM_BEHIND = 5, 8
-
-
-def say(kind: str, **values: Any) -> None:
-    print(MARK + json.dumps({"kind": kind, **values}), flush=True)
 
 
 def engine_config(options: argparse.Namespace, plan: Plan) -> EngineConfig:
@@ -57,9 +55,10 @@ def engine_config(options: argparse.Namespace, plan: Plan) -> EngineConfig:
         dp_size=options.dp,
         tp_size=options.tp,
         moe_split=options.moe_split,
-        kv_cache_tokens=max(max(plan.batches) * (CONTEXT + 128), 2 * max(plan.prefills)),
+        kv_cache_tokens=plan.kv_tokens,
         context_length=CONTEXT_LENGTH,
-        max_running_requests=max(plan.batches),
+        # Prompts that follow each other are two at a time.
+        max_running_requests=max(2, *plan.batches),
         chunked_prefill_size=max(plan.prefills),
         enable_prefix_cache=False,
         enable_return_routed_experts=True,
@@ -74,21 +73,30 @@ def spread_routes(rank: Rank) -> None:
         layer.self_attn.o_proj.weight.data.mul_(1 / 16)
 
 
+@contextlib.contextmanager
+def requests(leader: Leader, dp: Axis, total: int) -> Iterator[int]:
+    """This dp rank's of so many. Where another has more or fewer, steps are taken as long as one rank needs them."""
+    if total % dp.size:
+        leader.goes_on = lambda own: bool(all_gather(torch.tensor([int(own)]), dp).any())
+    yield requests_of(total, dp.rank, dp.size)
+    leader.goes_on = bool
+
+
 def measure_decode(leader: Leader, rank: Rank, share: Share, bytes_per_s: float, wire_s: dict[int, float]) -> None:
     plan = leader.plan
-    for batch in plan.batches:
-        seconds = statistics.median(leader.decode_seconds(batch))
-        host_s = leader.host_s
-        found = leader.routes_of(CONTEXT, 9, batch)
+    for total, most in zip(plan.totals, plan.batches, strict=True):
+        with requests(leader, rank.mesh.dp, total) as batch:
+            seconds = statistics.median(leader.decode_seconds(batch))
+            host_s = leader.host_s
+            found = leader.routes_of(plan.context, 9, batch, total=total)
         if rank.mesh.world.rank == 0:
-            routes = np.stack(found)[:, CONTEXT:].swapaxes(0, 1)
+            routes = np.stack(found)[:, plan.context :].swapaxes(0, 1)
             experts = share.touched(routes, plan.shape["num_experts"])
-            bytes_s = share.decode_bytes(plan.shape, experts, batch) / bytes_per_s
-            total = batch * share.dp
+            bytes_s = share.decode_bytes(plan, experts, most) / bytes_per_s
             imbalance = share.imbalance(routes, plan.shape["num_experts"])
-            say("decode", batch=batch, total=total, seconds=seconds, host_s=host_s, tokens_per_s=total / seconds,
-                experts=experts, imbalance=imbalance, bytes_s=bytes_s, wire_s=wire_s[batch],
-                share=(bytes_s + wire_s[batch]) / seconds)  # fmt: skip
+            say("decode", batch=most, total=total, seconds=seconds, host_s=host_s, tokens_per_s=total / seconds,
+                experts=experts, imbalance=imbalance, bytes_s=bytes_s, wire_s=wire_s[most],
+                share=(bytes_s + wire_s[most]) / seconds)  # fmt: skip
 
 
 def measure_prefill(leader: Leader, rank: Rank, share: Share, limits: Limits, wire_s: dict[int, float]) -> None:
@@ -112,30 +120,33 @@ def measure_prefill(leader: Leader, rank: Rank, share: Share, limits: Limits, wi
 
 def measure_without_capture(leader: Leader, rank: Rank) -> None:
     """The same decodes, for the ratio."""
-    for batch in leader.plan.batches:
-        seconds = statistics.median(leader.decode_seconds(batch))
+    for total in leader.plan.totals:
+        with requests(leader, rank.mesh.dp, total) as batch:
+            seconds = statistics.median(leader.decode_seconds(batch))
         if rank.mesh.world.rank == 0:
-            say("decode_off", batch=batch, seconds=seconds)
+            say("decode_off", total=total, seconds=seconds)
 
 
 def measure_all(leader: Leader, rank: Rank, options: argparse.Namespace, limits: Limits) -> None:
     wire_s = options.wire_s
-    share = Share(options.dp, options.tp, options.moe_split)
+    share = options.share
     if rank.mesh.world.rank == 0:
         say("limits", bytes_per_s=limits.bytes_per_s, flops_per_s=limits.flops_per_s)
     measure_decode(leader, rank, share, limits.bytes_per_s, wire_s)
     if not options.no_prefill:
         measure_prefill(leader, rank, share, limits, wire_s)
-    for batch in () if options.no_profile else (TOY if options.toy else FULL).batches:
-        found = profile_decode(leader, batch)
+    wanted = () if options.no_profile else (TOY if options.toy else FULL).totals
+    for total in (total for total in leader.plan.totals if total in wanted):
+        with requests(leader, rank.mesh.dp, total) as batch:
+            found = profile_decode(leader, batch)
         if rank.mesh.world.rank == 0:
-            say("profile", batch=batch, **found)
+            say("profile", total=total, **found)
 
 
-def say_launches(of_ranks: list[dict[int, float]], batches: tuple[int, ...], rank: int) -> None:
-    """Of the slowest rank."""
-    for batch in batches if rank == 0 else ():
-        say("launch", batch=batch, seconds=max(found[batch] for found in of_ranks))
+def say_launches(of_ranks: list[dict[int, float]], plan: Plan, rank: int) -> None:
+    """Of the slowest rank among those with most requests."""
+    for total, batch in zip(plan.totals, plan.batches, strict=True) if rank == 0 else ():
+        say("launch", total=total, seconds=max(found[batch] for found in of_ranks if batch in found))
 
 
 def run_phase(rank: Rank, folder: str, options: argparse.Namespace, measure: Callable[[Leader, Rank], None]) -> None:
@@ -177,14 +188,31 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--moe-split", choices=("ep", "tp"), default="ep")
-    parser.add_argument("--batches", type=int, nargs="+", help="requests of each dp rank in decode")
+    parser.add_argument("--totals", type=int, nargs="+", help="requests of all dp ranks in decode")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--go-file", type=Path, help="begin when it is there")
     options = parser.parse_args()
-    plan = TOY if options.toy else FULL
-    options.plan = dataclasses.replace(plan, batches=tuple(options.batches or plan.batches))
+    plan = dataclasses.replace(TOY if options.toy else FULL, device=options.device)
+    options.share = Share(options.dp, options.tp, options.moe_split)
+    options.plan = plan_of(plan, options.share, tuple(options.totals or plan.totals))
     return options
+
+
+def leave_out_what_does_not_fit(options: argparse.Namespace, device: torch.device) -> tuple[int, ...]:
+    """Numbers of requests for which the device has no memory, which the plan then lacks.
+
+    Raises:
+        SystemExit: it has none for any.
+    """
+    plan = options.plan
+    if device.type != "cuda":
+        return ()
+    fitting = fitting_totals(plan, options.share, plan.totals, torch.cuda.get_device_properties(device).total_memory)
+    if not fitting:
+        raise SystemExit("a device has no memory for a rank's weights and the keys and values of one request")
+    options.plan = plan_of(plan, options.share, fitting)
+    return tuple(total for total in plan.totals if total not in fitting)
 
 
 def wait_for(file: Path) -> None:
@@ -201,13 +229,14 @@ def wait_for(file: Path) -> None:
 
 def main() -> None:
     options = parse_options()
-    plan = options.plan
     if options.go_file is not None:
         wait_for(options.go_file)
     device = torch.device("cpu")
     if options.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    left_out = leave_out_what_does_not_fit(options, device)
+    plan = options.plan
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     mesh = ParallelMesh.build(options.dp, options.tp, device)
@@ -223,12 +252,12 @@ def main() -> None:
         rank = load_rank(engine_config(options, plan), mesh)
         spread_routes(rank)
         if mesh.world.rank == 0:
-            say("ready", seconds=time.perf_counter() - began, world=mesh.world.size)
+            say("ready", seconds=time.perf_counter() - began, world=mesh.world.size, left_out=left_out)
         rows = [*plan.batches, *(() if options.no_prefill else plan.prefills)]
         options.wire_s = {num: collective_seconds(rank.mesh, plan.shape, num) for num in rows}
         launches = LaunchTimes(rank.runner)
         run_phase(rank, f"{folder[0]}/on", options, lambda leader, rank: measure_all(leader, rank, options, limits))
-        say_launches(launches.medians_of_ranks(), plan.batches, mesh.world.rank)
+        say_launches(launches.medians_of_ranks(), plan, mesh.world.rank)
         run_phase(without_capture(rank), f"{folder[0]}/off", options, measure_without_capture)
     dist.barrier()
     if mesh.world.rank == 0:

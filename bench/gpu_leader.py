@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 from gpu_host_time import DeviceWait
-from gpu_plan import CONTEXT, GREEDY, NUM_STEPS, NUM_WARM_UPS, Plan
+from gpu_plan import GREEDY, NUM_WARM_UPS, Plan
 from model_shapes import config_of
 from output_side import Surroundings
 
@@ -67,7 +67,7 @@ class Bench:
         self.config = EngineConfig(
             model_path=str(EMBEDDED_MODEL),
             device=plan.device,
-            kv_cache_tokens=max(max(plan.batches) * (CONTEXT + 128), 2 * max(plan.prefills)),
+            kv_cache_tokens=plan.kv_tokens,
             context_length=16384,
             max_running_requests=max(plan.batches),
             chunked_prefill_size=max(plan.prefills),
@@ -151,6 +151,9 @@ class Leader:
         self.prefill_tokens = plan.prefills[0]
         # Of the last decodes' steps, the median of all but the wait for the device.
         self.host_s = 0.0
+        # Whether to take another step, by whether this dp rank needs one. Where the dp ranks' numbers of requests differ so
+        # do their answers, and all must step as long as one does.
+        self.goes_on: Callable[[bool], bool] = bool
 
     def send(
         self, prompt_tokens: int, max_new_tokens: int, params: SamplingParams = GREEDY, *, routed: bool = True
@@ -175,10 +178,10 @@ class Leader:
     def start_decoding(self, batch: int, params: SamplingParams = GREEDY) -> None:
         """`batch` requests, past their prefills and the warm-up steps."""
         for _ in range(batch):
-            self.send(CONTEXT, NUM_WARM_UPS + NUM_STEPS + 4, params, routed=False)
+            self.send(self.plan.context, self.plan.decode_tokens(batch), params, routed=False)
         self.wait_for_requests(batch)
         queues = self.scheduler.queues
-        while not all(req.is_decoding for req in queues.running) or queues.num_waiting:
+        while self.goes_on(not all(req.is_decoding for req in queues.running) or queues.num_waiting > 0):
             self.scheduler.step()
         for _ in range(NUM_WARM_UPS):
             self.scheduler.step()
@@ -188,7 +191,7 @@ class Leader:
         self.start_decoding(batch, params)
         seconds, host_seconds, wait = [], [], DeviceWait()
         with wait.counted():
-            for _ in range(NUM_STEPS - 8):
+            for _ in range(self.plan.num_steps - 8):
                 began, waited = time.perf_counter(), wait.seconds
                 self.scheduler.step()
                 seconds.append(time.perf_counter() - began)
@@ -216,15 +219,22 @@ class Leader:
         return (time.perf_counter() - began) / count
 
     def routes_of(
-        self, prompt_tokens: int, max_new_tokens: int, count: int, params: SamplingParams = GREEDY
+        self,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        count: int,
+        params: SamplingParams = GREEDY,
+        total: int | None = None,
     ) -> list[np.ndarray]:
-        """Rows of requests that run together, `count` of each dp rank; the leader of dp rank 0 gets all."""
+        """Rows of requests that run together, `count` of this dp rank; the leader of dp rank 0 gets all, which are `total`,
+        or as many of each dp rank."""
+        total = count * self._dp_size if total is None else total
         for _ in range(count):
             self.send(prompt_tokens, max_new_tokens, params)
         self.wait_for_requests(count)
         self.drain()
         found: list[np.ndarray] = []
-        while self._dp_rank == 0 and len(found) < count * self._dp_size:
+        while self._dp_rank == 0 and len(found) < total:
             message, frames = self._surroundings.answers.receive()
             if isinstance(message, OutputBatch):
                 for output, frame in zip((o for o in message.outputs if o.routed_experts), frames, strict=True):
@@ -236,5 +246,5 @@ class Leader:
         return found
 
     def drain(self) -> None:
-        while not self.scheduler.is_idle:
+        while self.goes_on(not self.scheduler.is_idle):
             self.scheduler.step()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_plan import CONTEXT, MILLI, NUM_STEPS, NUM_WARM_UPS, Plan
+from gpu_plan import MILLI, NUM_WARM_UPS, Plan
 
 from waybill.parallel.fp8 import BLOCK
 
@@ -81,10 +81,17 @@ def num_experts(shape: dict[str, Any]) -> int:
     return int(shape["n_routed_experts"] if "n_routed_experts" in shape else shape["num_experts"])
 
 
-def decode_bytes(shape: dict[str, Any], experts: float, batch: int, *, is_fp8: bool = False) -> float:
+def decode_bytes(plan: Plan, experts: float, batch: int) -> float:
     """Bytes that a decode step must read: dense weights, `experts` a layer, keys and values, or latents."""
-    kv = shape["num_hidden_layers"] * cached_width(shape) * batch * (CONTEXT + NUM_WARM_UPS + NUM_STEPS / 2)
-    return layer_bytes(shape, experts, is_fp8=is_fp8) + 2 * (shape["vocab_size"] * shape["hidden_size"] + kv)
+    shape = plan.shape
+    head = shape["vocab_size"] * shape["hidden_size"]
+    return layer_bytes(shape, experts, is_fp8=plan.is_fp8) + 2 * head + cached_bytes(plan, batch)
+
+
+def cached_bytes(plan: Plan, batch: int) -> float:
+    """Of the keys and values, or latents, that a decode step of `batch` requests reads."""
+    num_tokens = batch * (plan.context + NUM_WARM_UPS + plan.num_steps / 2)
+    return float(2 * plan.shape["num_hidden_layers"] * cached_width(plan.shape) * num_tokens)
 
 
 def layer_bytes(shape: dict[str, Any], experts: float, *, is_fp8: bool = False) -> float:
@@ -153,33 +160,49 @@ class Share:
         """Experts that a layer reads on the rank that reads most; with sliced experts all read the same."""
         if self.moe_split == "tp":
             return touched_experts(routes)
-        world = self.dp * self.tp
-        owner = routes // (num_experts // world)
+        owner = routes // (num_experts // self.world)
         # Those of others count as one more expert, which is taken off where there are some.
-        on_ranks = [np.where(owner == rank, routes.astype(np.int64), -1) for rank in range(world)]
+        on_ranks = [np.where(owner == rank, routes.astype(np.int64), -1) for rank in range(self.world)]
         return max(touched_experts(own) - float((own < 0).any()) for own in on_ranks)
 
     def imbalance(self, routes: np.ndarray, num_experts: int) -> float:
         """Choices that fall on the busiest rank over the mean of all ranks, averaged over steps and layers; 1 where every
         rank has a slice of every expert."""
-        world = self.dp * self.tp
-        if self.moe_split == "tp" or world == 1:
+        if self.moe_split == "tp" or self.world == 1:
             return 1.0
-        owner = routes.astype(np.int64) // (num_experts // world)
-        on_ranks = np.stack([(owner == rank).sum(axis=(1, 3)) for rank in range(world)])
+        owner = routes.astype(np.int64) // (num_experts // self.world)
+        on_ranks = np.stack([(owner == rank).sum(axis=(1, 3)) for rank in range(self.world)])
         return float((on_ranks.max(axis=0) / on_ranks.mean(axis=0)).mean())
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.tp
+
+    def kv_part(self, shape: dict[str, Any]) -> float:
+        """Of a dp rank's keys and values: of a head that several ranks have queries for each of them has its own."""
+        return 1 / min(self.tp, int(shape["num_key_value_heads"]))
 
     def layer_bytes(self, shape: dict[str, Any], experts: float) -> float:
         """As `layer_bytes` of the whole model, of one rank."""
         hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
         router = hidden * num_experts(shape)
-        expert = 3 * hidden * shape["moe_intermediate_size"] / (self.dp * self.tp if self.moe_split == "tp" else 1)
-        return 2 * layers * (attention_weights(shape) / self.tp + router + experts * expert)
+        expert = 3 * hidden * shape["moe_intermediate_size"] / (self.world if self.moe_split == "tp" else 1)
+        key_values = 2 * hidden * shape["num_key_value_heads"] * shape["head_dim"]
+        attention = (attention_weights(shape) - key_values) / self.tp + key_values * self.kv_part(shape)
+        return 2 * layers * (attention + router + experts * expert)
 
-    def decode_bytes(self, shape: dict[str, Any], experts: float, batch: int) -> float:
+    def decode_bytes(self, plan: Plan, experts: float, batch: int) -> float:
         """As `decode_bytes`, of one rank, whose dp rank decodes `batch` requests."""
-        rest = decode_bytes(shape, 0, batch) - layer_bytes(shape, 0)
-        return self.layer_bytes(shape, experts) + rest / self.tp
+        head = 2 * plan.shape["vocab_size"] * plan.shape["hidden_size"] / self.tp
+        return self.layer_bytes(plan.shape, experts) + head + cached_bytes(plan, batch) * self.kv_part(plan.shape)
+
+    def held_bytes(self, plan: Plan) -> float:
+        """What a rank has in memory all the time: weights, and the pool of keys and values."""
+        shape = plan.shape
+        experts = num_experts(shape) / (1 if self.moe_split == "tp" else self.world)
+        vocabulary = 4 * shape["vocab_size"] * shape["hidden_size"] / self.tp
+        pool = 2 * shape["num_hidden_layers"] * cached_width(shape) * plan.kv_tokens * self.kv_part(shape)
+        return float(self.layer_bytes(shape, experts) + vocabulary + pool)
 
     def prefill_flops(self, shape: dict[str, Any], num_tokens: int) -> float:
         """Each dp rank has a prompt of its own, and the experts of all are shared out evenly."""

@@ -9,8 +9,9 @@ from model_shapes import SHAPES
 
 from waybill.engine.io_struct import SamplingParams
 
-CONTEXT = 512
-NUM_WARM_UPS, NUM_STEPS = 8, 48
+NUM_WARM_UPS = 8
+# What a request has beside its context in the KV pool, at most.
+SPARE_TOKENS = 128
 # Of prefills that follow each other.
 NUM_PROMPTS = 16
 MILLI = 1e3
@@ -33,12 +34,32 @@ class Plan:
     prefills: tuple[int, ...]
     wide_shape: str
     num_prompts: int
+    # Requests of a layout of several devices, in all.
+    totals: tuple[int, ...]
+    # A small model of the shape's kind, for routes in float32.
+    route_shape: str
+    # Tokens before the first of a decode, and steps that are timed, eight more being run.
+    context: int = 512
+    num_steps: int = 48
     # Linear and expert layers in block FP8; compared with the same in bfloat16.
     is_fp8: bool = False
 
+    @property
+    def kv_tokens(self) -> int:
+        """Of the pool. Two prompts have room at once, or ranks whose second one has to wait would take other steps."""
+        return max(max(self.batches) * (self.context + SPARE_TOKENS), 2 * (max(self.prefills) + SPARE_TOKENS))
 
-FULL = Plan("cuda", SHAPES["30b"], (1, 8, 64, 256), (2048, 8192), "wide", 24)
-TOY = Plan("cpu", SHAPES["toy30b"], (1, 4), (64,), "T", 6)
+    def decode_tokens(self, batch: int) -> int:
+        """New tokens of each of `batch` requests: those that are prefilled first decode while the others are."""
+        num_prefill_steps = -(-batch * self.context // max(self.prefills))
+        num_tokens = num_prefill_steps + NUM_WARM_UPS + self.num_steps + 4
+        assert num_tokens <= SPARE_TOKENS
+        return num_tokens
+
+
+TOTALS = (1, 8, 64, 256, 1024)
+FULL = Plan("cuda", SHAPES["30b"], (1, 8, 64, 256), (2048, 8192), "wide", 24, TOTALS, "wide")
+TOY = Plan("cpu", SHAPES["toy30b"], (1, 4), (64,), "T", 6, (1, 8), "toy30b", context=32, num_steps=12)
 # By the name of the shape.
 FULL_PLANS = {
     "30b": FULL,

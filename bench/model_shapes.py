@@ -150,7 +150,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "wide8": QWEN3_30B | {"num_hidden_layers": 8, "vocab_size": 8192, "max_position_embeddings": 8192},
     "wide": QWEN3_30B | {"num_hidden_layers": 2, "vocab_size": 8192, "max_position_embeddings": 8192},
     "toy30b": QWEN3_30B
-    | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
     | {"num_experts": 16, "moe_intermediate_size": 32, "vocab_size": 512},
     "M": {
         "hidden_size": 1024,

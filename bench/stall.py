@@ -35,8 +35,8 @@ from make_models import ensure_checkpoint, write_config
 from model_shapes import SHAPES as ALL_SHAPES
 from stall_report import VariantScores, as_json, plot, report, score
 from stall_segment import (
-    BUSY_RANK,
     FIRST_TOKEN,
+    STEADY_RANK,
     TURN_OUTPUT,
     TURN_PROMPT,
     VARIANTS,
@@ -61,12 +61,16 @@ OPTIONS = {"cpu": {"num_threads": 1}, "cuda": {"max_running_requests": 8}}
 
 
 class StallBench:
-    """Both engines, with the history in the prefix cache of rank 0, and the segments that ran on them."""
+    """Both engines, with the history in the prefix cache of all ranks but the steady one, and the segments that ran on
+    them."""
 
-    def __init__(self, model_path: str, device: str, load_format: str, history_tokens: int, seed: int) -> None:
+    def __init__(
+        self, model_path: str, device: str, load_format: str, history_tokens: int, seed: int, dp_size: int = 2
+    ) -> None:
         self.rng = np.random.default_rng(seed)
+        self.busy_ranks = [rank for rank in range(dp_size) if rank != STEADY_RANK]
         options = {
-            "dp_size": 2,
+            "dp_size": dp_size,
             "tp_size": 1,
             "device": device,
             "load_format": load_format,
@@ -78,26 +82,30 @@ class StallBench:
         self.segments: dict[str, list[Segment]] = defaultdict(list)
         for tapped in (self.routing, self.plain):
             tapped.take_steps()
-        self._history = self._draw(history_tokens, int(self.plain.state["vocab_size"]))
+        self.history = self._draw(history_tokens, int(self.plain.state["vocab_size"]))
         # Prefilling 32k tokens takes minutes on one core, and the two engines need not take turns yet; on GPUs the
         # collectives of one would wait for those of the other.
         with ThreadPoolExecutor(max_workers=2 if device == "cpu" else 1) as pool:
             list(pool.map(self._prefill, (self.routing, self.plain)))
 
     def _prefill(self, tapped: TappedEngine) -> None:
-        tapped.engine.generate(
-            input_ids=self._history,
-            sampling_params={"max_new_tokens": 1, "ignore_eos": True},
-            routed_dp_rank=BUSY_RANK,
-        )
+        params = {"max_new_tokens": 1, "ignore_eos": True}
+        with ThreadPoolExecutor(max_workers=len(self.busy_ranks)) as pool:
+            for answer in [
+                pool.submit(tapped.engine.generate, input_ids=self.history, sampling_params=params, routed_dp_rank=rank)
+                for rank in self.busy_ranks
+            ]:
+                answer.result()
         tapped.take_steps()
 
     def _draw(self, num: int, vocab_size: int) -> list[int]:
         return self.rng.integers(FIRST_TOKEN, vocab_size, num).tolist()
 
+    def engine_of(self, variant: str) -> TappedEngine:
+        return self.plain if variant in WITHOUT_ROUTING else self.routing
+
     def run(self, variant: str, name: str, num_turns: int) -> Segment:
-        tapped = self.plain if variant in WITHOUT_ROUTING else self.routing
-        return asyncio.run(run_segment(tapped, variant, name, self._history, num_turns, self.rng))
+        return asyncio.run(run_segment(self.engine_of(variant), variant, name, self.history, num_turns, self.rng))
 
     def round(self, number: int, num_turns: int) -> None:
         """Kept when it is whole: ratios pair the variants of a round."""

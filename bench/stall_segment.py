@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -104,27 +104,32 @@ async def steady_stream(engine: Engine, prompt: list[int], variant: str) -> Asyn
 
 @dataclass
 class Conversation:
-    """Turns on rank 0, each a few new tokens after all that was said before."""
+    """Turns on one rank, each a few new tokens after all that was said before."""
 
     variant: str
     name: str
     ids: list[int]
     rng: np.random.Generator
+    dp_rank: int = BUSY_RANK
     num_turns: int = 0
+    # When the caller had each turn's answer, by its rid.
+    answered_s: dict[str, float] = field(default_factory=dict)
 
     async def turn(self, engine: Engine, vocab_size: int) -> None:
         """Ask, and check that as many rows came as the variant promises."""
         held = max(len(self.ids) - 1, 0)
         self.ids = self.ids + self.rng.integers(FIRST_TOKEN, vocab_size, TURN_PROMPT).tolist()
         start = held if self.variant == DELTA else 0
+        rid = RID_SEPARATOR.join([self.variant, self.name, str(self.num_turns)])
         answer: Any = await engine.async_generate(
             input_ids=self.ids,
             sampling_params={"temperature": 0.0, "max_new_tokens": TURN_OUTPUT, "ignore_eos": True},
-            rid=RID_SEPARATOR.join([self.variant, self.name, str(self.num_turns)]),
-            routed_dp_rank=BUSY_RANK,
+            rid=rid,
+            routed_dp_rank=self.dp_rank,
             return_routed_experts=self.variant in SHIPS_ROUTES,
             routed_experts_start_len=start,
         )
+        self.answered_s[rid] = time.monotonic()
         self.num_turns += 1
         self.ids = self.ids + answer["output_ids"]
         meta = answer["meta_info"]

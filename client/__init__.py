@@ -90,7 +90,7 @@ class Client:
 
         With `start_len="auto"` and a `session_id` they begin where this session's last answers have brought them already.
         By reference the rows are fetched as raw bytes, not as base64 within the answer. `fields` are further fields of
-        the request, as `rid` or `extra_key`.
+        the request, as `rid` or `extra_key`; with `return_router_weights=True` the rows' combine weights come as well.
 
         Raises:
             ValueError: the arguments contradict each other; nothing was sent.

@@ -48,7 +48,8 @@ class ServerError(RuntimeError):
 @dataclass(frozen=True, eq=False)
 class Generation:
     """One answer. `routes` [R, M, K], read-only, are the rows of the positions from `meta.start` on; both are None where
-    they were not asked for. `raw` is the whole `meta_info`."""
+    they were not asked for. `weights` [R, M, K], float32, are the combine weights of those rows, None without
+    `return_router_weights`. `raw` is the whole `meta_info`."""
 
     text: str
     output_ids: list[int]
@@ -58,6 +59,7 @@ class Generation:
     routes: np.ndarray | None
     meta: RoutedExpertsMeta | None
     raw: dict[str, Any]
+    weights: np.ndarray | None = None
 
 
 class _Prefix(msgspec.Struct, frozen=True):
@@ -78,6 +80,8 @@ class _MetaInfo(msgspec.Struct, frozen=True):
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
     routed_experts_prefix: _Prefix | None = None
+    router_weights: str | None = None
+    router_weights_meta: RoutedExpertsMeta | None = None
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -217,11 +221,17 @@ def make_generation(
         ServerError: the claim was refused; 410: it has expired.
         RoutesError: the rows are missing, or not those that were asked for.
     """
-    routes = meta = None
+    routes = meta = weights = None
     if request["return_routed_experts"]:
         meta = _present(info, "routed_experts_meta", info.routed_experts_meta)
-        frame = _inline_frame(info) if fetched is None else _fetched_frame(fetched, meta)
+        frame = (
+            _inline_frame(info, "routed_experts", info.routed_experts)
+            if fetched is None
+            else _fetched_frame(fetched, meta)
+        )
         routes = verify(meta, frame, request["routed_experts_start_len"], info)
+        if request.get("return_router_weights"):
+            weights = _weights(info, meta)
     return Generation(
         text=answer.text,
         output_ids=answer.output_ids,
@@ -231,6 +241,7 @@ def make_generation(
         routes=routes,
         meta=meta,
         raw=answer.meta_info,
+        weights=weights,
     )
 
 
@@ -270,12 +281,22 @@ def _present(info: _MetaInfo, name: str, value: T | None) -> T:
     return value
 
 
-def _inline_frame(info: _MetaInfo) -> bytes:
-    encoded = _present(info, "routed_experts", info.routed_experts)
+def _inline_frame(info: _MetaInfo, name: str, encoded: str | None) -> bytes:
+    text = _present(info, name, encoded)
     try:
-        return base64.b64decode(encoded, validate=True)
+        return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise RoutesError(f"routed_experts: expected base64: {error}") from None
+        raise RoutesError(f"{name}: expected base64: {error}") from None
+
+
+def _weights(info: _MetaInfo, of: RoutedExpertsMeta) -> np.ndarray:
+    """The combine weights [R, M, K] of the rows with the envelope `of`, verified, as float32."""
+    meta = _present(info, "router_weights_meta", info.router_weights_meta)
+    frame = _inline_frame(info, "router_weights", info.router_weights)
+    try:
+        return wire.decode_weights(meta, frame, of).as_float32()
+    except ValueError as error:
+        raise RoutesError(str(error)) from None
 
 
 def _fetched_frame(response: httpx.Response, stated: RoutedExpertsMeta) -> bytes:

@@ -17,7 +17,8 @@ from .answer import Generation, RoutesError
 
 class History:
     """What a conversation holds after every turn: `tokens`, and `routes` [len(tokens) - 1, M, K] of all but the last; of
-    all, after a turn that only fed its ids (`max_new_tokens` 0).
+    all, after a turn that only fed its ids (`max_new_tokens` 0). With `return_router_weights` also their combine `weights`,
+    else None.
 
     Tokens only ever grow: an answer's ids are appended as they came, never tokenised again.
     """
@@ -25,6 +26,7 @@ class History:
     def __init__(self, generate: Callable[..., Any], given: dict[str, Any]) -> None:
         self.tokens: list[int] = []
         self.routes: np.ndarray = np.empty((0, 0, 0), dtype=np.uint8)
+        self.weights: np.ndarray | None = None
         self._layout: tuple[Any, ...] | None = None
         self._generate = generate
         self._given = given
@@ -54,18 +56,29 @@ class History:
         layout = (meta.layer_ids, meta.top_k, meta.dtype)
         if self._layout not in (None, layout):
             raise RoutesError(f"routed experts: layers, top_k and dtype were {self._layout}, now they are {layout}")
-        existing = np.empty((0, *routes.shape[1:]), routes.dtype) if self._layout is None else self.routes
-        try:
-            stitched = wire.stitch(existing, meta.start, routes)
-        except ValueError as error:
-            raise RoutesError(str(error)) from None
+        is_first = self._layout is None
+        stitched = _stitched(None if is_first else self.routes, meta.start, routes)
+        weights = None
+        if generation.weights is not None:
+            weights = _stitched(None if is_first else self.weights, meta.start, generation.weights)
         tokens = prompt + generation.output_ids
         # The last token of an answer was sampled; it is an input when the next turn feeds it.
         num_inputs = len(tokens) - bool(generation.output_ids)
         if len(stitched) != num_inputs:
             raise RoutesError(f"routed experts: {len(stitched)} rows for {len(tokens)} tokens, must be {num_inputs}")
-        self.tokens, self.routes, self._layout = tokens, stitched, layout
+        self.tokens, self.routes, self.weights, self._layout = tokens, stitched, weights, layout
         return generation
+
+
+def _stitched(existing: np.ndarray | None, start: int, new: np.ndarray) -> np.ndarray:
+    """
+    Raises:
+        RoutesError: they do not fit each other.
+    """
+    try:
+        return wire.stitch(np.empty((0, *new.shape[1:]), new.dtype) if existing is None else existing, start, new)
+    except ValueError as error:
+        raise RoutesError(str(error)) from None
 
 
 class Conversation(History):

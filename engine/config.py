@@ -17,6 +17,7 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "torch_reference")
 MOE_DISPATCHERS = ("all_gather", "all_to_all")
 OUTPUT_PROCESSORS = ("engine", "node")
 FP8_ACTIVATIONS = ("auto", "e4m3", "exact")
+ROUTER_WEIGHTS_DTYPES = ("auto", "bfloat16", "float32")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 DISAGGREGATION = ("none", "prefill", "decode")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -117,6 +118,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int, Option("steps that may be in flight while the next one is planned", choices=(0, 1))
     ] = 1
     enable_return_routed_experts: Annotated[bool, Option("record routes, for requests that ask for them")] = False
+    enable_return_router_weights: Annotated[
+        bool, Option("record the combine weights beside the routes, for requests that ask for them")
+    ] = False
+    router_weights_dtype: Annotated[
+        str,
+        Option(
+            "of recorded combine weights; auto is the one that the experts' outputs are weighed in, float32 in place of "
+            "float16; bfloat16 rounds others to the nearest, ties to even",
+            choices=ROUTER_WEIGHTS_DTYPES,
+        ),
+    ] = "auto"
     routing_ring_slots: Annotated[
         int, Option("steps of routes that may wait to be filed before the engine waits", bounds=ONE_OR_MORE)
     ] = 8
@@ -211,6 +223,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.moe_dispatcher == "all_to_all" and self.moe_split != "ep":
             raise ValueError(
                 "moe_dispatcher='all_to_all': needs moe_split='ep'; a slice of every expert is on every rank"
+            )
+        if self.enable_return_router_weights and not self.enable_return_routed_experts:
+            raise ValueError(
+                "enable_return_router_weights: needs enable_return_routed_experts, they stand beside the routes"
             )
         if self.routing_ring_slots <= self.overlap_depth:
             raise ValueError(f"routing_ring_slots={self.routing_ring_slots}: must be more than overlap_depth")

@@ -10,13 +10,13 @@ Directions:
     frontend -> leader             NumberedMessage, GetInternalStateReq; see `ipc/frontend_messages.py`
     leader -> output processor     RoutingSetup once, then StepRecord, one a step; to tp peers see `plan.py`
     leader -> frontend             ControlReply, there as well
-    output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`
+    output processor -> frontend   OutputBatch, followed by one frame of rows per output that has `routed_experts`, and one
+                                   of combine weights behind it if it has `router_weights`
     frontend <-> output processor  OutputQuery / OutputReply; a claim's rows follow as a frame
 """
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Literal
 
 import msgspec
@@ -86,6 +86,8 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     # Every output of a stream carries the rows that became available since the last one.
     stream_routed_experts: bool = False
+    # The combine weights of the same rows, beside them.
+    return_router_weights: bool = False
 
     @property
     def returns_prompt_logprobs(self) -> bool:
@@ -214,12 +216,15 @@ class Logprobs(msgspec.Struct, array_like=True):
     output_top: list[TopLogprobs] = []
     input: list[tuple[float | None, int]] = []
     input_top: list[TopLogprobs | None] = []
+    # Parallel to `input`: 1 for a token that is the likeliest at its position.
+    input_ranks: list[int | None] = []
 
     def extend(self, more: Logprobs) -> None:
         self.output.extend(more.output)
         self.output_top.extend(more.output_top)
         self.input.extend(more.input)
         self.input_top.extend(more.input_top)
+        self.input_ranks.extend(more.input_ranks)
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -280,7 +285,7 @@ OutputRecord = RoutingSetup | StepRecord
 
 
 class RoutedExpertsMeta(msgspec.Struct, frozen=True):
-    """Envelope of a block of rows: enough to decode and verify it without any other knowledge.
+    """Envelope of a block of rows, ids or combine weights: enough to decode and verify it without any other knowledge.
 
     The bytes are C-order `[rows, num_layers, top_k]`; row i is the routing of the token at absolute position
     `start + i` as an input. `weight_versions` are runs `(version, start, end)` of absolute positions, half-open.
@@ -313,6 +318,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     routed_experts: RoutedExpertsMeta | None = None
+    # Beside them where they were asked for; missing with them.
+    router_weights: RoutedExpertsMeta | None = None
     # Set when the rows stay with the output processor; then no frame follows for them.
     routed_experts_claim: str | None = None
     routed_experts_error: str | None = None
@@ -320,31 +327,14 @@ class RequestOutput(msgspec.Struct, frozen=True):
     is_at_engine: bool = False
     # Of all tokens so far: runs `(version, start, end)`, half-open, the first token being 0.
     token_weight_versions: list[tuple[str, int, int]] = []
+    # With a finish reason and tokens: how long before this output was made the first token had come.
+    first_token_ago_s: float | None = None
 
 
 class OutputBatch(msgspec.Struct, frozen=True, tag="outputs"):
-    """Outputs of one step. A frame of rows follows, in order, for every output with meta and without a claim."""
+    """Outputs of one step. A frame of rows follows, in order, for every output with meta and without a claim, and one of
+    their combine weights where it has `router_weights`."""
 
     outputs: list[RequestOutput]
     # Of requests that were told to have failed while they were `is_at_engine`, those that the engine has ended since.
     left: list[str] = []
-
-
-# --- leader -> frontend ---------------------------------------------------------------------------------------------
-
-
-class BlockedKind(Enum):
-    """What stands against generating: an update has more tensors to bring; a transfer broke off in the middle; memory is
-    released; the ranks have not said in time how an operation ended."""
-
-    INCOMPLETE = "incomplete"
-    TORN = "torn"
-    RELEASED = "released"
-    UNANSWERED = "unanswered"
-
-
-class Blocked(msgspec.Struct, frozen=True):
-    """Why nobody may generate; the message is for callers, and says what ends it."""
-
-    kind: BlockedKind
-    message: str

@@ -180,10 +180,16 @@ class NewReq:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Log-probabilities of consecutive prompt tokens."""
+    """Log-probabilities of consecutive prompt tokens, and their ranks: 1 for one that is the likeliest at its position."""
 
     logprobs: list[float]
     top: list[TopLogprobs]
+    ranks: list[int]
+
+    def extend(self, more: PromptScores) -> None:
+        self.logprobs.extend(more.logprobs)
+        self.top.extend(more.top)
+        self.ranks.extend(more.ranks)
 
     @property
     def are_finite(self) -> bool:

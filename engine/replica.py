@@ -92,10 +92,8 @@ def run_replica(config: EngineConfig, mesh: ParallelMesh, endpoints: ReplicaEndp
     context = zmq.Context()
     own = endpoints.leader if rank.runner.is_leader else endpoints.peers[mesh.tp.rank - 1]
     guard = CurveGuard(context, [own])
-    pages = None
-    if endpoints.transfer is not None:
-        pool = RankPool(rank.runner.kv_store, rank.runner.model.kv_specs(), rank.model_config, rank.mesh)
-        pages = make_page_transfers(config, pool, endpoints.transfer, endpoints.leader)
+    pool = RankPool(rank.runner.kv_store, rank.runner.model.kv_specs(), rank.model_config, rank.mesh)
+    pages = make_page_transfers(config, pool, endpoints.transfer, endpoints.leader)
     freeze_garbage_collector()
     if rank.runner.is_leader:
         inbox: Receiver[FrontendMessage] = Receiver(context, own, FrontendMessage)
@@ -128,7 +126,12 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     geometry, ring = None, None
     recorded = recorded_axis(config, mesh)
     if config.enable_return_routed_experts:
-        geometry = model_config.route_geometry(slot_rows(limits, mesh, recorded.size))
+        geometry = model_config.route_geometry(
+            slot_rows(limits, mesh, recorded.size),
+            model_config.router_weights_dtype(config.router_weights_dtype)
+            if config.enable_return_router_weights
+            else "",
+        )
         if recorded.rank == 0:
             ring = RouteRing.create(geometry, config.routing_ring_slots)
     recorder = None if geometry is None else make_recorder(config, mesh, geometry, ring)
@@ -341,6 +344,7 @@ def _facts(
         "page_size": config.page_size,
         "kv_cache_tokens": num_pages * config.page_size,
         "routing_ring_slots": config.routing_ring_slots if config.enable_return_routed_experts else 0,
+        "router_weights_dtype": model_config.router_weights_dtype(config.router_weights_dtype),
         "load_s": load_s,
         "peak_rss_bytes": peak_rss_bytes(),
     }

@@ -109,8 +109,9 @@ class Engine(ControlMethods):
         Takes every request field of the native API: `input_ids` instead of `prompt` (lists or numpy arrays of integers, a
         2-D array or a list of either being a batch), `return_logprob`,
         `logprob_start_len`, `top_logprobs_num`, `return_routed_experts`, `routed_experts_start_len`,
-        `routed_experts_format` ("compact", here a numpy array, or "int32"), `routed_experts_delivery`, `rid`,
-        `priority`, `extra_key`. With `stream`, returns an iterator of partial answers.
+        `routed_experts_format` ("compact", here a numpy array, or "int32"), `routed_experts_delivery`,
+        `return_router_weights` (float32 in a numpy array beside compact rows), `rid`, `priority`, `extra_key`. With
+        `stream`, returns an iterator of partial answers.
 
         Raises:
             ValueError: the request is refused; nothing was computed.

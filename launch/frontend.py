@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..engine.chat_formats.formats import AUTO, NONE, ChatFormats, detect_tool_parser
 from ..engine.config import EngineConfig
@@ -40,6 +41,9 @@ from .open_files import connections_within_limit
 from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct
 from .serve_options import ServeCommand
 from .topology import Addresses
+
+if TYPE_CHECKING:
+    from ..engine.entrypoints.request_traces import RequestTraces
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +76,23 @@ class Frontend:
         model_path = config.tokenizer_path or config.model_path
         self._options = options
         metrics, recent = ServiceMetrics(), RecentRequests()
+        self._traces = request_traces(options)
+        observers = [metrics, recent if options.page else None, self._traces]
         self._manager = TokenizerManager(
             config,
             load_tokenizer(model_path),
             leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
-            observer=ObserverGroup([metrics, recent]) if options.page else metrics,
+            observer=ObserverGroup([one for one in observers if one is not None]),
             on_failure=self._on_failure,
         )
         self._live_feed = LiveFeed(self._manager, recent, options.served_model_name) if options.page else None
-        template = load_chat_template(model_path, max_chars=options.limits.max_body_bytes)
+        template = load_chat_template(
+            model_path,
+            max_chars=options.limits.max_body_bytes,
+            split_special_tokens=options.split_special_tokens,
+        )
         app = make_app(
             self._manager,
             template,
@@ -98,7 +108,7 @@ class Frontend:
         )
         self._url = url_of(entrance.listener)
         self._server = BoundedServer(
-            app,
+            app if self._traces is None else self._traces.around(app),
             entrance.listener,
             options.limits,
             max_connections=entrance.max_connections,
@@ -129,6 +139,8 @@ class Frontend:
         await serving
         await self._manager.stop_engine()
         self._manager.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
         return 0
 
     def _on_failure(self, reason: str) -> None:
@@ -149,6 +161,22 @@ class Frontend:
     def _abort_all(self) -> None:
         if self._manager.not_ready() is None:
             self._manager.abort_request(abort_all=True)
+
+
+def request_traces(options: ServeCommand) -> RequestTraces | None:
+    """
+    Raises:
+        ValueError: they are asked for, and OpenTelemetry is not installed.
+    """
+    if options.otlp_traces_endpoint is None:
+        return None
+    try:
+        from ..engine.entrypoints.request_traces import RequestTraces, otlp_exporter  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(
+            f"--otlp-traces-endpoint: needs OpenTelemetry, pip install 'waybill[tracing]': {error}"
+        ) from None
+    return RequestTraces(otlp_exporter(options.otlp_traces_endpoint), options.served_model_name)
 
 
 def chat_formats(options: ServeCommand, template: ChatTemplate | None) -> ChatFormats:

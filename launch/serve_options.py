@@ -16,6 +16,7 @@ from .api_key import API_KEY_VARIABLE, FILE_FLAG, FLAG
 MAX_SHUTDOWN_TIMEOUT_S = 25.0
 MAX_HEALTH_TIMEOUT_S = 3600.0
 ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+")
+HTTP_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
 HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_.:-]+")
 
 
@@ -33,6 +34,8 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
     limits: HttpLimits = HttpLimits()
     tool_call_parser: str = AUTO
     reasoning_parser: str = NONE
+    split_special_tokens: bool = False
+    otlp_traces_endpoint: str | None = None
     # The live page at `/`.
     page: bool = True
 
@@ -47,6 +50,11 @@ class ServeCommand(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(
                 f"--shutdown-timeout {self.shutdown_timeout_s}: must lie in 0 .. {MAX_SHUTDOWN_TIMEOUT_S}; "
                 "torchrun ends the ranks by force some seconds later"
+            )
+        if self.otlp_traces_endpoint is not None and not HTTP_URL.fullmatch(self.otlp_traces_endpoint):
+            raise ValueError(
+                f"--otlp-traces-endpoint {self.otlp_traces_endpoint}: must be the http:// or https:// URL of a collector's "
+                "OTLP over HTTP, as http://127.0.0.1:4318/v1/traces"
             )
         for host in self.allowed_hosts:
             if not HOST_NAME.fullmatch(host):
@@ -99,6 +107,17 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         choices=REASONING_PARSERS,
         default=NONE,
         help="how the model writes reasoning, which chats then have apart; none: it is content",
+    )
+    parser.add_argument(
+        "--split-special-tokens",
+        action="store_true",
+        help="special tokens in a chat's messages are text, unless the request says otherwise",
+    )
+    parser.add_argument(
+        "--otlp-traces-endpoint",
+        default=None,
+        metavar="URL",
+        help="where spans of requests go, by OpenTelemetry's OTLP over HTTP; needs the extra 'tracing'",
     )
     parser.add_argument("--no-page", action="store_true", help="serve no live page at / and none of its events")
     add_limit_options(parser)
@@ -153,5 +172,7 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         limits=limits,
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        split_special_tokens=options.split_special_tokens,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
         page=not options.no_page,
     )

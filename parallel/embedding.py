@@ -76,7 +76,13 @@ class ParallelLMHead(VocabShard):
     """Hidden states [N, D] to this rank's columns of the logits [N, V], and those to all columns on the axis' rank 0."""
 
     def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, *, weight_format: WeightFormat) -> None:
+        """
+        Raises:
+            ValueError: a rank would have no column, and nothing to choose a token among.
+        """
         super().__init__(vocab_size, hidden_size, axis, weight_format=weight_format)
+        if self._num_rows * (axis.size - 1) >= vocab_size:
+            raise ValueError(f"vocab_size={vocab_size}: must leave a token for each of {axis.size} {axis.name} ranks")
         self._linear = weight_format.linear()
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:

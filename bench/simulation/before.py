@@ -16,7 +16,10 @@ def ledger_as_before(active: bool) -> Iterator[None]:
     """While it lasts, if `active`, ledgers file and slice the slow way; what they hold is the same."""
     file_step, get_topk = RouteLedger.file_step, RouteLedger.get_topk
 
-    def file_by_segment(self: RouteLedger, segments: Sequence[Segment], rows: np.ndarray, version: str) -> int:
+    def file_by_segment(
+        self: RouteLedger, segments: Sequence[Segment], rows: np.ndarray, version: str, weights: None = None
+    ) -> int:
+        assert weights is None, "the simulation records ids alone"
         for segment in segments:
             self.allocate(segment)
         first = num_filed = 0

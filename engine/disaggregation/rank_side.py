@@ -54,6 +54,8 @@ class RankPool:
             "kv_heads": self.num_kv_heads,
             "kv_cache": ", ".join(f"{spec.name} {spec.width[-1]} {spec.dtype}" for spec in self.specs),
             "enable_return_routed_experts": config.enable_return_routed_experts,
+            "enable_return_router_weights": config.enable_return_router_weights,
+            "router_weights_dtype": config.router_weights_dtype if config.enable_return_router_weights else "",
             "moe_layers": model.moe.layer_ids,
             "num_experts": model.moe.num_experts,
             "top_k": model.moe.top_k,
@@ -61,8 +63,12 @@ class RankPool:
         return {name: str(value) for name, value in facts.items()}
 
 
-def make_page_transfers(config: EngineConfig, pool: RankPool, place: TransferPlace, leader: Endpoint) -> PageTransfers:
+def make_page_transfers(
+    config: EngineConfig, pool: RankPool, place: TransferPlace | None, leader: Endpoint
+) -> PageTransfers | None:
     """Starts the rank's thread. All ranks of a prefill's side call it at the same time."""
+    if place is None:
+        return None
     copy, facts = make_page_copy(pool.kv_store, config.page_size, pool.mesh.device), pool.facts(config)
     notify = notifier(leader)
     if place.listen is None:

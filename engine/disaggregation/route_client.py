@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ..io_struct import TransferSource
 from ..ipc.frontend_messages import TransferNotice
-from ..routing.geometry import RouteGeometry
+from ..routing.geometry import WEIGHT_DTYPES, RouteGeometry
 from ..routing.ledger import RouteSlice
 from .transfer_client import TransferClient
 from .wire import Answer, Ended, Fetch, FetchRoutes, Routes, Welcome
@@ -45,12 +46,17 @@ class RouteJob:
         if not isinstance(answer, Routes):
             error = answer.error if isinstance(answer, Ended) else ""
             raise ValueError(error or "something else than was asked for has arrived")
-        shape = (self._num_rows, self._geometry.num_moe_layers, self._geometry.top_k)
-        data = bytes(frames[0]) if frames else b""
-        if answer.start != self._start or len(data) != self._num_rows * self._geometry.row_bytes:
-            raise ValueError(f"{len(data)} bytes of rows from position {answer.start} have arrived, not {shape}")
-        rows = np.frombuffer(data, dtype=self._geometry.dtype).reshape(shape)
-        self.rows = RouteSlice(self._start, rows, answer.weight_versions)
+        geometry = self._geometry
+        dtypes = [geometry.dtype, *([WEIGHT_DTYPES[geometry.weights_dtype]] if geometry.has_weights else [])]
+        shape = (self._num_rows, geometry.num_moe_layers, geometry.top_k)
+        sizes = [math.prod(shape) * dtype.itemsize for dtype in dtypes]
+        if answer.start != self._start or [frame.nbytes for frame in frames] != sizes:
+            found = [frame.nbytes for frame in frames]
+            raise ValueError(f"{found} bytes of rows from position {answer.start} have arrived in place of {sizes}")
+        # Copies: a frame's memory is the socket's.
+        columns = [np.frombuffer(bytes(frame), dtype) for frame, dtype in zip(frames, dtypes, strict=True)]
+        rows, *weights = [column.reshape(shape) for column in columns]
+        self.rows = RouteSlice(self._start, rows, answer.weight_versions, weights[0] if weights else None)
         return None
 
     def finish(self, error: str) -> None:

@@ -46,7 +46,9 @@ class OfferedRoutes:
             return Ended(fetch.key, fetch.attempt, error), []
         if found is None:
             return None
-        rows = np.ascontiguousarray(found.rows[fetch.start :])
+        columns = [found.rows] if found.weights is None else [found.rows, found.weights]
+        parts = [np.ascontiguousarray(column[fetch.start :]) for column in columns]
         versions = [(name, max(start, fetch.start), end) for name, start, end in found.weight_versions]
         kept = [run for run in versions if run[1] < run[2]]
-        return Routes(fetch.key, fetch.attempt, fetch.start, kept), [rows.data.cast("B")] if len(rows) else []
+        frames = [part.data.cast("B") for part in parts if len(part)]
+        return Routes(fetch.key, fetch.attempt, fetch.start, kept), frames

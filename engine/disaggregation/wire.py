@@ -79,7 +79,8 @@ class Positions(msgspec.Struct, frozen=True, tag="positions"):
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):
-    """A frame with rows from `start` on follows. `weight_versions` are runs of positions."""
+    """Frames follow with the rows from `start` on and, where they are recorded, their combine weights. `weight_versions`
+    are runs of positions."""
 
     key: str
     attempt: int

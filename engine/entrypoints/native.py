@@ -67,6 +67,8 @@ class TokenizeInput(RequestModel):
 
     prompt: str | PerPrompt[str] | None = None
     add_special_tokens: bool = True
+    # As in a chat, or in `/generate`.
+    split_special_tokens: bool | None = None
     model: str | None = None
     # In place of a prompt: what a chat of them would be.
     messages: Items[ChatMessage] | None = None
@@ -238,6 +240,7 @@ def tokenized_messages(
         max(context_length, MAX_TOKENIZED),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
+        split_special_tokens=body.split_special_tokens,
         **({"tools": tools} if tools else {}),
         **body.chat_template_kwargs,
     )
@@ -255,7 +258,14 @@ def tokenized(body: TokenizeInput, codec: TextCodec, context_length: int) -> byt
     ids = []
     for index, prompt in enumerate(prompts):
         try:
-            ids.append(codec.encode(prompt, add_special_tokens=body.add_special_tokens, max_tokens=most))
+            ids.append(
+                codec.encode(
+                    prompt,
+                    add_special_tokens=body.add_special_tokens,
+                    max_tokens=most,
+                    split_special_tokens=bool(body.split_special_tokens),
+                )
+            )
         except FieldError as error:
             error = error.renamed({"text": "prompt"})
             raise (error if isinstance(body.prompt, str) else error.of_item(index)) from None

@@ -7,8 +7,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from ..control.blocked import BlockedKind
 from ..frontend.tokenizer_manager import TokenizerManager
-from ..io_struct import BlockedKind
 from ..validation import dialect_fields
 from ..validation.request_model import RequestModel
 from .bodies import BodyReader

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..io_struct import FinishReason, Logprobs, RequestOutput
-from ..routing.wire import RoutedExperts, to_base64, to_npy_base64
+from ..routing.wire import RoutedExperts, RouterWeights, to_base64, to_npy_base64
 from .answer_logprobs import AnswerLogprobs, TokenText
 from .sample_request import SampleRequest
 
@@ -123,7 +123,13 @@ class Answer:
             # Readers of these forms count on the rows of all tokens but the last, or on none.
             return {}
         if envelope is None:
-            return {"routed_experts": None, "routed_experts_error": last.routed_experts_error}
+            error = last.routed_experts_error
+            weights = {"router_weights": None, "router_weights_error": error}
+            return {
+                "routed_experts": None,
+                "routed_experts_error": error,
+                **(weights if self._options.return_router_weights else {}),
+            }
         fields: dict[str, Any] = {
             "routed_experts_meta": msgspec.to_builtins(envelope),
             "routed_experts_start_len": envelope.start,
@@ -134,6 +140,8 @@ class Answer:
         if last.routed_experts_claim is not None:
             return fields | {"routed_experts_claim": last.routed_experts_claim}
         assert self._routed is not None
+        if self._routed.weights is not None:
+            fields |= await self._render_weights(self._routed.weights)
         if self._form == "array" and form == "compact":
             return fields | {"routed_experts": self._routed.rows}
         # Encoding 32k rows takes a quarter of a second: not on the event loop.
@@ -142,7 +150,18 @@ class Answer:
         else:
             num_layers = self._num_layers_total if form == "int32" else None
             encoded = await asyncio.to_thread(to_base64, self._routed, num_layers)
-        return fields | {"routed_experts": as_json(encoded) if self._form == "json" else encoded.decode("ascii")}
+        return fields | {"routed_experts": self._text(encoded)}
+
+    async def _render_weights(self, weights: RouterWeights) -> dict[str, Any]:
+        """The combine weights of the same rows, whose form is the compact one beside all forms of ids."""
+        envelope = msgspec.to_builtins(weights.meta)
+        if self._form == "array" and self._options.routed_experts_format == "compact":
+            return {"router_weights": weights.as_float32(), "router_weights_meta": envelope}
+        encoded = await asyncio.to_thread(to_base64, weights)
+        return {"router_weights": self._text(encoded), "router_weights_meta": envelope}
+
+    def _text(self, encoded: bytes) -> msgspec.Raw | str:
+        return as_json(encoded) if self._form == "json" else encoded.decode("ascii")
 
 
 def as_json(base64_text: bytes) -> msgspec.Raw:

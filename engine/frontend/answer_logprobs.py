@@ -12,7 +12,10 @@ LogprobTriple = tuple[float | None, int, str | None]
 TokenText = Callable[[int], str]
 
 # Lists that grow with an answer, as they are named in its `meta_info`.
-LOGPROB_FIELDS = ("output_token_logprobs", "input_token_logprobs", "output_top_logprobs", "input_top_logprobs")
+LOGPROB_FIELDS = (
+    *("output_token_logprobs", "input_token_logprobs", "input_token_ranks"),
+    *("output_top_logprobs", "input_top_logprobs"),
+)
 
 
 class AnswerLogprobs:
@@ -29,6 +32,8 @@ class AnswerLogprobs:
             "output_token_logprobs": self._triples(zip(new.output, token_ids, strict=True)),
             "input_token_logprobs": self._triples(new.input) if self._options.returns_prompt_logprobs else [],
         }
+        if self._options.returns_prompt_logprobs:
+            fields["input_token_ranks"] = list(new.input_ranks)
         if self._options.top_logprobs_num:
             fields["output_top_logprobs"] = [self._triples(pairs) for pairs in new.output_top]
             if self._options.returns_prompt_logprobs:

@@ -39,7 +39,7 @@ class ChatTemplate:
     """Renders messages to the text that the model was trained on.
 
     `sources` are a checkpoint's templates by name. One that cannot be compiled can be rendered no more than one that is
-    missing; `problem` says why there is none at all.
+    missing; `problem` says why there is none at all. `split_special_tokens` is what a chat wants that does not say.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class ChatTemplate:
         *,
         problem: str | None = None,
         max_chars: int = MAX_RENDERED_CHARS,
+        split_special_tokens: bool = False,
     ) -> None:
+        self.split_special_tokens = split_special_tokens
         self._sources = sources
         self._special_tokens = special_tokens
         self._max_chars = max_chars
@@ -136,7 +138,9 @@ class ChatTemplate:
         return self._sources[name]
 
 
-def load_chat_template(path: str, *, max_chars: int = MAX_RENDERED_CHARS) -> ChatTemplate | None:
+def load_chat_template(
+    path: str, *, max_chars: int = MAX_RENDERED_CHARS, split_special_tokens: bool = False
+) -> ChatTemplate | None:
     """The templates of a checkpoint folder; None where it has none.
 
     `chat_template.jinja` and `additional_chat_templates/*.jinja`, if there are such files, else `tokenizer_config.json`.
@@ -149,7 +153,9 @@ def load_chat_template(path: str, *, max_chars: int = MAX_RENDERED_CHARS) -> Cha
         special_tokens = _special_tokens(folder, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return ChatTemplate({}, {}, problem=f"the chat template cannot be read: {type(error).__name__}: {error}")
-    return ChatTemplate(sources, special_tokens, max_chars=max_chars) if sources else None
+    if not sources:
+        return None
+    return ChatTemplate(sources, special_tokens, max_chars=max_chars, split_special_tokens=split_special_tokens)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import msgspec
 
 from ..config import EngineConfig
+from ..control.blocked import Blocked, BlockedKind
 from ..control.operations import (
     ContinueGeneration,
     ControlOperation,
@@ -27,7 +28,6 @@ from ..control.operations import (
     UpdateWeightVersion,
     WeightUpdate,
 )
-from ..io_struct import Blocked, BlockedKind
 from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq, NumberedMessage
 from ..validation.host_names import check_address
 from ..weight_sync.memory_file import memory_file, write_all
@@ -99,6 +99,17 @@ class EngineControls:
         """
         async with self._gate.closed(drain=True):
             return await self._send(PauseGeneration("in_place"))
+
+    async def release_memory(self, tags: list[str] | None, *, aborts: bool) -> ControlReply:
+        """Release memory when nothing runs, which is aborted or comes to its end; nothing comes in between.
+
+        Raises:
+            NotDrainedError: it did not end in time.
+        """
+        async with self._gate.closed(drain=not aborts):
+            if aborts:
+                self._link.send_to_all(abort_everything)
+            return await self._send_and_block(ReleaseMemoryOccupation(tags))
 
     async def _send(self, operation: ControlOperation) -> ControlReply:
         op_id = uuid.uuid4().hex

@@ -59,6 +59,8 @@ class GenerateReqInput(RequestModel):
     id_fields = ("input_ids",)
 
     text: str | PerPrompt[str] | None = None
+    # Of `text`: special tokens in it are text.
+    split_special_tokens: bool = False
     input_ids: Annotated[Any, BeforeValidator(parse_input_ids), WithJsonSchema(NESTED_SCHEMA)] = None
     sampling_params: SamplingParamsInput | PerPrompt[SamplingParamsInput] = SamplingParamsInput()
     return_logprob: bool | PerPrompt[bool] = False
@@ -84,6 +86,7 @@ class GenerateReqInput(RequestModel):
     routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
     stream_routed_experts: bool = False
+    return_router_weights: bool | PerPrompt[bool] = False
     return_text_in_logprobs: bool = False
     # Set by a chat of a model that reasons first: the token behind which a grammar begins.
     _grammar_begins_after: int = PrivateAttr(-1)

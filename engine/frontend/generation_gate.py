@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from ..io_struct import Blocked, BlockedKind
+from ..control.blocked import Blocked, BlockedKind
 
 POLL_S = 0.01
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from ..ipc.frontend_messages import AbortReq
@@ -29,6 +29,8 @@ class InFlightRequests:
         self._dp_router = dp_router
         self._gate = gate
         self._dp_ranks: dict[str, int] = {}
+        # What callers have called the requests of these samples, if anything.
+        self._names: dict[str, str | None] = {}
         self._end_told = asyncio.Event()
 
     def __contains__(self, rid: str) -> bool:
@@ -52,6 +54,7 @@ class InFlightRequests:
             for sample in samples:
                 self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
                 self._dp_ranks[sample.rid] = dp_rank
+                self._names[sample.rid] = request.rid[sample.item] if isinstance(request.rid, list) else request.rid
                 num_sent += 1
                 num_bytes += len(input_ids)
                 if num_bytes >= MAX_SENT_BYTES:
@@ -66,6 +69,11 @@ class InFlightRequests:
     def matching(self, prefix: str) -> set[str]:
         """Those whose rid starts so."""
         return {rid for rid in self._dp_ranks if rid.startswith(prefix)}
+
+    def named(self, names: Collection[str]) -> set[str]:
+        """Those that are called so, or whose request is: a sample of several has a number behind its request's name."""
+        wanted = set(names)
+        return {rid for rid, name in self._names.items() if rid in wanted or name in wanted}
 
     async def wait_for_ends(self, rids: set[str]) -> None:
         """Until none of these is at the engine. One that comes again under its rid is waited for, too."""
@@ -84,5 +92,6 @@ class InFlightRequests:
             # Every request is at the engine until its one finish is told.
             logger.error("%s: an end was told of a request that is not at the engine", rid)
             return
+        del self._names[rid]
         self._dp_router.release(dp_rank)
         self._end_told.set()

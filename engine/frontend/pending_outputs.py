@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
 
 import msgspec
 
 from ..io_struct import OutputBatch, RequestOutput
-from ..routing.wire import RoutedExperts, decode
+from ..routing.wire import RoutedExperts, decode, decode_weights
 from .in_flight_requests import InFlightRequests
 
 logger = logging.getLogger(__name__)
@@ -55,15 +57,13 @@ class PendingOutputs:
         Raises:
             ValueError: the message does not have a frame for each output with rows; whose rows they are cannot be told.
         """
-        have_rows = [
-            output.routed_experts is not None and output.routed_experts_claim is None for output in batch.outputs
-        ]
-        if sum(have_rows) != len(frames):
-            raise ValueError(f"{len(frames)} frames of rows came for {sum(have_rows)} outputs with rows")
+        num_frames = [frames_of(output) for output in batch.outputs]
+        if sum(num_frames) != len(frames):
+            raise ValueError(f"{len(frames)} frames of rows came for outputs with {sum(num_frames)}")
         remaining = iter(frames)
-        for output, has_rows in zip(batch.outputs, have_rows, strict=True):
+        for output, num in zip(batch.outputs, num_frames, strict=True):
             self.num_outputs += bool(output.token_ids)
-            event = verified(output, next(remaining)) if has_rows else (output, None)
+            event = verified(output, list(islice(remaining, num))) if num else (output, None)
             if output.is_at_engine:
                 self._at_engine.abort(output.rid)
             elif output.finish_reason is not None:
@@ -86,11 +86,23 @@ class PendingOutputs:
                 self._at_engine.abort(rid)
 
 
-def verified(output: RequestOutput, frame: memoryview) -> Event:
+def frames_of(output: RequestOutput) -> int:
+    """How many frames follow for it: its rows, if they are not behind a claim, and their combine weights."""
+    if output.routed_experts is None or output.routed_experts_claim is not None:
+        return 0
+    return 1 if output.router_weights is None else 2
+
+
+def verified(output: RequestOutput, frames: list[memoryview]) -> Event:
     """An output with its rows, or without them and with the reason."""
-    assert output.routed_experts is not None
+    rows = output.routed_experts
+    assert rows is not None
     try:
-        return output, decode(output.routed_experts, frame)
+        routed = decode(rows, frames[0])
+        if output.router_weights is not None:
+            routed = replace(routed, weights=decode_weights(output.router_weights, frames[1], rows))
+        return output, routed
     except ValueError as error:
         logger.error("%s: %s", output.rid, error)
-        return msgspec.structs.replace(output, routed_experts=None, routed_experts_error=str(error)), None
+        missing = {"routed_experts": None, "router_weights": None, "routed_experts_error": str(error)}
+        return msgspec.structs.replace(output, **missing), None

@@ -23,6 +23,7 @@ class EngineLimits:
     dp_size: int
     has_tokenizer: bool
     routed_experts: bool
+    router_weights: bool = False
     # Of the tokenizer, by their text.
     special_tokens: frozenset[str] = frozenset()
     # Which side of two engines it is, and at which port another one is by default.
@@ -98,6 +99,7 @@ def check_logprobs(options: OutputOptions, num_prompt: int, limits: EngineLimits
 
 def check_routed_experts(options: OutputOptions, num_prompt: int, limits: EngineLimits) -> None:
     """Only for those who opted in; the wording is what clients of the field look for."""
+    check_router_weights(options, limits)
     if not options.return_routed_experts:
         return
     name = "routed_experts_start_len"
@@ -134,3 +136,27 @@ def check_transfer(host: str | None, port: int | None, room: int | None, limits:
         raise FieldError(f"bootstrap_port={port}: must lie in 1 .. {2**16 - 1}", "bootstrap_port")
     if host is None and limits.disaggregation == "decode":
         raise FieldError("bootstrap_host: must be given, the prefill's side", "bootstrap_host")
+
+
+def check_router_weights(options: OutputOptions, limits: EngineLimits) -> None:
+    name = "return_router_weights"
+    if not options.return_router_weights:
+        return
+    if not limits.router_weights:
+        raise FieldError(
+            f"{name}: the engine was started without them; start it with --enable-return-router-weights "
+            "(enable_return_router_weights=True)",
+            name,
+        )
+    if not options.return_routed_experts:
+        raise FieldError(
+            f"{name}: needs return_routed_experts=true, they are those of its rows",
+            name,
+            mentions=("return_routed_experts",),
+        )
+    if options.routed_experts_delivery != "inline":
+        raise FieldError(
+            f"{name}: needs routed_experts_delivery='inline', a claim stands for ids alone",
+            name,
+            mentions=("routed_experts_delivery",),
+        )

@@ -74,7 +74,11 @@ class RequestPreparation:
         try:
             permits = self._admission.take(request.num_samples)
             try:
-                encode = partial(self._text.encode, max_tokens=limits.context_length)
+                encode = partial(
+                    self._text.encode,
+                    max_tokens=limits.context_length,
+                    split_special_tokens=request.split_special_tokens,
+                )
                 expanding = partial(expand, request, limits, encode, self._sessions.num_delivered)
                 groups = await self._work_threads.run(request.cost_us, expanding)
                 await self._check_grammars(request, groups, limits)

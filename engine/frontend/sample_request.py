@@ -59,6 +59,7 @@ def with_transfer(samples: list[SampleRequest], place: list[Any], limits: Engine
             output_options=msgspec.structs.replace(
                 one.output_options,
                 return_routed_experts=False,
+                return_router_weights=False,
                 routed_experts_start_len=0,
                 stream_routed_experts=False,
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -12,6 +13,7 @@ from ..text.tokenizer_file import NO_TOKENIZER
 from ..validation.field_error import FieldError
 from ..validation.request_model import has_surrogate
 from ..validation.token_ids import Ids
+from .special_text import SpecialTokens
 from .text_bound import text_bound
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,36 @@ class TextCodec:
     def is_there(self) -> bool:
         return self._tokenizer is not None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+    @cached_property
+    def splitting(self) -> SpecialTokens:
+        """What tells special tokens from their text; made when it is asked for.
+
+        Raises:
+            ValueError: there is no tokenizer.
         """
+        return SpecialTokens(self._there())
+
+    def _there(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise FieldError(f"text: {self._why_none}; token ids need none", "text")
+        return self._tokenizer
+
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        split_special_tokens: bool = False,
+        masked: str | None = None,
+    ) -> list[int]:
+        """With `split_special_tokens` those in the text are text, or those alone that are hidden in `masked`.
+
         Raises:
             ValueError: there is no tokenizer, UTF-8 cannot encode the text, or it has more than `max_tokens`. Where its
                 length alone says so it is not tokenised.
         """
-        if self._tokenizer is None:
-            raise FieldError(f"text: {self._why_none}; token ids need none", "text")
+        tokenizer = self._there()
         if max_tokens is not None and self._bound is not None and self._bound.min_tokens(text) > max_tokens:
             raise FieldError(
                 f"the prompt has {len(text)} characters, so at least {self._bound.min_tokens(text)} tokens: must have at "
@@ -60,13 +84,18 @@ class TextCodec:
             )
         if has_surrogate(text):
             raise FieldError("text: must be text that UTF-8 can encode", "text")
-        if len(text) <= MAX_HELD_CHARS:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if split_special_tokens and masked is None:
+            masked = self.splitting.mask(text).hide(text)
+        if masked is not None and masked != text:
+            ids = self.splitting.encode(text, masked, add_special_tokens=add_special_tokens)
+        elif len(text) <= MAX_HELD_CHARS:
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         else:
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        if max_tokens is not None and len(encoding) > max_tokens:
-            raise FieldError(f"the prompt has {len(encoding)} tokens: must have at most {max_tokens}", "text")
-        return encoding.ids
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids = encoding.ids
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise FieldError(f"the prompt has {len(ids)} tokens: must have at most {max_tokens}", "text")
+        return ids
 
     def decode(self, token_ids: Sequence[int] | Ids, *, skip_special_tokens: bool) -> str:
         """Ids of the model's vocabulary; those that the tokenizer does not have are no text.

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..config import EngineConfig
-from ..io_struct import Blocked
+from ..control.blocked import Blocked
 from ..ipc.frontend_messages import AbortReq, ShutdownReq
 from ..ipc.sockets import Endpoint
 from ..text.tokenizer_file import why_no_tokenizer
@@ -109,6 +109,7 @@ class TokenizerManager:
             dp_size=self.config.dp_size,
             has_tokenizer=self.text.is_there,
             routed_experts=self.config.enable_return_routed_experts,
+            router_weights=self.config.enable_return_router_weights,
             special_tokens=self.text.special_tokens,
             disaggregation=self.config.disaggregation,
             bootstrap_port=self.config.disaggregation_bootstrap_port,
@@ -314,12 +315,11 @@ class TokenizerManager:
     async def abort_exactly(self, rids: Sequence[str] | None) -> int:
         """Abort the requests that have these names, all their samples, or (None) everybody; how many there were. Returns
         when the engine has let go of them, as `abort_and_wait`."""
-        at_engine = self._at_engine.matching("")
         if rids is None:
+            num_at_engine = len(self._at_engine)
             await self.abort_and_wait(abort_all=True)
-            return len(at_engine)
-        # A sample of several is called as its request, with its number behind it.
-        asked = {rid for rid in at_engine if rid in rids or rid.rpartition("_")[0] in rids}
+            return num_at_engine
+        asked = self._at_engine.named(rids)
         for rid in asked:
             self._at_engine.abort(rid)
         with suppress(TimeoutError):

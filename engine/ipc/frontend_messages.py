@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from ..control.blocked import Blocked
 from ..control.operations import ControlOperation
-from ..io_struct import Blocked, FirstToken, OutputBatch, OutputOptions, SamplingParams, TransferSource
+from ..io_struct import FirstToken, OutputBatch, OutputOptions, SamplingParams, TransferSource
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):

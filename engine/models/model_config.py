@@ -138,14 +138,21 @@ class ModelConfig:
         """What ranks send each other for a token."""
         return RowLayout(self.hidden_size, self.moe.top_k, self.dtype)
 
-    def route_geometry(self, max_tokens: int) -> RouteGeometry:
-        """Shape of one step's routing for at most `max_tokens` rows."""
+    def router_weights_dtype(self, asked: str) -> str:
+        """What recorded combine weights are kept in: what is asked for, or the router's own type ("auto")."""
+        if asked != "auto":
+            return asked
+        return "bfloat16" if self.moe.router.weights_dtype(self.dtype) == torch.bfloat16 else "float32"
+
+    def route_geometry(self, max_tokens: int, weights_dtype: str = "") -> RouteGeometry:
+        """Shape of one step's routing for at most `max_tokens` rows; with combine weights, if they have a type."""
         return RouteGeometry(
             layer_ids=self.moe.layer_ids,
             num_layers_total=self.num_layers,
             max_tokens=max_tokens,
             top_k=self.moe.top_k,
             num_experts=self.moe.num_experts,
+            weights_dtype=weights_dtype,
         )
 
 

@@ -165,7 +165,10 @@ class OutputProcessor:
         if isinstance(event, ReqStarted):
             self._reqs[event.rid] = _ReqState(event, dp_rank, next_row=event.options.routed_experts_start_len)
             if ledger is not None:
-                ledger.start(event.rid, keep=event.options.return_routed_experts)
+                options = event.options
+                # Another engine is given all that there is.
+                weights = options.return_router_weights or self._transferred.offers(event, ledger)
+                ledger.start(event.rid, keep=options.return_routed_experts, weights=weights)
         elif isinstance(event, ReqAdmitted):
             state = self._reqs[event.rid]
             if not state.admitted:
@@ -193,7 +196,8 @@ class OutputProcessor:
         )
         num_rows = sum(segment.num_tokens for segment in record.segments)
         rows = self._ring.rows(record.ring_seq, record.first_row, num_rows)
-        self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version)
+        weights = self._ring.weights(record.ring_seq, record.first_row, num_rows)
+        self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version, weights)
         self.expert_load.offer(record.dp_rank, rows)
         self._transferred.filed(record.segments, ledger)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,7 +18,7 @@ from ..ipc.sockets import Sender
 from ..routing.claims import ClaimError, ClaimStore
 from ..routing.geometry import RouteGeometry
 from ..routing.ledger import RouteSlice
-from ..routing.wire import RoutedExperts, encode
+from ..routing.wire import RoutedExperts, encode, encode_weights
 from ..text.token_decoder import TokenDecoder
 from .detokenizer import Detokenizer
 
@@ -62,6 +63,7 @@ class _Parcel:
     # None: making its output has failed, and its caller was told; what comes until the engine has finished it is dropped.
     detokenizer: Detokenizer | None
     num_output: int = 0
+    first_token_at: float | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: Logprobs | None = None
     # Runs (version, start, end) of all tokens so far: the weights of the forward that each was sampled from.
@@ -70,6 +72,8 @@ class _Parcel:
     def add(self, output: TokenOutput, weight_version: str) -> None:
         start = self.num_output
         self.num_output += len(output.token_ids)
+        if self.first_token_at is None and self.num_output:
+            self.first_token_at = time.perf_counter()
         if self.versions and self.versions[-1][0] == weight_version:
             start = self.versions.pop()[1]
         if start < self.num_output:
@@ -193,6 +197,7 @@ class OutputSender:
     ) -> RequestOutput:
         reason = progress.finish_reason
         text = detokenizer.push(parcel.token_ids) if reason is None else detokenizer.finish(parcel.token_ids, reason)
+        first_at = None if reason is None else parcel.first_token_at
         return RequestOutput(
             rid=progress.rid,
             text=text,
@@ -206,19 +211,26 @@ class OutputSender:
             finish_reason=progress.finish_reason,
             logprobs=parcel.logprobs,
             token_weight_versions=list(parcel.versions),
+            first_token_ago_s=None if first_at is None else time.perf_counter() - first_at,
         )
 
     def _attach_routes(
         self, output: RequestOutput, routes: Routes, started: ReqStarted
     ) -> tuple[RequestOutput, list[memoryview]]:
-        """The output with its rows in a frame, behind a claim, or with the reason why they are missing."""
+        """The output with its rows in a frame, behind a claim, or with the reason why they are missing. Combine weights are
+        never behind a claim: who asks for both is refused."""
         if routes.rows is None:
             return msgspec.structs.replace(output, routed_experts_error=routes.error), []
         assert self.geometry is not None
         routed = encode(routes.rows.rows, routes.rows.start, self.geometry, routes.rows.weight_versions)
         if started.options.routed_experts_delivery == "inline":
             self._count(routed)
-            return msgspec.structs.replace(output, routed_experts=routed.meta), [routed.frame]
+            output, frames = msgspec.structs.replace(output, routed_experts=routed.meta), [routed.frame]
+            if routes.rows.weights is None:
+                return output, frames
+            weights = encode_weights(routes.rows.weights, routes.rows.start, self.geometry, routes.rows.weight_versions)
+            self.num_bytes_shipped += weights.rows.nbytes
+            return msgspec.structs.replace(output, router_weights=weights.meta), [*frames, weights.frame]
         try:
             claim = self._claims.put(routed)
         except ClaimError as error:

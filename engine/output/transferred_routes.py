@@ -31,6 +31,10 @@ class TransferredRoutes:
         self._arriving = side if isinstance(side, ArrivingRoutes) else None
         self._transfers: dict[str, _Transfer] = {}
 
+    def offers(self, started: ReqStarted, ledger: RouteLedger) -> bool:
+        """Whether the combine weights of a request are for the other side."""
+        return self._offered is not None and started.transfer is not None and ledger.geometry.has_weights
+
     def admitted(self, started: ReqStarted, dp_rank: int, ledger: RouteLedger) -> None:
         if started.transfer is None or (self._offered is None and self._arriving is None):
             return

@@ -1,10 +1,10 @@
-"""Records which experts every token of a step was routed to. Lives on the recording rank alone: rank 0, or the first one of
-each node where every node has an output processor.
+"""Records which experts every token of a step was routed to and, where that is asked for, with which weights. Lives on the
+recording rank alone: rank 0, or the first one of each node where every node has an output processor.
 
-Each MoE layer writes its ids where `slot` says, as its router chooses, or hands over those of the whole world. On CPU that
-is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the ring on a
-side stream after the forward. A layer that did not ask for its slot - a fused router that bypasses the hook, say - fails
-that step: zeros are valid expert ids and must never pass for routes.
+Each MoE layer writes its routes where `slot` says, as its router chooses, or hands over those of the whole world. On CPU
+that is the ring slot itself; on an accelerator a buffer at a fixed address (a CUDA graph holds it), which goes to the
+ring on a side stream after the forward. A layer that did not ask for its slot - a fused router that bypasses the hook,
+say - fails that step: zeros are valid expert ids and must never pass for routes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from ...parallel.moe.dispatch import RecordedRows
 from .geometry import RouteGeometry
 from .ring import RouteRing
+from .step_rows import StepRows
 
 ACQUIRE_TIMEOUT_S = 60.0
 
@@ -37,7 +38,7 @@ class RoutedExpertsCapturer:
         self._num_rows = 0
         self._seq = -1
         self._asked: list[int] = []
-        self._target = torch.empty(0)
+        self._target = StepRows(torch.empty(0), None)
         self._device_copy = None if device.type == "cpu" else DeviceCopy(ring, device)
 
     @property
@@ -52,7 +53,8 @@ class RoutedExpertsCapturer:
         self._num_rows = num_rows = num_rows * self._num_ranks
         self._asked = []
         if self._device_copy is None:
-            self._target = torch.from_numpy(self._ring.slot(self._seq, num_rows))
+            step = torch.from_numpy(self._ring.step(self._seq, num_rows))
+            self._target = StepRows.of(step, self._ring.geometry, num_rows)
         else:
             self._target = self._device_copy.begin(num_rows)
         return self._seq
@@ -70,14 +72,15 @@ class RoutedExpertsCapturer:
         self._asked = list(range(self._ring.geometry.num_moe_layers))
         return seq
 
-    def slot(self, moe_layer_index: int) -> torch.Tensor:
-        """Where the ids [T, K] of one MoE layer go, counted among the MoE layers."""
+    def slot(self, moe_layer_index: int) -> RecordedRows:
+        """Where the routes [T, K] of one MoE layer go, counted among the MoE layers."""
         self._asked.append(moe_layer_index)
-        return self._target[moe_layer_index]
+        return self._target.layer(moe_layer_index)
 
     def rows_of_world(self, moe_layer_index: int) -> RecordedRows:
         """Where the rows of the recorded ranks go, out of those of the whole world."""
-        return RecordedRows(self.slot(moe_layer_index), self._first_row)
+        self._asked.append(moe_layer_index)
+        return self._target.layer(moe_layer_index, self._first_row)
 
     def check(self) -> None:
         """
@@ -114,10 +117,7 @@ class DeviceCopy:
 
     def __init__(self, ring: RouteRing, device: torch.device) -> None:
         self._ring = ring
-        geometry = ring.geometry
-        dtype = torch.uint8 if geometry.dtype.itemsize == 1 else torch.uint16
-        num_values = geometry.num_moe_layers * geometry.max_tokens * geometry.top_k
-        self._buffer = torch.empty(num_values, dtype=dtype, device=device)
+        self._buffer = torch.empty(ring.geometry.slot_bytes, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)
         self._copied: dict[int, torch.cuda.Event] = {}
         self._last_copy: torch.cuda.Event | None = None
@@ -125,13 +125,11 @@ class DeviceCopy:
         # Before the memory goes: another mapping may get the same address.
         weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
 
-    def target(self, num_rows: int) -> torch.Tensor:
-        """`[moe_layers, num_rows, top_k]` at the buffer's start."""
-        geometry: RouteGeometry = self._ring.geometry
-        shape = (geometry.num_moe_layers, num_rows, geometry.top_k)
-        return self._buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+    def target(self, num_rows: int) -> StepRows:
+        """At the buffer's start."""
+        return StepRows.of(self._buffer, self._ring.geometry, num_rows)
 
-    def begin(self, num_rows: int) -> torch.Tensor:
+    def begin(self, num_rows: int) -> StepRows:
         """The target of the next forward, which must not overwrite what is still being copied."""
         if self._last_copy is not None:
             torch.cuda.current_stream().wait_event(self._last_copy)
@@ -140,9 +138,9 @@ class DeviceCopy:
     def start(self, seq: int, num_rows: int) -> None:
         """Copy on the side stream, after the forward."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        slot = torch.from_numpy(self._ring.slot(seq, num_rows))
+        step = torch.from_numpy(self._ring.step(seq, num_rows))
         with torch.cuda.stream(self._stream):
-            slot.copy_(self.target(num_rows), non_blocking=True)
+            step.copy_(self._buffer[: len(step)], non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._last_copy = self._copied[seq] = event

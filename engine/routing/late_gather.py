@@ -6,8 +6,6 @@ Legend: M MoE layers, P rows of each rank in this step, K experts per token.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ...parallel.collectives import all_gather
@@ -15,6 +13,7 @@ from ...parallel.mesh import Axis
 from ...parallel.moe.dispatch import RecordedRows
 from .capturer import RoutedExpertsCapturer, check_asked
 from .geometry import RouteGeometry
+from .step_rows import StepRows
 
 
 class LateRouteGather:
@@ -33,10 +32,9 @@ class LateRouteGather:
         self._geometry = geometry
         self._capturer = capturer
         self._asked: list[int] = []
-        self._shape = (geometry.num_moe_layers, max_rows, geometry.top_k)
-        dtype = torch.uint8 if geometry.dtype.itemsize == 1 else torch.uint16
-        self._buffer = torch.empty(math.prod(self._shape), dtype=dtype, device=device)
-        self._own = torch.empty(0)
+        self._buffer = torch.empty(geometry.step_bytes(max_rows), dtype=torch.uint8, device=device)
+        self._num_rows = 0
+        self._own = StepRows(torch.empty(0), None)
 
     @property
     def fixed(self) -> RoutedExpertsCapturer | None:
@@ -45,14 +43,13 @@ class LateRouteGather:
 
     def begin(self, num_rows: int) -> int:
         self._asked = []
-        num_layers, _, top_k = self._shape
-        shape = (num_layers, num_rows, top_k)
-        self._own = self._buffer[: math.prod(shape)].view(shape)
+        self._num_rows = num_rows
+        self._own = StepRows.of(self._buffer, self._geometry, num_rows)
         return -1 if self._capturer is None else self._capturer.begin(num_rows)
 
-    def slot(self, moe_layer_index: int) -> torch.Tensor:
+    def slot(self, moe_layer_index: int) -> RecordedRows:
         self._asked.append(moe_layer_index)
-        return self._own[moe_layer_index]
+        return self._own.layer(moe_layer_index)
 
     def rows_of_world(self, moe_layer_index: int) -> RecordedRows:
         raise AssertionError("a dispatcher that gathers ids needs no late gather")
@@ -64,11 +61,16 @@ class LateRouteGather:
             RuntimeError: a layer of this rank did not ask for its slot: what it left there last must not pass for routes.
         """
         check_asked(self._asked, self._geometry, "a late gather")
-        parts = all_gather(self._own.view(torch.uint8)[None], self._axis).view(self._own.dtype)
+        own = self._buffer[: self._geometry.step_bytes(self._num_rows)]
+        gathered = all_gather(own[None], self._axis)
         if self._capturer is None:
             return
-        for layer in range(self._shape[0]):
-            self._capturer.slot(layer).copy_(parts[:, layer].flatten(0, 1))
+        parts = StepRows.of(gathered, self._geometry, self._num_rows)
+        for layer in range(self._geometry.num_moe_layers):
+            slot = self._capturer.slot(layer)
+            slot.ids.copy_(parts.ids[:, layer].flatten(0, 1))
+            if parts.weights is not None:
+                slot.keep_weights(parts.weights[:, layer].flatten(0, 1))
         self._capturer.finish()
 
     def publish(self, seq: int) -> None:

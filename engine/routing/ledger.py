@@ -7,8 +7,8 @@ now. Allocating a page invalidates the rows of its slots, so a row that was not 
 First filed wins for every (request, position): a retraction snapshots the request's rows, and the snapshot answers for
 it from then on, whatever its re-prefill routes. The slot holds the rows of the forward that computed the KV now in it.
 
-A step is filed with one copy (`file_step`), whatever the number of its requests: its rows become items of one opaque type,
-turned from layer-major to token-major and scattered to their slots at memory speed. `file` is the slow twin.
+A step is filed with one copy (`file_step`), whatever the number of its requests; `file` is the slow twin. Where combine
+weights are recorded they are filed, snapshot and sliced as the ids are, by the same slots.
 
 Legend: M MoE layers, K experts per token, P pages, S tokens of a page. Pure numpy: no sockets, no threads, no torch.
 """
@@ -16,13 +16,14 @@ Legend: M MoE layers, K experts per token, P pages, S tokens of a page. Pure num
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..io_struct import Segment
-from .geometry import RouteGeometry
+from .geometry import WEIGHT_DTYPES, RouteGeometry
+from .row_store import RowStore
 from .wire import version_runs
 
 NEVER_WRITTEN = -1
@@ -34,26 +35,33 @@ class MissingRoutesError(Exception):
 
 @dataclass(frozen=True)
 class RouteSlice:
-    """Rows [R, M, K] of the positions from `start` on, and their weight versions as runs of positions."""
+    """Rows [R, M, K] of the positions from `start` on, their weight versions as runs of positions, and the combine weights
+    [R, M, K] of a request that asked for them."""
 
     start: int
     rows: np.ndarray
     weight_versions: list[tuple[str, int, int]]
+    weights: np.ndarray | None = None
+
+
+# Versions [R] of consecutive rows, their ids [R, M, K] and, where a request asks for them, their combine weights [R, M, K].
+_Columns = tuple[np.ndarray, ...]
 
 
 @dataclass
 class _ReqRoutes:
-    """One request's claim on the store. Rows before `num_snapshot` come from the snapshot, the others from its pages."""
+    """One request's claim on the stores, the first `num_stores` of which it wants. Rows before `num_snapshot` come from the
+    snapshots, the others from its pages."""
 
     keep: bool
+    num_stores: int
     pages: array[int] = field(default_factory=lambda: array("i"))
     num_filed: int = 0
-    snapshot_rows: list[np.ndarray] = field(default_factory=list)
-    snapshot_versions: list[np.ndarray] = field(default_factory=list)
+    snapshots: list[_Columns] = field(default_factory=list)
 
     @property
     def num_snapshot(self) -> int:
-        return sum(map(len, self.snapshot_rows))
+        return sum(len(versions) for versions, *_ in self.snapshots)
 
 
 class RouteLedger:
@@ -62,25 +70,25 @@ class RouteLedger:
     def __init__(self, num_pages: int, page_size: int, geometry: RouteGeometry) -> None:
         self._page_size = page_size
         self.geometry = geometry
-        num_slots, num_layers, top_k = num_pages * page_size, geometry.num_moe_layers, geometry.top_k
+        num_slots = num_pages * page_size
         # One slot more than there are: nobody's, where the rows of discarded segments go.
         self._nobodys_slot = num_slots
-        self._rows = np.empty((num_slots + 1, num_layers, top_k), dtype=geometry.dtype)
         self._versions = np.full(num_slots + 1, NEVER_WRITTEN, dtype=np.int32)
-        # The same memory, by page, and with a row as one item.
-        self._page_rows = self._rows[:num_slots].reshape(num_pages, page_size, num_layers, top_k)
         self._page_versions = self._versions[:num_slots].reshape(num_pages, page_size)
-        self._layer_item = np.dtype((np.void, top_k * geometry.dtype.itemsize))
-        self._row_item = np.dtype((np.void, geometry.row_bytes))
-        self._row_items = self._rows.reshape(num_slots + 1, -1).view(self._row_item)[:, 0]
+        dtypes = [geometry.dtype, *([WEIGHT_DTYPES[geometry.weights_dtype]] if geometry.has_weights else [])]
+        self._stores = [
+            RowStore(num_pages, page_size, geometry.num_moe_layers, geometry.top_k, dtype) for dtype in dtypes
+        ]
         self._version_names: list[str] = []
         self._version_indices: dict[str, int] = {}
         self._reqs: dict[str, _ReqRoutes] = {}
 
-    def start(self, rid: str, *, keep: bool) -> None:
-        """A request arrives; `keep` says that its rows will be asked for."""
+    def start(self, rid: str, *, keep: bool, weights: bool = False) -> None:
+        """A request arrives; `keep` says that its rows will be asked for, `weights` that their combine weights will be."""
         assert rid not in self._reqs
-        self._reqs[rid] = _ReqRoutes(keep)
+        num_stores = 1 + weights
+        assert num_stores <= len(self._stores), "the frontend refuses who asks for what is not recorded"
+        self._reqs[rid] = _ReqRoutes(keep, num_stores)
 
     def admit(self, rid: str, cached_pages: bytes) -> None:
         """It runs on these pages of the prefix cache, whose rows are there already."""
@@ -96,15 +104,25 @@ class RouteLedger:
         if req is not None:
             req.pages.frombytes(segment.new_pages)
 
-    def file(self, segment: Segment, rows: np.ndarray, weight_version: str) -> None:
+    def file(self, segment: Segment, rows: np.ndarray, weight_version: str, weights: np.ndarray | None = None) -> None:
         """Store rows [M, n, K] of a segment of n tokens, as the ring holds them."""
         slots = array("q")
         self._take_slots(self._reqs[segment.rid], segment, slots)
-        self._rows[slots] = rows.transpose(1, 0, 2)
-        self._versions[slots] = self._version_index(weight_version)
+        where = np.frombuffer(slots, dtype=np.int64)
+        for store, column in self._to_file(rows, weights):
+            store.put_plainly(where, column)
+        self._versions[where] = self._version_index(weight_version)
 
-    def file_step(self, segments: Sequence[Segment], rows: np.ndarray, weight_version: str) -> int:
-        """Allocate and file all segments of a step. Their rows [M, n, K] stand in their order, those of discarded ones too.
+    def _to_file(self, rows: np.ndarray, weights: np.ndarray | None) -> Iterator[tuple[RowStore, np.ndarray]]:
+        """What goes into which store."""
+        columns = [rows] if weights is None else [rows, weights]
+        return zip(self._stores, columns, strict=True)
+
+    def file_step(
+        self, segments: Sequence[Segment], rows: np.ndarray, weight_version: str, weights: np.ndarray | None = None
+    ) -> int:
+        """Allocate and file all segments of a step. Their rows [M, n, K] stand in their order, those of discarded ones too,
+        and so do their combine weights, where they are recorded.
 
         Returns:
             How many rows were filed.
@@ -121,8 +139,8 @@ class RouteLedger:
                 req.pages.frombytes(segment.new_pages)
                 self._take_slots(req, segment, slots)
         where = np.frombuffer(slots, dtype=np.int64)
-        by_token = np.ascontiguousarray(rows.view(self._layer_item)[..., 0].T)
-        self._row_items[where] = by_token.view(self._row_item)[:, 0]
+        for store, column in self._to_file(rows, weights):
+            store.put(where, column)
         self._versions[where] = self._version_index(weight_version)
         return len(where) - num_discarded
 
@@ -141,7 +159,9 @@ class RouteLedger:
             return 0
         where = np.frombuffer(slots, dtype=np.int64)
         assert len(found.rows) == num_tokens
-        self._rows[where] = found.rows
+        columns = [found.rows] if found.weights is None else [found.rows, found.weights]
+        for store, column in zip(self._stores, columns, strict=True):
+            store.put_plainly(where, column.transpose(1, 0, 2))
         for name, start, end in found.weight_versions:
             self._versions[where[start - found.start : end - found.start]] = self._version_index(name)
         return num_tokens
@@ -169,21 +189,19 @@ class RouteLedger:
         """The request gives its pages up: snapshot what it has filed beyond its last snapshot."""
         req = self._reqs[rid]
         if req.keep and req.num_filed > req.num_snapshot:
-            rows, versions = self._gather(req, req.num_snapshot, req.num_filed)
-            req.snapshot_rows.append(rows.copy())
-            req.snapshot_versions.append(versions.copy())
+            columns = self._gather(req, req.num_snapshot, req.num_filed)
+            req.snapshots.append(tuple(column.copy() for column in columns))
         req.pages = array("i")
         req.num_filed = 0
 
-    def _gather(self, req: _ReqRoutes, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and versions of [start, end) from the request's pages: page-wise, then cut."""
-        if start >= end:
-            return self._rows[:0], self._versions[:0]
+    def _gather(self, req: _ReqRoutes, start: int, end: int) -> _Columns:
+        """What [start, end) have, from the request's pages: page-wise, then cut."""
+        end = max(start, end)
         first = start // self._page_size
-        table = np.array(req.pages[first : -(-end // self._page_size)])
+        table = np.array(req.pages[first : -(-end // self._page_size)], dtype=np.int64)
         cut = slice(start - first * self._page_size, end - first * self._page_size)
-        rows = self._page_rows[table].reshape(-1, *self._rows.shape[1:])[cut]
-        return rows, self._page_versions[table].reshape(-1)[cut]
+        stores = self._stores[: req.num_stores]
+        return self._page_versions[table].reshape(-1)[cut], *(store.take(table, cut) for store in stores)
 
     def flush(self) -> None:
         """The prefix cache was emptied: no row answers for anybody any more."""
@@ -221,22 +239,22 @@ class RouteLedger:
         num_snapshot = req.num_snapshot
         parts = []
         if start < num_snapshot:
-            rows, versions = np.concatenate(req.snapshot_rows), np.concatenate(req.snapshot_versions)
             # A copy, so that a short slice does not keep a long snapshot alive.
-            parts.append((rows[start:end].copy(), versions[start:end]))
+            parts.append(tuple(np.concatenate(column)[start:end].copy() for column in zip(*req.snapshots, strict=True)))
         if end > num_snapshot or not parts:
             parts.append(self._gather(req, max(start, num_snapshot), end))
-        rows, versions = _joined(parts)
+        versions, rows, *weights = _joined(parts)
         missing = np.flatnonzero(versions == NEVER_WRITTEN)
         if len(missing):
             raise MissingRoutesError(
                 f"{rid}: {len(missing)} rows are missing, the first at position {start + missing[0]}"
             )
-        return RouteSlice(start, rows, version_runs(versions, self._version_names, start))
+        runs = version_runs(versions, self._version_names, start)
+        return RouteSlice(start, rows, runs, weights[0] if weights else None)
 
 
-def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and versions of consecutive parts. One part, the usual case, is a copy already: 12.6 MB at 32k rows."""
+def _joined(parts: list[_Columns]) -> _Columns:
+    """Of consecutive parts. One part, the usual case, is a copy already: 12.6 MB of ids at 32k rows."""
     if len(parts) == 1:
         return parts[0]
-    return np.concatenate([rows for rows, _ in parts]), np.concatenate([versions for _, versions in parts])
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))

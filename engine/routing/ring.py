@@ -4,8 +4,8 @@ One writer, one reader, two counters. Slot `seq % num_slots` holds step `seq` fr
 step was published is told by its `StepRecord`, so the reader never polls. The memory is a memfd: it has no name, and is
 gone when the last process that maps it is.
 
-Layout of a slot: `[moe_layers, rows, top_k]` for the rows that the step has room for, so that each layer's write, and the
-copy of all layers from a device, is one contiguous block. The header says how many rows that is.
+Layout of a slot: a step as `RouteGeometry` describes it, for the rows that the step has room for, so that each layer's
+write, and the copy of all layers from a device, is one contiguous block. The header says how many rows that is.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import logging
 import mmap
 import os
 import time
+from typing import Any
 
 import numpy as np
 
-from .geometry import RouteGeometry
+from .geometry import WEIGHT_DTYPES, RouteGeometry
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +106,35 @@ class RouteRing:
         """All slots, as bytes: what a device's driver must know to copy into them by itself."""
         return self._slots
 
-    def slot(self, seq: int, num_rows: int) -> np.ndarray:
-        """The writable slot `[moe_layers, num_rows, top_k]` of an acquired step."""
+    def step(self, seq: int, num_rows: int) -> np.ndarray:
+        """The writable bytes of an acquired step."""
         assert num_rows <= self.geometry.max_tokens, "the step is larger than a ring slot"
         self._header[FIRST_ROWS_WORD + seq % self.num_slots] = num_rows
-        return self._view(seq, num_rows)
+        return self._slots[seq % self.num_slots, : self.geometry.step_bytes(num_rows)]
 
-    def _view(self, seq: int, num_rows: int) -> np.ndarray:
-        raw = self._slots[seq % self.num_slots, : self.geometry.row_bytes * num_rows]
-        return raw.view(self.geometry.dtype).reshape(self.geometry.num_moe_layers, num_rows, self.geometry.top_k)
+    def slot(self, seq: int, num_rows: int) -> np.ndarray:
+        """The ids `[moe_layers, num_rows, top_k]` of an acquired step, writable."""
+        raw = self.step(seq, num_rows)[self.geometry.blocks(num_rows)[0]]
+        return self._shaped(raw.view(self.geometry.dtype), num_rows)
+
+    def _shaped(self, values: np.ndarray, num_rows: int) -> np.ndarray:
+        return values.reshape(self.geometry.num_moe_layers, num_rows, self.geometry.top_k)
 
     def rows(self, seq: int, first_row: int, num_rows: int) -> np.ndarray:
-        """The reader's view `[moe_layers, num_rows, top_k]` of a published step, from row `first_row` on."""
+        """The reader's view of the ids `[moe_layers, num_rows, top_k]` of a published step, from row `first_row` on."""
+        return self._published(seq, first_row, num_rows, 0, self.geometry.dtype)
+
+    def weights(self, seq: int, first_row: int, num_rows: int) -> np.ndarray | None:
+        """The same of its combine weights, if they are recorded."""
+        if not self.geometry.has_weights:
+            return None
+        return self._published(seq, first_row, num_rows, 1, WEIGHT_DTYPES[self.geometry.weights_dtype])
+
+    def _published(self, seq: int, first_row: int, num_rows: int, block: int, dtype: np.dtype[Any]) -> np.ndarray:
         rows_there = int(self._header[FIRST_ROWS_WORD + seq % self.num_slots])
         assert first_row + num_rows <= rows_there, "the record speaks of rows that the step did not have"
-        return self._view(seq, rows_there)[:, first_row : first_row + num_rows]
+        raw = self._slots[seq % self.num_slots][self.geometry.blocks(rows_there)[block]]
+        return self._shaped(raw.view(dtype), rows_there)[:, first_row : first_row + num_rows]
 
     def mark_filed(self, seq: int) -> None:
         """Give the slot of `seq` back; steps are filed in order."""

@@ -29,6 +29,9 @@ from .replay.routers import RouterKind, router_kind, router_weights
 
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
+# Of combine weights, relative to the number: they are smooth in the scores, whose last bits a sum's order decides. What
+# was rounded to bfloat16 is off by up to 4e-3.
+WEIGHT_TOLERANCE = 1e-4
 
 
 class Difference(AssertionError):
@@ -54,12 +57,14 @@ class Agreement:
 
 @dataclass
 class RouterTap:
-    """Records one router's logits [T, E] and choice [T, K], the best first, and, where told, replaces the choice."""
+    """Records one router's logits [T, E] and choice [T, K], the best first, with its combine weights [T, K], and, where
+    told, replaces the choice."""
 
     router: Any
     kind: RouterKind
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     ids: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     # Position -> ids [K] that the router must choose there.
     forced: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -72,6 +77,7 @@ class RouterTap:
             found[positions] = torch.stack(list(self.forced.values())).to(ids.device)
             weights, ids = router_weights(module, logits, found), found
         self.logits, self.ids = logits.cpu(), found.cpu()
+        self.weights = router_weights(module, logits, found).cpu()
         return logits, weights, ids
 
     def _in_order(self, router: object, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -90,10 +96,11 @@ class RouterTap:
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward without forced routes has shown: logits [T, V], and every router's logits [T, E] and choice [T, K]."""
+    """What a forward without forced routes has shown: logits [T, V], and every router's logits [T, E], choice [T, K] and
+    combine weights [T, K]."""
 
     logits: torch.Tensor
-    routers: list[tuple[torch.Tensor, torch.Tensor]]
+    routers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class Reference:
@@ -122,13 +129,13 @@ class Reference:
             with torch.inference_mode():
                 logits = self._model(torch.tensor([tokens], device=self._model.device)).logits[0].cpu()
             if is_free and self._num_kept:
-                self._kept[key] = Forward(logits, [(tap.logits, tap.ids) for tap in self._taps])
+                self._kept[key] = Forward(logits, [(tap.logits, tap.ids, tap.weights) for tap in self._taps])
                 if len(self._kept) > self._num_kept:
                     self._kept.popitem(last=False)
             return logits
         self._kept.move_to_end(key)
-        for tap, (router_logits, ids) in zip(self._taps, kept.routers, strict=True):
-            tap.logits, tap.ids = router_logits, ids
+        for tap, of_router in zip(self._taps, kept.routers, strict=True):
+            tap.logits, tap.ids, tap.weights = of_router
         return kept.logits
 
     def check_routes(self, tokens: list[int], routes: np.ndarray, start: int = 0) -> tuple[torch.Tensor, Agreement]:
@@ -149,6 +156,24 @@ class Reference:
             assert differing[0] >= layer, "a layer that was forced differs again"
             agreement.forced_routes += self._force(differing[0], routes, start)
         raise Difference("forcing every layer did not make the routes equal")
+
+    def check_weights(self, weights: np.ndarray, start: int = 0) -> None:
+        """Compare combine weights [rows, moe_layers, top_k], float32, of the rows that were last found equal.
+
+        Raises:
+            Difference: one is another than the reference's by more than rounding.
+        """
+        for layer, tap in enumerate(self._taps):
+            ours, theirs = torch.from_numpy(weights[:, layer]), tap.weights[start:].float()
+            if ours.shape != theirs.shape:
+                raise Difference(f"MoE layer {layer}: {tuple(ours.shape)} weights for {tuple(theirs.shape)} choices")
+            distance = ((ours - theirs).abs() / theirs.abs().clamp(min=torch.finfo(torch.float32).tiny)).amax(dim=-1)
+            if len(distance) and not distance.max() <= WEIGHT_TOLERANCE:
+                row = int(distance.argmax())
+                raise Difference(
+                    f"position {start + row}, MoE layer {layer}: weights {ours[row].tolist()}, reference "
+                    f"{theirs[row].tolist()}"
+                )
 
     def _differences(self, layer: int, routes: np.ndarray, start: int) -> list[int]:
         """Rows whose ids differ, order within the row included."""
@@ -175,8 +200,10 @@ class Reference:
         logprobs: list[float],
         routes: np.ndarray,
         logprob_tolerance: float = LOGPROB_TOLERANCE,
+        weights: np.ndarray | None = None,
     ) -> Agreement:
-        """Compare a greedy generation: routes of every input, every token, every log-probability."""
+        """Compare a greedy generation: routes of every input, their combine weights if they are given, every token, every
+        log-probability."""
         tokens = prompt + output
         expected = (len(tokens) - 1, len(self._taps), routes.shape[2])
         if routes.shape != expected:
@@ -184,6 +211,8 @@ class Reference:
         if len(logprobs) != len(output):
             raise Difference(f"{len(logprobs)} log-probabilities for {len(output)} tokens")
         logits, agreement = self.check_routes(tokens, routes)
+        if weights is not None:
+            self.check_weights(weights)
         for index, token in enumerate(output):
             scores = logits[len(prompt) - 1 + index].float()
             gap = float(scores.max() - scores[token])

@@ -1,4 +1,4 @@
-"""Routed experts on the wire: raw bytes beside an envelope that describes and verifies them.
+"""Routed experts on the wire, and their combine weights: raw bytes beside an envelope that describes and verifies them.
 
 Legend: R rows (tokens as inputs), M MoE layers, L all layers, K experts per token.
 """
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ..io_struct import RoutedExpertsMeta
-from .geometry import RouteGeometry
+from .geometry import WEIGHT_DTYPES, RouteGeometry
 
 # Encoded at once: about a millisecond.
 BLOCK_BYTES = 1 << 20
@@ -23,7 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "uint16": np.dt
 
 
 @dataclass(frozen=True)
-class RoutedExperts:
+class RouteRows:
     """Rows [R, M, K] of consecutive positions and their envelope."""
 
     rows: np.ndarray
@@ -33,6 +34,31 @@ class RoutedExperts:
     def frame(self) -> memoryview:
         """The rows' bytes, not copied."""
         return raw_bytes(self.rows)
+
+
+@dataclass(frozen=True)
+class RouterWeights(RouteRows):
+    """Combine weights, in the order of their rows' ids; those of bfloat16 as its bits."""
+
+    def as_float32(self) -> np.ndarray:
+        """The numbers: those of float32 as they are, bfloat16 widened, which is exact."""
+        if self.meta.dtype == "float32":
+            return self.rows
+        return (self.rows.astype("<u4") << 16).view("<f4")
+
+
+def weight_bits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The inverse of `as_float32`, of numbers that `dtype` has."""
+    if dtype == "float32":
+        return values
+    return (np.ascontiguousarray(values, "<f4").view("<u4") >> 16).astype("<u2")
+
+
+@dataclass(frozen=True)
+class RoutedExperts(RouteRows):
+    """Expert ids and, where they were asked for, the combine weights of the same rows."""
+
+    weights: RouterWeights | None = None
 
 
 def raw_bytes(rows: np.ndarray) -> memoryview:
@@ -49,20 +75,34 @@ def encode(
     rows: np.ndarray, start: int, geometry: RouteGeometry, weight_versions: list[tuple[str, int, int]]
 ) -> RoutedExperts:
     """Wrap rows [R, M, K] of the positions from `start` on."""
-    assert rows.shape[1:] == (geometry.num_moe_layers, geometry.top_k)
     rows = np.ascontiguousarray(rows, dtype=geometry.dtype)
-    meta = RoutedExpertsMeta(
+    name = "uint8" if rows.dtype.itemsize == 1 else "uint16"
+    return RoutedExperts(rows, envelope(rows, name, start, geometry, weight_versions))
+
+
+def encode_weights(
+    rows: np.ndarray, start: int, geometry: RouteGeometry, weight_versions: list[tuple[str, int, int]]
+) -> RouterWeights:
+    """Wrap the combine weights of such rows."""
+    rows = np.ascontiguousarray(rows, dtype=WEIGHT_DTYPES[geometry.weights_dtype])
+    return RouterWeights(rows, envelope(rows, geometry.weights_dtype, start, geometry, weight_versions))
+
+
+def envelope(
+    rows: np.ndarray, dtype: str, start: int, geometry: RouteGeometry, weight_versions: list[tuple[str, int, int]]
+) -> RoutedExpertsMeta:
+    assert rows.shape[1:] == (geometry.num_moe_layers, geometry.top_k)
+    return RoutedExpertsMeta(
         start=start,
         rows=len(rows),
         num_layers=geometry.num_moe_layers,
         layer_ids=list(geometry.layer_ids),
         top_k=geometry.top_k,
-        dtype="uint8" if rows.dtype.itemsize == 1 else "uint16",
+        dtype=dtype,
         byte_order="little",
         weight_versions=weight_versions,
         checksum=checksum(raw_bytes(rows)),
     )
-    return RoutedExperts(rows, meta)
 
 
 def decode(meta: RoutedExpertsMeta, frame: bytes | memoryview) -> RoutedExperts:
@@ -71,20 +111,39 @@ def decode(meta: RoutedExpertsMeta, frame: bytes | memoryview) -> RoutedExperts:
     Raises:
         ValueError: the frame does not have the size, type or checksum that the envelope states.
     """
-    if meta.dtype not in DTYPES or meta.byte_order != "little":
-        raise ValueError(f"routed experts: dtype {meta.dtype!r}, byte order {meta.byte_order!r} are not known")
+    return RoutedExperts(verified(meta, frame, "routed experts", DTYPES), meta)
+
+
+def decode_weights(meta: RoutedExpertsMeta, frame: bytes | memoryview, of: RoutedExpertsMeta) -> RouterWeights:
+    """As `decode`, for the combine weights of the rows with the envelope `of`.
+
+    Raises:
+        ValueError: as `decode`, or they are those of other rows.
+    """
+    same = msgspec.structs.replace(meta, dtype=of.dtype, checksum=of.checksum)
+    if same != of:
+        raise ValueError(f"router weights: their envelope {meta} does not fit that of the ids, {of}")
+    return RouterWeights(verified(meta, frame, "router weights", WEIGHT_DTYPES), meta)
+
+
+def verified(
+    meta: RoutedExpertsMeta, frame: bytes | memoryview, what: str, dtypes: dict[str, np.dtype[Any]]
+) -> np.ndarray:
+    """The rows of a frame, of one of these types, if it is what the envelope states."""
+    if meta.dtype not in dtypes or meta.byte_order != "little":
+        raise ValueError(f"{what}: dtype {meta.dtype!r}, byte order {meta.byte_order!r} are not known")
     shape = (meta.rows, meta.num_layers, meta.top_k)
-    expected = int(np.prod(shape)) * DTYPES[meta.dtype].itemsize
+    expected = int(np.prod(shape)) * dtypes[meta.dtype].itemsize
     size = memoryview(frame).nbytes
     if size != expected:
-        raise ValueError(f"routed experts: {size} bytes arrived, the envelope states {expected}")
+        raise ValueError(f"{what}: {size} bytes arrived, the envelope states {expected}")
     found = checksum(frame)
     if found != meta.checksum:
-        raise ValueError(f"routed experts: checksum {found}, the envelope states {meta.checksum}")
-    return RoutedExperts(np.frombuffer(frame, dtype=DTYPES[meta.dtype]).reshape(shape), meta)
+        raise ValueError(f"{what}: checksum {found}, the envelope states {meta.checksum}")
+    return np.frombuffer(frame, dtype=dtypes[meta.dtype]).reshape(shape)
 
 
-def to_base64(routed: RoutedExperts, num_layers_total: int | None = None) -> bytes:
+def to_base64(routed: RouteRows, num_layers_total: int | None = None) -> bytes:
     """The rows as they are, MoE layers only; with `num_layers_total` the field's form, little-endian int32 [R, L, K] over
     all layers, dense ones as zeros. No rows give b"".
 

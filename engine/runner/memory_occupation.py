@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..control.blocked import Blocked, BlockedKind
 from ..control.operations import MEMORY_TAGS
-from ..io_struct import Blocked, BlockedKind
 from ..kv_cache.kv_store import KVStore
 from ..models.causal_lm import CausalLM
 

@@ -279,17 +279,14 @@ class ModelRunner:
 
     def _score_rows(self, hidden: torch.Tensor, scheduled: ScheduledReq) -> PromptScores | None:
         """Score the prompt token that follows each row; None but on the leader. Every tp rank takes part."""
-        logprobs: list[float] = []
-        top: list[list[tuple[float, int]]] = []
+        scores = PromptScores([], [], [])
         ids = torch.from_numpy(np.frombuffer(scheduled.prompt_logprob_ids, dtype="<i4").astype(np.int64))
         for block, targets in zip(hidden.split(SCORE_BLOCK_ROWS), ids.split(SCORE_BLOCK_ROWS), strict=True):
             logits = self.model.gather_logits(self.model.compute_logits(block))
             if logits is not None:
                 num_top = self._sampling_rows[scheduled.row].options.top_logprobs_num
-                block_logprobs, block_top = score_tokens(logits, targets.to(logits.device), num_top)
-                logprobs += block_logprobs
-                top += block_top
-        return PromptScores(logprobs, top) if self.is_leader else None
+                scores.extend(score_tokens(logits, targets.to(logits.device), num_top))
+        return scores if self.is_leader else None
 
     def result(self, launched: LaunchedStep) -> StepResult:
         """Wait for a step and bring its tokens to the host. Publishes its routing."""

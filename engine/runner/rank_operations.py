@@ -13,6 +13,7 @@ import msgspec
 
 from ...parallel.mesh import ParallelMesh
 from ..config import EngineConfig
+from ..control.blocked import Blocked
 from ..control.operations import (
     CheckWeights,
     ControlOperation,
@@ -26,7 +27,6 @@ from ..control.operations import (
     UpdateWeightsFromTensor,
     WeightUpdate,
 )
-from ..io_struct import Blocked
 from ..weight_sync.group_registry import GroupRegistry
 from ..weight_sync.inspection import first_rows, join_checksums, join_rows, piece_checksums
 from ..weight_sync.receiver import WeightReceiver

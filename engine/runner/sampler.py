@@ -22,8 +22,8 @@ from ...parallel.best_choice import NO_CHOICE, best_choice
 from ...parallel.host_to_device import to_device
 from ...parallel.mesh import Axis
 from ..grammar.constraint import Constraint, Mask
-from ..io_struct import OutputOptions, SamplingParams, TopLogprobs
-from ..plan import Draw
+from ..io_struct import OutputOptions, SamplingParams
+from ..plan import Draw, PromptScores
 from .gumbel import select_choose_tokens
 
 # In place of the token of a row that leaves no choice, for the host; the device goes on with the placeholder.
@@ -230,18 +230,14 @@ def _with_logprobs(
     return Sampled(token_ids, outcomes, taken, top)
 
 
-def score_tokens(
-    logits: torch.Tensor, token_ids: torch.Tensor, top_logprobs_num: int
-) -> tuple[list[float], list[TopLogprobs]]:
-    """Log-probabilities of given tokens: logits [N, V], token_ids [N] -> N values and N lists of the top ones.
+def score_tokens(logits: torch.Tensor, token_ids: torch.Tensor, top_logprobs_num: int) -> PromptScores:
+    """Log-probabilities of given tokens: logits [N, V], token_ids [N] -> N values, N lists of the top ones, N ranks.
 
-    All values of a row whose logits are NaN or infinite are NaN.
+    All values of a row whose logits are NaN or infinite are NaN. Equal ones share a rank, the best of theirs.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1).clamp_(min=MIN_LOGPROB)
-    taken = logprobs.gather(1, token_ids[:, None]).squeeze(1).tolist()
-    if not top_logprobs_num:
-        return taken, [[] for _ in taken]
-    values, ids = logprobs.topk(top_logprobs_num, dim=-1)
-    return taken, [
-        list(zip(value, index, strict=True)) for value, index in zip(values.tolist(), ids.tolist(), strict=True)
-    ]
+    taken = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > taken).sum(dim=-1) + 1
+    values, ids = (found.tolist() for found in logprobs.topk(top_logprobs_num, dim=-1))
+    top = [list(zip(value, index, strict=True)) for value, index in zip(values, ids, strict=True)]
+    return PromptScores(taken.squeeze(1).tolist(), top, ranks.tolist())

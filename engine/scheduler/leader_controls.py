@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from ..control.blocked import Blocked
 from ..control.operations import (
     ContinueGeneration,
     ControlOperation,
@@ -20,7 +21,7 @@ from ..control.operations import (
     UpdateWeightVersion,
     WeightUpdate,
 )
-from ..io_struct import Blocked, CacheFlushed, FinishReason, ReqFinished
+from ..io_struct import CacheFlushed, FinishReason, ReqFinished
 from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 from ..plan import PeerOperation
 from ..weight_sync.report import Outcome

@@ -139,6 +139,7 @@ def _logprobs(req: Req, scheduled: ScheduledReq, result: StepResult, index: int,
     logprobs, with_top = Logprobs(), req.options.top_logprobs_num > 0
     if req.options.logprob_start_len == 0 and req.num_scored == 0 and scheduled.start == 0:
         logprobs.input.append((None, int(np.frombuffer(req.token_bytes(0, 1), dtype="<i4")[0])))
+        logprobs.input_ranks.append(None)
         if with_top:
             logprobs.input_top.append(None)
         req.num_scored = 1
@@ -147,6 +148,7 @@ def _logprobs(req: Req, scheduled: ScheduledReq, result: StepResult, index: int,
         first = scheduled.start + scheduled.prompt_logprobs_from + 1
         ids = np.frombuffer(req.token_bytes(first, first + len(scores.logprobs)), dtype="<i4").tolist()
         logprobs.input.extend(zip(scores.logprobs, ids, strict=True))
+        logprobs.input_ranks.extend(scores.ranks)
         if with_top:
             logprobs.input_top.extend(scores.top)
         req.num_scored = first + len(scores.logprobs)

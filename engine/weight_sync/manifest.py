@@ -10,7 +10,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..io_struct import Blocked, BlockedKind
+from ..control.blocked import Blocked, BlockedKind
 
 NUM_NAMES_SHOWN = 3
 # Names of dtypes that may be sent, as torch has them, and their bytes.

@@ -33,14 +33,22 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Where the ids of some rows of the world are recorded: `ids` [R, K], of any integer dtype, from row `first` on."""
+    """Where the routes of some rows are recorded: `ids` [R, K], of any integer dtype, and their `weights` [R, K], of any
+    floating one, where those are wanted. The rows are those from `first` on."""
 
     ids: torch.Tensor
-    first: int
+    first: int = 0
+    weights: torch.Tensor | None = None
 
-    def keep(self, ids: torch.Tensor) -> None:
-        """Take them out of those of the whole world, [G, K]."""
+    def keep(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Take them out of all rows, [G, K]."""
         self.ids.copy_(ids[self.first : self.first + len(self.ids)])
+        self.keep_weights(weights)
+
+    def keep_weights(self, weights: torch.Tensor) -> None:
+        """The same, where the ids are written by who chooses them. Rounds to the nearest, ties to even."""
+        if self.weights is not None:
+            self.weights.copy_(weights[self.first : self.first + len(self.weights)])
 
 
 class Dispatcher(Protocol):
@@ -145,14 +153,19 @@ class AllGatherDispatcher:
         symmetric = self._axis.symmetric
         if symmetric is not None and symmetric.gathers(hidden):
             target, first = (None, 0) if record is None else (record.ids, record.first)
-            return Dispatched(*symmetric.gather_routed(hidden, routed.ids, routed.weights, is_padding, target, first))
+            dispatched = Dispatched(
+                *symmetric.gather_routed(hidden, routed.ids, routed.weights, is_padding, target, first)
+            )
+            if record is not None:
+                record.keep_weights(dispatched.weights)
+            return dispatched
         packed = pack(hidden, mask_padding(routed.ids, is_padding), routed.weights)
         began = time.perf_counter()
         gathered = all_gather(packed, self._axis)
         self._clock.add_since(began)
         dispatched = Dispatched(*unpack(gathered, hidden, routed))
         if record is not None:
-            record.keep(dispatched.ids)
+            record.keep(dispatched.ids, dispatched.weights)
         return dispatched
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:
@@ -184,7 +197,7 @@ class PlainDispatcher:
         ids = mask_padding(routed.ids, is_padding)
         dispatched = Dispatched(*(all_gather(x, self._axis) for x in (hidden, ids, routed.weights)))
         if record is not None:
-            record.keep(dispatched.ids)
+            record.keep(dispatched.ids, dispatched.weights)
         return dispatched
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> PartialSum:

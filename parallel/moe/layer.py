@@ -17,8 +17,8 @@ from .router import TopKRouter
 class RouteRecorder(Protocol):
     """Is told which experts every token chose, layer by layer; layers are counted among the MoE layers."""
 
-    def slot(self, moe_layer_index: int) -> torch.Tensor:
-        """Where the layer's router must write the ids [T, K] that it chooses; asked once a step."""
+    def slot(self, moe_layer_index: int) -> RecordedRows:
+        """Where the routes of all rows [T, K] of the layer's router go; asked once a step."""
         ...
 
     def rows_of_world(self, moe_layer_index: int) -> RecordedRows:
@@ -53,7 +53,9 @@ class MoeLayer(nn.Module):
             of_world = recorder.rows_of_world(self.moe_layer_index)
         elif recorder is not None:
             own = recorder.slot(self.moe_layer_index)
-        routed = self.router(hidden, record=own)
+        routed = self.router(hidden, record=None if own is None else own.ids)
+        if own is not None:
+            own.keep_weights(routed.weights)
         dispatched = dispatcher.dispatch(hidden, routed, layout.is_padding, of_world)
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
         if self.shared is None:

@@ -165,6 +165,9 @@ def test_trl(server: ServerProcess, during_update: During, monkeypatch: pytest.M
     scores = client.get_sequence_logprobs([sequence], [len(found["prompt_ids"][0])], top_logprobs=2)
     assert scores["actual_token_ids"][0] == [[token] for token in found["completion_ids"][0]]
     assert [ids[0] for ids in scores["logprob_token_ids"][0]] == found["completion_ids"][0]
+    # Tokens that are not among the best are sorted with them, by rank.
+    unlikely = client.get_sequence_logprobs([found["prompt_ids"][0]], [1], top_logprobs=1)
+    assert len(unlikely["logprobs"][0]) == len(found["prompt_ids"][0]) - 1
     assert client.get_world_size() == 1
     client.reset_prefix_cache()
     with client.weight_update():

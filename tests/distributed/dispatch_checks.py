@@ -12,12 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from distributed.recorded_routes import check_recorded, make_recorder
 from torch.testing import assert_close
 
-from waybill.engine.routing.capturer import RoutedExpertsCapturer
-from waybill.engine.routing.geometry import RouteGeometry
-from waybill.engine.routing.late_gather import LateRouteGather
-from waybill.engine.routing.ring import RouteRing
 from waybill.parallel.collectives import all_gather
 from waybill.parallel.dp_attention import FixedTokens, ReplicatedTokens, ScatteredTokens, pad_rows, rows_per_rank
 from waybill.parallel.mesh import Axis, ParallelMesh
@@ -184,8 +181,8 @@ def check_replicated(case: Case, tokens: list[Tokens], mesh: ParallelMesh) -> No
 
 
 def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None:
-    """Two real layers: their sum against the same layers on one rank, and the ids that reach the ring from every
-    dispatcher, by `record` and by the late gather."""
+    """Two real layers: their sum against the same layers on one rank, and the ids and weights that reach the ring from
+    every dispatcher, by `record` and by the late gather."""
     rng = torch.Generator().manual_seed(2)
     top_k, hidden, width = 3, 16, 8
     weights = [make_weights(hidden, width, rng) for _ in range(2)]
@@ -199,7 +196,7 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
         ]
         dispatchers = make_dispatchers(mesh.world)
         for dispatcher in dispatchers if split == "ep" else dispatchers[:2]:
-            ring, recorder = make_recorder(mesh, layout, top_k, dispatcher)
+            ring, recorder = make_recorder(mesh, layout, top_k, dispatcher, dtype, NUM_EXPERTS)
             seq = recorder.begin(layout.num_rows) if recorder is not None else -1
             for index, each in enumerate(weights):
                 layer = make_layer(index, each, mesh.world, split, dtype, top_k, dispatcher)
@@ -210,11 +207,14 @@ def check_moe_layers(mesh: ParallelMesh, split: str, dtype: torch.dtype) -> None
                 torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance * 4)
             if recorder is not None:
                 recorder.finish()
+            # A product's last bits are those of its shape: the same rows as a rank's router has had.
+            used = [all_gather(layer.router(x).weights, mesh.world) for layer in whole]
             if ring is not None:
                 for dp_rank, part in enumerate(tokens):
-                    rows = ring.rows(seq, dp_rank * layout.num_rows * mesh.tp.size, len(part))
+                    first = dp_rank * layout.num_rows * mesh.tp.size
                     chosen = [layer.router(part).ids.tolist() for layer in whole]
-                    assert rows.tolist() == chosen, f"{counts} {type(dispatcher).__name__} dp rank {dp_rank}"
+                    where = f"{counts} {type(dispatcher).__name__} dp rank {dp_rank}"
+                    check_recorded(ring, seq, slice(first, first + len(part)), chosen, used, where)
         if x.shape[0]:
             # Of the plain twin and the one by all-gather: the same inputs reach the same experts in the same order.
             plain, packed = (each.dispatch(x, whole[0].router(x), layout.is_padding) for each in dispatchers[:2])
@@ -240,7 +240,9 @@ def check_fixed_tokens(mesh: ParallelMesh) -> None:
         padded = pad_rows(tokens[mesh.dp.rank], num_rows * mesh.tp.size) + padding[:, None]
         for dispatcher in make_dispatchers(mesh.world):
             layer = make_layer(0, weights, mesh.world, "ep", torch.float32, top_k, dispatcher)
-            ring, recorder = make_recorder(mesh, known, top_k, dispatcher.fixed, num_layers=1)
+            ring, recorder = make_recorder(
+                mesh, known, top_k, dispatcher.fixed, torch.float32, NUM_EXPERTS, num_layers=1
+            )
             seq = -1 if recorder is None else recorder.begin(num_rows)
             found = fixed.gather(layer(fixed.scatter(padded), fixed, recorder).complete())[:num_tokens]
             expected = known.gather(layer(known.scatter(tokens[mesh.dp.rank]), known).complete())
@@ -249,10 +251,12 @@ def check_fixed_tokens(mesh: ParallelMesh) -> None:
             assert torch.equal(fixed.gather(block), padded * 2 * mesh.tp.size)
             if recorder is not None:
                 recorder.finish()
+            used = [all_gather(layer.router(fixed.scatter(padded)).weights, mesh.world)]
             if ring is not None:
                 for dp_rank, part in enumerate(tokens):
-                    rows = ring.rows(seq, dp_rank * num_rows * mesh.tp.size, len(part))
-                    assert rows[0].tolist() == layer.router(part).ids.tolist(), (counts, dp_rank)
+                    first = dp_rank * num_rows * mesh.tp.size
+                    chosen = [layer.router(part).ids.tolist()]
+                    check_recorded(ring, seq, slice(first, first + len(part)), chosen, used, f"{counts} {dp_rank}")
 
 
 def make_weights(hidden: int, width: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -282,19 +286,6 @@ def make_layer(
     for expert_id, part in itertools.product(range(NUM_EXPERTS), ("gate", "up", "down")):
         experts.sharded_weight(expert_id, part).load(weights[part][expert_id])
     return MoeLayer(index, router, dispatcher, experts)
-
-
-def make_recorder(
-    mesh: ParallelMesh, layout: ScatteredTokens, top_k: int, dispatcher: Dispatcher, num_layers: int = 2
-) -> tuple[RouteRing | None, RoutedExpertsCapturer | LateRouteGather | None]:
-    geometry = RouteGeometry(
-        tuple(range(num_layers)), num_layers, layout.num_rows * mesh.world.size + 3, top_k, NUM_EXPERTS
-    )
-    ring = RouteRing.create(geometry, 2) if mesh.world.rank == 0 else None
-    capturer = None if ring is None else RoutedExpertsCapturer(ring, CPU, num_ranks=mesh.world.size)
-    if dispatcher.gathers_ids:
-        return ring, capturer
-    return ring, LateRouteGather(mesh.world, geometry, layout.num_rows + 2, capturer, CPU)
 
 
 # --- tokens over the tp axis ------------------------------------------------------------------------------------------

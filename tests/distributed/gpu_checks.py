@@ -62,20 +62,27 @@ def check_norm(found: PartialSum, expected: torch.Tensor, residual: torch.Tensor
 
 
 def check_gathers(hidden: torch.Tensor, axis: Axis, plain: Axis) -> None:
-    """The dispatcher's rows, ids and weights, and the ids that are recorded of both ranks or of one."""
+    """The dispatcher's rows, ids and weights, and the ids and weights that are recorded of both ranks or of one."""
     ids = (hidden[:, :TOP_K].abs() * 1000).to(torch.int64) % NUM_EXPERTS
     routed = RouterOutput(ids, hidden[:, TOP_K : 2 * TOP_K].contiguous())
     for num_padding in (0, 1):
         padding = None if num_padding == 0 else torch.arange(len(hidden), device=hidden.device) >= len(hidden) - 1
         for first, count in ((0, 2 * len(hidden)), (len(hidden), len(hidden))):
-            records = [torch.zeros(count, TOP_K, dtype=torch.uint8, device=hidden.device) for _ in range(2)]
+            shape, device = (count, TOP_K), hidden.device
+            records = [
+                RecordedRows(
+                    torch.zeros(shape, dtype=torch.uint8, device=device), first, torch.zeros(shape, device=device)
+                )
+                for _ in range(2)
+            ]
             found, expected = (
-                AllGatherDispatcher(each, SyncClock()).dispatch(hidden, routed, padding, RecordedRows(record, first))
+                AllGatherDispatcher(each, SyncClock()).dispatch(hidden, routed, padding, record)
                 for each, record in zip((axis, plain), records, strict=True)
             )
             for name in ("hidden", "ids", "weights"):
                 assert torch.equal(getattr(found, name), getattr(expected, name)), (name, len(hidden), num_padding)
-            assert torch.equal(*records), (first, count)
+            for name in ("ids", "weights"):
+                assert torch.equal(*(getattr(record, name) for record in records)), (name, first, count)
 
 
 def check_a_graph(x: torch.Tensor, axis: Axis, plain: Axis) -> None:

@@ -43,7 +43,7 @@ def check_two_ranks() -> None:
     check_column_then_row(tp)
     check_attention_heads(tp, num_kv_heads=1)
     check_attention_heads(tp, num_kv_heads=4)
-    check_vocabulary(tp)
+    check_vocabulary(tp, 11)
     for split in ("ep", "tp"):
         check_moe_layer(tp, split)
 
@@ -58,6 +58,21 @@ def check_four_ranks() -> None:
     check_all_reduce_bits(mesh.world)
     check_moe_layer(mesh.world, "ep")
     check_attention_heads(mesh.world, num_kv_heads=2)
+
+
+def check_eight_ranks() -> None:
+    """Fewer kv heads than ranks, an expert a rank, and a rank with one token of the vocabulary."""
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    mesh = check_mesh(4, 2, dp_rank=rank // 2, tp_rank=rank % 2)
+    check_collectives(mesh.dp)
+    check_collectives(mesh.world)
+    check_all_reduce_bits(mesh.world)
+    for num_kv_heads in (1, 4, 8):
+        check_attention_heads(mesh.world, num_kv_heads)
+    for split in ("ep", "tp"):
+        check_moe_layer(mesh.world, split)
+    check_vocabulary(mesh.world, 15)
 
 
 def check_wrong_mesh() -> None:
@@ -140,9 +155,9 @@ def check_attention_heads(axis: Axis, num_kv_heads: int) -> None:
         assert_close(all_gather(out.repeat_interleave(repeats, dim=1), axis, dim=1), of_every_query)
 
 
-def check_vocabulary(axis: Axis) -> None:
-    """A vocabulary that the axis does not divide."""
-    vocab_size, hidden = 11, 6
+def check_vocabulary(axis: Axis, vocab_size: int) -> None:
+    """One that the axis does not divide."""
+    hidden = 6
     weight, ids = torch.randn(vocab_size, hidden), torch.arange(vocab_size)
     embedding = VocabParallelEmbedding(vocab_size, hidden, axis, **OPTIONS)
     embedding.sharded_weight().load(weight)

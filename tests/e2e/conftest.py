@@ -80,7 +80,8 @@ def reference(checkpoint: str) -> Reference:
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """The embedded model on two tensor-parallel ranks, behind HTTP."""
-    server = ServerProcess("--enable-return-routed-experts", "--kv-cache-tokens", "16384", "--dtype", "float32")
+    recorded = ("--enable-return-routed-experts", "--enable-return-router-weights")
+    server = ServerProcess(*recorded, "--kv-cache-tokens", "16384", "--dtype", "float32")
     yield server
     server.stop()
 

@@ -19,6 +19,7 @@ from waybill.engine.routing.wire import stitch
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "enable_return_routed_experts": True,
+    "enable_return_router_weights": True,
     "kv_cache_tokens": 1024,
     "max_running_requests": 8,
     "chunked_prefill_size": 32,

@@ -29,6 +29,12 @@ MATRIX = [
     Setting(1, "tp", 16, cache=True, retract=True, depth=1, dp=2),
     Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=2, dispatcher="all_to_all"),
 ]
+# Slices of 24 columns, five of which and a part of one are a block.
+MANY_RANKS = [
+    Setting(4, "ep", 16, cache=True, retract=False, depth=1),
+    Setting(8, "tp", 16, cache=True, retract=False, depth=1),
+    Setting(2, "tp", 16, cache=True, retract=False, depth=1, dp=4),
+]
 MATRIX_NAME = "model.layers.2.mlp.experts.5.up_proj.weight"
 
 
@@ -86,6 +92,16 @@ def test_in_other_layouts(setting: Setting, folders: Folders, references: list[R
     requests = make_requests(setting.dp)
     with make_engine(folders.fp8[0], setting, 150 if setting.retract else 4096, context_length=140) as engine:
         compare(references[0], requests, ask(engine, requests))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("setting", MANY_RANKS, ids=str)
+def test_on_many_ranks(setting: Setting, tmp_path: Path) -> None:
+    plain = fp8_checkpoint.write_plain(tmp_path / "plain", num_attention_heads=8)
+    folder = fp8_checkpoint.quantise(plain, tmp_path / "fp8")
+    requests = make_requests(setting.dp)
+    with make_engine(folder, setting, 4096, context_length=140) as engine:
+        compare(Reference(str(folder), num_kept=64), requests, ask(engine, requests))
 
 
 ON_GPU = [

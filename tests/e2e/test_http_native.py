@@ -17,7 +17,7 @@ from support.field_decoder import decode_routed_experts, merge
 from support.same_rows import check_same_rows
 from support.server_process import ServerProcess
 
-from waybill.client import Client
+from waybill.client import Client, Turn
 from waybill.engine.entrypoints.native import META_HEADER
 from waybill.engine.routing.transformers_reference import Reference
 from waybill.engine.routing.wire import checksum
@@ -114,26 +114,29 @@ def test_the_client_holds_a_conversation(server: ServerProcess, http: httpx.Clie
 
 
 def test_a_session_says_where_its_rows_begin_and_the_client_stitches(server: ServerProcess, http: httpx.Client) -> None:
-    """Ten turns, a branch of one and two choices: whatever came with each, the whole is what one answer has."""
+    """Ten turns, a branch of one and two choices: whatever came with each, the whole is what one answer has, combine
+    weights to the bit. No other test has these words: each answer computes the last token of its prompt by itself."""
 
-    def check(tokens: list[int], routes: np.ndarray) -> None:
-        full = generate(http, input_ids=tokens, sampling_params={"max_new_tokens": 0})
-        assert int32_rows(full)[:, 1:].tobytes() == routes.astype("<i4").tobytes()
+    def check(turn: Turn) -> None:
+        full = generate(http, input_ids=turn.tokens, sampling_params={"max_new_tokens": 0}, return_router_weights=True)
+        assert int32_rows(full)[:, 1:].tobytes() == turn.routes.astype("<i4").tobytes()
+        assert turn.weights is not None
+        assert base64.b64decode(full["meta_info"]["router_weights"]) == turn.weights.tobytes()
 
     with Client(server.url) as client:
-        session = client.session("a tree of turns", GREEDY)
+        session = client.session("a tree of turns", GREEDY, return_router_weights=True)
         tokens: list[int] = []
         trunk = []
         for turn in range(10):
-            (answer,) = session.turn(tokens + ids(f"turn {turn}: {'y' * turn}"))
+            (answer,) = session.turn(tokens + ids(f"tree, turn {turn}: {'y' * turn}"))
             assert answer.generation.meta is not None and answer.generation.meta.start == max(0, len(tokens) - 1)
             trunk.append(answer)
             tokens = answer.tokens
-        check(tokens, trunk[-1].routes)
+        check(trunk[-1])
         # It continues an early turn, whose last token the next one has fed.
         (branch,) = session.turn(trunk[2].tokens + ids("another way"))
         assert branch.generation.meta is not None and branch.generation.meta.start == len(trunk[2].tokens)
-        check(branch.tokens, branch.routes)
+        check(branch)
         prompt = tokens + ids("two of them")
         first, second = session.turn(prompt, n=2)
         assert [each.generation.meta.start for each in (first, second) if each.generation.meta] == [
@@ -141,7 +144,7 @@ def test_a_session_says_where_its_rows_begin_and_the_client_stitches(server: Ser
             len(prompt) - 1,
         ]
         assert np.array_equal(first.routes[: len(prompt) - 1], second.routes[: len(prompt) - 1])
-        check(first.tokens, first.routes)
+        check(first)
     assert state(http)["num_route_sessions"] >= 1
     assert "\nwaybill_route_sessions " in http.get("/metrics").text
 

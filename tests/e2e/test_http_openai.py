@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ def test_a_chat_turn(client: openai.OpenAI) -> None:
 
 
 def test_a_chat_stream_says_the_same_with_usage_and_routes(client: openai.OpenAI) -> None:
-    extra = {"return_routed_experts": True}
+    extra = {"return_routed_experts": True, "return_router_weights": True}
+    # From here on the prompt is cached: all that follow compute the same steps.
+    client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0)
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, extra_body=extra)
     chunks = list(
         client.chat.completions.create(
@@ -55,7 +58,13 @@ def test_a_chat_stream_says_the_same_with_usage_and_routes(client: openai.OpenAI
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert [bool(chunk.choices) for chunk in chunks[-2:]] == [False, False]
-    assert chunks[-2].sglext["routed_experts"] == whole.sglext["routed_experts"]
+    assert chunks[-2].sglext == whole.sglext
+    weights = np.frombuffer(base64.b64decode(whole.sglext["router_weights"]), "<f4")
+    assert whole.sglext["router_weights_meta"]["dtype"] == "float32"
+    assert len(weights) == (whole.usage.total_tokens - 1) * (NUM_LAYERS - 1) * TOP_K
+    in_vllm_s_form = {"routed_experts_prompt_start": 0, "return_router_weights": True}
+    with pytest.raises(openai.BadRequestError, match="must be absent beside return_router_weights"):
+        client.completions.create(model="tiny", prompt="a", extra_body=in_vllm_s_form)
     assert chunks[-1].usage == whole.usage
     assert len(rows(whole.sglext, whole.usage)) == whole.usage.total_tokens - 1
 

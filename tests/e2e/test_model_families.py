@@ -130,10 +130,33 @@ def test_equals_transformers(
     check_equality(family, setting, checkpoints[family], references[family], tmp_path, "cpu")
 
 
+# Up to eight ranks: fewer kv heads than ranks, an expert a rank, slices of a few columns.
+MANY_RANKS = [
+    Setting(4, "ep", 16, cache=True, retract=False, depth=1),
+    Setting(8, "tp", 16, cache=True, retract=True, depth=1),
+    Setting(8, "ep", 16, cache=True, retract=False, depth=1),
+    Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=8),
+    Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=4, dispatcher="all_to_all"),
+    Setting(2, "tp", 16, cache=True, retract=True, depth=1, dp=4),
+    Setting(4, "ep", 16, cache=True, retract=False, depth=1, dp=2),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("setting", MANY_RANKS, ids=str)
+def test_equals_transformers_on_many_ranks(family: str, setting: Setting, tmp_path: Path) -> None:
+    """Eight query heads; of kv heads two, but for latents, whose heads have keys and values each."""
+    num_kv_heads = 8 if "kv_lora_rank" in FAMILIES[family]().to_dict() else 2
+    changes = {"num_attention_heads": 8, "num_key_value_heads": num_kv_heads}
+    folder = write_family(family, tmp_path / "first", **changes)
+    check_equality(family, setting, folder, Reference(str(folder), num_kept=64), tmp_path / "new", "cpu", **changes)
+
+
 def check_equality(
-    family: str, setting: Setting, folder: Path, reference: Reference, tmp_path: Path, device: str
+    family: str, setting: Setting, folder: Path, reference: Reference, tmp_path: Path, device: str, **changes: int
 ) -> None:
-    """`tmp_path` is where another checkpoint may be written."""
+    """`tmp_path` is where another checkpoint may be written, with the same `changes` of the family's configuration."""
     requests = make_requests(setting)
     pool_tokens = TIGHT_POOL_TOKENS if setting.retract else ROOMY_POOL_TOKENS
     with make_engine(folder, setting, pool_tokens, device, context_length=200) as engine:
@@ -143,21 +166,21 @@ def check_equality(
             assert again[0]["meta_info"]["cached_tokens"] > 0
             answers, requests = answers + again, requests + requests[-1:]
         state = engine.get_server_info()
-        if setting in ALWAYS:
-            check_update(engine, family, tmp_path, as_files=setting.dp > 1)
+        if setting in ALWAYS or changes:
+            check_update(engine, family, tmp_path, as_files=setting.dp > 1, **changes)
     assert (state["num_retractions"] > 0) == setting.retract
     print(f"{family} {setting}: {compare(reference, requests, answers)}")
 
 
-def check_update(engine: Engine, family: str, folder: Path, *, as_files: bool) -> None:
+def check_update(engine: Engine, family: str, folder: Path, *, as_files: bool, **changes: int) -> None:
     """Other weights, from a folder by the names on the hub, or from memory by those of `transformers` there."""
-    write_family(family, folder, seed=1)
+    write_family(family, folder, seed=1, **changes)
     stored = load_file(folder / "model.safetensors")
     if as_files:
         engine.update_weights_from_disk(str(folder))
     else:
         # Copies: tied or sliced tensors cannot be sent as they are.
-        in_memory = make_family_model(family, seed=1).state_dict()
+        in_memory = make_family_model(family, seed=1, **changes).state_dict()
         engine.update_weights_from_tensor({name: tensor.clone() for name, tensor in in_memory.items()})
     sums = engine.checksum_weights()
     # A checkpoint may have layers that draft tokens.

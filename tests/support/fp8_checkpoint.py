@@ -18,10 +18,10 @@ def make_config() -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=192, head_dim=32, mlp_only_layers=[0])
 
 
-def write_plain(folder: Path, seed: int = 0) -> Path:
-    """The model before it is quantised."""
+def write_plain(folder: Path, seed: int = 0, **changes: int) -> Path:
+    """The model before it is quantised; `changes` of its configuration."""
     tiny_families.FAMILIES.setdefault(NAME, make_config)
-    return tiny_families.write_family(NAME, folder, seed)
+    return tiny_families.write_family(NAME, folder, seed, **changes)
 
 
 def quantise(plain: Path, out: Path) -> Path:

@@ -46,8 +46,10 @@ VALID: dict[str, list[dict[str, Any]]] = {
             "routed_experts_start_len": 1,
             "routed_experts_format": "compact",
             "stream_routed_experts": True,
+            "return_router_weights": True,
         },
         {"input_ids": [[1], [2, 3]], "sampling_params": PARAMS, "priority": 1, "extra_key": "k", "session_id": "s"},
+        {"text": "<|user|>", "split_special_tokens": True, "sampling_params": PARAMS},
     ],
     "/v1/completions": [
         {"prompt": "abc", "max_tokens": 2, "model": "m", "temperature": 0.5, "n": 2, "logprobs": 2, "echo": True},
@@ -66,6 +68,7 @@ VALID: dict[str, list[dict[str, Any]]] = {
         {"messages": MESSAGES, "max_tokens": 2, "chat_template_kwargs": {"x": 1}, "logprobs": True, "top_logprobs": 2},
         {"messages": MESSAGES, "max_completion_tokens": 2, "max_tokens": 2, "stream": True, "return_meta_info": True},
         {"input_ids": [1, 2], "max_tokens": 2, "n": 2, "seed": 3, "return_routed_experts": True},
+        {"messages": MESSAGES, "max_tokens": 2, "split_special_tokens": True},
     ],
     "/tokenize": [{"prompt": "abc"}, {"prompt": ["a", "b"], "add_special_tokens": False, "model": "m"}],
     "/detokenize": [{"tokens": [1, 2]}, {"tokens": [[1], [2]], "skip_special_tokens": False}],

@@ -73,6 +73,7 @@ def make_engine(model_path: Path, setting: Setting, pool_tokens: int, device: st
         overlap_depth=setting.depth,
         attention_backend=setting.attention,
         enable_return_routed_experts=True,
+        enable_return_router_weights=True,
         **options,
     )
 
@@ -93,6 +94,7 @@ def ask(engine: Engine, requests: Sequence[Request]) -> list[dict[str, Any]]:
                     routed_dp_rank=request.dp_rank,
                     return_logprob=True,
                     return_routed_experts=True,
+                    return_router_weights=True,
                 )
                 for request in requests
             )
@@ -114,6 +116,6 @@ def compare(reference: Reference, requests: Sequence[Request], answers: Sequence
         logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
         tolerance = LONG_ANSWER_TOLERANCE if request.num_new_tokens > MAX_NEW_TOKENS else LOGPROB_TOLERANCE
         agreement += reference.check_generation(
-            request.prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance
+            request.prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance, meta["router_weights"]
         )
     return agreement

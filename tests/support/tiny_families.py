@@ -88,10 +88,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def make_family_model(family: str, seed: int = 0) -> Any:
-    """The model of `transformers`, in float32."""
+def make_family_model(family: str, seed: int = 0, **changes: int) -> Any:
+    """The model of `transformers`, in float32; `changes` of its configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             make_brittle(name, tensor)
@@ -139,9 +142,9 @@ def make_brittle(name: str, tensor: torch.Tensor) -> None:
         tensor.normal_(std=0.5)
 
 
-def write_family(family: str, folder: Path, seed: int = 0) -> Path:
-    """A checkpoint as it stands on the hub, with a tokenizer."""
-    make_family_model(family, seed).save_pretrained(folder)
+def write_family(family: str, folder: Path, seed: int = 0, **changes: int) -> Path:
+    """A checkpoint as it stands on the hub, with a tokenizer; `changes` of its configuration."""
+    make_family_model(family, seed, **changes).save_pretrained(folder)
     finish_checkpoint(family, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder)

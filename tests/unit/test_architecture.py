@@ -54,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "attention": set(),
     "routing": {"io_struct"},
     "models": {"attention", "config", "kv_cache", "routing"},
-    "weight_sync": {"control", "io_struct", "ipc", "models"},
+    "weight_sync": {"control", "ipc", "models"},
     "disaggregation": {"config", "io_struct", "ipc", "kv_cache", "models", "plan", "routing"},
     "scheduler": {
         "config",

@@ -32,8 +32,6 @@ from waybill.parallel.moe.experts_few_triton import experts_few_triton
 from waybill.parallel.moe.experts_triton import experts_triton
 from waybill.parallel.moe.router import Choose, RouterConfig, choose_torch
 from waybill.parallel.moe.router_triton import choose_triton
-from waybill.parallel.symmetric_memory import PACKET_BYTES, WORD_BYTES, RowLayout
-from waybill.parallel.symmetric_triton import AddNorm, Lane, gather_routed, sum_rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,99 +265,6 @@ def test_a_kernel_is_found_again_by_what_it_was_compiled_for(dtype: torch.dtype)
             torch.testing.assert_close(found[1], expected[1], **TOLERANCE[dtype])
 
 
-class OtherRank:
-    """Rank 1's end of a lane of two, filled as rank 1 would fill it, so that rank 0's kernel need not wait; and what rank 0
-    sends, which lands here."""
-
-    MAX_ROWS = 6
-
-    def __init__(self, layout: RowLayout, *, in_packets: bool) -> None:
-        self.row_bytes = layout.num_words * (PACKET_BYTES if in_packets else WORD_BYTES)
-        self._in_packets = in_packets
-        self._memory = [
-            torch.zeros(2, self.MAX_ROWS, 2, self.row_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)
-        ]
-        flags = [torch.zeros(self.MAX_ROWS, 2, dtype=torch.int32, device=DEVICE) for _ in range(2)]
-        self._flags = flags
-        self.calls = torch.zeros(self.MAX_ROWS, dtype=torch.int32, device=DEVICE)
-        addresses = [torch.tensor([x.data_ptr() for x in each], device=DEVICE) for each in (self._memory, flags)]
-        self.lane = Lane(self.calls, flags[0], *addresses, self.row_bytes, 0, in_packets)
-
-    def send(self, words: torch.Tensor, call: int) -> None:
-        """Words [P, W] int32 of call `call` to rank 0."""
-        for row, line in enumerate(words):
-            place = self._memory[0][call & 1, row, 1]
-            self._flags[0][row, 1] = call
-            if self._in_packets:
-                packets = torch.stack([line, torch.full_like(line, call)], dim=1).flatten()
-                place[: packets.nbytes] = packets.view(torch.uint8)
-            else:
-                place[: line.nbytes] = line.view(torch.uint8)
-
-    def received(self, num_rows: int, num_words: int, call: int) -> torch.Tensor:
-        """Words [P, W] that rank 0 has sent in call `call`."""
-        places = self._memory[1][call & 1, :num_rows, 0].contiguous().view(torch.int32)
-        if not self._in_packets:
-            assert (self._flags[1][:num_rows, 0] == call).all()
-            return places[:, :num_words]
-        packets = places.view(num_rows, -1, 2)[:, :num_words]
-        assert (packets[:, :, 1] == call).all()
-        return packets[:, :, 0]
-
-
-def words_of(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """A row as it travels between ranks."""
-    wide = weights.view(torch.int32) if weights.itemsize == 4 else weights.view(torch.int16).to(torch.int32) & 0xFFFF
-    return torch.cat([hidden.view(torch.int32), ids.to(torch.int32), wide], dim=1)
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("in_packets", [True, False])
-@pytest.mark.parametrize("scatter", [True, False])
-def test_sums_over_symmetric_memory(dtype: torch.dtype, in_packets: bool, scatter: bool) -> None:
-    """Rank 0 of two: what it sends, and the sum with the add and norm that follow; call after call in the same places."""
-    rows, width = 3, 48
-    other = OtherRank(RowLayout(width, 2, dtype), in_packets=in_packets)
-    for call in range(1, 5):
-        own, theirs = (normal(rows * (1 + scatter), width, dtype=dtype, seed=2 * call + i) for i in range(2))
-        residual, weight = normal(rows, width, dtype=dtype, seed=9), normal(width, dtype=dtype, seed=10)
-        other.send(theirs[:rows].view(torch.int32), call)
-        expected = (own[:rows].float() + theirs[:rows].float()).to(dtype)
-        if call % 2:
-            assert torch.equal(sum_rows(own, other.lane, scatter=scatter), expected)
-        else:
-            wanted, total = TorchLayerOps().add_rms_norm(expected, residual.clone(), weight, 1e-6)
-            normed = sum_rows(own, other.lane, scatter=scatter, then=AddNorm(residual, weight, 1e-6))
-            assert torch.equal(residual, total)
-            torch.testing.assert_close(normed, wanted, **TOLERANCE[dtype])
-        sent = own[rows:] if scatter else own
-        assert torch.equal(other.received(rows, sent.view(torch.int32).shape[1], call), sent.view(torch.int32))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("in_packets", [True, False])
-@pytest.mark.parametrize("num_experts", [16, 384])
-def test_gather_of_routed_rows_over_symmetric_memory(dtype: torch.dtype, in_packets: bool, num_experts: int) -> None:
-    rows, width, top_k = 3, 48, 3
-    other = OtherRank(RowLayout(width, top_k, dtype), in_packets=in_packets)
-    is_padding = torch.tensor([False, False, True], device=DEVICE)
-    for call in range(1, 5):
-        hidden = [normal(rows, width, dtype=dtype, seed=2 * call + i) for i in range(2)]
-        weights = [normal(rows, top_k, dtype=dtype, seed=2 * call + i) for i in range(2)]
-        choices = torch.arange(rows * top_k, device=DEVICE).view(rows, top_k) * (37 + num_experts // 7)
-        ids = [(choices * (1 + 2 * i) + call) % num_experts for i in range(2)]
-        other.send(words_of(hidden[1], ids[1], weights[1]), call)
-        record = torch.full((4, top_k), 255, dtype=torch.uint8 if num_experts <= 256 else torch.uint16, device=DEVICE)
-        found = gather_routed(hidden[0], ids[0], weights[0], is_padding, other.lane, record, 1)
-        masked = torch.where(is_padding[:, None], -1, ids[0])
-        world_ids = torch.cat([masked, ids[1]])
-        for given, expected in zip(found, (torch.cat(hidden), world_ids, torch.cat(weights)), strict=True):
-            assert torch.equal(given, expected)
-        assert torch.equal(record.long(), world_ids[1:5].to(record.dtype).long())
-        sent = words_of(hidden[0], masked, weights[0])
-        assert torch.equal(other.received(rows, sent.shape[1], call), sent)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_columns", "first"), [(50, 0), (4100, 13)])
 def test_choice_of_tokens(dtype: torch.dtype, num_columns: int, first: int) -> None:
@@ -376,33 +281,6 @@ def test_choice_of_tokens(dtype: torch.dtype, num_columns: int, first: int) -> N
         ids = choose(found.scores, found.token_ids, Axis.single()).cpu()
         wanted = best_choice_torch(expected.scores, expected.token_ids, Axis.single())
         assert torch.equal(ids, wanted) and wanted[3] == NO_CHOICE
-
-
-BAD = {0: float("nan"), 3: float("inf"), 4: float("-inf")}
-
-
-def test_best_choice_of_two_ranks() -> None:
-    """More rows than the lane has: several travel as one. Ties, rows without a choice here or there."""
-    rows, candidates = 11, 5
-    other = OtherRank(RowLayout(16, 2, torch.float32), in_packets=True)
-    together = other.lane.choices_a_row(rows)
-    assert together == 2
-    for call in range(1, 5):
-        scores = [normal(rows, candidates, dtype=torch.float32, seed=2 * call + i).round(decimals=1) for i in range(2)]
-        ids = [torch.arange(candidates, device=DEVICE).repeat(rows, 1) * 2 + i for i in range(2)]
-        for row, value in BAD.items():
-            scores[(row + call) % 2][row] = value
-        scores[1 - (4 + call) % 2][4] = float("-inf")
-        best = scores[1].nan_to_num(float("-inf"), float("inf"), float("-inf")).amax(dim=1)
-        sent = torch.where(scores[1].isnan().any(dim=1), float("nan"), best)
-        sent_ids = torch.where(scores[1] == best[:, None], ids[1], 99).amin(dim=1).to(torch.int32)
-        packed = torch.zeros(6, 2, together, dtype=torch.int32, device=DEVICE)
-        for row in range(rows):
-            packed[row // together, :, row % together] = torch.stack([sent[row].view(torch.int32), sent_ids[row]])
-        other.send(packed.flatten(1), call)
-        found = best_choice_triton(scores[0], ids[0], other.lane)
-        assert torch.equal(found, best_choice_torch(torch.cat(scores, 1), torch.cat(ids, 1), Axis.single()))
-        assert (found[list(BAD)] == NO_CHOICE).all() and (found >= 0).sum() == rows - len(BAD)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

@@ -20,9 +20,17 @@ NUM_TAIL_TOKENS = 16
 
 
 def render_ids(
-    template: ChatTemplate | None, text: TextCodec, messages: list[ChatMessage], max_tokens: int, **fields: Any
+    template: ChatTemplate | None,
+    text: TextCodec,
+    messages: list[ChatMessage],
+    max_tokens: int,
+    /,
+    *,
+    split_special_tokens: bool | None = None,
+    **fields: Any,
 ) -> list[int]:
-    """Messages as the template writes them, tokenised.
+    """Messages as the template writes them, tokenised. With `split_special_tokens` the special tokens are those that the
+    template wrote; what messages, tools and variables have of them is text.
 
     Raises:
         ValueError: there is no template, it refuses the messages, or they do not fit.
@@ -31,9 +39,35 @@ def render_ids(
         raise FieldError("messages: the checkpoint has no chat template; give input_ids", "messages")
     if fields.get("tools") and not template.takes_tools:
         raise FieldError("tools: the checkpoint's chat template takes none", "tools")
-    rendered = template.render([message.for_template() for message in messages], **fields)
+    conversation = [message.for_template() for message in messages]
+    rendered = template.render(conversation, **fields)
+    masked = None
+    if template.split_special_tokens if split_special_tokens is None else split_special_tokens:
+        masked = render_masked(template, text, rendered, conversation, fields)
     # The template writes the special tokens that there are.
-    return text.encode(rendered, add_special_tokens=False, max_tokens=max_tokens)
+    return text.encode(rendered, add_special_tokens=False, max_tokens=max_tokens, masked=masked)
+
+
+def render_masked(
+    template: ChatTemplate, text: TextCodec, rendered: str, conversation: list[dict[str, Any]], fields: dict[str, Any]
+) -> str:
+    """What the template writes when it is not shown the special tokens of the caller's.
+
+    Raises:
+        ValueError: it is something else than `rendered`, in which it was.
+    """
+    mask = text.splitting.mask(rendered)
+    hidden = mask.hide([conversation, fields])
+    if hidden == [conversation, fields]:
+        return rendered
+    masked = template.render(hidden[0], **hidden[1])
+    if mask.show(masked) != rendered:
+        raise FieldError(
+            "messages: have the text of a special token that the chat template acts on, which cannot be taken as text "
+            "(split_special_tokens)",
+            "messages",
+        )
+    return masked
 
 
 @dataclass(frozen=True)

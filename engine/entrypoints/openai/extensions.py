@@ -16,13 +16,14 @@ def prompt_logprobs(answer: Answer, num_top: int) -> list[dict[str, Any] | None]
     """For each token of the prompt those of the token itself and of the `num_top` best, by id; None for the first one."""
     meta = answer["meta_info"]
     tops: list[list[Triple] | None] = meta.get("input_top_logprobs", [])
+    own_ranks: list[int | None] = meta["input_token_ranks"]
     entries: list[dict[str, Any] | None] = []
     for position, own in enumerate(meta["input_token_logprobs"]):
         if own[0] is None:
             entries.append(None)
             continue
         best = (tops[position] or [])[:num_top] if position < len(tops) else []
-        ranks = {token: rank for rank, (_, token, _) in enumerate(best, 1)}
+        ranks = {own[1]: own_ranks[position]} | {token: rank for rank, (_, token, _) in enumerate(best, 1)}
         entries.append(
             {
                 str(token): {"logprob": value, "rank": ranks.get(token), "decoded_token": text}

@@ -30,8 +30,8 @@ from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_LOGPROBS = 100
 MAX_BAD_WORDS = 64
-# Fields of a chat that a template is told.
-TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message"}
+# Fields of a chat that its template's variables cannot be.
+TEMPLATE_FIELDS = {"messages", "add_generation_prompt", "tools", "continue_final_message", "split_special_tokens"}
 
 
 class StreamOptions(RequestModel):
@@ -75,6 +75,8 @@ class OpenAIRequest(RequestModel):
     priority: Number = 0
     extra_key: Name | None = None
     cache_salt: Name | None = None
+    # Null: as the server was started for a chat, false for a prompt.
+    split_special_tokens: bool | None = None
     routed_dp_rank: Number | None = None
     data_parallel_rank: Number | None = None
     bootstrap_host: BootstrapHost = None
@@ -84,6 +86,7 @@ class OpenAIRequest(RequestModel):
     routed_experts_start_len: StartLen | PerPrompt[StartLen] = 0
     routed_experts_format: Literal["int32", "compact", "npy"] = "int32"
     routed_experts_delivery: Literal["inline", "reference"] = "inline"
+    return_router_weights: bool = False
     # vLLM's names and fields. The first two are `rid` and `no_stop_trim`.
     request_id: Name | None = None
     include_stop_str_in_output: bool = False
@@ -132,8 +135,9 @@ class OpenAIRequest(RequestModel):
             return
         if self.stream:
             raise FieldError(f"{name}: needs stream=false", name, mentions=("stream",))
-        if self.return_routed_experts:
-            raise FieldError(f"{name}: must be absent beside return_routed_experts", name)
+        for other in ("return_routed_experts", "return_router_weights"):
+            if getattr(self, other):
+                raise FieldError(f"{name}: must be absent beside {other}", name)
 
     @property
     def has_grammar(self) -> bool:
@@ -285,12 +289,7 @@ class ChatCompletionRequest(OpenAIRequest):
         self._check_tools()
         if self.continue_final_message:
             self._check_continuation()
-        reserved = {
-            "messages",
-            "add_generation_prompt",
-            "tools",
-            "continue_final_message",
-        } & self.chat_template_kwargs.keys()
+        reserved = TEMPLATE_FIELDS & self.chat_template_kwargs.keys()
         if reserved:
             raise FieldError(f"chat_template_kwargs: must not have {min(reserved)!r}", "chat_template_kwargs")
         return self

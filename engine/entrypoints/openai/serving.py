@@ -31,6 +31,9 @@ ROUTE_FIELDS = (
     "routed_experts_start_len",
     "routed_experts_prefix",
     "routed_experts_dtype",
+    "router_weights",
+    "router_weights_error",
+    "router_weights_meta",
 )
 
 # A whole answer, or what is new of one in a stream.

@@ -128,6 +128,7 @@ class ChatServing:
             self._manager.limits.context_length,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            split_special_tokens=body.split_special_tokens,
             **({"tools": tools} if tools else {}),
             **body.chat_template_kwargs,
         )

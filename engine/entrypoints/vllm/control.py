@@ -8,21 +8,20 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
+from ...control.blocked import BlockedKind
 from ...control.operations import (
     MEMORY_TAGS,
     ContinueGeneration,
     FlushCache,
     Name,
     PauseGeneration,
-    ReleaseMemoryOccupation,
     ResumeMemoryOccupation,
 )
 from ...frontend.tokenizer_manager import TokenizerManager
-from ...io_struct import BlockedKind
 from ...ipc.frontend_messages import ControlReply
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError, shown
-from ...validation.request_model import PerPrompt, RequestModel, validate
+from ...validation.request_model import Model, PerPrompt, RequestModel, validate
 from ..bodies import BodyReader
 from ..errors import error_response, json_response
 from .weight_transfer import NOT_CHECKPOINT, InitInfo, UpdateInfo, WeightTransfer
@@ -83,12 +82,25 @@ class FinishInput(RequestModel):
     weight_version: Annotated[Name, Field(max_length=512)] | None = None
 
 
+class NcclInput(RequestModel):
+    update_info: UpdateInfo
+
+
 class RpcInput(RequestModel):
     """A method of a worker's. There are those that SkyRL calls for an update."""
 
     method: Name
     kwargs: dict[str, Any] = Field({})
     neutral_fields = dialect_fields.VLLM_RPC
+
+
+def check_query(http: Request, *known: str) -> None:
+    """A name that is misspelt would leave the default, which may end requests."""
+    for name in http.query_params:
+        if name not in known:
+            raise FieldError(
+                f"{shown(name)}: is no parameter of this request, which has {', '.join(known)}", shown(name)
+            )
 
 
 def query_flag(http: Request, name: str, default: bool) -> bool:
@@ -132,6 +144,7 @@ def add_pause_routes(router: APIRouter, manager: TokenizerManager) -> None:
 
     @router.post("/pause")
     async def pause(http: Request, body: Empty | None = None) -> Response:
+        check_query(http, "mode", "clear_cache", "wait_for_inflight_requests")
         mode = query_choice(http, "mode", tuple(PAUSE_MODES), "abort")
         if query_flag(http, "wait_for_inflight_requests", False):
             mode = "wait"
@@ -151,7 +164,7 @@ def add_pause_routes(router: APIRouter, manager: TokenizerManager) -> None:
 
     @router.get("/is_paused")
     async def is_paused() -> Response:
-        return json_response({"is_paused": manager.is_paused})
+        return json_response({"is_paused": manager.is_paused or is_released(manager)})
 
     @router.post("/abort_requests")
     async def abort_requests(body: AbortInput) -> Response:
@@ -161,16 +174,19 @@ def add_pause_routes(router: APIRouter, manager: TokenizerManager) -> None:
     @router.post("/reset_prefix_cache")
     @router.post("/reset_prefix_cache/")
     async def reset_prefix_cache(http: Request, body: ResetCacheInput | None = None) -> Response:
+        check_query(http, "reset_running_requests", "reset_external")
         if query_flag(http, "reset_external", False):
             raise FieldError("reset_external: must be false, there is no cache beside the engine's", "reset_external")
         resets_running = query_flag(http, "reset_running_requests", body is not None and body.reset_running_requests)
         was_paused = manager.is_paused
-        if resets_running:
-            # What runs gives up its pages, and computes them again.
-            await controls.run(PauseGeneration("retract"))
-        reply = await controls.run(FlushCache())
-        if resets_running and not was_paused:
-            await controls.run(ContinueGeneration())
+        try:
+            if resets_running:
+                # What runs gives up its pages, and computes them again.
+                await controls.run(PauseGeneration("retract"))
+            reply = await controls.run(FlushCache())
+        finally:
+            if resets_running and not was_paused:
+                await controls.run(ContinueGeneration())
         return json_response({"success": True}) if reply.success else refused(reply)
 
 
@@ -229,16 +245,13 @@ async def call_method(transfer: WeightTransfer, body: RpcInput) -> str | None:
     """
     match body.method:
         case "skyrl_start_weight_update":
-            validate(StartInput, body.kwargs)
+            kwargs_as(StartInput, body)
             return None
         case "update_weights_nccl":
-            info = validate(UpdateInput, body.kwargs).update_info
-            if info is None:
-                raise FieldError("kwargs.update_info: must be given", "kwargs.update_info")
-            reply = await transfer.receive(info)
+            reply = await transfer.receive(kwargs_as(NcclInput, body).update_info)
             return None if reply.success else reply.message
         case "skyrl_finish_weight_update":
-            return await transfer.finish(None)
+            return await transfer.finish(kwargs_as(FinishInput, body).weight_version)
     raise FieldError(
         f"method={shown(body.method)}: must be skyrl_start_weight_update, update_weights_nccl or "
         "skyrl_finish_weight_update; workers run no methods of a caller's: use /update_weights, or /sleep and /wake_up",
@@ -246,11 +259,19 @@ async def call_method(transfer: WeightTransfer, body: RpcInput) -> str | None:
     )
 
 
+def kwargs_as(model: type[Model], body: RpcInput) -> Model:
+    try:
+        return validate(model, body.kwargs)
+    except FieldError as error:
+        raise error.inside(["kwargs"]) from None
+
+
 def add_memory_routes(router: APIRouter, manager: TokenizerManager) -> None:
     controls = manager.controls
 
     @router.post("/sleep")
     async def sleep(http: Request, body: Empty | None = None) -> Response:
+        check_query(http, "level", "mode", "tags")
         level = query_choice(http, "level", ("0", "1", "2"), "1")
         mode = query_choice(http, "mode", tuple(PAUSE_MODES), "abort")
         tags = query_tags(http)
@@ -262,14 +283,13 @@ def add_memory_routes(router: APIRouter, manager: TokenizerManager) -> None:
             )
         if mode == "keep":
             raise FieldError("mode='keep': memory is released only when nothing runs; must be abort or wait", "mode")
-        reply = await (controls.run(PauseGeneration("abort")) if mode == "abort" else controls.pause_when_idle())
-        if reply.success:
-            reply = await controls.run(ReleaseMemoryOccupation(tags or None))
+        reply = await controls.release_memory(tags or None, aborts=mode == "abort")
         return Response() if reply.success else refused(reply)
 
     @router.post("/wake_up")
     async def wake_up(http: Request, body: Empty | None = None) -> Response:
-        """The pause ends with the last of the memory."""
+        """A pause, if there is one, ends with the last of the memory."""
+        check_query(http, "tags")
         reply = await controls.run(ResumeMemoryOccupation(query_tags(http) or None))
         if not reply.success:
             return refused(reply)

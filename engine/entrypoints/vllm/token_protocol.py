@@ -95,6 +95,8 @@ class TokenRequest(RequestModel):
         return names | {
             "input_ids": "token_ids",
             "rid": "request_id",
+            "top_k": "sampling_params.top_k",
+            "bad_words": "sampling_params.bad_words",
             "top_logprobs_num": "sampling_params.logprobs",
             "routed_experts_start_len": "sampling_params.routed_experts_prompt_start",
         }

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import time
+import uuid
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,12 @@ class TokenServing:
         params = body.sampling_params
         most = self._manager.room_for(len(body.token_ids)) if params.max_tokens is None else params.max_tokens
         fields = body.native(most, has_routes=self._manager.config.enable_return_routed_experts)
-        if fields["rid"] is None:
-            del fields["rid"]
+        fields["rid"] = body.request_id or uuid.uuid4().hex
         if SESSION_HEADER in http.headers:
             fields["session_id"] = http.headers[SESSION_HEADER]
-        if params.bad_words:
-            extensions.ban(params.bad_words, fields["sampling_params"], self._manager.text)
         try:
+            if params.bad_words:
+                extensions.ban(params.bad_words, fields["sampling_params"], self._manager.text)
             request = with_session(parse_generate_request(fields), http)
             prepared = await unless_disconnected(http, self._manager.prepare(request), PreparedRequest.release)
         except ClientGoneError:
@@ -108,7 +108,7 @@ class TokenServing:
         if params.prompt_logprobs is not None:
             of_prompt = extensions.prompt_logprobs(answers[0], params.prompt_logprobs)
         return {
-            "request_id": body.request_id or prepared.samples[0].rid,
+            "request_id": prepared.request.rid,
             "output_mode": "tokens",
             "model": self._model_name,
             "created": int(time.time()),

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
+from ...frontend.answer import GenerationError
 from ...frontend.chat_template import ChatTemplate
 from ...frontend.generate_request import CHAR_COST_US, parse_generate_request
 from ...frontend.request_preparation import PreparedRequest
@@ -26,7 +27,10 @@ from ..openai.messages import ChatMessage
 from ..openai.protocol import MAX_TOP_LOGPROBS, PROMPT_SCHEMA, TEMPLATE_FIELDS, parse_prompt
 from ..openai.tools import MAX_TOOLS, Tool
 from ..responses import ClientGoneError, encode_json, unless_disconnected
-from .token_protocol import VllmSamplingParams
+from .token_protocol import RENAMED, VllmSamplingParams
+
+# Of vLLM's parameters.
+NOT_ANSWERED = ("prompt_logprobs", "routed_experts_prompt_start")
 
 
 class TrlRequest(RequestModel):
@@ -45,6 +49,12 @@ class TrlRequest(RequestModel):
     generation_kwargs: dict[str, Any] = Field({})
 
     def params(self) -> VllmSamplingParams:
+        for name in NOT_ANSWERED:
+            if self.generation_kwargs.get(name):
+                field = f"generation_kwargs.{name}"
+                raise FieldError(
+                    f"{field}: has no place in the answer here, has one in /inference/v1/generate's", field
+                )
         names = VllmSamplingParams.model_fields.keys() & TrlRequest.model_fields.keys()
         own = {name: getattr(self, name) for name in names}
         try:
@@ -52,6 +62,14 @@ class TrlRequest(RequestModel):
         except FieldError as error:
             inside = error.field in self.generation_kwargs
             raise error.inside(["generation_kwargs"]) if inside else error from None
+
+    def names(self, prompt: str) -> dict[str, str]:
+        """What the fields of a `GenerateReqInput` are called here, for its refusals."""
+        names = {native: name for name, native in RENAMED.items()}
+        names |= {"top_logprobs_num": "logprobs", "no_stop_trim": "include_stop_str_in_output"}
+        inside = {name: f"generation_kwargs.{name}" for name in self.generation_kwargs}
+        names = inside | {native: inside.get(name, name) for native, name in names.items()}
+        return names | {"input_ids": prompt, "text": prompt, "regex": "structured_outputs_regex"}
 
 
 def parse_prompts(value: Any) -> Any:
@@ -77,12 +95,12 @@ class TrlServing:
 
     async def generate(self, body: TrlGenerateRequest, http: Request) -> Response:
         is_text = isinstance(body.prompts, list) and bool(body.prompts) and isinstance(body.prompts[0], str)
-        return await self._answer(body, {"text" if is_text else "input_ids": body.prompts}, http)
+        return await self._answer(body, {"text" if is_text else "input_ids": body.prompts}, body.names("prompts"), http)
 
     async def chat(self, body: TrlChatRequest, http: Request) -> Response:
         cost_us = CHAR_COST_US * http.state.body_bytes
         ids = await self._manager.work_threads.run(cost_us, partial(self._rendered, body))
-        return await self._answer(body, {"input_ids": ids}, http)
+        return await self._answer(body, {"input_ids": ids}, body.names("messages"), http)
 
     def _rendered(self, body: TrlChatRequest) -> list[list[int]]:
         assert self._manager.limits is not None
@@ -106,13 +124,11 @@ class TrlServing:
             for chat in body.messages
         ]
 
-    async def _answer(self, body: TrlRequest, prompt: dict[str, Any], http: Request) -> Response:
+    async def _answer(self, body: TrlRequest, prompt: dict[str, Any], names: dict[str, str], http: Request) -> Response:
         params = body.params()
         native = params.native(params.max_tokens if params.max_tokens is not None else 16)
         if body.structured_outputs_regex is not None:
             native["regex"] = body.structured_outputs_regex
-        if params.bad_words:
-            extensions.ban(params.bad_words, native, self._manager.text)
         fields = {
             **prompt,
             "sampling_params": native,
@@ -120,6 +136,8 @@ class TrlServing:
             "top_logprobs_num": params.logprobs or 0,
         }
         try:
+            if params.bad_words:
+                extensions.ban(params.bad_words, native, self._manager.text)
             request = parse_generate_request(fields)
             prepared = await unless_disconnected(http, self._manager.prepare(request), PreparedRequest.release)
             release_body(http)
@@ -129,14 +147,23 @@ class TrlServing:
                 prepared.release()
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
+        except FieldError as error:
+            raise error.renamed(names) from None
         content = await asyncio.to_thread(batch_answer, prepared, answers, params.n)
         return await encode_json(content, large=True, on_sent=prepared.delivered)
 
 
 def batch_answer(prepared: PreparedRequest, answers: list[dict[str, Any]], num_samples: int) -> dict[str, Any]:
-    """Ids of each prompt and of each completion; log-probabilities in falling order, the sampled token's among them."""
+    """Ids of each prompt and of each completion; log-probabilities in falling order, the sampled token's among them.
+
+    Raises:
+        GenerationError: the engine failed one, and there is no place to say so beside the others.
+    """
     logprobs, ids = [], []
     for answer in answers:
+        failure = serving.failure_of(answer)
+        if failure:
+            raise GenerationError(failure["error"]["message"])
         meta = answer["meta_info"]
         tops = meta.get("output_top_logprobs", [])
         ordered = []

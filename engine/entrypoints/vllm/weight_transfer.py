@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...control.blocked import BlockedKind
 from ...control.operations import (
     DEFAULT_GROUP,
     Count,
@@ -16,7 +17,6 @@ from ...control.operations import (
     UpdateWeightVersion,
 )
 from ...frontend.tokenizer_manager import TokenizerManager
-from ...io_struct import BlockedKind
 from ...ipc.frontend_messages import ControlReply
 from ...validation import dialect_fields
 from ...validation.field_error import FieldError

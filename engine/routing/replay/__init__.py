@@ -4,6 +4,8 @@
         batch = RoutedExpertsBatch.from_padded(routes, attention_mask)
         logits = model(input_ids, attention_mask=attention_mask, routed_experts=batch).logits
 
+With `replay_weights=True` a batch brings the recorded combine weights as well, in place of those of the model's routers.
+
 `batch` aligns recorded rows with a trainer's tensors, `context` makes a model's routers follow them, `layers` finds
 these, `routers` knows how each family turns scores into weights. They import torch and transformers only; the engine is
 not needed where a trainer runs.

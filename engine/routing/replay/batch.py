@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ...io_struct import RoutedExpertsMeta
-from ..wire import RoutedExperts, decode, raw_bytes
+from ..wire import RoutedExperts, decode, decode_weights, raw_bytes, weight_bits
 
 # Parts of one sequence may come separately, as the deltas of a conversation do; they may overlap where they agree.
 SequenceRoutes = RoutedExperts | Sequence[RoutedExperts] | None
@@ -57,7 +57,9 @@ class _Span:
 
 @dataclass(frozen=True, eq=False)
 class RoutedExpertsBatch:
-    """The routes of one forward: `ids` [P, M, K], uint8 or int16, valid where `has_row` [P]; `shape` is (B, S)."""
+    """The routes of one forward: `ids` [P, M, K], uint8 or int16, valid where `has_row` [P]; `shape` is (B, S). With
+    `weights` [P, M, K], float32, valid there too, the experts' outputs are combined with these; else with those that the
+    model's routers give the recorded ids."""
 
     ids: torch.Tensor
     has_row: torch.Tensor
@@ -66,6 +68,7 @@ class RoutedExpertsBatch:
     top_k: int
     max_id: int
     counts: RowCounts
+    weights: torch.Tensor | None = None
 
     @classmethod
     def from_padded(
@@ -73,6 +76,8 @@ class RoutedExpertsBatch:
         routes: Sequence[SequenceRoutes],
         attention_mask: torch.Tensor,
         first_positions: Sequence[int] | None = None,
+        *,
+        replay_weights: bool = False,
     ) -> RoutedExpertsBatch:
         """Align with a padded batch, padded left, right or both.
 
@@ -80,9 +85,11 @@ class RoutedExpertsBatch:
             routes: of each of the B sequences; None where there are none.
             attention_mask: [B, S], 1 for tokens, 0 for padding.
             first_positions: absolute position of each sequence's first token, if the trainer cut its beginning off.
+            replay_weights: replay the recorded combine weights, too; no gradient reaches a router through them.
 
         Raises:
-            ValueError: lengths, positions or ids do not fit each other, or no sequence has rows.
+            ValueError: lengths, positions or ids do not fit each other, no sequence has rows, or rows have no weights to
+                replay.
         """
         if attention_mask.dim() != 2 or len(attention_mask) != len(routes):
             raise ValueError(
@@ -100,7 +107,7 @@ class RoutedExpertsBatch:
                 raise ValueError(f"attention_mask[{row}]: has padding between tokens, must be one run of ones")
             begin = row * length + (int(tokens[0]) if len(tokens) > 0 else 0)
             spans.append(_Span(begin, begin + len(tokens), first))
-        return _place(routes, spans, (len(routes), length))
+        return _place(routes, spans, (len(routes), length), replay_weights)
 
     @classmethod
     def from_packed(
@@ -110,6 +117,7 @@ class RoutedExpertsBatch:
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         num_positions: int | None = None,
+        replay_weights: bool = False,
     ) -> RoutedExpertsBatch:
         """Align with sequences packed one after another, without padding between them.
 
@@ -118,6 +126,7 @@ class RoutedExpertsBatch:
             position_ids: [B, S], counting from 0 in every sequence; or
             cu_seqlens: [sequences + 1], where each begins and the last ends, in one row of `num_positions` (the end of
                 the last if not given; what follows it is padding).
+            replay_weights: as in `from_padded`.
 
         Raises:
             ValueError: there are not as many sequences as routes, or lengths, positions or ids do not fit.
@@ -137,19 +146,28 @@ class RoutedExpertsBatch:
             shape = (1, total)
         if len(spans) != len(routes):
             raise ValueError(f"routes: {len(routes)} items for {len(spans)} packed sequences, must be one for each")
-        return _place(routes, spans, shape)
+        return _place(routes, spans, shape, replay_weights)
 
     def to(self, device: torch.device | str) -> RoutedExpertsBatch:
         """The same on another device; `accelerate` and trainers call this as they do for tensors."""
-        return replace(self, ids=self.ids.to(device), has_row=self.has_row.to(device))
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, ids=self.ids.to(device), has_row=self.has_row.to(device), weights=weights)
 
     def layer(self, column: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids [P, K] of the MoE layer with that index among MoE layers, int64, and where they are valid [P]."""
         return self.ids[:, column].to(device).long(), self.has_row.to(device)
 
+    def with_recorded(self, column: int, computed: torch.Tensor) -> torch.Tensor:
+        """Combine weights [P, K] of that layer: the recorded ones where there are any, else those `computed` [P, K]."""
+        if self.weights is None:
+            return computed
+        recorded = self.weights[:, column].to(computed.device, computed.dtype)
+        return torch.where(self.has_row.to(computed.device)[:, None], recorded, computed)
+
 
 def routes_from_answer(meta_info: Mapping[str, Any]) -> RoutedExperts | None:
-    """The rows of an answer in compact form, from `Engine.generate` or over HTTP, verified by their checksum.
+    """The rows of an answer in compact form, from `Engine.generate` or over HTTP, verified by their checksum, with their
+    combine weights if it has them.
 
     None where the engine reports that it has none (`routed_experts_error`): those rows are missing.
 
@@ -164,7 +182,15 @@ def routes_from_answer(meta_info: Mapping[str, Any]) -> RoutedExperts | None:
         raise ValueError("meta_info: routed_experts is in the form int32; ask with routed_experts_format='compact'")
     rows = meta_info["routed_experts"]
     frame = raw_bytes(np.ascontiguousarray(rows)) if isinstance(rows, np.ndarray) else base64.b64decode(rows)
-    return decode(msgspec.convert(meta_info["routed_experts_meta"], RoutedExpertsMeta), frame)
+    routed = decode(msgspec.convert(meta_info["routed_experts_meta"], RoutedExpertsMeta), frame)
+    if meta_info.get("router_weights") is None:
+        return routed
+    meta = msgspec.convert(meta_info["router_weights_meta"], RoutedExpertsMeta)
+    values = meta_info["router_weights"]
+    # An array has the numbers; what travels, and the checksum is of, are their bits.
+    is_array = isinstance(values, np.ndarray)
+    frame = raw_bytes(weight_bits(values, meta.dtype)) if is_array else base64.b64decode(values)
+    return replace(routed, weights=decode_weights(meta, frame, routed.meta))
 
 
 def _spans_of_position_ids(position_ids: torch.Tensor) -> list[_Span]:
@@ -181,7 +207,9 @@ def _spans_of_position_ids(position_ids: torch.Tensor) -> list[_Span]:
     return [_Span(int(begin), int(end)) for begin, end in zip(starts, ends, strict=True)]
 
 
-def _place(routes: Sequence[SequenceRoutes], spans: list[_Span], shape: tuple[int, int]) -> RoutedExpertsBatch:
+def _place(
+    routes: Sequence[SequenceRoutes], spans: list[_Span], shape: tuple[int, int], replay_weights: bool
+) -> RoutedExpertsBatch:
     parts = [_as_parts(item) for item in routes]
     metas = [part.meta for items in parts for part in items]
     if not metas:
@@ -191,6 +219,7 @@ def _place(routes: Sequence[SequenceRoutes], spans: list[_Span], shape: tuple[in
         (shape[0] * shape[1], layout.num_layers, layout.top_k), np.uint8 if layout.dtype == "uint8" else np.int16
     )
     has_row = np.zeros(len(ids), dtype=bool)
+    weights = np.zeros(ids.shape, np.float32) if replay_weights else None
     for index, (items, span) in enumerate(zip(parts, spans, strict=True)):
         for part in items:
             if (part.meta.layer_ids, part.meta.top_k, part.meta.dtype) != (
@@ -199,7 +228,7 @@ def _place(routes: Sequence[SequenceRoutes], spans: list[_Span], shape: tuple[in
                 layout.dtype,
             ):
                 raise ValueError(f"routes[{index}]: layers, top_k and dtype must be those of the other sequences")
-            _place_part(ids, has_row, part, span, f"routes[{index}]")
+            _place_part(ids, weights, has_row, part, span, f"routes[{index}]")
     return RoutedExpertsBatch(
         ids=torch.from_numpy(ids),
         has_row=torch.from_numpy(has_row),
@@ -208,6 +237,7 @@ def _place(routes: Sequence[SequenceRoutes], spans: list[_Span], shape: tuple[in
         top_k=layout.top_k,
         max_id=int(ids.max(initial=0)),
         counts=_count(has_row, spans),
+        weights=None if weights is None else torch.from_numpy(weights),
     )
 
 
@@ -217,8 +247,10 @@ def _as_parts(item: SequenceRoutes) -> list[RoutedExperts]:
     return [item] if isinstance(item, RoutedExperts) else list(item)
 
 
-def _place_part(ids: np.ndarray, has_row: np.ndarray, part: RoutedExperts, span: _Span, name: str) -> None:
-    """Write one part's rows; `ids` and `has_row` are those of all positions."""
+def _place_part(
+    ids: np.ndarray, weights: np.ndarray | None, has_row: np.ndarray, part: RoutedExperts, span: _Span, name: str
+) -> None:
+    """Write one part's rows; `ids`, `weights` and `has_row` are those of all positions."""
     rows, meta = part.rows, part.meta
     if rows.shape != (meta.rows, meta.num_layers, meta.top_k):
         raise ValueError(f"{name}: rows have shape {rows.shape}, their envelope states {meta}")
@@ -229,11 +261,18 @@ def _place_part(ids: np.ndarray, has_row: np.ndarray, part: RoutedExperts, span:
             f"[{span.first}, {last}): must lie within"
         )
     _check_rows(rows, name)
+    columns = [(ids, rows)]
+    if weights is not None:
+        if part.weights is None:
+            raise ValueError(f"{name}: has no combine weights to replay; ask with return_router_weights=True")
+        columns.append((weights, part.weights.as_float32()))
     begin = span.begin + meta.start - span.first
-    target, known = ids[begin : begin + meta.rows], has_row[begin : begin + meta.rows]
-    if not np.array_equal(target[known], rows[known]):
-        raise ValueError(f"{name}: parts disagree where they overlap, must be equal there")
-    target[:] = rows
+    known = has_row[begin : begin + meta.rows]
+    for column, values in columns:
+        target = column[begin : begin + meta.rows]
+        if not np.array_equal(target[known], values[known]):
+            raise ValueError(f"{name}: parts disagree where they overlap, must be equal there")
+        target[:] = values
     known[:] = True
 
 

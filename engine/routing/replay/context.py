@@ -68,11 +68,17 @@ class _Seat:
         if self._kind.returns_logits:
             logits, _, native = output
             ids = self._choose(batch, logits, native)
-            return logits, self._kind.weights(router, logits, ids), ids
+            return logits, self._weigh(batch, router, logits, ids), ids
         assert logits is not None, "a router's projection runs inside it"
         ids = self._choose(batch, logits, output[1])
         counts = torch.bincount(ids.flatten(), minlength=self._num_experts).to(output[2].dtype)
-        return self._kind.weights(router, logits, ids), ids, counts
+        return self._weigh(batch, router, logits, ids), ids, counts
+
+    def _weigh(
+        self, batch: RoutedExpertsBatch, router: nn.Module, logits: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Combine weights [P, K] of these experts: the recorded ones where the batch has them, else the router's."""
+        return batch.with_recorded(self._column, self._kind.weights(router, logits, ids))
 
     def _choose(self, batch: RoutedExpertsBatch, logits: torch.Tensor, native: torch.Tensor) -> torch.Tensor:
         """Ids [P, K]: the recorded ones, or the router's own `native` [P, K] where there are none."""

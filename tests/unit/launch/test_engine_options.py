@@ -28,6 +28,8 @@ TYPED = {
     "overlap_depth": ("0", 0),
     "tp_size": ("1", 1),
 }
+# Flags that need another one, where that is not the command's default.
+NEEDED = {("serve", "enable_return_router_weights"): "--enable-return-routed-experts"}
 # Every flag that the command lines had before they were made from the fields.
 KNOWN_FLAGS = {
     "model_path": "--model",
@@ -69,7 +71,8 @@ def test_every_field_has_an_option_and_a_flag_of_its_own() -> None:
 def test_a_flag_reaches_its_field_and_no_other(command: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUN_SECRET_VARIABLE, "a secret of both engines")
     words, value = typed(ENGINE_OPTIONS[name])
-    plain, given = (parse_worker_args([command, *more]).config for more in ([], words))
+    needed = [NEEDED[command, name]] if (command, name) in NEEDED else []
+    plain, given = (parse_worker_args([command, *needed, *more]).config for more in ([], words))
     assert plain is not None and given is not None
     assert getattr(given, name) == value and type(getattr(given, name)) is ENGINE_OPTIONS[name].kind
     assert msgspec.structs.replace(given, **{name: getattr(plain, name)}) == plain

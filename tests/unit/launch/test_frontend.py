@@ -1,13 +1,15 @@
-"""Where a server listens, and what it says of it."""
+"""Where a server listens, what it says of it, and where its spans go."""
 
 from __future__ import annotations
 
 import logging
 import socket
+import sys
 
+import msgspec
 import pytest
 
-from waybill.launch.frontend import allowed_hosts, listen, url_of
+from waybill.launch.frontend import allowed_hosts, listen, request_traces, url_of
 from waybill.launch.serve_options import ServeCommand
 
 
@@ -34,3 +36,22 @@ def test_a_server_goes_by_its_own_names_and_those_that_are_allowed() -> None:
     for name in ("localhost:1", "127.0.0.1:1", socket.gethostname(), "waybill.example:80"):
         assert name in hosts
     assert "example" not in hosts
+
+
+@pytest.mark.parametrize("url", ["localhost:4318", "grpc://localhost:4317", "http://", "http://a b", ""])
+def test_spans_go_to_an_http_url(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^--otlp-traces-endpoint .*must be the http:// or https:// URL"):
+        msgspec.structs.replace(options("127.0.0.1"), otlp_traces_endpoint=url)
+
+
+def test_spans_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = msgspec.structs.replace(options("127.0.0.1"), otlp_traces_endpoint="http://127.0.0.1:4318/v1/traces")
+    module = "waybill.engine.entrypoints.request_traces"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(
+        ValueError, match=r"^--otlp-traces-endpoint: needs OpenTelemetry, pip install 'waybill\[tracing\]'"
+    ):
+        request_traces(asked)
+    assert request_traces(options("127.0.0.1")) is None
+    assert module not in sys.modules, "nothing is imported that nobody has asked for"

@@ -44,6 +44,15 @@ def test_nan_in_a_row_reaches_nobody_elses_token(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(total[[0, 1, 4, 5]], weight[[0, 2, 5, 7]])
 
 
+@pytest.mark.parametrize("rank", [0, 7])
+def test_a_head_that_leaves_ranks_without_a_token_is_refused(rank: int) -> None:
+    """Two columns a rank are enough for seven."""
+    axis = Axis("tp", rank, 8, None, tuple(range(8)))
+    with pytest.raises(ValueError, match="vocab_size=14: must leave a token for each of 8 tp ranks"):
+        ParallelLMHead(14, 4, axis, weight_format=WeightFormat(torch.float32, CPU))
+    ParallelLMHead(15, 4, axis, weight_format=WeightFormat(torch.float32, CPU))
+
+
 def test_on_one_rank_they_are_plain_lookup_and_product() -> None:
     weight, x = torch.randn(7, 4), torch.randn(2, 4)
     table = VocabParallelEmbedding(7, 4, Axis.single(), weight_format=WeightFormat(torch.float32, CPU))

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.entrypoints.bodies import BodyReader
 from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.info import info_router
@@ -17,7 +18,6 @@ from waybill.engine.entrypoints.not_served import NOT_SERVED, not_served_router
 from waybill.engine.entrypoints.update_sessions import update_sessions_router
 from waybill.engine.frontend.request_observer import NoObserver
 from waybill.engine.frontend.work_threads import WorkThreads
-from waybill.engine.io_struct import Blocked, BlockedKind
 
 RANK = {"num_running": 2, "num_waiting": 3, "num_pages": 10, "num_free_pages": 4}
 STATE: dict[str, Any] = {"page_size": 16, "kv_cache_tokens": 160, "weight_version": "v", "dp_ranks": [RANK, RANK]}

@@ -7,7 +7,7 @@ import pytest
 from waybill.engine.frontend.answer_logprobs import LOGPROB_FIELDS, AnswerLogprobs
 from waybill.engine.io_struct import Logprobs, OutputOptions
 
-NEW = Logprobs([-1.0, -3.0], [[(-1.0, 7)], [(-0.5, 1)]], [(None, 3), (-2.0, 4)], [None, [(-2.0, 4)]])
+NEW = Logprobs([-1.0, -3.0], [[(-1.0, 7)], [(-0.5, 1)]], [(None, 3), (-2.0, 4)], [None, [(-2.0, 4)]], [None, 9])
 
 
 def rendered(options: OutputOptions) -> dict[str, object]:
@@ -19,6 +19,7 @@ def test_values_stand_with_the_ids_that_they_belong_to() -> None:
     fields = {
         "output_token_logprobs": [(-1.0, 7, None), (-3.0, 8, None)],
         "input_token_logprobs": [(None, 3, None), (-2.0, 4, None)],
+        "input_token_ranks": [None, 9],
         "output_top_logprobs": [[(-1.0, 7, None)], [(-0.5, 1, None)]],
         "input_top_logprobs": [None, [(-2.0, 4, None)]],
     }
@@ -30,7 +31,10 @@ def test_values_stand_with_the_ids_that_they_belong_to() -> None:
     ("options", "names"),
     [
         (OutputOptions(return_logprob=True), ["output_token_logprobs", "input_token_logprobs"]),
-        (OutputOptions(return_logprob=True, logprob_start_len=1), ["output_token_logprobs", "input_token_logprobs"]),
+        (
+            OutputOptions(return_logprob=True, logprob_start_len=1),
+            ["output_token_logprobs", "input_token_logprobs", "input_token_ranks"],
+        ),
         (
             OutputOptions(return_logprob=True, top_logprobs_num=1),
             ["output_token_logprobs", "input_token_logprobs", "output_top_logprobs"],

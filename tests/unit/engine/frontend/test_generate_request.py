@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,13 @@ from waybill.engine.frontend.work_threads import MAX_INLINE_US, MAX_SHORT_US
 from waybill.engine.io_struct import OutputOptions
 
 LIMITS = EngineLimits(
-    context_length=20, kv_cache_tokens=16, vocab_size=100, dp_size=1, has_tokenizer=True, routed_experts=True
+    context_length=20,
+    kv_cache_tokens=16,
+    vocab_size=100,
+    dp_size=1,
+    has_tokenizer=True,
+    routed_experts=True,
+    router_weights=True,
 )
 
 
@@ -208,6 +215,7 @@ OPTIONS: dict[str, Any] = {
     "routed_experts_format": "compact",
     "routed_experts_delivery": "reference",
     "stream_routed_experts": True,
+    "return_router_weights": True,
 }
 
 
@@ -215,7 +223,8 @@ OPTIONS: dict[str, Any] = {
 def test_every_option_of_the_output_arrives_and_no_other_changes(name: str) -> None:
     # Those that say something only of routes, or of streams.
     needed = {"stream": True} if name == "stream_routed_experts" else {}
-    needed |= {"return_routed_experts": True} if name in ("routed_experts_start_len", "stream_routed_experts") else {}
+    of_routes = ("routed_experts_start_len", "stream_routed_experts", "return_router_weights")
+    needed |= {"return_routed_experts": True} if name in of_routes else {}
     asked = {**needed, name: OPTIONS[name]}
     params = {option: asked[option] for option in asked if option in SamplingParamsInput.model_fields}
     fields = {option: asked[option] for option in asked if option not in params}
@@ -245,6 +254,26 @@ def test_opting_in_without_routing_names_the_flag() -> None:
     limits = EngineLimits(20, 16, 100, 1, True, routed_experts=False)
     with pytest.raises(ValueError, match="--enable-return-routed-experts"):
         take(limits, input_ids=[1], return_routed_experts=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "return_router_weights: needs return_routed_experts=true"),
+        (
+            {"return_routed_experts": True, "routed_experts_delivery": "reference"},
+            "return_router_weights: needs routed_experts_delivery='inline'",
+        ),
+    ],
+)
+def test_combine_weights_stand_beside_rows_that_come_with_the_answer(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        take(input_ids=[1], return_router_weights=True, **fields)
+    asked = {"return_routed_experts": True, "return_router_weights": [True, False]}
+    wanted = [group[0].output_options.return_router_weights for group in take(input_ids=[[1], [2]], **asked)]
+    assert wanted == [True, False]
+    with pytest.raises(ValueError, match="--enable-return-router-weights"):
+        take(replace(LIMITS, router_weights=False), input_ids=[1], **{**asked, "return_router_weights": True})
 
 
 def test_one_bad_item_refuses_the_list_with_its_index() -> None:

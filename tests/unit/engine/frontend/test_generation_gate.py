@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.control.operations import (
     DestroyWeightsUpdateGroup,
+    ReleaseMemoryOccupation,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
 )
@@ -19,10 +21,10 @@ from waybill.engine.frontend.engine_controls import EngineControls
 from waybill.engine.frontend.generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.frontend.pending_replies import PendingReplies
-from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 
 OPEN = Blocked(BlockedKind.INCOMPLETE, "weights: an update is not complete: 1 of 2 tensors are still to come")
+RELEASED = Blocked(BlockedKind.RELEASED, "memory is released")
 TORN = Blocked(BlockedKind.TORN, "weights: a transfer was torn (x)")
 
 
@@ -188,5 +190,36 @@ def test_abort_all_requests_comes_before_the_update() -> None:
         controls, _, _, leader = controls_with(answer, running)
         assert (await controls.run(UpdateWeightsFromDisk("x", abort_all_requests=True))).success
         assert [type(message) for message in leader.messages] == [AbortReq, ControlReq]
+
+    asyncio.run(scenario())
+
+
+def test_nothing_comes_in_between_an_abort_and_the_release_of_memory() -> None:
+    """A request that came in would have the release refused. No pause is left behind, which nobody would end."""
+
+    async def scenario() -> None:
+        controls, gate, replies, leader = controls_with(lambda message: None, Running(1), timeout_s=5.0)
+        releasing = await waits(controls.release_memory(["kv_cache"], aborts=True))
+        coming = await waits(gate.enter())
+        abort, release = leader.messages
+        assert isinstance(abort, AbortReq) and abort.abort_all
+        assert release.operation == ReleaseMemoryOccupation(["kv_cache"])
+        replies.resolve(release.op_id, ControlReply(release.op_id, True, blocked=RELEASED))
+        assert (await releasing).success and not gate.is_paused
+        with pytest.raises(UnavailableError, match="memory is released"):
+            await coming
+
+    asyncio.run(scenario())
+
+
+def test_memory_is_released_behind_the_end_of_what_runs() -> None:
+    async def scenario() -> None:
+        running = Running(1)
+        controls, _, _, leader = controls_with(lambda message: ControlReply(message.op_id, True), running, 5.0)
+        releasing = await waits(controls.release_memory(None, aborts=False))
+        assert not leader.messages
+        running.count = 0
+        assert (await releasing).success
+        assert [message.operation for message in leader.messages] == [ReleaseMemoryOccupation()]
 
     asyncio.run(scenario())

@@ -6,14 +6,21 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 import zmq
+from fastapi import FastAPI
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.entrypoints.bodies import BodyReader
+from waybill.engine.entrypoints.native import native_router
+from waybill.engine.entrypoints.request_traces import RequestTraces
 from waybill.engine.frontend.answer import GenerationError
 from waybill.engine.frontend.engine_connection import EngineDeadError
 from waybill.engine.frontend.generate_request import parse_generate_request
+from waybill.engine.frontend.request_observer import RequestObserver
 from waybill.engine.frontend.tokenizer_manager import TokenizerManager
 from waybill.engine.io_struct import FinishReason, OutputBatch, RequestOutput
 from waybill.engine.ipc.frontend_messages import AbortReq, ControlReply, FrontendMessage, TokenizedGenerateReqInput
@@ -41,7 +48,7 @@ def output(rid: str, **fields: object) -> RequestOutput:
 class Wiring:
     """A manager that is ready, and the sockets of the engine behind it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, observer: RequestObserver | None = None) -> None:
         self.context = zmq.Context()
         self.leader: Receiver[FrontendMessage] = Receiver(self.context, f"ipc://{folder}/leader", FrontendMessage)
         self.failures: list[str] = []
@@ -51,6 +58,7 @@ class Wiring:
             leaders=[f"ipc://{folder}/leader"],
             frontend=f"ipc://{folder}/frontend",
             queries=[f"ipc://{folder}/queries"],
+            observer=observer,
             on_failure=self.failures.append,
         )
         self.outputs = self.context.socket(zmq.PUSH)
@@ -74,9 +82,11 @@ class Wiring:
         self.context.destroy(linger=0)
 
 
-def with_wiring(folder: Path, check: Callable[[Wiring], Awaitable[None]]) -> None:
+def with_wiring(
+    folder: Path, check: Callable[[Wiring], Awaitable[None]], observer: RequestObserver | None = None
+) -> None:
     async def run() -> None:
-        wiring = Wiring(folder)
+        wiring = Wiring(folder, observer)
         wiring.say(ControlReply("ready", True, state=FACTS))
         await wiring.manager.start(WAIT_S)
         try:
@@ -203,3 +213,32 @@ def test_a_malformed_reply_of_an_output_processor_is_noticed_too(tmp_path: Path)
         assert len(wiring.failures) == 1
 
     with_wiring(tmp_path, check)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_over_http_has_a_span_below_its_caller_s(tmp_path: Path, stream: bool) -> None:
+    """The way through body, preparation, engine and answer keeps the parent, in one span for each sample."""
+    exporter = InMemorySpanExporter()
+    traces = RequestTraces(exporter, "served")
+    trace_id, span_id = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+    async def check(wiring: Wiring) -> None:
+        app = FastAPI()
+        app.include_router(native_router(wiring.manager, BodyReader(wiring.manager.work_threads, 1000, traces)))
+        body = {"input_ids": [1, 2], "rid": "a", "stream": stream, "sampling_params": {"n": 2}}
+        headers = {"traceparent": f"00-{trace_id}-{span_id}-01"}
+        transport = httpx.ASGITransport(traces.around(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            answer = asyncio.create_task(client.post("/generate", json=body, headers=headers))
+            for rid in ("a_0", "a_1"):
+                await wiring.hear()
+                wiring.say(OutputBatch([output(rid, finish_reason=FinishReason("length", length=1))]))
+            assert (await answer).status_code == 200
+
+    with_wiring(tmp_path, check, traces)
+    traces.close()
+    spans = exporter.get_finished_spans()
+    assert {span.attributes["gen_ai.request.id"] for span in spans if span.attributes} == {"a_0", "a_1"}
+    assert {(f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") for span in spans if span.parent} == {
+        (trace_id, span_id)
+    }

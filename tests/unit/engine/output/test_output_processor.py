@@ -145,6 +145,24 @@ def test_every_token_has_the_version_of_the_forward_that_it_was_sampled_from(eng
     assert engine.mailbox.outputs[-1].token_weight_versions == []
 
 
+def test_the_last_output_tells_when_the_first_token_came(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With or without a stream; not of a request that has none."""
+    clock = iter(range(100))
+    monkeypatch.setattr("waybill.engine.output.output_sender.time.perf_counter", lambda: float(next(clock)))
+    for rid, stream in (("a", False), ("b", True)):
+        engine.step(
+            before=[started(rid, 2, stream=stream), ReqAdmitted(rid, b"")],
+            segments=[Segment(rid, 0, 2, int32(0, 1))],
+            outputs=[TokenOutput(rid, [5])],
+        )
+        engine.step(
+            segments=[Segment(rid, 2, 1, int32(2))], outputs=[TokenOutput(rid, [6])], after=[ReqFinished(rid, LENGTH)]
+        )
+    engine.step(before=[started("c", 2)], after=[ReqFinished("c", FinishReason("abort"))])
+    told = [(output.rid, output.first_token_ago_s) for output in engine.mailbox.outputs]
+    assert told == [("a", 1.0), ("b", None), ("b", 1.0), ("c", None)]
+
+
 def test_slots_freed_by_a_finish_are_reused_by_the_next_step(engine: Engine) -> None:
     finish_at_once(engine, "a", (0, 1))
     finish_at_once(engine, "b", (0, 1), first_row=4)

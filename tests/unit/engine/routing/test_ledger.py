@@ -80,7 +80,7 @@ def test_a_slice_is_copied_once() -> None:
     rows = ledger.get_topk("a", 0, num_rows + 1).rows
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert not np.shares_memory(rows, ledger._rows)
+    assert not np.shares_memory(rows, ledger._stores[0]._rows)
     assert peak < 1.5 * rows.nbytes
 
 

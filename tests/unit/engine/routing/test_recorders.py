@@ -64,7 +64,7 @@ def test_out_of_the_worlds_ids_a_recorder_takes_those_of_its_ranks_alone(process
         assert isinstance(recorder, RoutedExpertsCapturer)
         seq = recorder.begin(NUM_ROWS)
         for layer in (0, 1):
-            recorder.rows_of_world(layer).keep(ids)
+            recorder.rows_of_world(layer).keep(ids, torch.zeros(len(ids), TOP_K))
         recorder.finish()
         num_ranks = DP * TP if processors == "engine" else NODE
         expected = ids[rank * NUM_ROWS :][: num_ranks * NUM_ROWS]

@@ -68,7 +68,7 @@ def test_ids_of_every_layer_reach_the_slot() -> None:
     seq = capturer.begin(3)
     ids = torch.arange(12).view(2, 3, 2)
     for layer in (1, 0):
-        capturer.slot(layer).copy_(ids[layer])
+        capturer.slot(layer).ids.copy_(ids[layer])
     capturer.finish()
     capturer.publish(seq)
     assert ring.rows(seq, 0, 3).tolist() == ids.tolist()
@@ -80,7 +80,7 @@ def test_a_layer_that_bypasses_the_recorder_fails_the_step(recorded: list[int]) 
     capturer = RoutedExpertsCapturer(RouteRing.create(GEOMETRY, 2), torch.device("cpu"))
     capturer.begin(1)
     for layer in recorded:
-        capturer.slot(layer).zero_()
+        capturer.slot(layer).ids.zero_()
     with pytest.raises(RuntimeError, match="recorded nothing, or some twice"):
         capturer.finish()
 
@@ -93,7 +93,7 @@ def test_ids_gathered_late_reach_the_slot() -> None:
     for _ in range(2):
         seq = recorder.begin(3)
         for layer in (1, 0):
-            recorder.slot(layer).copy_(ids[layer])
+            recorder.slot(layer).ids.copy_(ids[layer])
         recorder.finish()
         recorder.publish(seq)
         assert ring.rows(seq, 0, 3).tolist() == ids.tolist()
@@ -109,10 +109,10 @@ def test_a_layer_that_bypasses_the_late_gather_fails_the_step(recorded: list[int
     recorder = LateRouteGather(Axis.single(), GEOMETRY, 4, capturer, cpu)
     recorder.begin(1)
     for layer in (0, 1):
-        recorder.slot(layer).zero_()
+        recorder.slot(layer).ids.zero_()
     recorder.finish()
     recorder.begin(1)
     for layer in recorded:
-        recorder.slot(layer).zero_()
+        recorder.slot(layer).ids.zero_()
     with pytest.raises(RuntimeError, match="recorded nothing, or some twice"):
         recorder.finish()

@@ -71,3 +71,23 @@ def test_a_wrong_route_is_seen_in_what_was_kept_too() -> None:
             keeping.check_routes(SEQUENCES[0], wrong)
         keeping.check_routes(SEQUENCES[0], routes)
     assert keeping.num_forwards == 1
+
+
+def test_weights_that_are_wrong_or_of_another_expert_are_seen() -> None:
+    keeping, tokens = CountingReference(2), SEQUENCES[0]
+    routes = keeping.routes(tokens)
+    weights = torch.stack([tap.weights for tap in keeping._taps], dim=1).numpy()
+    assert np.abs(weights.sum(axis=-1) - 1).max() < 1e-6, "the model renormalises"
+    keeping.routes(SEQUENCES[1])
+    for start in (0, 2):
+        keeping.check_routes(tokens, routes[start:], start)
+        keeping.check_weights(weights[start:], start)
+        for spoilt in (
+            np.flip(weights[start:], axis=-1).copy(),
+            torch.from_numpy(weights[start:]).bfloat16().float().numpy(),
+            np.full_like(weights[start:], np.nan),
+        ):
+            with pytest.raises(Difference, match="MoE layer 0: weights"):
+                keeping.check_weights(spoilt, start)
+    with pytest.raises(Difference, match="choices"):
+        keeping.check_weights(weights[:-1])

@@ -125,10 +125,13 @@ def test_logprobs_are_those_of_the_model() -> None:
 
 def test_score_tokens() -> None:
     logits = torch.randn(3, V)
-    values, top = score_tokens(logits, torch.tensor([1, 2, 3]), 1)
+    scores = score_tokens(logits, torch.tensor([1, 2, 3]), 1)
     expected = torch.log_softmax(logits, dim=-1)
-    assert values == [expected[i, i + 1].item() for i in range(3)]
-    assert [pairs[0][1] for pairs in top] == expected.argmax(dim=-1).tolist()
+    assert scores.logprobs == [expected[i, i + 1].item() for i in range(3)]
+    assert [pairs[0][1] for pairs in scores.top] == expected.argmax(dim=-1).tolist()
+    order = expected.argsort(dim=-1, descending=True)
+    assert [int(order[i, rank - 1]) for i, rank in enumerate(scores.ranks)] == [1, 2, 3]
+    assert score_tokens(torch.zeros(1, V), torch.tensor([2]), 0).ranks == [1], "equal ones share the best rank"
 
 
 @given(st.integers(0, 2**32), st.integers(0, 3))
@@ -224,9 +227,9 @@ def test_probability_zero_has_a_log_probability_that_json_can_hold() -> None:
     biased = SamplingRow(
         SamplingParams(temperature=0.0, logit_bias={2: 1e30}), msgspec.structs.replace(TOP_2, top_logprobs_num=3), ()
     )
-    values, top = score_tokens(logits, torch.tensor([1]), 3)
-    assert values == [MIN_LOGPROB]
-    assert [value for value, _ in top[0]] == [0.0, MIN_LOGPROB, MIN_LOGPROB]
+    scores = score_tokens(logits, torch.tensor([1]), 3)
+    assert scores.logprobs == [MIN_LOGPROB]
+    assert [value for value, _ in scores.top[0]] == [0.0, MIN_LOGPROB, MIN_LOGPROB]
     sampled = sample(logits_of(0.0, -INF, -1e29), [biased])
     assert sampled.token_ids.tolist() == [2]
     assert sampled.logprobs is not None and sampled.logprobs.tolist() == [MIN_LOGPROB]
@@ -234,9 +237,10 @@ def test_probability_zero_has_a_log_probability_that_json_can_hold() -> None:
 
 @pytest.mark.parametrize("name", ["nan", "all nan", "infinite", "all banned"])
 def test_scores_of_a_row_that_is_not_finite_are_nan(name: str) -> None:
-    values, _ = score_tokens(torch.tensor([BAD_ROWS[name], [0.0, 1.0, 2.0, 3.0]]), torch.tensor([3, 3]), 0)
+    scores = score_tokens(torch.tensor([BAD_ROWS[name], [0.0, 1.0, 2.0, 3.0]]), torch.tensor([3, 3]), 0)
+    values = scores.logprobs
     assert math.isnan(values[0]) and not math.isnan(values[1])
-    assert not PromptScores(values, [[], []]).are_finite and PromptScores(values[1:], [[]]).are_finite
+    assert not scores.are_finite and PromptScores(values[1:], [[]], [1]).are_finite
 
 
 @pytest.mark.gpu

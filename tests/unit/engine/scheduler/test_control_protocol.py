@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.dp_harness import DpGroup, Leader
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.control.operations import (
     ContinueGeneration,
     ControlOperation,
@@ -22,7 +23,6 @@ from waybill.engine.control.operations import (
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
 )
-from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.ipc.frontend_messages import ControlReq
 from waybill.engine.plan import ScheduleBatch
 from waybill.engine.weight_sync.report import Outcome

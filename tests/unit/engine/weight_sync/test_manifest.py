@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.io_struct import Blocked, BlockedKind
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.weight_sync.manifest import UpdateProgress, check_distinct, check_specs, parse_specs
 
 NAMES = ("a", "b", "c", "d")

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.control.operations import (
     InitWeightsUpdateGroup,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
     UpdateWeightsFromTensor,
 )
-from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.models import read_plan, weight_loader
 from waybill.engine.models.checkpoint import Checkpoint
 from waybill.engine.models.model_context import ModelContext

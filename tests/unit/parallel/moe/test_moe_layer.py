@@ -16,7 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis
-from waybill.parallel.moe.dispatch import ReplicatedDispatcher
+from waybill.parallel.moe.dispatch import RecordedRows, ReplicatedDispatcher
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.layer import MoeLayer
 from waybill.parallel.moe.router import RouterConfig, TopKRouter, choose_torch
@@ -54,11 +54,12 @@ def our_layer(block: Any, backend: str) -> MoeLayer:
 
 class Recorder:
     def __init__(self) -> None:
-        self.records: list[tuple[int, torch.Tensor]] = []
+        self.records: list[tuple[int, RecordedRows]] = []
 
-    def slot(self, moe_layer_index: int) -> torch.Tensor:
-        self.records.append((moe_layer_index, torch.full((40, 3), 255, dtype=torch.uint8)))
-        return self.records[-1][1]
+    def slot(self, moe_layer_index: int) -> RecordedRows:
+        rows = RecordedRows(torch.full((40, 3), 255, dtype=torch.uint8), weights=torch.full((40, 3), -1.0))
+        self.records.append((moe_layer_index, rows))
+        return rows
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -161,15 +162,16 @@ def test_a_choice_that_cannot_be_made_is_refused(config: RouterConfig, message: 
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch_reference"])
-def test_layer_is_that_of_transformers_and_tells_its_ids(backend: str) -> None:
+def test_layer_is_that_of_transformers_and_tells_its_choice(backend: str) -> None:
     torch.manual_seed(1)
     block = hf_block(torch.float32, norm_topk_prob=True)
     layer, recorder, x = our_layer(block, backend), Recorder(), torch.randn(40, 64)
     out = layer(x, WHOLE, recorder).complete()
     torch.testing.assert_close(out, block(x[None])[0], rtol=1e-5, atol=1e-5)
-    ((index, ids),) = recorder.records
+    ((index, rows),) = recorder.records
     assert index == 7
-    assert torch.equal(ids.long(), block.gate(x)[2])
+    assert torch.equal(rows.ids.long(), block.gate(x)[2])
+    assert torch.equal(rows.weights, block.gate(x)[1])
 
 
 def test_layer_in_bfloat16_rounds_where_transformers_does() -> None:

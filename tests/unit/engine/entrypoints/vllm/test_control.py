@@ -9,13 +9,13 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.control.operations import (
     ContinueGeneration,
     DestroyWeightsUpdateGroup,
     FlushCache,
     InitWeightsUpdateGroup,
     PauseGeneration,
-    ReleaseMemoryOccupation,
     ResumeMemoryOccupation,
     UpdateWeightsFromDisk,
     UpdateWeightsFromDistributed,
@@ -26,7 +26,6 @@ from waybill.engine.entrypoints.errors import install_error_handlers
 from waybill.engine.entrypoints.vllm.control import vllm_control_router
 from waybill.engine.frontend.request_observer import NoObserver
 from waybill.engine.frontend.work_threads import WorkThreads
-from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.ipc.frontend_messages import ControlReply
 
 TENSORS: dict[str, Any] = {"names": ["a", "b"], "dtype_names": ["bfloat16", "float32"], "shapes": [[2, 3], [4]]}
@@ -41,12 +40,15 @@ class Engine:
         self.controls = self
         self.done: list[Any] = []
         self.refuses: str | None = None
+        self.hangs_on: type[Any] | None = None
         self.blocked: Blocked | None = None
         self.is_paused = False
 
     async def run(self, operation: Any) -> ControlReply:
         operation.check()
         self.done.append(operation)
+        if self.hangs_on is not None and isinstance(operation, self.hangs_on):
+            raise TimeoutError
         if isinstance(operation, PauseGeneration | ContinueGeneration):
             self.is_paused = isinstance(operation, PauseGeneration)
         return ControlReply("op", self.refuses is None, self.refuses or "done")
@@ -54,6 +56,10 @@ class Engine:
     async def pause_when_idle(self) -> ControlReply:
         self.done.append("pause when idle")
         return ControlReply("op", True, "paused")
+
+    async def release_memory(self, tags: Any, *, aborts: bool) -> ControlReply:
+        self.done.append(("abort and release" if aborts else "release", tags))
+        return ControlReply("op", True, "released")
 
     async def abort_exactly(self, rids: Any) -> int:
         self.done.append(("abort", rids))
@@ -137,14 +143,30 @@ def test_skyrl(http: TestClient, engine: Engine) -> None:
     assert http.post("/sleep", params={"level": "2", "tags": ["weights"]}).status_code == 200
     engine.blocked = Blocked(BlockedKind.RELEASED, "memory is released")
     assert http.get("/is_sleeping").json() == {"is_sleeping": True}
+    assert http.get("/is_paused").json() == {"is_paused": True}
     assert http.post("/wake_up", params={"tags": ["weights"]}).status_code == 200
-    assert engine.done[-3:] == [
-        *(PauseGeneration("abort"), ReleaseMemoryOccupation(["weights"]), ResumeMemoryOccupation(["weights"]))
-    ]
+    assert engine.done[-2:] == [("abort and release", ["weights"]), ResumeMemoryOccupation(["weights"])]
     engine.blocked = None
     assert http.post("/wake_up").status_code == 200
     assert engine.done[-2:] == [ResumeMemoryOccupation(None), ContinueGeneration()]
     assert "method" in error_of(http.post("/collective_rpc", json={"method": "reload_weights"}))
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs", "words"),
+    [
+        ("skyrl_start_weight_update", {"is_checkpoint_format": False}, "kwargs.is_checkpoint_format: must be true"),
+        ("skyrl_start_weight_update", {"level": 1}, "kwargs.level: is no field"),
+        ("update_weights_nccl", {}, "kwargs.update_info: Field required"),
+        ("update_weights_nccl", {"update_info": {**TENSORS, "x": 1}}, "kwargs.update_info.x: is no field"),
+        ("skyrl_finish_weight_update", {"step": 1}, "kwargs.step: is no field"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(
+    http: TestClient, engine: Engine, method: str, kwargs: dict[str, Any], words: str
+) -> None:
+    assert error_of(http.post("/collective_rpc", json={"method": method, "kwargs": kwargs})).startswith(words)
+    assert not engine.done
 
 
 def test_prime_rl(http: TestClient, engine: Engine) -> None:
@@ -192,6 +214,16 @@ def test_the_end_of_an_update(http: TestClient, engine: Engine) -> None:
     assert http.get("/weight_info").json() == {"weight_version": "v7"}
 
 
+@pytest.mark.parametrize("kind", [PauseGeneration, FlushCache])
+def test_a_reset_that_is_not_answered_in_time_leaves_no_pause_behind(
+    http: TestClient, engine: Engine, kind: type[Any]
+) -> None:
+    """The engine may do it later."""
+    engine.hangs_on = kind
+    assert http.post("/reset_prefix_cache", json={"reset_running_requests": True}).status_code == 503
+    assert engine.done[-1] == ContinueGeneration() and not engine.is_paused
+
+
 def test_aborts(http: TestClient, engine: Engine) -> None:
     assert http.post("/abort_requests", json={"request_ids": ["r1"]}).json() == {"status": "aborted", "aborted": 3}
     assert http.post("/abort_requests", json={}).status_code == 200
@@ -203,6 +235,10 @@ def test_aborts(http: TestClient, engine: Engine) -> None:
     [
         ("/pause", {"mode": "soft"}, None, "mode=soft: must be one of abort, wait, keep"),
         ("/pause", {"clear_cache": "maybe"}, None, "clear_cache=maybe: must be true or false"),
+        ("/pause", {"mod": "keep"}, None, "mod: is no parameter of this request, which has mode, "),
+        ("/sleep", {"level": "2", "tag": "weights"}, None, "tag: is no parameter"),
+        ("/wake_up", {"tag": "weights"}, None, "tag: is no parameter"),
+        ("/reset_prefix_cache", {"mode": "keep"}, None, "mode: is no parameter"),
         ("/sleep", {}, None, "level=1: must be 2"),
         ("/sleep", {"level": "2", "mode": "keep"}, None, "mode='keep': memory is released only when nothing runs"),
         ("/wake_up", {"tags": "graphs"}, None, "tags=graphs: must be one of weights, kv_cache"),
@@ -229,6 +265,6 @@ def test_what_cannot_be_served_is_refused_by_name(
 
 def test_what_the_engine_refuses_is_a_refusal(http: TestClient, engine: Engine) -> None:
     engine.refuses = "names: the model has no a"
-    for path in ("/pause", "/resume", "/wake_up", "/reset_prefix_cache"):
-        assert error_of(http.post(path, params={"mode": "keep"})) == engine.refuses
+    for path in ("/pause?mode=keep", "/resume", "/wake_up", "/reset_prefix_cache"):
+        assert error_of(http.post(path)) == engine.refuses
     assert error_of(http.post("/update_weights", json={"update_info": TENSORS})) == engine.refuses

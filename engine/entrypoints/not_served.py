@@ -22,7 +22,7 @@ CHAT = "use /v1/chat/completions"
 CACHE = "there is no second tier of the prefix cache; /flush_cache empties it"
 LOGGING = "set at the start, with --log-level"
 TRAINER = "use /init_weights_update_group and /update_weights_from_distributed, of which the trainer is rank 0"
-DISAGGREGATION = "every server does prefill and decode"
+DISAGGREGATION = "the side is set at the start, with --disaggregation"
 
 # Path -> what to use. Those of sglang 0.5.23, and of its forks for slime and miles.
 SGLANG: Mapping[str, str] = {

@@ -63,9 +63,10 @@ def check(
     assert "routed_experts_error" not in meta
     logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
     reference.check_generation(prompt, answer["output_ids"], logprobs, meta["routed_experts"], tolerance)
+    reference.check_weights(meta["router_weights"])
 
 
-ALL = {"return_routed_experts": True, "return_logprob": True}
+ALL = {"return_routed_experts": True, "return_router_weights": True, "return_logprob": True}
 
 
 def test_single_chunked_cached_and_scored_prompts(pair: EnginePair, reference: Reference) -> None:
@@ -179,3 +180,45 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
     prompt = ids("alone now")
     check(reference, prompt, pair.decode.generate(input_ids=prompt, sampling_params=greedy(4), **ALL))
     at_rest(pair.decode)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        ({"tp_size": 1}, {"tp_size": 1}),
+        ({"tp_size": 1}, {"tp_size": 2, "overlap_depth": 0}),
+        ({"tp_size": 1, "dp_size": 2}, {"tp_size": 1, "dp_size": 2}),
+        ({"tp_size": 2, "page_size": 3, "overlap_depth": 0}, {"tp_size": 2, "enable_prefix_cache": False}),
+    ],
+)
+def test_other_layouts(checkpoint: str, reference: Reference, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+    pair = EnginePair(checkpoint, prefill, decode, **OPTIONS)
+    prompts = [ids(f"prompt {i} of several, " * (1 + i % 3)) for i in range(6)]
+    fields = [{"input_ids": prompt, "sampling_params": greedy(8), **ALL} for prompt in (*prompts, *prompts)]
+    try:
+        answers = pair.all(fields)
+        for prompt, answer in zip((*prompts, *prompts), answers, strict=True):
+            check(reference, prompt, answer)
+        for engine in (pair.prefill, pair.decode):
+            at_rest(engine)
+    finally:
+        pair.shutdown()
+
+
+@pytest.mark.matrix
+def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(checkpoint: str) -> None:
+    """One request after the other: tokens, log-probabilities, rows and weights are equal to the bit, cached or not."""
+    prompts = [ids(f"prompt {i} of several, " * (1 + i % 3)) for i in range(4)]
+    fields = [{"input_ids": prompt, "sampling_params": greedy(8), **ALL} for prompt in prompts]
+    fields += [{**one, "logprob_start_len": 5, "top_logprobs_num": 2} for one in fields]
+    pair = EnginePair(checkpoint, {"tp_size": 1}, {"tp_size": 1}, **OPTIONS)
+    try:
+        both = [pair.generate(**one) for one in (*fields, *fields)]
+    finally:
+        pair.shutdown()
+    with Engine(checkpoint, tp_size=1, **OPTIONS) as engine:
+        for one, two in zip((engine.generate(**one) for one in (*fields, *fields)), both, strict=True):
+            assert one["output_ids"] == two["output_ids"]
+            for name in one["meta_info"].keys() - {"id", "e2e_latency"}:
+                assert np.array_equal(one["meta_info"][name], two["meta_info"][name]), name

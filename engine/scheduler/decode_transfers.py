@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..io_struct import FirstToken
+from ..io_struct import FinishReason, FirstToken
 from ..ipc.frontend_messages import TransferNotice
 from ..plan import DropPages, FetchPages
 from .req import Req
-from .transfers import Settled, Tell, unavailable
+from .transfers import Settled, Tell
 
 FIRST_PART = "pages0"
 ROUTES = "routes"
@@ -106,7 +106,7 @@ class DecodeTransfers:
         oldest = self._clock() - self._timeout_s
         for key, awaited in list(self._awaited.items()):
             if awaited.error:
-                settled.append(Settled(awaited.req, reason=unavailable(f"prefill: {awaited.error}")))
+                settled.append(Settled(awaited.req, reason=FinishReason.failed(f"prefill: {awaited.error}")))
             elif awaited.is_fetching and not awaited.missing and awaited.first is not None:
                 del self._awaited[key]
                 awaited.req.is_awaited = False
@@ -115,7 +115,7 @@ class DecodeTransfers:
                 settled.append(Settled(awaited.req, awaited.first))
             elif awaited.since < oldest:
                 message = f"its prompt has not arrived within {self._timeout_s:g} s (--disaggregation-timeout)"
-                settled.append(Settled(awaited.req, reason=unavailable(f"prefill: {message}")))
+                settled.append(Settled(awaited.req, reason=FinishReason.failed(f"prefill: {message}")))
         return settled
 
     @property

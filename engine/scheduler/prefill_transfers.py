@@ -11,7 +11,7 @@ from ..io_struct import FinishReason, FirstToken, Logprobs, TokenOutput
 from ..ipc.frontend_messages import TransferNotice
 from ..plan import DropPages, SharePages
 from .req import Req
-from .transfers import Settled, Tell, unavailable
+from .transfers import Settled, Tell
 
 
 @dataclass
@@ -105,7 +105,7 @@ class PrefillTransfers:
         message = f"the decode's side has not taken it within {self._timeout_s:g} s (--disaggregation-timeout)"
         for lent in self._lent.values():
             if lent.released is None and lent.done_at is not None and lent.done_at < oldest:
-                lent.released = Settled(lent.req, reason=unavailable(message))
+                lent.released = Settled(lent.req, reason=FinishReason.failed(message))
                 settled.append(lent.released)
         return settled
 

@@ -14,7 +14,7 @@ from typing import Generic
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from ..grammar.mask_maker import MaskMaker
-from ..io_struct import ReqRetracted
+from ..io_struct import FinishReason, ReqRetracted
 from ..ipc.frontend_messages import (
     ControlReply,
     GetInternalStateReq,
@@ -42,7 +42,6 @@ from .step_recorder import StepRecorder
 from .stop_checker import StopChecker
 from .transfer_ends import TransferEnds
 from .transfer_sides import make_transfers
-from .transfers import unavailable
 
 IDLE_WAIT_S = 5.0
 # Between two looks at a grammar that is being compiled, or at what is on its way from another engine.
@@ -216,7 +215,7 @@ class Scheduler(Generic[LaunchedT]):
         self.queues.add(req)
         self.recorder.note(req.started())
         if refusal:
-            self._transfer_ends.end(req, unavailable(refusal))
+            self._transfer_ends.end(req, FinishReason.failed(refusal))
 
     def _on_notice(self, message: SeqNotice) -> None:
         """The number is all that it says."""

@@ -14,7 +14,7 @@ from .page_manager import PageManager
 from .req import Req
 from .step_committer import StepCommitter
 from .step_recorder import StepRecorder
-from .transfers import Settled, unavailable
+from .transfers import Settled
 
 
 class Steps(Protocol):
@@ -63,7 +63,7 @@ class TransferEnds:
         own = self._recorder.weight_version
         if first.weight_version != own:
             message = f"weight_version: the prefill's side ran with {first.weight_version!r}, this one has {own!r}"
-            self.end(req, unavailable(f"{message}; weights of both sides are to be updated together"))
+            self.end(req, FinishReason.failed(f"{message}; weights of both sides are to be updated together"))
             return
         new_pages = req.held.pages[req.num_cached // self._pages.page_size :].tobytes()
         req.num_cached = req.num_scheduled = req.num_committed = req.num_prompt_tokens

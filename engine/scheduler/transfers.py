@@ -81,8 +81,3 @@ class NoTransfers:
 
     def state(self) -> dict[str, int | float]:
         return {"num_transferring": 0, "num_transfers": 0, "num_transfers_failed": 0, **NO_COUNTERS}
-
-
-def unavailable(message: str) -> FinishReason:
-    """The request may be sent again, to both sides."""
-    return FinishReason("abort", message=message, status_code=503, err_type="ServiceUnavailableError")

@@ -75,7 +75,7 @@ def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> N
     good, bad = transfers.settle()
     assert good.req is without_rows and good.first == FIRST
     assert bad.req is without_pages and bad.reason is not None
-    assert bad.reason.message == "prefill: the rank is gone" and bad.reason.status_code == 503
+    assert bad.reason.message == "prefill: the rank is gone" and bad.reason.status_code == 500
     finish(transfers, bad.req, bad.reason)
     assert told.pop() == DropPages("2.0", "prefill: the rank is gone")
     clock.now = 61.0
@@ -127,6 +127,6 @@ def test_a_prefill_that_nobody_fetches_ends() -> None:
     clock.now = 61.0
     # One that has not come to its first token is bounded by those before it.
     (settled,) = transfers.settle()
-    assert settled.req is kept and settled.reason is not None and settled.reason.status_code == 503
+    assert settled.req is kept and settled.reason is not None and settled.reason.status_code == 500
     finish(transfers, kept, settled.reason)
     assert transfers.settle() == [] and transfers.state()["num_transfers_failed"] == 2

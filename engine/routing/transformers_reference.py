@@ -29,9 +29,6 @@ from .replay.routers import RouterKind, router_kind, router_weights
 
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
-# Of combine weights, relative to the number: they are smooth in the scores, whose last bits a sum's order decides. What
-# was rounded to bfloat16 is off by up to 4e-3.
-WEIGHT_TOLERANCE = 1e-4
 
 
 class Difference(AssertionError):
@@ -158,18 +155,22 @@ class Reference:
         raise Difference("forcing every layer did not make the routes equal")
 
     def check_weights(self, weights: np.ndarray, start: int = 0) -> None:
-        """Compare combine weights [rows, moe_layers, top_k], float32, of the rows that were last found equal.
+        """Compare combine weights [rows, moe_layers, top_k], float32, of the rows that were last found equal: they must be
+        those of router logits that differ from the reference's by less than `NEAR_TIE` of the largest one in the row. A
+        weight, of a softmax or of sigmoids, changes by at most twice that, relative to itself; rounded to bfloat16 it
+        would by up to 4e-3.
 
         Raises:
-            Difference: one is another than the reference's by more than rounding.
+            Difference: one is not.
         """
         for layer, tap in enumerate(self._taps):
             ours, theirs = torch.from_numpy(weights[:, layer]), tap.weights[start:].float()
             if ours.shape != theirs.shape:
                 raise Difference(f"MoE layer {layer}: {tuple(ours.shape)} weights for {tuple(theirs.shape)} choices")
             distance = ((ours - theirs).abs() / theirs.abs().clamp(min=torch.finfo(torch.float32).tiny)).amax(dim=-1)
-            if len(distance) and not distance.max() <= WEIGHT_TOLERANCE:
-                row = int(distance.argmax())
+            bound = 2 * NEAR_TIE * tap.logits[start:].float().abs().amax(dim=-1).clamp(min=1.0)
+            if not (distance <= bound).all():
+                row = int((distance / bound).nan_to_num(nan=float("inf")).argmax())
                 raise Difference(
                     f"position {start + row}, MoE layer {layer}: weights {ours[row].tolist()}, reference "
                     f"{theirs[row].tolist()}"

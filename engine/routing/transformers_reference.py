@@ -154,11 +154,11 @@ class Reference:
             agreement.forced_routes += self._force(differing[0], routes, start)
         raise Difference("forcing every layer did not make the routes equal")
 
-    def check_weights(self, weights: np.ndarray, start: int = 0) -> None:
+    def check_weights(self, weights: np.ndarray, start: int = 0, tolerance: float = LOGPROB_TOLERANCE) -> None:
         """Compare combine weights [rows, moe_layers, top_k], float32, of the rows that were last found equal: they must be
-        those of router logits that differ from the reference's by less than `NEAR_TIE` of the largest one in the row. A
-        weight, of a softmax or of sigmoids, changes by at most twice that, relative to itself; rounded to bfloat16 it
-        would by up to 4e-3.
+        those of router logits that differ from the reference's by at most half of `tolerance`, as log-probabilities may,
+        relative to the largest of the row if that is above 1. A weight, of a softmax or of sigmoids, changes by at most
+        twice that, relative to itself; rounded to bfloat16 it would by up to 4e-3.
 
         Raises:
             Difference: one is not.
@@ -168,7 +168,7 @@ class Reference:
             if ours.shape != theirs.shape:
                 raise Difference(f"MoE layer {layer}: {tuple(ours.shape)} weights for {tuple(theirs.shape)} choices")
             distance = ((ours - theirs).abs() / theirs.abs().clamp(min=torch.finfo(torch.float32).tiny)).amax(dim=-1)
-            bound = 2 * NEAR_TIE * tap.logits[start:].float().abs().amax(dim=-1).clamp(min=1.0)
+            bound = tolerance * tap.logits[start:].float().abs().amax(dim=-1).clamp(min=1.0)
             if not (distance <= bound).all():
                 row = int((distance / bound).nan_to_num(nan=float("inf")).argmax())
                 raise Difference(
@@ -213,7 +213,7 @@ class Reference:
             raise Difference(f"{len(logprobs)} log-probabilities for {len(output)} tokens")
         logits, agreement = self.check_routes(tokens, routes)
         if weights is not None:
-            self.check_weights(weights)
+            self.check_weights(weights, tolerance=logprob_tolerance)
         for index, token in enumerate(output):
             scores = logits[len(prompt) - 1 + index].float()
             gap = float(scores.max() - scores[token])

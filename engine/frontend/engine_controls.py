@@ -61,6 +61,8 @@ class EngineControls:
         self._dp_router = dp_router
         self._trainer_hosts = config.weight_sync_hosts
         self._num_under_way = 0
+        # Of the engine, as it said last.
+        self.weight_version = config.weight_version
         self._transfer_timeout_s = config.weight_sync_timeout_s + ANSWER_MARGIN_S
 
     @property
@@ -132,6 +134,8 @@ class EngineControls:
 
     def _note(self, operation: ControlOperation, reply: ControlReply) -> None:
         """What a frontend keeps of how the engine stands."""
+        if reply.weight_version is not None:
+            self.weight_version = reply.weight_version
         if isinstance(operation, BlockingOperation):
             self._gate.blocked = reply.blocked
         if not reply.success:

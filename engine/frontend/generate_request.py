@@ -110,6 +110,10 @@ class GenerateReqInput(RequestModel):
     def is_batch(self) -> bool:
         return isinstance(self.input_ids if self.text is None else self.text, list)
 
+    def name_of(self, item: int) -> str | None:
+        """What the caller calls the request of this prompt, if anything."""
+        return self.rid[item] if isinstance(self.rid, list) else self.rid
+
     @property
     def dp_rank(self) -> int | None:
         """Which it must go to; None: any."""

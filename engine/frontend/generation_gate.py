@@ -48,6 +48,11 @@ class GenerationGate:
         self._settle()
 
     @property
+    def is_open(self) -> bool:
+        """Whether nobody waits here."""
+        return self._open.is_set()
+
+    @property
     def refusal(self) -> str | None:
         """Why a request is refused at once; None if it may come in, or wait for that."""
         return None if self._blocked is None or self._blocked.kind is BlockedKind.INCOMPLETE else self._blocked.message

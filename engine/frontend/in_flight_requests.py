@@ -54,7 +54,7 @@ class InFlightRequests:
             for sample in samples:
                 self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
                 self._dp_ranks[sample.rid] = dp_rank
-                self._names[sample.rid] = request.rid[sample.item] if isinstance(request.rid, list) else request.rid
+                self._names[sample.rid] = request.name_of(sample.item)
                 num_sent += 1
                 num_bytes += len(input_ids)
                 if num_bytes >= MAX_SENT_BYTES:

@@ -32,6 +32,11 @@ class PreparedRequest:
     # Of a request whose session says where its rows begin.
     delivery: RouteDelivery | None = None
 
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What the caller calls the request of each sample, if anything."""
+        return {sample.rid: self.request.name_of(sample.item) for sample in self.samples}
+
     def release(self) -> None:
         self.permits.release()
 

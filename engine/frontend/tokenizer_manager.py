@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..config import EngineConfig
 from ..control.blocked import Blocked
-from ..ipc.frontend_messages import AbortReq, ShutdownReq
+from ..ipc.frontend_messages import ABORTED, AbortReq, ShutdownReq
 from ..ipc.sockets import Endpoint
 from ..text.tokenizer_file import why_no_tokenizer
 from ..validation.field_error import FieldError
@@ -37,6 +37,7 @@ from .request_preparation import PreparedRequest, RequestPreparation
 from .sample_request import SampleRequest
 from .session_routes import SessionRoutes
 from .text_codec import TextCodec
+from .waiting_requests import WaitingRequests, aborted_output
 from .work_threads import WorkThreads
 
 READY_OP = "ready"
@@ -70,6 +71,7 @@ class TokenizerManager:
         link, replies, dp_router = self._connection.link, self._connection.replies, DpRouter(config.dp_size)
         self._gate = GenerationGate(config.weight_sync_timeout_s, lambda: len(self._at_engine))
         self._at_engine = InFlightRequests(link, dp_router, self._gate)
+        self._waiting = WaitingRequests(self._gate)
         self.outputs = PendingOutputs(self._at_engine)
         self._observer: RequestObserver = observer or NoObserver()
         self.work_threads = WorkThreads()
@@ -183,17 +185,17 @@ class TokenizerManager:
         """
         prepared = asked if isinstance(asked, PreparedRequest) else await self.prepare(asked)
         try:
-            await self._gate.enter()
+            aborted = await self._waiting.enter(prepared.names)
             # Others may have come between `prepare` and here.
             self._check_rids(prepared.samples)
-            async with aclosing(self._generate(prepared, form)) as results:
+            async with aclosing(self._generate(prepared, form, aborted)) as results:
                 async for result in results:
                     yield result
         finally:
             prepared.release()
 
     async def _generate(
-        self, prepared: PreparedRequest, form: RoutesForm
+        self, prepared: PreparedRequest, form: RoutesForm, aborted: dict[str, str]
     ) -> AsyncGenerator[dict[str, Any] | list[Any], None]:
         request, samples = prepared.request, prepared.samples
         num_layers = int(self.facts["num_layers"])
@@ -203,7 +205,12 @@ class TokenizerManager:
         queue = self.outputs.expect(answers)
         outcome = "cancelled"
         try:
-            for _, group in groupby(samples, key=lambda sample: sample.item):
+            for sample in samples:
+                if sample.rid in aborted:
+                    end = aborted_output(sample, aborted[sample.rid], self.controls.weight_version)
+                    queue.put_nowait((end, None))
+            to_send = [sample for sample in samples if sample.rid not in aborted]
+            for _, group in groupby(to_send, key=lambda sample: sample.item):
                 await self._at_engine.send(request, list(group))
             single = not request.is_batch and len(samples) == 1
             async for result in self._collect(prepared, list(answers.values()), queue, single):
@@ -297,6 +304,8 @@ class TokenizerManager:
             raise FieldError("rid: must not be empty, unless abort_all is true", "rid", mentions=("abort_all",))
         if len(rid) > MAX_RID_CHARS:
             raise FieldError(f"rid: has {len(rid)} characters, must have at most {MAX_RID_CHARS}", "rid")
+        prefix, message = "" if abort_all else rid, message or ABORTED
+        self._waiting.abort(lambda one, _: one.startswith(prefix), message)
         self._connection.link.send_to_all(lambda number: AbortReq(number, rid, abort_all, message=message))
 
     async def abort_and_wait(self, rid: str = "", *, abort_all: bool = False, message: str = "") -> None:
@@ -316,16 +325,17 @@ class TokenizerManager:
         """Abort the requests that have these names, all their samples, or (None) everybody; how many there were. Returns
         when the engine has let go of them, as `abort_and_wait`."""
         if rids is None:
-            num_at_engine = len(self._at_engine)
+            num_aborted = len(self._at_engine) + self._waiting.abort(lambda *_: True, ABORTED)
             await self.abort_and_wait(abort_all=True)
-            return num_at_engine
+            return num_aborted
+        num_waiting = self._waiting.abort(lambda rid, name: rid in rids or name in rids, ABORTED)
         asked = self._at_engine.named(rids)
         for rid in asked:
             self._at_engine.abort(rid)
         with suppress(TimeoutError):
             async with asyncio.timeout(ABORT_TIMEOUT_S):
                 await self._at_engine.wait_for_ends(asked)
-        return len(asked)
+        return num_waiting + len(asked)
 
     async def get_state(self, *, check_pages: bool = True) -> dict[str, Any]:
         """Facts of the engine, its leaders' states, the counters of output processors and sessions."""

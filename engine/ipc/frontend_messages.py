@@ -27,6 +27,9 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
         return len(self.input_ids) // 4
 
 
+ABORTED = "aborted by request"
+
+
 class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
     """Abort every request whose rid starts with `rid`, the one that has it (`exact`), or all of them. `message` is for
     their finish reason."""
@@ -35,7 +38,7 @@ class AbortReq(msgspec.Struct, frozen=True, tag="abort"):
     rid: str = ""
     abort_all: bool = False
     exact: bool = False
-    message: str = ""
+    message: str = ABORTED
 
 
 class SeqNotice(msgspec.Struct, frozen=True, tag="notice"):
@@ -111,6 +114,8 @@ class ControlReply(msgspec.Struct, frozen=True, tag="control_reply"):
     # What an operation asks for, encoded by whoever knows what it is.
     payload: bytes = b""
     sync_waits: list[SyncWait] = []
+    # Of the engine after the operation; None from who cannot tell.
+    weight_version: str | None = None
 
 
 BackendMessage = OutputBatch | ControlReply

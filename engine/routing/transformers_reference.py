@@ -29,9 +29,6 @@ from .replay.routers import RouterKind, router_kind, router_weights
 
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
-# Of combine weights, relative to the number: they are smooth in the scores, whose last bits a sum's order decides. What
-# was rounded to bfloat16 is off by up to 4e-3.
-WEIGHT_TOLERANCE = 1e-4
 
 
 class Difference(AssertionError):
@@ -157,19 +154,23 @@ class Reference:
             agreement.forced_routes += self._force(differing[0], routes, start)
         raise Difference("forcing every layer did not make the routes equal")
 
-    def check_weights(self, weights: np.ndarray, start: int = 0) -> None:
-        """Compare combine weights [rows, moe_layers, top_k], float32, of the rows that were last found equal.
+    def check_weights(self, weights: np.ndarray, start: int = 0, tolerance: float = LOGPROB_TOLERANCE) -> None:
+        """Compare combine weights [rows, moe_layers, top_k], float32, of the rows that were last found equal: they must be
+        those of router logits that differ from the reference's by at most half of `tolerance`, as log-probabilities may,
+        relative to the largest of the row if that is above 1. A weight, of a softmax or of sigmoids, changes by at most
+        twice that, relative to itself; rounded to bfloat16 it would by up to 4e-3.
 
         Raises:
-            Difference: one is another than the reference's by more than rounding.
+            Difference: one is not.
         """
         for layer, tap in enumerate(self._taps):
             ours, theirs = torch.from_numpy(weights[:, layer]), tap.weights[start:].float()
             if ours.shape != theirs.shape:
                 raise Difference(f"MoE layer {layer}: {tuple(ours.shape)} weights for {tuple(theirs.shape)} choices")
             distance = ((ours - theirs).abs() / theirs.abs().clamp(min=torch.finfo(torch.float32).tiny)).amax(dim=-1)
-            if len(distance) and not distance.max() <= WEIGHT_TOLERANCE:
-                row = int(distance.argmax())
+            bound = tolerance * tap.logits[start:].float().abs().amax(dim=-1).clamp(min=1.0)
+            if not (distance <= bound).all():
+                row = int((distance / bound).nan_to_num(nan=float("inf")).argmax())
                 raise Difference(
                     f"position {start + row}, MoE layer {layer}: weights {ours[row].tolist()}, reference "
                     f"{theirs[row].tolist()}"
@@ -212,7 +213,7 @@ class Reference:
             raise Difference(f"{len(logprobs)} log-probabilities for {len(output)} tokens")
         logits, agreement = self.check_routes(tokens, routes)
         if weights is not None:
-            self.check_weights(weights)
+            self.check_weights(weights, tolerance=logprob_tolerance)
         for index, token in enumerate(output):
             scores = logits[len(prompt) - 1 + index].float()
             gap = float(scores.max() - scores[token])

@@ -122,7 +122,7 @@ class LeaderControls:
         self._steps.commit_all()
         finished: list[ReqFinished] = []
         for req in self._queues.matching(prefix, exact=message.exact):
-            req.finish_reason = FinishReason("abort", message=message.message or "aborted by request")
+            req.finish_reason = FinishReason("abort", message=message.message)
             finished.append(self._committer.finish(req))
         self._recorder.record_idle(finished)
 
@@ -150,7 +150,14 @@ class LeaderControls:
     def _reply(self, op_id: str, outcome: Outcome) -> None:
         """The first leader answers for all, who come to the same outcome."""
         if self._dp.dp_rank == 0:
-            reply = ControlReply(op_id, outcome.success, outcome.message, blocked=self.blocked, payload=outcome.payload)
+            reply = ControlReply(
+                op_id,
+                outcome.success,
+                outcome.message,
+                blocked=self.blocked,
+                payload=outcome.payload,
+                weight_version=self._recorder.weight_version,
+            )
             self._endpoints.frontend.send(reply)
 
     def _on_pause_generation(self, op_id: str, op: PauseGeneration) -> None:

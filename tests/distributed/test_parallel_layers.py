@@ -12,6 +12,7 @@ def test_two_ranks_compute_what_one_does() -> None:
     run_ranks(check_two_ranks, 2)
 
 
+@pytest.mark.matrix
 def test_four_ranks_compute_what_one_does() -> None:
     run_ranks(check_four_ranks, 4)
 

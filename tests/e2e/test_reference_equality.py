@@ -134,7 +134,7 @@ def check_equality(setting: Setting, reference: Reference, device: str) -> None:
     prompts = make_prompts()
     long_answer, tight_pool_tokens = LONG_ANSWER_TOKENS_OF_FEW, TIGHT_POOL_TOKENS_OF_FEW
     if setting.chunk in SMALL_CHUNKS:
-        prompts = prompts[1 :: 4 if setting.chunk > 1 or setting.retract else 8]
+        prompts = prompts[1 :: 4 if setting.chunk > 1 and not setting.retract else 8]
     elif setting in PAIRWISE and device == "cpu":
         # All of them are for the matrix and for a GPU.
         prompts = prompts[1::4] if setting.retract else [*prompts[NUM_EXTREMES::3], prompts[NUM_EXTREMES - 1]]

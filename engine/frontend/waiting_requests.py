@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from ..io_struct import FinishReason, RequestOutput
-from .generate_request import SampleRequest
 from .generation_gate import GenerationGate
+from .sample_request import SampleRequest
 
 # By a sample's rid, and by what the caller has called its request, if anything.
 Matches = Callable[[str, str | None], bool]

@@ -12,10 +12,10 @@ import pytest
 import zmq
 
 from waybill.engine.config import EngineConfig
+from waybill.engine.control.blocked import Blocked, BlockedKind
 from waybill.engine.frontend.generate_request import parse_generate_request
 from waybill.engine.frontend.generation_gate import UnavailableError
 from waybill.engine.frontend.tokenizer_manager import TokenizerManager
-from waybill.engine.io_struct import Blocked, BlockedKind
 from waybill.engine.ipc.frontend_messages import ControlReply, FrontendMessage, TokenizedGenerateReqInput
 from waybill.engine.ipc.sockets import Receiver
 

@@ -22,7 +22,7 @@ from starlette.responses import StreamingResponse
 
 from waybill.engine.entrypoints.request_traces import RequestTraces, otlp_exporter
 from waybill.engine.frontend.answer import Answer
-from waybill.engine.frontend.generate_request import SampleRequest
+from waybill.engine.frontend.sample_request import SampleRequest
 from waybill.engine.io_struct import FinishReason, OutputOptions, RequestOutput, RoutedExpertsMeta, SamplingParams
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from waybill.engine.frontend.dp_router import DpRouter
-from waybill.engine.frontend.generate_request import SampleRequest, parse_generate_request
+from waybill.engine.frontend.generate_request import parse_generate_request
 from waybill.engine.frontend.generation_gate import GenerationGate
 from waybill.engine.frontend.in_flight_requests import InFlightRequests
 from waybill.engine.frontend.leader_link import LeaderLink
+from waybill.engine.frontend.sample_request import SampleRequest
 from waybill.engine.io_struct import OutputOptions, SamplingParams
 
 

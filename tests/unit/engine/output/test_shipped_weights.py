@@ -12,8 +12,8 @@ import pytest
 
 from waybill.engine.entrypoints.openai.serving import routes_of
 from waybill.engine.frontend.answer import Answer
-from waybill.engine.frontend.generate_request import SampleRequest
 from waybill.engine.frontend.pending_outputs import frames_of, verified
+from waybill.engine.frontend.sample_request import SampleRequest
 from waybill.engine.io_struct import (
     FinishReason,
     OutputBatch,

@@ -45,7 +45,16 @@ class Wiring:
 
         return asyncio.create_task(first())
 
-    def sent(self) -> list[str]:
+    async def sent(self, num: int) -> list[str]:
+        """The rids of so many requests that the leader gets, and of no more."""
+        found: list[str] = []
+        while len(found) < num:
+            await asyncio.sleep(0.01)
+            found += self._arrived()
+        await asyncio.sleep(0.1)
+        return found + self._arrived()
+
+    def _arrived(self) -> list[str]:
         found = []
         while (message := self.leader.receive_nowait()) is not None:
             if isinstance(message, TokenizedGenerateReqInput):
@@ -96,8 +105,7 @@ def test_an_aborted_one_answers_at_once_and_the_engine_never_sees_it(tmp_path: P
         await all_wait(again)
         assert wiring.manager.num_unfinished == 2
         wiring.manager._gate.blocked = None
-        await asyncio.sleep(0.1)
-        assert wiring.sent() == ["kept", "told"]
+        assert await wiring.sent(2) == ["kept", "told"]
         kept.cancel()
         again.cancel()
 
@@ -112,7 +120,7 @@ def test_of_a_batch_the_others_go_on(tmp_path: Path) -> None:
         await all_wait(batch)
         wiring.manager._gate.blocked = None
         assert (await batch)["meta_info"]["id"] == "a"
-        assert wiring.sent() == ["b", "ab"]
+        assert await wiring.sent(2) == ["b", "ab"]
 
     during_an_update(tmp_path, check)
 
@@ -130,7 +138,7 @@ def test_all_of_a_request_with_samples(tmp_path: Path, num_samples: int) -> None
         await all_wait(other)
         assert await wiring.manager.abort_exactly(None) == 1
         assert (await other)["meta_info"]["finish_reason"]["type"] == "abort"
-        assert wiring.sent() == []
+        assert await wiring.sent(0) == []
 
     during_an_update(tmp_path, check)
 

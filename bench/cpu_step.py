@@ -1,8 +1,9 @@
 """Where a step's time goes on a CPU, item by item, and what each item could take at best.
 
 The real leader in this process over a model of random weights (M of `make_models.py`), capture on; every item is timed by
-the clock around its function, without those inside it that are items, too. The limit is the bytes of an item's weights
-over the read bandwidth of the same run, or its FLOPs over the rate of torch's bfloat16 product.
+the clock around its function, without those inside it that are items, too. With one thread that is the thread's own CPU
+time, which other work on the machine changes little. The limit is the bytes of an item's weights over the read bandwidth of
+the same run, or its FLOPs over the rate of torch's bfloat16 product.
 
     python bench/cpu_step.py [--write]
 """
@@ -58,7 +59,8 @@ ITEMS: list[tuple[str, Any, str]] = [
 class Stopwatch:
     """Seconds of every item since the last look."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.touched: list[int] = []
         self._inner = [0.0]
@@ -68,9 +70,9 @@ class Stopwatch:
             if item == "experts":
                 self.touched.append(len(args[2].unique()))
             self._inner.append(0.0)
-            began = time.perf_counter()
+            began = self._clock()
             result = function(*args, **kwargs)
-            elapsed = time.perf_counter() - began
+            elapsed = self._clock() - began
             self.seconds[item] += elapsed - self._inner.pop()
             self._inner[-1] += elapsed
             return result
@@ -82,12 +84,12 @@ class Stopwatch:
         return taken
 
 
-def time_best(function: Callable[[], object]) -> float:
+def time_best(function: Callable[[], object], clock: Callable[[], float]) -> float:
     seconds = []
     for _ in range(10):
-        began = time.perf_counter()
+        began = clock()
         function()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     return min(seconds)
 
 
@@ -141,20 +143,23 @@ def table(bench: Bench, leader: Leader, stopwatch: Stopwatch, batch: int, rates:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="M", choices=SHAPES)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/cpu_step.md")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
     plan = replace(TOY, shape=SHAPES[options.shape], batches=(1, 8, 32), prefills=(PROMPT,), context=64, num_steps=40)
     bench = Bench(plan, "nowhere")
     long, square = torch.ones(64 << 20), torch.ones(2048, 2048, dtype=torch.bfloat16)
-    rates = (long.nbytes / time_best(long.sum), 2 * 2048**3 / time_best(lambda: square @ square))
-    stopwatch = Stopwatch()
+    rates = (long.nbytes / time_best(long.sum, clock), 2 * 2048**3 / time_best(lambda: square @ square, clock))
+    stopwatch = Stopwatch(clock)
     lines = [
         "# A step on the CPU, item by item",
         "",
-        f"{describe()}, {torch.get_num_threads()} threads, shared with other work. Model {options.shape}, bfloat16,",
+        f"{describe()}, {options.threads} threads, shared with other work. Model {options.shape}, bfloat16,",
         f"capture on. Limits of this run: {rates[0] / 1e9:.1f} GB/s read (torch's sum of a long tensor), "
         f"{rates[1] / 1e9:.0f} GFLOP/s (torch's bfloat16 product).",
-        "Medians; an item is timed without the items inside it.",
+        f"Medians of {'CPU' if options.threads == 1 else 'wall'} time; an item is timed without the items inside it.",
     ]
     with ExitStack() as stack:
         for item, owner, name in ITEMS:

@@ -31,9 +31,10 @@ FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"),
     *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
 )
-# By name: the types of their arguments. None returns anything.
+# By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
     "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+    "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
     "waybill_linear_bf16": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int],
 }
 BUILD_TIMEOUT_S = 120.0

@@ -27,7 +27,7 @@ from machine import describe, write_result
 from model_shapes import SHAPES
 
 from waybill.engine.attention.sdpa import SdpaAttention
-from waybill.engine.models.norm_rope import TorchLayerOps
+from waybill.engine.models.norm_rope import NativeLayerOps, TorchLayerOps
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.runner.model_runner import ModelRunner
 from waybill.engine.scheduler.scheduler import Scheduler
@@ -46,8 +46,7 @@ ITEMS: list[tuple[str, Any, str]] = [
     ("experts", Experts, "forward"),
     ("attention", SdpaAttention, "forward"),
     ("attention", SdpaAttention, "plan"),
-    ("norms with residual", TorchLayerOps, "rms_norm"),
-    ("norms with residual", TorchLayerOps, "add_rms_norm"),
+    *(("norms", ops, name) for ops in (TorchLayerOps, NativeLayerOps) for name in ("rms_norm", "add_rms_norm")),
     ("head norms, rotary, KV write", TorchLayerOps, "norm_rope_store"),
     ("router and top-k", TopKRouter, "forward"),
     ("head", ParallelLMHead, "forward"),
@@ -156,7 +155,7 @@ def main() -> None:
     lines = [
         "# A step on the CPU, item by item",
         "",
-        f"{describe()}, {options.threads} threads, shared with other work. Model {options.shape}, bfloat16,",
+        f"{describe()}, {options.threads} thread(s), shared with other work. Model {options.shape}, bfloat16,",
         f"capture on. Limits of this run: {rates[0] / 1e9:.1f} GB/s read (torch's sum of a long tensor), "
         f"{rates[1] / 1e9:.0f} GFLOP/s (torch's bfloat16 product).",
         f"Medians of {'CPU' if options.threads == 1 else 'wall'} time; an item is timed without the items inside it.",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...parallel.cpu_ops.decode_attention import decode_native, has_native_decode
 from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection, first_slots
 from .latent_sdpa import decode_latent, prefill_latents
 from .sdpa_plan import DecodeGroup, Prefill, SdpaPlan, visible_keys
@@ -25,6 +26,9 @@ WIDTH_MULTIPLE = 8
 
 
 class SdpaAttention:
+    def __init__(self) -> None:
+        self._has_native_decode = has_native_decode()
+
     def plan(self, batch: AttentionBatch) -> SdpaPlan:
         prefills: list[Prefill] = []
         firsts: list[int] = []
@@ -43,10 +47,17 @@ class SdpaAttention:
             return prefill(query, kv, plan.prefills[0], rule)
         out = torch.empty_like(query)
         for group in decodes:
-            out[group.rows] = decode(query, kv, group, rule)
+            out[group.rows] = self._decode(query, kv, group, rule)
         for each in plan.prefills:
             out[each.first : each.last] = prefill(query[each.first : each.last], kv, each, rule)
         return out
+
+    def _decode(self, query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, rule: AttentionRule) -> torch.Tensor:
+        is_native = self._has_native_decode and query.device.type == "cpu" and query.dtype == torch.bfloat16
+        if not is_native or rule.sinks is not None:
+            return decode(query, kv, group, rule)
+        slots = group.slots.view(-1, group.num_keys)
+        return decode_native(query, kv["k"], kv["v"], group.rows, slots, group.lengths, rule.scale)
 
     def forward_latent(
         self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule, projection: LatentProjection

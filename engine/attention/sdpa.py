@@ -27,7 +27,7 @@ WIDTH_MULTIPLE = 8
 
 class SdpaAttention:
     def __init__(self) -> None:
-        self._has_native_decode = has_native_decode()
+        self._has_native = has_native_decode()
 
     def plan(self, batch: AttentionBatch) -> SdpaPlan:
         prefills: list[Prefill] = []
@@ -42,22 +42,19 @@ class SdpaAttention:
         return SdpaPlan(batch, tables, firsts, prefills)
 
     def forward(self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule) -> torch.Tensor:
+        is_native = self._has_native and query.device.type == "cpu" and query.dtype == torch.bfloat16
+        attend_one, attend_many = (decode, prefill)
+        if is_native and rule.sinks is None:
+            attend_one, attend_many = (decode_in_order, prefill_in_order)
         decodes = plan.decodes(rule.window)
         if not decodes and len(plan.prefills) == 1:
-            return prefill(query, kv, plan.prefills[0], rule)
+            return attend_many(query, kv, plan.prefills[0], rule)
         out = torch.empty_like(query)
         for group in decodes:
-            out[group.rows] = self._decode(query, kv, group, rule)
+            out[group.rows] = attend_one(query, kv, group, rule)
         for each in plan.prefills:
-            out[each.first : each.last] = prefill(query[each.first : each.last], kv, each, rule)
+            out[each.first : each.last] = attend_many(query[each.first : each.last], kv, each, rule)
         return out
-
-    def _decode(self, query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, rule: AttentionRule) -> torch.Tensor:
-        is_native = self._has_native_decode and query.device.type == "cpu" and query.dtype == torch.bfloat16
-        if not is_native or rule.sinks is not None:
-            return decode(query, kv, group, rule)
-        slots = group.slots.view(-1, group.num_keys)
-        return decode_native(query, kv["k"], kv["v"], group.rows, slots, group.lengths, rule.scale)
 
     def forward_latent(
         self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule, projection: LatentProjection
@@ -97,6 +94,22 @@ def prefill(query: torch.Tensor, kv: CachedTensors, request: Prefill, rule: Atte
         begin = max(0, end - (last - first) - rule.window + 1)
         out[first:last] = attend(query[first:last], kv, request.slots[begin:end], rule, rule.window)
     return out
+
+
+def decode_in_order(query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, rule: AttentionRule) -> torch.Tensor:
+    """Twin of `decode` whose sums go from a row's first key to its last, so that rows have the same bits in any company."""
+    slots = group.slots.view(-1, group.num_keys)
+    return decode_native(query, kv["k"], kv["v"], group.rows, slots, group.lengths, rule.scale)
+
+
+def prefill_in_order(query: torch.Tensor, kv: CachedTensors, request: Prefill, rule: AttentionRule) -> torch.Tensor:
+    """Twin of `prefill`, as if every row were a decode: a token has the same bits however its prompt is cut."""
+    num_rows, num_keys = len(query), len(request.slots)
+    if rule.window is not None and rule.window < num_keys:
+        return prefill(query, kv, request, rule)
+    lengths = torch.arange(num_keys - num_rows + 1, num_keys + 1)
+    slots = request.slots.to(torch.int64).expand(num_rows, -1)
+    return decode_native(query, kv["k"], kv["v"], torch.arange(num_rows), slots, lengths, rule.scale)
 
 
 def attend(

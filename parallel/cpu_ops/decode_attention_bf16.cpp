@@ -23,10 +23,10 @@ struct Problem {
     const bf16* keys;        // [S, G, d]
     const bf16* values;      // [S, G, d]
     const int64_t* rows;     // [B]: of the query
-    const int64_t* slots;    // [B, num_keys]
+    const int64_t* slots;    // [B, num_keys], rows slots_stride apart
     const int64_t* lengths;  // [B]: keys that a request has
     bf16* out;               // [B, H, d]
-    int64_t B, H, G, d, num_keys;
+    int64_t B, H, G, d, num_keys, slots_stride;
     float scale;
 
     const bf16* at(const bf16* pool, int64_t slot, int64_t group) const { return pool + (slot * G + group) * d; }
@@ -61,7 +61,7 @@ void weigh(const Problem& m, const bf16* const* x, int n, const int64_t* slots, 
 
 void attend(const Problem& m, int64_t request, int64_t group, std::vector<float>* weights) {
     const int64_t shared = m.H / m.G, length = m.lengths[request];
-    const int64_t* slots = m.slots + request * m.num_keys;
+    const int64_t* slots = m.slots + request * m.slots_stride;
     for (int64_t head = group * shared; head < (group + 1) * shared; head += TILE) {
         const int n = std::min<int64_t>(TILE, (group + 1) * shared - head);
         const bf16* x[TILE];
@@ -96,16 +96,17 @@ void attend(const Problem& m, int64_t request, int64_t group, std::vector<float>
 
 }  // namespace
 
-// Tensors as in `Problem`, all contiguous.
+// Tensors as in `Problem`, contiguous but for the slots.
 extern "C" void waybill_decode_attention_bf16(const bf16* query, const bf16* keys, const bf16* values, const int64_t* rows,
                                               const int64_t* slots, const int64_t* lengths, bf16* out, int64_t B, int64_t H,
-                                              int64_t G, int64_t d, int64_t num_keys, float scale, int num_threads) {
-    const Problem m{query, keys, values, rows, slots, lengths, out, B, H, G, d, num_keys, scale};
+                                              int64_t G, int64_t d, int64_t num_keys, int64_t slots_stride,
+                                              float scale, int num_threads) {
+    const Problem m{query, keys, values, rows, slots, lengths, out, B, H, G, d, num_keys, slots_stride, scale};
 #pragma omp parallel num_threads(num_threads)
     {
         std::vector<float> weights[TILE];
         for (auto& row : weights) row.resize(num_keys);
-#pragma omp for
+#pragma omp for schedule(dynamic, 2)
         for (int64_t unit = 0; unit < B * G; ++unit) attend(m, unit / G, unit % G, weights);
     }
 }

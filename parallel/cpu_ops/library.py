@@ -34,7 +34,7 @@ FLAGS = (
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
     "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5 + [ctypes.c_int],
-    "waybill_decode_attention_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
+    "waybill_decode_attention_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
     "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
     "waybill_linear_bf16": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int],
 }

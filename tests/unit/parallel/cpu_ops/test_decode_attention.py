@@ -7,6 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waybill.engine.attention.backend import AttentionRule
+from waybill.engine.attention.sdpa import prefill, prefill_in_order
+from waybill.engine.attention.sdpa_plan import Prefill
 from waybill.parallel.cpu_ops.decode_attention import decode_native, has_native_decode
 
 pytestmark = pytest.mark.skipif(not has_native_decode(), reason="needs AVX512-BF16 and a C++ compiler")
@@ -78,3 +81,19 @@ def test_what_is_not_finite_stays_with_its_request(value: float) -> None:
     found = decode_native(query, keys, values, rows, slots, lengths, 0.2)
     assert not found[1].isfinite().all()
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_a_token_of_a_prompt_has_the_same_bits_however_the_prompt_is_cut() -> None:
+    """All at once, in chunks and as decodes, and within rounding what torch's fused attention gives."""
+    num_keys, width, rule = 45, 32, AttentionRule(0.2, None, None)
+    query, keys, values, _, slots, _ = problem([num_keys], 2, 3, width, seed=3)
+    query = torch.randn(num_keys, 6, width).bfloat16()
+    kv, own = {"k": keys, "v": values}, slots[0]
+    whole = prefill_in_order(query, kv, Prefill(0, num_keys, own), rule)
+    for size in (1, 7, 20):
+        parts = [
+            prefill_in_order(rows, kv, Prefill(0, len(rows), own[: first + len(rows)]), rule)
+            for first, rows in zip(range(0, num_keys, size), query.split(size), strict=True)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    torch.testing.assert_close(whole, prefill(query, kv, Prefill(0, num_keys, own), rule), rtol=2**-6, atol=2**-6)

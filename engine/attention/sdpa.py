@@ -21,6 +21,8 @@ from .sdpa_plan import DecodeGroup, Prefill, SdpaPlan, visible_keys
 
 # Rows of a windowed prefill that run together, or as many as the window is wide.
 MIN_BLOCK_ROWS = 256
+# Where a prompt is longer, torch's fused attention is faster by so much that its order of sums is accepted.
+MAX_KEYS_IN_ORDER = 2048
 # The fused kernels want heads of a multiple of so many dims.
 WIDTH_MULTIPLE = 8
 
@@ -103,13 +105,19 @@ def decode_in_order(query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, 
 
 
 def prefill_in_order(query: torch.Tensor, kv: CachedTensors, request: Prefill, rule: AttentionRule) -> torch.Tensor:
-    """Twin of `prefill`, as if every row were a decode: a token has the same bits however its prompt is cut."""
+    """Twin of `prefill`, as if every row were a decode: a token has the same bits however its prompt is cut. Rows that see
+    more than `MAX_KEYS_IN_ORDER` are left to torch."""
     num_rows, num_keys = len(query), len(request.slots)
     if rule.window is not None and rule.window < num_keys:
         return prefill(query, kv, request, rule)
-    lengths = torch.arange(num_keys - num_rows + 1, num_keys + 1)
-    slots = request.slots.to(torch.int64).expand(num_rows, -1)
-    return decode_native(query, kv["k"], kv["v"], torch.arange(num_rows), slots, lengths, rule.scale)
+    num_before = num_keys - num_rows
+    count = min(num_rows, max(0, MAX_KEYS_IN_ORDER - num_before))
+    if count == 0:
+        return prefill(query, kv, request, rule)
+    lengths = torch.arange(num_before + 1, num_before + count + 1)
+    slots = request.slots[: num_before + count].to(torch.int64).expand(count, -1)
+    out = decode_native(query, kv["k"], kv["v"], torch.arange(count), slots, lengths, rule.scale)
+    return out if count == num_rows else torch.cat((out, prefill(query[count:], kv, request, rule)))
 
 
 def attend(

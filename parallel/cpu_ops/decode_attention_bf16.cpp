@@ -2,7 +2,8 @@
 // `decode` in `engine/attention/sdpa.py`. It knows nothing of torch or Python.
 //
 // Scores, softmax and sums are in float32 and go from a request's first key to its last, so what a request gets depends on
-// nothing but itself. Threads own requests and groups of heads.
+// nothing but itself. Threads own requests and groups of heads; those of one group follow each other, since tokens of a prompt
+// read the same keys.
 //
 // Legend: B requests, H query heads, G kv heads, P = H / G heads that share one, d head width, S slots of the pool.
 
@@ -32,7 +33,7 @@ struct Problem {
     const bf16* at(const bf16* pool, int64_t slot, int64_t group) const { return pool + (slot * G + group) * d; }
 };
 
-// weights[t][k]: not yet divided by their sums, which are returned in `sums`.
+// weights[t][k]: not yet divided by their sums, which are returned in `sums`. A last tile writes beyond the keys.
 void weigh(const Problem& m, const bf16* const* x, int n, const int64_t* slots, int64_t length, int64_t group,
            std::vector<float>* weights, float* sums) {
     for (int64_t k = 0; k < length; k += TILE) {
@@ -40,15 +41,18 @@ void weigh(const Problem& m, const bf16* const* x, int n, const int64_t* slots, 
         for (int o = 0; o < TILE; ++o) w[o] = m.at(m.keys, slots[std::min(k + o, length - 1)], group);
         alignas(64) float scores[TILE * TILE];
         _mm512_store_ps(scores, _mm512_mul_ps(tile(n, false, x, w, m.d, 0), _mm512_set1_ps(m.scale)));
-        for (int t = 0; t < n; ++t)
-            for (int o = 0; o < std::min<int64_t>(TILE, length - k); ++o) weights[t][k + o] = scores[t * TILE + o];
+        for (int t = 0; t < n; ++t) std::memcpy(weights[t].data() + k, scores + t * TILE, TILE * sizeof(float));
     }
     for (int t = 0; t < n; ++t) {
         float* all = weights[t].data();
-        const __m512 most = _mm512_set1_ps(*std::max_element(all, all + length));
+        const auto kept_from = [&](int64_t k) -> __mmask16 { return length - k >= WIDTH ? 0xffff : (1u << (length - k)) - 1; };
+        __m512 largest = _mm512_set1_ps(all[0]);
+        for (int64_t k = 0; k < length; k += WIDTH)
+            largest = _mm512_max_ps(largest, _mm512_mask_loadu_ps(largest, kept_from(k), all + k));
+        const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < length; k += WIDTH) {
-            const __mmask16 kept = length - k >= WIDTH ? 0xffff : (1u << (length - k)) - 1;
+            const __mmask16 kept = kept_from(k);
             const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(kept, all + k), most);
             // What is below is 0 all the same, minus infinity too; NaN stays.
             const __m512 power = exponential(_mm512_max_ps(_mm512_set1_ps(-200.0f), below));
@@ -105,8 +109,8 @@ extern "C" void waybill_decode_attention_bf16(const bf16* query, const bf16* key
 #pragma omp parallel num_threads(num_threads)
     {
         std::vector<float> weights[TILE];
-        for (auto& row : weights) row.resize(num_keys);
+        for (auto& row : weights) row.resize(num_keys + TILE);
 #pragma omp for schedule(dynamic, 2)
-        for (int64_t unit = 0; unit < B * G; ++unit) attend(m, unit / G, unit % G, weights);
+        for (int64_t unit = 0; unit < B * G; ++unit) attend(m, unit % B, unit / B, weights);
     }
 }

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waybill.engine.attention import sdpa
 from waybill.engine.attention.backend import AttentionRule
 from waybill.engine.attention.sdpa import prefill, prefill_in_order
 from waybill.engine.attention.sdpa_plan import Prefill
@@ -97,3 +98,16 @@ def test_a_token_of_a_prompt_has_the_same_bits_however_the_prompt_is_cut() -> No
         ]
         assert torch.equal(torch.cat(parts), whole)
     torch.testing.assert_close(whole, prefill(query, kv, Prefill(0, num_keys, own), rule), rtol=2**-6, atol=2**-6)
+
+
+def test_tokens_that_see_many_keys_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_keys, width, rule = 45, 32, AttentionRule(0.2, None, None)
+    _, keys, values, _, slots, _ = problem([num_keys], 2, 3, width, seed=4)
+    query, kv, own = torch.randn(30, 6, width).bfloat16(), {"k": keys, "v": values}, slots[0]
+    request = Prefill(0, 30, own)
+    in_order, by_torch = prefill_in_order(query, kv, request, rule), prefill(query, kv, request, rule)
+    for limit, count in ((45, 30), (25, 10), (15, 0), (3, 0)):
+        monkeypatch.setattr(sdpa, "MAX_KEYS_IN_ORDER", limit)
+        found = prefill_in_order(query, kv, request, rule)
+        assert torch.equal(found[:count], in_order[:count])
+        torch.testing.assert_close(found[count:], by_torch[count:], rtol=2**-6, atol=2**-6)

@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # What takes longest begins first, so that the workers end together.
 LONGEST := $(addprefix tests/e2e/,test_reference_equality.py test_death.py test_start_and_end.py test_model_families.py weight_sync test_chaos.py)
 
-.PHONY: test test-matrix test-nodes test-kernels test-gpu test-clients load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-asan test-gpu test-clients load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -29,6 +29,12 @@ test-nodes: venv
 test-kernels: venv
 	.venv/bin/pip install --quiet "triton>=3.6,<3.8"
 	$(PYTEST) tests/unit/test_triton_*twins.py -q
+
+# The C++ operators, built to check every access to memory. Leaks are those of Python, which frees nothing at its end.
+test-asan: venv
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+		WAYBILL_CPU_OPERATORS_FLAGS="-fsanitize=address -fno-omit-frame-pointer -g -O1" \
+		$(PYTEST) tests/unit/parallel/cpu_ops tests/unit/parallel/moe/test_experts.py -q --capture=sys -k "not library"
 
 # On a machine with a CUDA device: the kernels, compiled, and the whole engine against transformers.
 test-gpu: venv

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_ops.linear import has_native_linear, linear_native
 from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, linear_fp8_torch, rows_of_heads_torch, sharded_scale
 from .weights import Piece, ShardedWeight
 
@@ -161,7 +162,7 @@ class WeightFormat:
     def linear(self) -> Linear:
         """The fastest product for the device, of weights in floating point."""
         if self.device.type == "cpu":
-            return F.linear
+            return linear_native if has_native_linear(self.dtype) else F.linear
         # Triton comes with torch's CUDA builds alone.
         from .linear_triton import linear_triton  # noqa: PLC0415
 

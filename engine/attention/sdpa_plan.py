@@ -13,12 +13,14 @@ from .backend import AttentionBatch, slots_at, slots_of
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Decodes of similar length: their rows [B'], KV slots [B' * n], and mask [B', 1, 1, n] (None: nothing is padded)."""
+    """Decodes of similar length: their rows [B'], KV slots [B' * n], and mask [B', 1, 1, n] (None: nothing is padded).
+    `lengths` [B'] are the keys that each has."""
 
     rows: torch.Tensor
     slots: torch.Tensor
     num_keys: int
     mask: torch.Tensor | None
+    lengths: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,19 @@ class SdpaPlan:
         ends = [self.batch.kv_lens[i] for i in members]
         lengths = [min(end, window or end) for end in ends]
         num_keys = max(lengths)
+        keys_of_each = to_device(lengths, device)
         positions = torch.arange(num_keys, device=device)
         table = self.tables[to_device(members, device)]
         rows = to_device([self.firsts[i] for i in members], device)
         if min(lengths) == max(ends):
-            return DecodeGroup(rows, slots_of(table, positions, page_size).flatten(), num_keys, None)
+            return DecodeGroup(rows, slots_of(table, positions, page_size).flatten(), num_keys, None, keys_of_each)
         begins = to_device([end - length for end, length in zip(ends, lengths, strict=True)], device)[:, None]
         last = to_device(ends, device)[:, None] - 1
         wanted = begins + positions
         mask = None if min(lengths) == num_keys else (wanted <= last)[:, None, None, :]
         # Padding repeats a request's own last key: beyond it lies what others left, and no mask hides NaN.
         slots = slots_at(table, torch.minimum(wanted, last), page_size)
-        return DecodeGroup(rows, slots.flatten(), num_keys, mask)
+        return DecodeGroup(rows, slots.flatten(), num_keys, mask, keys_of_each)
 
 
 def visible_keys(

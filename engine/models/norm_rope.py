@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from ...parallel.cpu_ops.rms_norm import add_rms_norm_native, has_native_rms_norm, rms_norm_native
+
 
 @dataclass(frozen=True)
 class HeadNorms:
@@ -154,10 +156,26 @@ class TorchLayerOps:
         return torch.cat((content, rotate_pairs(turned, *rope, is_interleaved=norm.is_interleaved)), dim=-1)
 
 
+class NativeLayerOps(TorchLayerOps):
+    """The norms in C++, of what is in bfloat16."""
+
+    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if hidden.dtype == weight.dtype == torch.bfloat16:
+            return rms_norm_native(hidden, weight, eps)
+        return super().rms_norm(hidden, weight, eps)
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if hidden.dtype == residual.dtype == weight.dtype == torch.bfloat16:
+            return add_rms_norm_native(hidden, residual, weight, eps)
+        return super().add_rms_norm(hidden, residual, weight, eps)
+
+
 def select_layer_ops(device: torch.device) -> LayerOps:
     """The fastest for the device."""
     if device.type == "cpu":
-        return TorchLayerOps()
+        return NativeLayerOps() if has_native_rms_norm() else TorchLayerOps()
     # Triton comes with torch's CUDA builds alone.
     from .norm_rope_triton import TritonLayerOps  # noqa: PLC0415
 

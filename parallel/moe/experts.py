@@ -16,12 +16,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..cpu_ops.experts import experts_native, has_native_experts
 from ..linear import shard_size
 from ..mesh import Axis
 from ..weight_format import Fp8Matrix, Placed, Stack, WeightFormat, product_of_stack
 from ..weights import Piece, ShardedWeight
 from .activation import ClampedExperts, SwigluClamp, activate, add_down_bias
-from .experts_native import experts_native, has_native_experts
 
 # (hidden [T, D], ids [T, K], weights [T, K], gate_up [F, 2I, D], down [F, D, I]) -> [T, D]; ids of padding, and of experts
 # on other ranks, add nothing. Those of torch and C++ count from this rank's first expert, those of Triton from a `first`.

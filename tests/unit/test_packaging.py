@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 NOT_PACKAGED = ("tests/", "bench/", "docs/", "scripts/", "build/", ".venv/")
 ASSETS = (
     "py.typed",
-    "parallel/moe/experts_bf16.cpp",
+    *(
+        f"parallel/cpu_ops/{name}"
+        for name in ("dot_products.h", "experts_bf16.cpp", "linear_bf16.cpp", "rms_norm_bf16.cpp")
+    ),
     "examples/tiny_moe/checkpoint/model.safetensors",
     *(f"engine/entrypoints/live_page/{name}" for name in ("page.html", "page.js", "drawing.js", "page.css")),
 )

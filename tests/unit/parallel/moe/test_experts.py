@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +9,8 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from waybill.parallel.cpu_ops.experts import experts_native, has_native_experts
 from waybill.parallel.mesh import Axis
-from waybill.parallel.moe import experts_native as native
 from waybill.parallel.moe.activation import ClampedExperts, SwigluClamp
 from waybill.parallel.moe.experts import (
     Experts,
@@ -29,11 +24,13 @@ from waybill.parallel.weight_format import WeightFormat
 CPU = torch.device("cpu")
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 3, 96, 64
 
-needs_kernel = pytest.mark.skipif(native.load_kernel() is None, reason="needs AVX512-BF16 and a C++ compiler")
+needs_kernel = pytest.mark.skipif(
+    not has_native_experts(torch.bfloat16, HIDDEN, WIDTH), reason="needs AVX512-BF16 and a C++ compiler"
+)
 FAST: list[Any] = [
     pytest.param(experts_by_group, torch.float32, id="by_group-float32"),
     pytest.param(experts_by_group, torch.bfloat16, id="by_group-bfloat16"),
-    pytest.param(native.experts_native, torch.bfloat16, id="native-bfloat16", marks=needs_kernel),
+    pytest.param(experts_native, torch.bfloat16, id="native-bfloat16", marks=needs_kernel),
 ]
 
 
@@ -93,17 +90,17 @@ def test_native_rounds_to_bfloat16_where_torch_does() -> None:
     hidden[:, 1:] = 0
     down[..., 1:] = 0
     ids, weights = torch.randint(0, NUM_EXPERTS, (200, 1)), torch.rand(200, 1).bfloat16()
-    actual = native.experts_native(hidden, ids, weights, gate_up, down)
+    actual = experts_native(hidden, ids, weights, gate_up, down)
     assert torch.equal(actual, experts_torch_reference(hidden, ids, weights, gate_up, down))
 
 
 @needs_kernel
 def test_native_result_of_a_token_has_the_same_bits_in_any_batch_and_with_any_threads() -> None:
     hidden, ids, weights, gate_up, down = problem(37, torch.bfloat16)
-    together = native.experts_native(hidden, ids, weights, gate_up, down)
+    together = experts_native(hidden, ids, weights, gate_up, down)
     for size in (1, 2, 3, 8):
         parts = [
-            native.experts_native(*(x.contiguous() for x in part), gate_up, down)
+            experts_native(*(x.contiguous() for x in part), gate_up, down)
             for part in zip(hidden.split(size), ids.split(size), weights.split(size), strict=True)
         ]
         assert torch.equal(torch.cat(parts), together), size
@@ -111,7 +108,7 @@ def test_native_result_of_a_token_has_the_same_bits_in_any_batch_and_with_any_th
     try:
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
-            assert torch.equal(native.experts_native(hidden, ids, weights, gate_up, down), together), num_threads
+            assert torch.equal(experts_native(hidden, ids, weights, gate_up, down), together), num_threads
     finally:
         torch.set_num_threads(threads)
 
@@ -125,50 +122,8 @@ def test_native_activation_is_right_far_from_zero() -> None:
     gate_up[0, 0, 0], gate_up[0, 32, 0], down[0, 0, 0] = 1.0, 0.125, 1.0
     arguments = (hidden, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bfloat16))
     weights = (gate_up.bfloat16(), down.bfloat16())
-    actual = native.experts_native(*arguments, *weights)
+    actual = experts_native(*arguments, *weights)
     torch.testing.assert_close(actual, experts_torch_reference(*arguments, *weights), rtol=2**-8, atol=1e-30)
-
-
-@pytest.fixture
-def fresh_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder, and nothing remembered before and after."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load_kernel.cache_clear()
-    yield tmp_path / "waybill"
-    native.load_kernel.cache_clear()
-
-
-@needs_kernel
-def test_without_a_compiler_torch_serves_and_the_log_says_so(
-    fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    with caplog.at_level(logging.WARNING):
-        assert select_experts_function("auto", torch.empty(1, 32, 32, dtype=torch.bfloat16), 0, 1) is experts_by_group
-    assert "no C++ compiler" in caplog.text
-
-
-@needs_kernel
-def test_a_build_that_fails_falls_back(
-    fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("not C++")
-    monkeypatch.setattr(native, "SOURCE", broken)
-    assert native.load_kernel() is None
-    assert "could not be built" in caplog.text
-    assert list(fresh_kernel.iterdir()) == []
-
-
-@needs_kernel
-def test_a_kernel_is_built_once_per_source(fresh_kernel: Path) -> None:
-    compiler = native.shutil.which("c++") or "g++"
-    first = native.build(native.SOURCE, fresh_kernel, compiler)
-    built_at = os.stat(first).st_mtime_ns
-    assert native.build(native.SOURCE, fresh_kernel, compiler) == first
-    assert os.stat(first).st_mtime_ns == built_at
-    symbols = subprocess.run(["nm", "-D", str(first)], capture_output=True, text=True, check=True).stdout
-    assert "waybill_experts_bf16" in symbols
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from waybill.parallel.cpu_ops.experts import has_native_experts
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import RecordedRows, ReplicatedDispatcher
@@ -181,6 +182,19 @@ def test_layer_in_bfloat16_rounds_where_transformers_does() -> None:
     x = torch.randn(40, 64).bfloat16()
     out, expected = our_layer(block, "auto")(x, WHOLE).complete(), block(x[None])[0]
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(not has_native_experts(torch.bfloat16, 64, 32), reason="needs AVX512-BF16 and a C++ compiler")
+def test_a_token_has_the_same_bits_and_experts_alone_and_in_any_batch() -> None:
+    """Router and experts in bfloat16, through the CPU operators."""
+    torch.manual_seed(3)
+    layer, x = our_layer(hf_block(torch.bfloat16, norm_topk_prob=True), "auto"), torch.randn(40, 64).bfloat16()
+    routed, out = layer.router(x), layer(x, WHOLE).complete()
+    for size in (1, 2, 3, 5, 8, 39):
+        for rows in (slice(size), slice(40 - size, 40)):
+            assert torch.equal(layer.router(x[rows]).ids, routed.ids[rows])
+            assert torch.equal(layer.router(x[rows]).weights, routed.weights[rows])
+            assert torch.equal(layer(x[rows], WHOLE).complete(), out[rows]), size
 
 
 def test_a_shared_expert_joins_the_sum() -> None:

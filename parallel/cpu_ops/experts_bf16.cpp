@@ -1,30 +1,22 @@
 // The experts of one rank in bfloat16, for CPUs with AVX512-BF16. Twin of `experts_torch_reference`, which says what is
 // computed; every rounding to bfloat16 happens where torch has one. It knows nothing of ranks, torch or Python.
 //
-// Weights are read as the checkpoint stores them: an output is a dot product of two contiguous rows, so nothing is packed
-// and no token is copied. A tile is 4 x 4 dot products held in registers. Every dot product is summed in one fixed order,
-// so a token's result has the same bits whatever tokens, threads or steps it is computed with.
+// No token is copied. A token's result has the same bits whatever tokens, threads or steps it is computed with: so have its
+// dot products, and the sum over its experts goes in the order of their numbers.
 //
 // Threads own ranges of outputs, never experts: none waits for a busy expert, and no two write the same column.
 //
 // Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank,
 // p pair of a token and one of its experts, sorted by expert.
 
-#include <immintrin.h>
-#include <omp.h>
+#include "dot_products.h"
+#include "exponential.h"
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+using namespace waybill;
+
 namespace {
-
-using bf16 = uint16_t;
-
-constexpr int TILE = 4;    // tokens, and outputs, of a tile
-constexpr int LANES = 32;  // products of one instruction
-constexpr int BLOCK = 16;  // outputs whose weights stay in the first cache levels while all tokens of an expert pass
 
 struct Problem {
     const bf16* hidden;    // [T, D]
@@ -38,22 +30,9 @@ struct Problem {
     int64_t T, D, F, K, I;
 };
 
-__m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-__m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 __m512 round_to_bf16(__m512 x) { return widen(narrow(x)); }
 __m128 round_to_bf16(__m128 x) {
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32((__m128i)_mm_cvtneps_pbh(x)), 16));
-}
-
-// exp(x) = 2^n * 2^f with |f| <= 1/2, the latter by its Taylor polynomial: relative error below 2e-7.
-__m512 exponential(__m512 x) {
-    const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    const __m512 n = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(scaled, n);
-    __m512 power = _mm512_set1_ps(1.5403530e-4f);
-    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-        power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(power, n);
 }
 
 __m512 silu(__m512 x) {
@@ -61,49 +40,11 @@ __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negated)));
 }
 
-// Sums over the lanes of 16 vectors: element 4t + o of the result belongs to part[t][o].
-__m512 sum_lanes(const __m512 (&part)[TILE][TILE]) {
-    __m512 row[TILE];
-    for (int t = 0; t < TILE; ++t) {
-        const auto& p = part[t];
-        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(p[0], p[1]), _mm512_unpackhi_ps(p[0], p[1]));
-        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(p[2], p[3]), _mm512_unpackhi_ps(p[2], p[3]));
-        row[t] = _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
-    }
-    const auto add_halves = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return add_halves(add_halves(row[0], row[1]), add_halves(row[2], row[3]));
-}
-
-// Element 4t + o: x[t] . w[o], for N tokens and four consecutive rows of w.
-template <int N>
-__m512 tile_of(const bf16* const* x, const bf16* w, int64_t width) {
-    __m512 part[TILE][TILE];
-    for (auto& row : part)
-        for (auto& sum : row) sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width; k += LANES) {
-        __m512bh rows[TILE];
-        for (int o = 0; o < TILE; ++o) {
-            // With few tokens memory is the limit; asking for the next tile early keeps it busy across page borders.
-            if (N < TILE) _mm_prefetch(w + (TILE + o) * width + k, _MM_HINT_T0);
-            rows[o] = (__m512bh)_mm512_loadu_si512(w + o * width + k);
-        }
-        for (int t = 0; t < N; ++t) {
-            const __m512bh token = (__m512bh)_mm512_loadu_si512(x[t] + k);
-            for (int o = 0; o < TILE; ++o) part[t][o] = _mm512_dpbf16_ps(part[t][o], token, rows[o]);
-        }
-    }
-    return sum_lanes(part);
-}
-
-__m512 tile(int num_tokens, const bf16* const* x, const bf16* w, int64_t width) {
-    switch (num_tokens) {
-        case 1: return tile_of<1>(x, w, width);
-        case 2: return tile_of<2>(x, w, width);
-        case 3: return tile_of<3>(x, w, width);
-        default: return tile_of<TILE>(x, w, width);
-    }
+// The same for four consecutive rows of w.
+__m512 tile_of_rows(int num_tokens, bool is_first, const bf16* const* x, const bf16* w, int64_t width) {
+    const bf16* rows[TILE];
+    for (int o = 0; o < TILE; ++o) rows[o] = w + o * width;
+    return tile(num_tokens, is_first, x, rows, width, TILE * width);
 }
 
 // The pairs of expert e are first[e] .. first[e + 1] - 1, in token order; pair p is choice[p] of [T * K].
@@ -120,16 +61,6 @@ struct Groups {
     }
 };
 
-struct Range {
-    int64_t begin, end;
-};
-
-// This thread's part of `size` outputs, in whole steps of LANES.
-Range own_part(int64_t size) {
-    const int64_t steps = size / LANES, n = omp_get_num_threads(), i = omp_get_thread_num();
-    return {steps * i / n * LANES, steps * (i + 1) / n * LANES};
-}
-
 // activated[p, columns] = silu(gate) * up
 void activate(const Problem& m, const Groups& groups, int64_t e, Range columns) {
     const bf16* gate = m.gate_up + e * 2 * m.I * m.D;
@@ -137,11 +68,12 @@ void activate(const Problem& m, const Groups& groups, int64_t e, Range columns) 
     const int64_t end = groups.first[e + 1];
     for (int64_t p = groups.first[e]; p < end; p += TILE) {
         const int n = std::min<int64_t>(TILE, end - p);
+        const bool is_first = p == groups.first[e];
         const bf16* x[TILE];
         for (int t = 0; t < n; ++t) x[t] = m.hidden + groups.choice[p + t] / m.K * m.D;
         for (int64_t i = columns.begin; i < columns.end; i += TILE) {
-            const __m512 g = round_to_bf16(tile(n, x, gate + i * m.D, m.D));
-            const __m512 u = round_to_bf16(tile(n, x, up + i * m.D, m.D));
+            const __m512 g = round_to_bf16(tile_of_rows(n, is_first, x, gate + i * m.D, m.D));
+            const __m512 u = round_to_bf16(tile_of_rows(n, is_first, x, up + i * m.D, m.D));
             alignas(32) bf16 values[TILE * TILE];
             _mm256_store_si256((__m256i*)values, narrow(_mm512_mul_ps(round_to_bf16(silu(g)), u)));
             for (int t = 0; t < n; ++t) std::memcpy(m.activated + (p + t) * m.I + i, values + t * TILE, TILE * sizeof(bf16));
@@ -154,11 +86,12 @@ void project(const Problem& m, const Groups& groups, int64_t e, Range columns) {
     const int64_t end = groups.first[e + 1];
     for (int64_t p = groups.first[e]; p < end; p += TILE) {
         const int n = std::min<int64_t>(TILE, end - p);
+        const bool is_first = p == groups.first[e];
         const bf16* x[TILE];
         for (int t = 0; t < n; ++t) x[t] = m.activated + (p + t) * m.I;
         for (int64_t d = columns.begin; d < columns.end; d += TILE) {
             alignas(64) float values[TILE * TILE];
-            _mm512_store_ps(values, round_to_bf16(tile(n, x, m.down + (e * m.D + d) * m.I, m.I)));
+            _mm512_store_ps(values, round_to_bf16(tile_of_rows(n, is_first, x, m.down + (e * m.D + d) * m.I, m.I)));
             for (int t = 0; t < n; ++t) {
                 const int64_t choice = groups.choice[p + t];
                 const __m128 weight = _mm_set1_ps(m.weights[choice]);
@@ -187,9 +120,9 @@ extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, con
     const Groups groups(m);
 #pragma omp parallel num_threads(num_threads)
     {
-        for_each_block(m, own_part(I), [&](int64_t e, Range columns) { activate(m, groups, e, columns); });
+        for_each_block(m, own_part(I, LANES), [&](int64_t e, Range columns) { activate(m, groups, e, columns); });
 #pragma omp barrier
-        const Range own = own_part(D);
+        const Range own = own_part(D, LANES);
         for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, e, columns); });
         for (int64_t t = 0; t < T; ++t)
             for (int64_t d = own.begin; d < own.end; d += 16)

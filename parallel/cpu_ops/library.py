@@ -1,0 +1,109 @@
+"""Builds the operators of this folder as one library, and finds them in it.
+
+Building takes some seconds and happens once: the library is kept in the user's cache folder, under a name made from its
+sources and flags. Where a machine cannot have it - another processor, no compiler - there is no operator, and torch serves;
+so it does with the environment variable `WAYBILL_CPU_OPERATORS=off`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+SWITCH = "WAYBILL_CPU_OPERATORS"
+# More for the compiler, as the run under AddressSanitizer has.
+EXTRA_FLAGS = "WAYBILL_CPU_OPERATORS_FLAGS"
+# What torch.cpu.get_capabilities() must say, and how the compiler is told: all operators take bfloat16.
+CPU_FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
+FLAGS = (
+    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"),
+    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+)
+# By name: the types of their arguments. None of them returns anything.
+OPERATORS: dict[str, list[type]] = {
+    "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+    "waybill_decode_attention_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
+    "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
+    "waybill_linear_bf16": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+}
+BUILD_TIMEOUT_S = 120.0
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept, by the XDG convention."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "waybill"
+
+
+def build(sources: Path, folder: Path, compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compile what is in `sources` into `folder` unless it is there already. Several processes may do so at once.
+
+    Raises:
+        OSError: the folder cannot be written.
+        subprocess.SubprocessError: the compiler failed or ran past its time.
+    """
+    flags = (*FLAGS, *extra_flags)
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for file in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
+        digest.update(file.read_bytes())
+    library = folder / f"cpu_ops-{digest.hexdigest()[:16]}.so"
+    if not library.is_file():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / library.name
+            command = [compiler, *flags, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_TIMEOUT_S)
+            built.replace(library)
+    return library
+
+
+@cache
+def load_operators() -> dict[str, ctypes._NamedFuncPointer]:
+    """Those of `OPERATORS`; none, said once in the log, where this machine cannot have them."""
+    if not all(has_feature(feature) for feature in CPU_FEATURES):
+        return {}
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        logger.warning("no C++ compiler on PATH: bfloat16 runs on torch alone, about half as fast")
+        return {}
+    extra_flags = tuple(os.environ.get(EXTRA_FLAGS, "").split())
+    try:
+        library = ctypes.CDLL(str(build(FOLDER, cache_folder(), compiler, extra_flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "the CPU operators could not be built, bfloat16 runs on torch alone, about half as fast: %s", error
+        )
+        return {}
+    operators = {name: library[name] for name in OPERATORS}
+    for name, operator in operators.items():
+        operator.restype, operator.argtypes = None, OPERATORS[name]
+    return operators
+
+
+@cache
+def has_feature(name: str) -> bool:
+    """Whether the processor has what torch calls so."""
+    return bool(torch.cpu.get_capabilities().get(name))
+
+
+def has_operator(name: str) -> bool:
+    """Whether one of `OPERATORS` is to be used; if not, torch serves.
+
+    Raises:
+        ValueError: the environment's switch is neither "auto" nor "off".
+    """
+    switch = os.environ.get(SWITCH, "auto")
+    if switch not in ("auto", "off"):
+        raise ValueError(f"{SWITCH}={switch!r}: must be 'auto' or 'off'")
+    return switch == "auto" and name in load_operators()

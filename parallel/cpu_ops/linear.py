@@ -1,0 +1,51 @@
+"""Linear layers in bfloat16, `linear_bf16.cpp`.
+
+Legend: T tokens, R rows (outputs) and C columns (inputs) of a matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .library import has_feature, has_operator, load_operators
+
+NAME = "waybill_linear_bf16"
+# Where the processor has AMX, torch's product of more rows uses it; an estimate, measured on no such machine.
+MAX_ROWS_BESIDE_AMX = 8
+
+
+def has_native_linear(dtype: torch.dtype) -> bool:
+    """Whether `linear_native` can run: bfloat16, and a machine for the operator."""
+    return dtype == torch.bfloat16 and has_operator(NAME)
+
+
+def linear_native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Twin of `torch.nn.functional.linear` for x [T, C] in bfloat16; sums and bias are in float32, rounded once. A row's
+    result has the same bits whatever rows it is computed with, and by however many threads."""
+    if x.shape[0] > MAX_ROWS_BESIDE_AMX and has_feature("amx_bf16"):
+        return F.linear(x, weight, bias)
+    (num_tokens, width), num_outputs = x.shape, weight.shape[0]
+    assert weight.shape[1] == width and x.dtype == weight.dtype == torch.bfloat16
+    out = x.new_empty(num_tokens, num_outputs)
+    # Rows may be further apart than they are long. Bound to names: the tensors must live until the operator returns.
+    x, weight = with_whole_rows(x), with_whole_rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    load_operators()[NAME](
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        num_outputs,
+        width,
+        x.stride(0),
+        weight.stride(0),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def with_whole_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The same numbers, those of a row one behind the other."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

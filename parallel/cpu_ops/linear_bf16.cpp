@@ -1,0 +1,57 @@
+// The product of rows with a matrix in bfloat16. Twin of `torch.nn.functional.linear`; sums and bias are in float32, rounded
+// once. It knows nothing of torch or Python.
+//
+// Threads own ranges of outputs: every weight is read once, by one thread, one row after the other.
+//
+// Legend: T tokens, R rows (outputs) and C columns (inputs) of the matrix.
+
+#include "dot_products.h"
+
+using namespace waybill;
+
+namespace {
+
+struct Problem {
+    const bf16* x;       // [T, C], rows x_stride apart
+    const bf16* weight;  // [R, C], rows weight_stride apart
+    const bf16* bias;    // [R] or null
+    bf16* out;           // [T, R]
+    int64_t T, R, C, x_stride, weight_stride;
+};
+
+// Outputs first .. first + 4 of `num_tokens` tokens from `token` on.
+void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
+    const int num_outputs = std::min<int64_t>(TILE, m.R - first);
+    const bf16 *x[TILE], *w[TILE];
+    for (int t = 0; t < num_tokens; ++t) x[t] = m.x + (token + t) * m.x_stride;
+    // A tile at the end repeats the last row; what it gives is dropped.
+    for (int o = 0; o < TILE; ++o) w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride;
+    __m512 sums = tile(num_tokens, token == 0, x, w, m.C, TILE * m.weight_stride);
+    if (m.bias != nullptr) {
+        bf16 bias[TILE] = {};
+        std::memcpy(bias, m.bias + first, num_outputs * sizeof(bf16));
+        int64_t four;
+        std::memcpy(&four, bias, sizeof four);
+        sums = _mm512_add_ps(sums, widen(_mm256_set1_epi64x(four)));
+    }
+    alignas(32) bf16 values[TILE * TILE];
+    _mm256_store_si256((__m256i*)values, narrow(sums));
+    for (int t = 0; t < num_tokens; ++t)
+        std::memcpy(m.out + (token + t) * m.R + first, values + t * TILE, num_outputs * sizeof(bf16));
+}
+
+}  // namespace
+
+// Tensors as in `Problem`.
+extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t T, int64_t R,
+                                    int64_t C, int64_t x_stride, int64_t weight_stride, int num_threads) {
+    const Problem m{x, weight, bias, out, T, R, C, x_stride, weight_stride};
+#pragma omp parallel num_threads(num_threads)
+    {
+        const Range own = own_part(R, TILE);
+        for (int64_t begin = own.begin; begin < own.end; begin += BLOCK)
+            for (int64_t t = 0; t < T; t += TILE)
+                for (int64_t o = begin; o < std::min(begin + BLOCK, own.end); o += TILE)
+                    multiply(m, t, std::min<int64_t>(TILE, T - t), o);
+    }
+}

@@ -15,6 +15,7 @@ import pytest
 from waybill import Engine
 from waybill.engine.routing.wire import checksum, stitch, weight_bits
 from waybill.parallel.cpu_ops.decode_attention import has_native_decode
+from waybill.parallel.cpu_ops.library import has_feature
 
 DIALOGUE = "<|user|>start with 12<|assistant|>12<|end|><|user|>add 30<|assistant|>"
 NUM_LAYERS, NUM_MOE_LAYERS, TOP_K, NUM_EXPERTS = 7, 6, 4, 16
@@ -208,6 +209,7 @@ def test_one_bad_item_refuses_the_list_with_its_index(engine: Engine) -> None:
 
 
 @pytest.mark.skipif(not has_native_decode(), reason="needs AVX512-BF16 and a C++ compiler")
+@pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows")
 def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: Engine) -> None:
     """Tokens, log-probabilities and routes. Prompts differ from the first token on, so that nobody hits another's pages."""
     prompts = [ids(f"{chr(97 + i)} is how number {i} begins" + " and goes on" * (i % 4)) for i in range(12)]
@@ -223,7 +225,7 @@ def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: 
         together = engine.generate(
             input_ids=prompts[:size], sampling_params=params, return_routed_experts=True, return_logprob=True
         )
-        for one, other in zip(alone, together, strict=False):
+        for one, other in zip(alone[:size], together, strict=True):
             assert one["output_ids"] == other["output_ids"]
             assert one["meta_info"]["output_token_logprobs"] == other["meta_info"]["output_token_logprobs"]
             assert rows_of(one).tobytes() == rows_of(other).tobytes()

@@ -81,7 +81,10 @@ class GenerationGate:
         if self.refusal is not None:
             raise UnavailableError(self.refusal)
         try:
-            await asyncio.wait_for(self._open.wait(), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                # The next operation may have begun since who waits here was woken.
+                while not self.is_open:
+                    await self._open.wait()
         except TimeoutError:
             message = "weights: an update has not ended in time" if self._blocked is None else self._blocked.message
             raise UnavailableError(message) from None

@@ -44,22 +44,29 @@ class WaitingRequests:
         Raises:
             UnavailableError: as `GenerationGate.enter`.
         """
-        if self._gate.is_open:
-            await self._gate.enter()
-            return {}
         wait = _Wait(names)
         self._waits.append(wait)
+        try:
+            while not self._gate.is_open and not wait.all_aborted.is_set():
+                await self._wait_once(wait)
+            if not wait.all_aborted.is_set():
+                # At once, unless it refuses.
+                await self._gate.enter()
+            return wait.aborted
+        finally:
+            self._waits.remove(wait)
+
+    async def _wait_once(self, wait: _Wait) -> None:
+        """Until the gate lets enter, or all are aborted. When this returns the gate may have closed again."""
         entering = asyncio.ensure_future(self._gate.enter())
         aborting = asyncio.ensure_future(wait.all_aborted.wait())
         try:
             await asyncio.wait((entering, aborting), return_when=asyncio.FIRST_COMPLETED)
             if not wait.all_aborted.is_set():
                 entering.result()
-            return wait.aborted
         finally:
             entering.cancel()
             aborting.cancel()
-            self._waits.remove(wait)
 
     def abort(self, matches: Matches, message: str) -> int:
         """How many samples that is."""

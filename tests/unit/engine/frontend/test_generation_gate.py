@@ -21,6 +21,7 @@ from waybill.engine.frontend.engine_controls import EngineControls
 from waybill.engine.frontend.generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from waybill.engine.frontend.leader_link import LeaderLink
 from waybill.engine.frontend.pending_replies import PendingReplies
+from waybill.engine.frontend.waiting_requests import WaitingRequests
 from waybill.engine.ipc.frontend_messages import AbortReq, ControlReply, ControlReq
 
 OPEN = Blocked(BlockedKind.INCOMPLETE, "weights: an update is not complete: 1 of 2 tensors are still to come")
@@ -221,5 +222,31 @@ def test_memory_is_released_behind_the_end_of_what_runs() -> None:
         running.count = 0
         assert (await releasing).success
         assert [message.operation for message in leader.messages] == [ReleaseMemoryOccupation()]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_abortable", [False, True])
+def test_nobody_comes_in_between_into_the_second_of_two_operations(is_abortable: bool) -> None:
+    """The second waits for the first to end, and begins before who waited for the first has had its turn."""
+
+    async def scenario() -> None:
+        gate = GenerationGate(5.0, Running())
+        under_way = asyncio.Event()
+        waiting = WaitingRequests(gate)
+
+        async def operate(seconds: float) -> None:
+            async with gate.closed(drain=True):
+                under_way.set()
+                await asyncio.sleep(seconds)
+                under_way.clear()
+
+        async def request() -> None:
+            await (waiting.enter({"rid": None}) if is_abortable else gate.enter())
+            assert not under_way.is_set()
+
+        operations = [asyncio.ensure_future(operate(0.02)) for _ in range(3)]
+        await under_way.wait()
+        await asyncio.gather(*(request() for _ in range(3)), *operations)
 
     asyncio.run(scenario())

@@ -70,7 +70,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     collectives_backend: Annotated[
         str,
         Option(
-            "of hidden states; auto is symmetric memory where one host's GPUs reach each other, else torch.distributed's",
+            "within a host; auto is symmetric memory where its GPUs reach each other, and shared memory for what is on the "
+            "CPU; torch, and between hosts, is torch.distributed's",
             choices=COLLECTIVES_BACKENDS,
         ),
     ] = "auto"

@@ -19,7 +19,7 @@ from waybill.parallel.cpu_ops.linear import linear_native
 from waybill.parallel.weight_format import WeightFormat
 
 FORMAT = WeightFormat(torch.bfloat16, torch.device("cpu"))
-needs_operators = pytest.mark.skipif(not library.load_operators(), reason="needs AVX512-BF16 and a C++ compiler")
+needs_operators = pytest.mark.skipif(not library.load_operators(), reason="needs AVX2 and a C++ compiler")
 
 
 @pytest.fixture

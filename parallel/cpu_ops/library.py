@@ -1,8 +1,8 @@
 """Builds the operators of this folder as one library, and finds them in it.
 
-Building takes some seconds and happens once for an instruction set: the library is kept in the user's cache folder, under a
-name made from its sources and flags. Where a machine cannot have it - another processor, no compiler - there is no operator,
-and torch serves. The environment variable `WAYBILL_CPU_OPERATORS` is `auto`, for the best that the processor has, the name
+Building takes some seconds and happens once for an instruction set: the library is kept in the user's cache folder, under
+a name made from its sources and flags. Where a machine cannot have it - another processor, no compiler - there is no
+operator, and torch serves. The environment variable `WAYBILL_CPU_OPERATORS` is `auto`, for the best that the processor has, the name
 of an instruction set, or `off`.
 """
 
@@ -100,7 +100,9 @@ def chosen_set() -> str | None:
     if switch == "auto":
         return supported[0] if supported else None
     if switch not in supported:
-        raise ValueError(f"{SWITCH}={switch!r}: must be one of {', '.join(('auto', 'off', *supported))} on this processor")
+        raise ValueError(
+            f"{SWITCH}={switch!r}: must be one of {', '.join(('auto', 'off', *supported))} on this processor"
+        )
     return switch
 
 

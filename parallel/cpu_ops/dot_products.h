@@ -1,4 +1,4 @@
-// Dot products of rows in bfloat16, for CPUs with AVX512-BF16: what the operators of this folder share.
+// Dot products of rows in bfloat16: what the operators of this folder share.
 //
 // Rows are read as the checkpoint stores them, so nothing is packed. A tile is 4 x 4 dot products held in registers; each
 // is summed in float32 in one fixed order, which the rows' width alone decides: 32 products a step into 16 lanes, then the
@@ -6,68 +6,65 @@
 
 #pragma once
 
-#include <immintrin.h>
 #include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
 namespace waybill {
 
-using bf16 = uint16_t;
-
 constexpr int TILE = 4;    // tokens, and outputs, of a tile
-constexpr int LANES = 32;  // products of one instruction
 constexpr int BLOCK = 16;  // outputs whose weights stay in the first cache levels while all tokens pass
+static_assert(TILE * TILE == WIDTH);
 
-inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-// Sums over the lanes of 16 vectors: element 4t + o of the result belongs to part[t][o].
-inline __m512 sum_lanes(const __m512 (&part)[TILE][TILE]) {
+// Sums over the lanes of the first N rows: element 4t + o of the result belongs to part[t][o].
+template <int N>
+Floats sum_lanes(const Floats (&part)[TILE][TILE]) {
+#if defined(__AVX512F__)
     __m512 row[TILE];
     for (int t = 0; t < TILE; ++t) {
         const auto& p = part[t];
-        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(p[0], p[1]), _mm512_unpackhi_ps(p[0], p[1]));
-        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(p[2], p[3]), _mm512_unpackhi_ps(p[2], p[3]));
+        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(p[0].v, p[1].v), _mm512_unpackhi_ps(p[0].v, p[1].v));
+        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(p[2].v, p[3].v), _mm512_unpackhi_ps(p[2].v, p[3].v));
         row[t] = _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
     }
     const auto add_halves = [](__m512 a, __m512 b) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     };
-    return add_halves(add_halves(row[0], row[1]), add_halves(row[2], row[3]));
+    return {add_halves(add_halves(row[0], row[1]), add_halves(row[2], row[3]))};
+#else
+    float sums[WIDTH] = {};
+    for (int t = 0; t < N; ++t)
+        for (int o = 0; o < TILE; ++o) sums[t * TILE + o] = sum_of(part[t][o]);
+    return load(sums);
+#endif
 }
 
 // Element 4t + o: x[t] . w[o], for N tokens; where `width` is no multiple of LANES the last step has zeros for what is beyond.
 // IS_FIRST: the weights come from memory, and asking early for those of the next tile, `ahead` of these, keeps it busy across
 // page borders.
 template <int N, bool IS_FIRST>
-__m512 tile_of(const bf16* const* x, const bf16* const* w, int64_t width, int64_t ahead) {
-    __m512 part[TILE][TILE];
+Floats tile_of(const bf16* const* x, const bf16* const* w, int64_t width, int64_t ahead) {
+    Floats part[TILE][TILE];
     for (auto& row : part)
-        for (auto& sum : row) sum = _mm512_setzero_ps();
-    const auto step = [&](const auto& load, int64_t k) {
-        __m512bh rows[TILE];
+        for (auto& sum : row) sum = all(0.0f);
+    const auto add_step = [&](const auto& at, int64_t k) {
+        Step rows[TILE];
         for (int o = 0; o < TILE; ++o) {
-            if (IS_FIRST) _mm_prefetch(w[o] + ahead + k, _MM_HINT_T0);
-            rows[o] = (__m512bh)load(w[o] + k);
+            if (IS_FIRST) _mm_prefetch((const char*)(w[o] + ahead + k), _MM_HINT_T0);
+            rows[o] = at(w[o] + k);
         }
         for (int t = 0; t < N; ++t) {
-            const __m512bh token = (__m512bh)load(x[t] + k);
-            for (int o = 0; o < TILE; ++o) part[t][o] = _mm512_dpbf16_ps(part[t][o], token, rows[o]);
+            const Step token = at(x[t] + k);
+            for (int o = 0; o < TILE; ++o) part[t][o] = add_products(part[t][o], token, rows[o]);
         }
     };
     const int64_t whole = width / LANES * LANES;
-    for (int64_t k = 0; k < whole; k += LANES) step([](const bf16* p) { return _mm512_loadu_si512(p); }, k);
-    if (whole < width) {
-        const __mmask32 inside = (1u << (width - whole)) - 1;
-        step([&](const bf16* p) { return _mm512_maskz_loadu_epi16(inside, p); }, whole);
-    }
-    return sum_lanes(part);
+    for (int64_t k = 0; k < whole; k += LANES) add_step([](const bf16* p) { return step_at(p); }, k);
+    if (whole < width) add_step([&](const bf16* p) { return step_at(p, width - whole); }, whole);
+    return sum_lanes<N>(part);
 }
 
-inline __m512 tile(int num_tokens, bool is_first, const bf16* const* x, const bf16* const* w, int64_t width, int64_t ahead) {
+inline Floats tile(int num_tokens, bool is_first, const bf16* const* x, const bf16* const* w, int64_t width, int64_t ahead) {
     switch (num_tokens) {
         case 1: return tile_of<1, true>(x, w, width, ahead);
         case 2: return tile_of<2, true>(x, w, width, ahead);
@@ -75,6 +72,13 @@ inline __m512 tile(int num_tokens, bool is_first, const bf16* const* x, const bf
         default:
             return is_first ? tile_of<TILE, true>(x, w, width, ahead) : tile_of<TILE, false>(x, w, width, ahead);
     }
+}
+
+// A vector with the numbers of row t, TILE of them, in the places of tile row t.
+inline Floats of_each_row(const float (&numbers)[TILE]) {
+    float all_of_them[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) all_of_them[i] = numbers[i / TILE];
+    return load(all_of_them);
 }
 
 struct Range {

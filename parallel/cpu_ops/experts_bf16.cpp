@@ -1,4 +1,4 @@
-// The experts of one rank in bfloat16, for CPUs with AVX512-BF16. Twin of `experts_torch_reference`, which says what is
+// The experts of one rank in bfloat16. Twin of `experts_torch_reference`, which says what is
 // computed; every rounding to bfloat16 happens where torch has one. It knows nothing of ranks, torch or Python.
 //
 // No token is copied. A token's result has the same bits whatever tokens, threads or steps it is computed with: so have its
@@ -30,18 +30,10 @@ struct Problem {
     int64_t T, D, F, K, I;
 };
 
-__m512 round_to_bf16(__m512 x) { return widen(narrow(x)); }
-__m128 round_to_bf16(__m128 x) {
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32((__m128i)_mm_cvtneps_pbh(x)), 16));
-}
-
-__m512 silu(__m512 x) {
-    const __m512 negated = _mm512_sub_ps(_mm512_setzero_ps(), x);
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negated)));
-}
+Floats silu(Floats x) { return x / (all(1.0f) + exponential(all(0.0f) - x)); }
 
 // The same for four consecutive rows of w.
-__m512 tile_of_rows(int num_tokens, bool is_first, const bf16* const* x, const bf16* w, int64_t width) {
+Floats tile_of_rows(int num_tokens, bool is_first, const bf16* const* x, const bf16* w, int64_t width) {
     const bf16* rows[TILE];
     for (int o = 0; o < TILE; ++o) rows[o] = w + o * width;
     return tile(num_tokens, is_first, x, rows, width, TILE * width);
@@ -72,10 +64,10 @@ void activate(const Problem& m, const Groups& groups, int64_t e, Range columns) 
         const bf16* x[TILE];
         for (int t = 0; t < n; ++t) x[t] = m.hidden + groups.choice[p + t] / m.K * m.D;
         for (int64_t i = columns.begin; i < columns.end; i += TILE) {
-            const __m512 g = round_to_bf16(tile_of_rows(n, is_first, x, gate + i * m.D, m.D));
-            const __m512 u = round_to_bf16(tile_of_rows(n, is_first, x, up + i * m.D, m.D));
-            alignas(32) bf16 values[TILE * TILE];
-            _mm256_store_si256((__m256i*)values, narrow(_mm512_mul_ps(round_to_bf16(silu(g)), u)));
+            const Floats g = rounded(tile_of_rows(n, is_first, x, gate + i * m.D, m.D));
+            const Floats u = rounded(tile_of_rows(n, is_first, x, up + i * m.D, m.D));
+            bf16 values[WIDTH];
+            store(values, rounded(silu(g)) * u);
             for (int t = 0; t < n; ++t) std::memcpy(m.activated + (p + t) * m.I + i, values + t * TILE, TILE * sizeof(bf16));
         }
     }
@@ -88,26 +80,28 @@ void project(const Problem& m, const Groups& groups, int64_t e, Range columns) {
         const int n = std::min<int64_t>(TILE, end - p);
         const bool is_first = p == groups.first[e];
         const bf16* x[TILE];
-        for (int t = 0; t < n; ++t) x[t] = m.activated + (p + t) * m.I;
+        float weights[TILE] = {};
+        for (int t = 0; t < n; ++t) {
+            x[t] = m.activated + (p + t) * m.I;
+            weights[t] = m.weights[groups.choice[p + t]];
+        }
+        const Floats weight = of_each_row(weights);
         for (int64_t d = columns.begin; d < columns.end; d += TILE) {
-            alignas(64) float values[TILE * TILE];
-            _mm512_store_ps(values, round_to_bf16(tile_of_rows(n, is_first, x, m.down + (e * m.D + d) * m.I, m.I)));
+            float values[WIDTH];
+            store(values, rounded(rounded(tile_of_rows(n, is_first, x, m.down + (e * m.D + d) * m.I, m.I)) * weight));
             for (int t = 0; t < n; ++t) {
-                const int64_t choice = groups.choice[p + t];
-                const __m128 weight = _mm_set1_ps(m.weights[choice]);
-                float* sum = m.sums + choice / m.K * m.D + d;
-                const __m128 value = round_to_bf16(_mm_mul_ps(_mm_load_ps(values + t * TILE), weight));
-                _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), value));
+                float* sum = m.sums + groups.choice[p + t] / m.K * m.D + d;
+                for (int o = 0; o < TILE; ++o) sum[o] += values[t * TILE + o];
             }
         }
     }
 }
 
-template <class Step>
-void for_each_block(const Problem& m, Range columns, Step step) {
+template <class Work>
+void for_each_block(const Problem& m, Range columns, Work work) {
     for (int64_t e = 0; e < m.F; ++e)
         for (int64_t begin = columns.begin; begin < columns.end; begin += BLOCK)
-            step(e, Range{begin, std::min(begin + BLOCK, columns.end)});
+            work(e, Range{begin, std::min(begin + BLOCK, columns.end)});
 }
 
 }  // namespace
@@ -125,7 +119,6 @@ extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, con
         const Range own = own_part(D, LANES);
         for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, e, columns); });
         for (int64_t t = 0; t < T; ++t)
-            for (int64_t d = own.begin; d < own.end; d += 16)
-                _mm256_storeu_si256((__m256i*)(out + t * D + d), narrow(_mm512_loadu_ps(sums + t * D + d)));
+            for (int64_t d = own.begin; d < own.end; d += WIDTH) store(out + t * D + d, load(sums + t * D + d));
     }
 }

@@ -1,8 +1,9 @@
 """Builds the operators of this folder as one library, and finds them in it.
 
-Building takes some seconds and happens once: the library is kept in the user's cache folder, under a name made from its
-sources and flags. Where a machine cannot have it - another processor, no compiler - there is no operator, and torch serves;
-so it does with the environment variable `WAYBILL_CPU_OPERATORS=off`.
+Building takes some seconds and happens once for an instruction set: the library is kept in the user's cache folder, under
+a name made from its sources and flags. Where a machine cannot have it - another processor, no compiler - there is no
+operator, and torch serves. The environment variable `WAYBILL_CPU_OPERATORS` is `auto`, for the best that the processor has, the name
+of an instruction set, or `off`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +27,25 @@ FOLDER = Path(__file__).parent
 SWITCH = "WAYBILL_CPU_OPERATORS"
 # More for the compiler, as the run under AddressSanitizer has.
 EXTRA_FLAGS = "WAYBILL_CPU_OPERATORS_FLAGS"
-# What torch.cpu.get_capabilities() must say, and how the compiler is told: all operators take bfloat16.
-CPU_FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
-FLAGS = (
-    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"),
-    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
-)
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-mfma", "-mavx2")
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What torch.cpu.get_capabilities() must say, and how the compiler is told."""
+
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512_FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+# The best first.
+INSTRUCTION_SETS = {
+    "avx512_bf16": InstructionSet((*AVX512_FEATURES, "avx512_bf16"), (*AVX512, "-mavx512bf16")),
+    "avx512": InstructionSet(AVX512_FEATURES, AVX512),
+    "avx2": InstructionSet(("avx2", "fma3"), ()),
+}
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
     "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5 + [ctypes.c_int],
@@ -46,14 +61,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "waybill"
 
 
-def build(sources: Path, folder: Path, compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
+def build(sources: Path, folder: Path, compiler: str, more_flags: tuple[str, ...]) -> Path:
     """Compile what is in `sources` into `folder` unless it is there already. Several processes may do so at once.
 
     Raises:
         OSError: the folder cannot be written.
         subprocess.SubprocessError: the compiler failed or ran past its time.
     """
-    flags = (*FLAGS, *extra_flags)
+    flags = (*FLAGS, *more_flags)
     digest = hashlib.sha256(" ".join(flags).encode())
     for file in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
         digest.update(file.read_bytes())
@@ -68,26 +83,57 @@ def build(sources: Path, folder: Path, compiler: str, extra_flags: tuple[str, ..
     return library
 
 
-@cache
+def supported_sets() -> tuple[str, ...]:
+    """Names of `INSTRUCTION_SETS` that this processor has, the best first."""
+    return tuple(name for name, one in INSTRUCTION_SETS.items() if all(map(has_feature, one.features)))
+
+
+def chosen_set() -> str | None:
+    """The name of the instruction set to use; None: torch serves.
+
+    Raises:
+        ValueError: the environment's switch has another value, or asks for what this processor has not.
+    """
+    switch, supported = os.environ.get(SWITCH, "auto"), supported_sets()
+    if switch == "off":
+        return None
+    if switch == "auto":
+        return supported[0] if supported else None
+    if switch not in supported:
+        raise ValueError(
+            f"{SWITCH}={switch!r}: must be one of {', '.join(('auto', 'off', *supported))} on this processor"
+        )
+    return switch
+
+
 def load_operators() -> dict[str, ctypes._NamedFuncPointer]:
-    """Those of `OPERATORS`; none, said once in the log, where this machine cannot have them."""
-    if not all(has_feature(feature) for feature in CPU_FEATURES):
-        return {}
+    """Those of `OPERATORS`; none where this machine cannot have them, or the environment says so.
+
+    Raises:
+        ValueError: as `chosen_set`.
+    """
+    name = chosen_set()
+    return {} if name is None else load_set(name)
+
+
+@cache
+def load_set(name: str) -> dict[str, ctypes._NamedFuncPointer]:
+    """The operators for an instruction set; none, said once in the log, where they cannot be built."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("no C++ compiler on PATH: bfloat16 runs on torch alone, about half as fast")
         return {}
-    extra_flags = tuple(os.environ.get(EXTRA_FLAGS, "").split())
+    more_flags = (*INSTRUCTION_SETS[name].flags, *os.environ.get(EXTRA_FLAGS, "").split())
     try:
-        library = ctypes.CDLL(str(build(FOLDER, cache_folder(), compiler, extra_flags)))
+        library = ctypes.CDLL(str(build(FOLDER, cache_folder(), compiler, more_flags)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "the CPU operators could not be built, bfloat16 runs on torch alone, about half as fast: %s", error
         )
         return {}
-    operators = {name: library[name] for name in OPERATORS}
-    for name, operator in operators.items():
-        operator.restype, operator.argtypes = None, OPERATORS[name]
+    operators = {each: library[each] for each in OPERATORS}
+    for operator_name, operator in operators.items():
+        operator.restype, operator.argtypes = None, OPERATORS[operator_name]
     return operators
 
 
@@ -101,9 +147,6 @@ def has_operator(name: str) -> bool:
     """Whether one of `OPERATORS` is to be used; if not, torch serves.
 
     Raises:
-        ValueError: the environment's switch is neither "auto" nor "off".
+        ValueError: as `chosen_set`.
     """
-    switch = os.environ.get(SWITCH, "auto")
-    if switch not in ("auto", "off"):
-        raise ValueError(f"{SWITCH}={switch!r}: must be 'auto' or 'off'")
-    return switch == "auto" and name in load_operators()
+    return name in load_operators()

@@ -26,16 +26,14 @@ void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
     for (int t = 0; t < num_tokens; ++t) x[t] = m.x + (token + t) * m.x_stride;
     // A tile at the end repeats the last row; what it gives is dropped.
     for (int o = 0; o < TILE; ++o) w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride;
-    __m512 sums = tile(num_tokens, token == 0, x, w, m.C, TILE * m.weight_stride);
+    Floats sums = tile(num_tokens, token == 0, x, w, m.C, TILE * m.weight_stride);
     if (m.bias != nullptr) {
-        bf16 bias[TILE] = {};
-        std::memcpy(bias, m.bias + first, num_outputs * sizeof(bf16));
-        int64_t four;
-        std::memcpy(&four, bias, sizeof four);
-        sums = _mm512_add_ps(sums, widen(_mm256_set1_epi64x(four)));
+        bf16 bias[WIDTH] = {};
+        for (int t = 0; t < TILE; ++t) std::memcpy(bias + t * TILE, m.bias + first, num_outputs * sizeof(bf16));
+        sums = sums + load(bias);
     }
-    alignas(32) bf16 values[TILE * TILE];
-    _mm256_store_si256((__m256i*)values, narrow(sums));
+    bf16 values[WIDTH];
+    store(values, sums);
     for (int t = 0; t < num_tokens; ++t)
         std::memcpy(m.out + (token + t) * m.R + first, values + t * TILE, num_outputs * sizeof(bf16));
 }

@@ -2,8 +2,8 @@
 
 Building takes some seconds and happens once for an instruction set: the library is kept in the user's cache folder, under
 a name made from its sources and flags. Where a machine cannot have it - another processor, no compiler - there is no
-operator, and torch serves. The environment variable `WAYBILL_CPU_OPERATORS` is `auto`, for the best that the processor has, the name
-of an instruction set, or `off`.
+operator, and torch serves. The environment variable `WAYBILL_CPU_OPERATORS` is `auto`, for the best that the processor
+has, the name of an instruction set, or `off`.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ class Counts:
         self.num_bytes = 0
         self.num_mapped_bytes = 0
         self.seconds = 0.0
+        self.copy_seconds = 0.0
 
 
 class PageJob:
@@ -111,6 +112,7 @@ class PageJob:
             raise ValueError("something else than was asked for has arrived")
         if not start < answer.end <= self._message.end:
             raise ValueError(f"positions {start} .. {answer.end} have arrived")
+        began = time.monotonic()
         if isinstance(answer, MappedPositions):
             pool, their_pages = self._pools.get(address), np.frombuffer(answer.pages, dtype="<i4")
             num_bytes = pool.copy(their_pages, self._pages, start, answer.end, heads.theirs, heads.ours)
@@ -121,6 +123,7 @@ class PageJob:
                 raise ValueError("something else than was asked for has arrived")
             self._copy.scatter(self._pages, start, answer.end, heads.ours, frames[0])
             num_bytes = frames[0].nbytes
+        self._counts.copy_seconds += time.monotonic() - began
         self._counts.num_bytes += num_bytes
         self._next[address], self._leases[address] = answer.end, answer.lease
         return self._fetch(address, answer.end)
@@ -167,4 +170,5 @@ class FetchedPrompts:
             "transferred_bytes": counts.num_bytes,
             "transferred_shared_bytes": counts.num_mapped_bytes,
             "transfer_seconds": counts.seconds,
+            "transfer_copy_seconds": counts.copy_seconds,
         }

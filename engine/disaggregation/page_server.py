@@ -84,6 +84,7 @@ class SharedPrompts:
             "transferred_bytes": self._num_bytes + self._num_mapped_bytes,
             "transferred_shared_bytes": self._num_mapped_bytes,
             "transfer_seconds": 0.0,
+            "transfer_copy_seconds": 0.0,
         }
 
     def pool_generation(self) -> int:

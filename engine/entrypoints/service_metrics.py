@@ -58,6 +58,7 @@ STATE_COUNTERS = (
         "transferred_shared_bytes",
     ),
     ("waybill_transfer_seconds", "Time that fetches have taken, on a decode's side.", "transfer_seconds"),
+    ("waybill_transfer_copy_seconds", "Time of them in which bytes were copied.", "transfer_copy_seconds"),
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),
     ("waybill_weight_updates", "Complete updates of the weights.", "num_weight_updates"),
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),

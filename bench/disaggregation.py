@@ -166,8 +166,8 @@ def report(found: list[dict[str, Any]], rate: float, bench: Bench, options: argp
         f"Link: {rate / 1e9:.1f} GB/s (torch copy, {bench.plan.link_bytes / GIB:.3g} GiB). Answers of the pair that are "
         f"those of one engine, token by token: {bench.num_equal} of {bench.num_compared}.",
         "",
-        "| prompt | | first token, one GPU | first token, the pair | keys and values | by shared memory | copied at | of the "
-        "link | from question to end |",
+        "| prompt | | first token, one GPU | first token, the pair | keys and values | by shared memory | copied at "
+        "| of the link | from question to end |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in found:
@@ -181,8 +181,8 @@ def report(found: list[dict[str, Any]], rate: float, bench: Bench, options: argp
             )
     lines += [
         "",
-        "*Known*: the prompt is in the prefill's prefix cache, and all of it is to be had at once. *New*: it is computed, and "
-        "fetched chunk by chunk. *From question to end* includes the wait for the prefill.",
+        "*Known*: the prompt is in the prefill's prefix cache, and all of it is to be had at once. *New*: it is computed, "
+        "and fetched chunk by chunk. *From question to end* includes the wait for the prefill.",
         "",
     ]
     return "\n".join(lines)

@@ -202,8 +202,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     disaggregation_transport: Annotated[
         str,
         Option(
-            "how keys and values of a prompt go from one side to the other: shared, by memory that both map, within a host; "
-            "tcp; auto: shared where both sides can, else tcp",
+            "how keys and values go from one side to the other: shared, by memory that both map, within a host; tcp; auto: "
+            "shared where both sides can, else tcp",
             choices=DISAGGREGATION_TRANSPORTS,
         ),
     ] = "auto"

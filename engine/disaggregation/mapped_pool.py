@@ -21,7 +21,7 @@ import torch
 from ..kv_cache.kv_store import KVStore, StackPlace
 from ..kv_cache.shared_memory import SharedMemory
 from ..weight_sync.cuda_ipc import MappedMemory, export_handle
-from .page_copy import Heads, slots_of
+from .page_copy import Heads, as_rows, host_bytes, slots_of
 from .row_copy import select_copy_rows, select_heads
 from .wire import DeviceMemory, PoolPlace
 
@@ -164,7 +164,7 @@ class HostMappedPool:
 
     def copy(self, their_pages: np.ndarray, pages: np.ndarray, start: int, end: int, theirs: Heads, ours: Heads) -> int:
         there, here = slots_on_both(their_pages, pages, start, end, self._page_sizes, self._sources[0].shape[1])
-        num_bytes, own = 0, self._kv_store.memory.numpy()
+        num_bytes, own = 0, host_bytes(self._kv_store)
         for source, stack in zip(self._sources, self._kv_store.stacks, strict=True):
             target = as_rows(stack, own)
             rows = source[:, there] if theirs is None or source.ndim == 3 else source[:, there, theirs[0] : theirs[1]]
@@ -178,12 +178,6 @@ class HostMappedPool:
     def close(self) -> None:
         """The mapping ends with the last array on it."""
         self._sources = []
-
-
-def as_rows(stack: StackPlace, memory: np.ndarray) -> np.ndarray:
-    """The stack as bytes [layers, slots, (heads,) bytes]."""
-    part = memory[stack.offset : stack.offset + stack.num_bytes]
-    return part.reshape(*stack.shape[:-1], stack.shape[-1] * stack.dtype.itemsize)
 
 
 def slots_on_both(

@@ -23,7 +23,7 @@ def copy_rows_torch(source: torch.Tensor, target: torch.Tensor, there: torch.Ten
 
 def as_words(stack: torch.Tensor) -> torch.Tensor | None:
     """The same memory as [layers, slots, words] int64; None where rows are no whole words."""
-    num_layers, num_slots, *rest = stack.shape
+    num_layers, num_slots = stack.shape[:2]
     row_bytes = stack[0, 0].numel() * stack.itemsize
     strides = (stack.stride(0) * stack.itemsize, stack.stride(1) * stack.itemsize)
     offset = stack.storage_offset() * stack.itemsize

@@ -67,9 +67,7 @@ class KVStore:
             end += -(-self.stacks[-1].num_bytes // ALIGNMENT) * ALIGNMENT
         self.shared = SharedMemory(end, "waybill-kv-pool") if is_shared and device.type == "cpu" else None
         # Zeros, because a masked slot that holds NaN would still poison a softmax-weighted sum.
-        self.memory = (
-            torch.zeros(end, dtype=torch.uint8, device=device) if self.shared is None else self.shared.tensor
-        )
+        self.memory = torch.zeros(end, dtype=torch.uint8, device=device) if self.shared is None else self.shared.tensor
         self._num_bytes = end
         self._num_made = self.generation = 1
         views = {spec.name: place.of(self.memory) for spec, place in zip(specs, self.stacks, strict=True)}

@@ -78,8 +78,8 @@ def export_handle(tensor: torch.Tensor) -> tuple[bytes, int]:
 
 
 class MappedMemory:
-    """An allocation of another process, from now until `close`, as seen by `device`, which need not be the one that it is on:
-    peers read it over their link, also where this process does not see the other device.
+    """An allocation of another process, from now until `close`, as seen by `device`, which need not be the one that has it:
+    a peer is read over their link, also where this process does not see it.
 
     Raises:
         RuntimeError: there is no such memory, or the device cannot reach it.
@@ -109,8 +109,9 @@ class MappedMemory:
 
     def tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes], called a tensor of this device, whose kernels read it, wherever it is. Gone with `close`."""
-        storage = torch._C._construct_storage_from_data_pointer(self.place(offset, num_bytes), self._device, num_bytes)
-        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage, 0, (num_bytes,))
+        make_storage: Any = torch._C._construct_storage_from_data_pointer
+        storage = make_storage(self.place(offset, num_bytes), self._device, num_bytes)
+        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage, 0, (num_bytes,), (1,))
 
     def close(self) -> None:
         """What reads it is waited for."""

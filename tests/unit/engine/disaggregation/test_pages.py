@@ -48,9 +48,7 @@ def test_a_latent_is_asked_of_one_rank() -> None:
     assert [head_slices(0, 2, 4, rank)[0].rank for rank in range(4)] == [0, 1, 0, 1]
 
 
-def filled(
-    heads: list[int], page_size: int, dtype: torch.dtype, width: int = 3, *, is_shared: bool = False
-) -> KVStore:
+def filled(heads: list[int], page_size: int, dtype: torch.dtype, width: int = 3, *, is_shared: bool = False) -> KVStore:
     """A pool in which every value says its layer, tensor, slot and head."""
     specs = [KVTensorSpec("k", (len(heads), width), dtype), KVTensorSpec("latent", (5,), dtype)]
     store = KVStore(2, 32 // page_size, page_size, specs, CPU, is_shared=is_shared)
@@ -136,3 +134,15 @@ def test_rows_as_words() -> None:
     assert torch.equal(words[1, 3].contiguous().view(torch.float32), stack[1, 3, 1:3].flatten())
     assert as_words(torch.zeros(2, 5, 3)) is None, "three values of four bytes"
     assert as_words(torch.zeros(2, 5, 3, 1)[:, :, 1:3]) is None, "not on a word's boundary"
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_memory_is_given_back_after_copies(is_shared: bool) -> None:
+    store = filled([0, 1], 2, torch.float32, is_shared=is_shared)
+    pages = np.array([5, 2], dtype=np.int32)
+    data = HostPages(store, 2).gather(pages, 0, 4, None)
+    store.release()
+    store.resume()
+    assert not any(tensor.any() for tensor in store.tensors())
+    HostPages(store, 2).scatter(pages, 0, 4, None, data)
+    assert HostPages(store, 2).gather(pages, 0, 4, None) == data

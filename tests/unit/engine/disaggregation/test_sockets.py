@@ -51,9 +51,7 @@ class Sides:
 
     def serve(self, transport: str = "auto") -> SharedPrompts:
         export = None if transport == "tcp" else PoolExport(self.there, 1)
-        prompts = SharedPrompts(
-            HostPages(self.there, 1), self.releases.put, export, allows_bytes=transport != "shared"
-        )
+        prompts = SharedPrompts(HostPages(self.there, 1), self.releases.put, export, allows_bytes=transport != "shared")
         address = f"tcp://{HOST}:{self.port}"
         server = TransferServer(
             Endpoint(address, self.keys),

@@ -116,7 +116,8 @@ class ServerPair:
         visible = os.environ.get(VISIBLE, "0,1").split(",")
         secret = {RUN_SECRET_VARIABLE: secrets.token_hex(32)}
         prefill = ["--disaggregation", "prefill", "--disaggregation-bootstrap-port", str(self.port)]
-        places = [{VISIBLE: number} if device == "cuda" else {} for number in visible[:2]]
+        # Each sees both, its own first: a driver may map memory of a device that the process sees alone.
+        places = [{VISIBLE: ",".join(each)} if device == "cuda" else {} for each in (visible[:2], visible[1::-1])]
         self.prefill = Server([*options, *prefill], secret | places[0])
         self.decode = Server([*options, "--disaggregation", "decode", *decode], secret | places[-1])
         try:

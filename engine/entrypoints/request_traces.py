@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from opentelemetry.context import attach, detach
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.environment_variables import OTEL_SERVICE_NAME
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..frontend.answer import Answer
 from ..io_struct import RequestOutput
+from ..routing.wire import num_bytes
 
 # vLLM's name for it.
 SPAN_NAME = "llm_request"
@@ -71,10 +71,11 @@ class RequestTraces:
         progress.last = output
         if progress.first_token_at is None and output.token_ids:
             progress.first_token_at = time.perf_counter() - (output.first_token_ago_s or 0.0)
-        meta = output.routed_experts
-        if meta is not None:
-            progress.num_rows += meta.rows
-            progress.num_bytes += meta.rows * meta.num_layers * meta.top_k * np.dtype(meta.dtype).itemsize
+        if output.routed_experts is not None:
+            progress.num_rows += output.routed_experts.rows
+            progress.num_bytes += num_bytes(output.routed_experts)
+        if output.router_weights is not None:
+            progress.num_bytes += num_bytes(output.router_weights)
 
     def on_end(self, answer: Answer, outcome: str) -> None:
         progress = self._progress.pop(answer.rid, None)

@@ -40,7 +40,11 @@ STATE_COUNTERS = (
     ("waybill_generated_tokens", "Tokens made, also of requests that still run.", "num_output_tokens"),
     ("waybill_routed_experts_rows_filed", "Rows that the ledger took in.", "routed_experts_rows_filed"),
     ("waybill_routed_experts_rows_shipped", "Rows sent or kept for a claim.", "routed_experts_rows_shipped"),
-    ("waybill_routed_experts_bytes_shipped", "Their bytes, compact.", "routed_experts_bytes_shipped"),
+    (
+        "waybill_routed_experts_bytes_shipped",
+        "Their bytes, compact, with those of combine weights.",
+        "routed_experts_bytes_shipped",
+    ),
     ("waybill_routed_experts_refused", "Answers whose rows were missing.", "routed_experts_refused"),
     (
         "waybill_route_sessions_forgotten",

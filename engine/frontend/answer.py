@@ -156,7 +156,7 @@ class Answer:
         """The combine weights of the same rows, whose form is the compact one beside all forms of ids."""
         envelope = msgspec.to_builtins(weights.meta)
         if self._form == "array" and self._options.routed_experts_format == "compact":
-            return {"router_weights": weights.as_float32(), "router_weights_meta": envelope}
+            return {"router_weights": await asyncio.to_thread(weights.as_float32), "router_weights_meta": envelope}
         encoded = await asyncio.to_thread(to_base64, weights)
         return {"router_weights": self._text(encoded), "router_weights_meta": envelope}
 

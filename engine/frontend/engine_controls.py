@@ -28,13 +28,14 @@ from ..control.operations import (
     UpdateWeightVersion,
     WeightUpdate,
 )
-from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq, NumberedMessage
+from ..ipc.frontend_messages import ABORTED_BY_PAUSE, AbortReq, ControlReply, ControlReq, NumberedMessage
 from ..validation.host_names import check_address
 from ..weight_sync.memory_file import memory_file, write_all
 from .dp_router import DpRouter
 from .generation_gate import GenerationGate, NotDrainedError, UnavailableError
 from .leader_link import LeaderLink
 from .pending_replies import PendingReplies
+from .waiting_requests import WaitingRequests
 
 CONTROL_TIMEOUT_S = 30.0
 # Joining and transfers are bounded by the ranks; the answer takes a little longer.
@@ -53,8 +54,15 @@ class EngineControls:
     """Has operations done by the engine."""
 
     def __init__(
-        self, config: EngineConfig, link: LeaderLink, replies: PendingReplies, gate: GenerationGate, dp_router: DpRouter
+        self,
+        config: EngineConfig,
+        link: LeaderLink,
+        replies: PendingReplies,
+        gate: GenerationGate,
+        dp_router: DpRouter,
+        waiting: WaitingRequests,
     ) -> None:
+        self._waiting = waiting
         self._link = link
         self._replies = replies
         self._gate = gate
@@ -84,6 +92,8 @@ class EngineControls:
             return await self._update_from_bytes(operation)
         if isinstance(operation, WeightUpdate):
             return await self._update(operation)
+        if isinstance(operation, PauseGeneration) and operation.mode == "abort":
+            self._waiting.abort(lambda *_: True, ABORTED_BY_PAUSE)
         if isinstance(operation, UpdateWeightVersion) and operation.abort_all_requests:
             self._link.send_to_all(abort_everything)
         if isinstance(operation, MemoryOperation):

@@ -8,7 +8,7 @@ by the same model, with these tokens alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,8 @@ class SpecialTokens:
         self._special = {ids[content]: content for content in special}
         self._beginnings = {content[:length] for content in special for length in range(1, len(content))}
         self._longest = max(map(len, self._beginnings), default=0)
+        # Letters and digits stand everywhere.
+        self._edges = {char for content in special for char in (content[0], content[-1]) if not char.isalnum()}
         self._contents = set("".join(ids))
 
     def find(self, text: str) -> list[FoundToken]:
@@ -86,9 +88,19 @@ class SpecialTokens:
             if number in self._found
         ]
 
+    def num_special(self, text: str) -> int:
+        return sum(one.token_id in self._special for one in self.find(text))
+
     def mask(self, text: str) -> SpecialTextMask:
         """Of what stands in `text`."""
-        return SpecialTextMask(self, unused_chars(self._contents | set(text)))
+        return SpecialTextMask(self.special_chars, unused_chars(self._contents | set(text)))
+
+    def edge_mask(self, text: str) -> SpecialTextMask:
+        """Also of whatever a special token may begin or end with, so that none comes about of what is left of a text."""
+        return SpecialTextMask(self.edge_chars, unused_chars(self._contents | set(text)))
+
+    def edge_chars(self, text: str) -> set[int]:
+        return self.special_chars(text) | {place for place, char in enumerate(text) if char in self._edges}
 
     def special_chars(self, text: str) -> set[int]:
         """Where special tokens have their characters. Of those that what follows the text might complete, the first one."""
@@ -163,10 +175,11 @@ class SpecialTokens:
 
 
 class SpecialTextMask:
-    """Hides special tokens' text in what goes into one prompt. Texts keep their length, and all their other characters."""
+    """Hides special tokens' text in what goes into one prompt, the characters at the `places` of each text. Texts keep
+    their length, and all their other characters."""
 
-    def __init__(self, tokens: SpecialTokens, unused: Iterator[str]) -> None:
-        self._tokens = tokens
+    def __init__(self, places: Callable[[str], set[int]], unused: Iterator[str]) -> None:
+        self._places = places
         self._unused = unused
         self._masks: dict[str, str] = {}
 
@@ -185,7 +198,7 @@ class SpecialTextMask:
         # Refused where it is tokenised.
         if has_surrogate(text):
             return text
-        places = self._tokens.special_chars(text)
+        places = self._places(text)
         if not places:
             return text
         chars = list(text)

@@ -81,7 +81,7 @@ class TokenizerManager:
         self._preparation = RequestPreparation(
             self.text, self.work_threads, admission, self._observer, self._grammars, self._sessions
         )
-        self.controls = EngineControls(config, link, replies, self._gate, dp_router)
+        self.controls = EngineControls(config, link, replies, self._gate, dp_router, self._waiting)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
         self._death: EngineDeadError | None = None
         self._on_failure = on_failure

@@ -72,7 +72,7 @@ def from_structural_tag(text: str, special_tokens: Collection[str]) -> str:
     if not isinstance(structures, list) or not structures:
         raise ValueError("structures: must be a list of at least one {begin, schema, end}")
     if not isinstance(triggers, list) or not triggers or not all(isinstance(one, str) and one for one in triggers):
-        raise ValueError("triggers: must be a list of at least one text")
+        raise ValueError("triggers: must be a list of texts, at least one and none empty")
     if len(triggers) > MAX_TRIGGERS:
         raise ValueError(f"triggers: must be at most {MAX_TRIGGERS}")
     rules = [tag_rule(index, one, triggers, special_tokens) for index, one in enumerate(structures)]

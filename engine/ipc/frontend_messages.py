@@ -28,6 +28,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
 
 
 ABORTED = "aborted by request"
+ABORTED_BY_PAUSE = "aborted by a pause"
 
 
 class AbortReq(msgspec.Struct, frozen=True, tag="abort"):

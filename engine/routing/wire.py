@@ -126,6 +126,11 @@ def decode_weights(meta: RoutedExpertsMeta, frame: bytes | memoryview, of: Route
     return RouterWeights(verified(meta, frame, "router weights", WEIGHT_DTYPES), meta)
 
 
+def num_bytes(meta: RoutedExpertsMeta) -> int:
+    """Of the rows that an envelope describes: ids, or combine weights."""
+    return int(meta.rows * meta.num_layers * meta.top_k * (DTYPES | WEIGHT_DTYPES)[meta.dtype].itemsize)
+
+
 def verified(
     meta: RoutedExpertsMeta, frame: bytes | memoryview, what: str, dtypes: dict[str, np.dtype[Any]]
 ) -> np.ndarray:
@@ -133,7 +138,7 @@ def verified(
     if meta.dtype not in dtypes or meta.byte_order != "little":
         raise ValueError(f"{what}: dtype {meta.dtype!r}, byte order {meta.byte_order!r} are not known")
     shape = (meta.rows, meta.num_layers, meta.top_k)
-    expected = int(np.prod(shape)) * dtypes[meta.dtype].itemsize
+    expected = num_bytes(meta)
     size = memoryview(frame).nbytes
     if size != expected:
         raise ValueError(f"{what}: {size} bytes arrived, the envelope states {expected}")

@@ -22,7 +22,7 @@ from ..control.operations import (
     WeightUpdate,
 )
 from ..io_struct import CacheFlushed, FinishReason, ReqFinished
-from ..ipc.frontend_messages import AbortReq, ControlReply, ControlReq
+from ..ipc.frontend_messages import ABORTED_BY_PAUSE, AbortReq, ControlReply, ControlReq
 from ..plan import PeerOperation
 from ..weight_sync.report import Outcome
 from .agreement import Agreement
@@ -167,7 +167,7 @@ class LeaderControls:
             for req in self._queues.matching(""):
                 # What another engine reads cannot come again as it was.
                 if op.mode == "abort" or (req.is_lent and req.is_running):
-                    req.finish_reason = FinishReason("abort", message="aborted by a pause")
+                    req.finish_reason = FinishReason("abort", message=ABORTED_BY_PAUSE)
                     finished.append(self._committer.finish(req))
         if op.mode == "retract":
             self._recorder.note_all(self._planner.retract_running())

@@ -54,14 +54,17 @@ def render_masked(
     """What the template writes when it is not shown the special tokens of the caller's.
 
     Raises:
-        ValueError: it is something else than `rendered`, in which it was.
+        ValueError: it is something else than `rendered`, in which it was, or has one that the template has not written.
     """
+    given = [conversation, fields]
     mask = text.splitting.mask(rendered)
-    hidden = mask.hide([conversation, fields])
-    if hidden == [conversation, fields]:
+    hidden, edges = mask.hide(given), text.splitting.edge_mask(rendered).hide(given)
+    if edges == given:
         return rendered
-    masked = template.render(hidden[0], **hidden[1])
-    if mask.show(masked) != rendered:
+    masked = rendered if hidden == given else template.render(hidden[0], **hidden[1])
+    # One that the template has made of parts of the caller's text, by taking out what was between them.
+    num_own = text.splitting.num_special(template.render(edges[0], **edges[1]))
+    if mask.show(masked) != rendered or text.splitting.num_special(masked) > num_own:
         raise FieldError(
             "messages: have the text of a special token that the chat template acts on, which cannot be taken as text "
             "(split_special_tokens)",

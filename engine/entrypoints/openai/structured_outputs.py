@@ -33,7 +33,7 @@ def refusal(reason: str, kind: str = "") -> FieldError:
 
 def from_choice(choices: Any) -> dict[str, Any]:
     if not isinstance(choices, list) or not choices or not all(isinstance(one, str) and one for one in choices):
-        raise refusal("must be a list of at least one text", "choice")
+        raise refusal("must be a list of texts, at least one and none empty", "choice")
     return {"regex": "|".join(map(re.escape, choices))}
 
 

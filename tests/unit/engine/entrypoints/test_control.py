@@ -239,7 +239,7 @@ def test_an_upload_for_which_there_is_no_room_is_507_with_the_reason(
 
     monkeypatch.setattr("waybill.engine.weight_sync.memory_file.os.write", write)
     nothing: Any = None
-    controls = EngineControls(EngineConfig(model_path=""), nothing, nothing, nothing, nothing)
+    controls = EngineControls(EngineConfig(model_path=""), nothing, nothing, nothing, nothing, nothing)
     app = FastAPI()
     install_error_handlers(app)
     manager: Any = SimpleNamespace(controls=controls)

@@ -29,8 +29,8 @@ TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
 
 
-def routes(rows: int) -> RoutedExpertsMeta:
-    return RoutedExpertsMeta(0, rows, 3, [0, 1, 2], 4, "uint16", "little", [], "")
+def routes(rows: int, dtype: str = "uint16") -> RoutedExpertsMeta:
+    return RoutedExpertsMeta(0, rows, 3, [0, 1, 2], 4, dtype, "little", [], "")
 
 
 def answer_of(rid: str = "r") -> Answer:
@@ -92,6 +92,15 @@ def test_what_a_stream_s_span_says() -> None:
         "waybill.routed_experts.bytes": 7 * 3 * 4 * 2,
         "waybill.latency.time_in_frontend": 0.0,
     }
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_combine_weights_are_bytes_of_the_rows(dtype: str, size: int) -> None:
+    end = FinishReason("length", length=1)
+    span = spans_of([output(1, 1, end, routed_experts=routes(5), router_weights=routes(5, dtype))])
+    attributes = span.attributes or {}
+    assert attributes["waybill.routed_experts.rows"] == 5
+    assert attributes["waybill.routed_experts.bytes"] == 5 * 3 * 4 * (2 + size)
 
 
 def test_one_output_in_all_tells_when_the_first_token_came() -> None:

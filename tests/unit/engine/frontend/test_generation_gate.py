@@ -137,7 +137,7 @@ def controls_with(
     leader = FakeLeader(replies, answer)
     gate = GenerationGate(timeout_s, running)
     config = EngineConfig(model_path="", weight_sync_timeout_s=timeout_s)
-    controls = EngineControls(config, LeaderLink([leader]), replies, gate, DpRouter(1))
+    controls = EngineControls(config, LeaderLink([leader]), replies, gate, DpRouter(1), WaitingRequests(gate))
     controls._transfer_timeout_s = timeout_s
     return controls, gate, replies, leader
 

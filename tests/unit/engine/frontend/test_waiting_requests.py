@@ -13,6 +13,7 @@ import zmq
 
 from waybill.engine.config import EngineConfig
 from waybill.engine.control.blocked import Blocked, BlockedKind
+from waybill.engine.control.operations import PAUSE_MODES, PauseGeneration
 from waybill.engine.frontend.generate_request import parse_generate_request
 from waybill.engine.frontend.generation_gate import UnavailableError
 from waybill.engine.frontend.tokenizer_manager import TokenizerManager
@@ -151,5 +152,22 @@ def test_a_refusal_reaches_who_waits(tmp_path: Path) -> None:
         with pytest.raises(UnavailableError, match="torn"):
             await asked
         assert wiring.manager.num_unfinished == 0
+
+    during_an_update(tmp_path, check)
+
+
+@pytest.mark.parametrize("mode", PAUSE_MODES)
+def test_a_pause_that_ends_requests_ends_these_too(tmp_path: Path, mode: str) -> None:
+    async def check(wiring: Wiring) -> None:
+        asked = wiring.ask(rid="one")
+        await all_wait(asked)
+        pause = asyncio.create_task(wiring.manager.controls.run(PauseGeneration(mode)))
+        await asyncio.sleep(0.1)
+        pause.cancel()
+        assert asked.done() == (mode == "abort")
+        if mode == "abort":
+            reason = (await asked)["meta_info"]["finish_reason"]
+            assert reason == {"type": "abort", "message": "aborted by a pause"}
+        asked.cancel()
 
     during_an_update(tmp_path, check)

@@ -36,7 +36,7 @@ class Side:
 
     def __init__(self, name: str, options: list[str], secret: str) -> None:
         self.name = name
-        self._options = ["--dp", "1", "--tp", "1", "--disaggregation", name, *options]
+        self._options = ["--dp", "1", "--tp", "1", "--num-threads", "1", "--disaggregation", name, *options]
         self._options += ["--disaggregation-timeout", str(TRANSFER_TIMEOUT_S)]
         self._environment = {RUN_SECRET_VARIABLE: secret, "OMP_NUM_THREADS": "1"}
         self.place = RunPlace()

@@ -140,7 +140,7 @@ def report(bench: Bench, rounds: int, load: float, seconds: float) -> str:
         f"{describe()}. Shape `{SHAPE}`, random weights, float32, an engine on each of two cores; {rounds} rounds of a "
         f"segment of each variant, {seconds:.0f} s. {NUM_STREAMS} requests run; in a segment {NUM_ARRIVALS} others arrive, "
         f"of {PROMPT_TOKENS} tokens in chunks of {CHUNK}, and finish after {ARRIVAL_TOKENS}. Load average when "
-        f"it began: {load:.1f}; shared memory. Other work on the machine makes the tails of all variants, which take turns.",
+        f"it began: {load:.1f}; shared memory. Other work on the machine makes tails in all variants, which take turns.",
         "",
         "| who arrives | latencies | p50, ms | p99, ms | p50 of none | p99 of none |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -124,6 +124,7 @@ class TransferClient:
         self._links: dict[str, _Link] = {}
         # By bootstrap address.
         self._welcomes: dict[str, Welcome] = {}
+        self._last_welcomes: dict[str, Welcome] = {}
         self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
     # --- from any thread --------------------------------------------------------------------------------------------
@@ -191,9 +192,11 @@ class TransferClient:
                 self._begin(order)
 
     def _send_release(self, source: TransferSource, release: Release) -> None:
-        welcome = self._welcomes.get(bootstrap_address(source))
+        """Also where the connection has ended meanwhile: another one will do, if the engine is the same."""
+        welcome = self._last_welcomes.get(bootstrap_address(source))
         if welcome is not None and self._release_to is not None:
-            self._send(self._release_to(welcome, source), release)
+            named = msgspec.structs.replace(release, incarnation=welcome.incarnation)
+            self._send(self._release_to(welcome, source), named)
 
     def _begin(self, job: Job) -> None:
         running = self._running.get(job.source.key)
@@ -259,7 +262,7 @@ class TransferClient:
 
     def _on_greeting(self, address: str, reply: Welcome | Refused) -> None:
         if isinstance(reply, Welcome):
-            self._welcomes[address] = reply
+            self._welcomes[address] = self._last_welcomes[address] = reply
         for running in list(self._running.values()):
             if bootstrap_address(running.job.source) == address and not running.is_greeted:
                 if isinstance(reply, Welcome):

@@ -247,8 +247,8 @@ async def campaign(options: argparse.Namespace, judge: Judge) -> tuple[list[Resu
     for number, first in enumerate(range(0, len(trials), size)):
         transport = {"both": "tcp" if number == 3 else "shared"}.get(options.transport, options.transport)
         one = Campaign(judge, transport)
-        await one.sides.start()
         try:
+            await one.sides.start()
             for seed, kind in trials[first : first + size]:
                 if time.monotonic() > until:
                     break
@@ -257,10 +257,14 @@ async def campaign(options: argparse.Namespace, judge: Judge) -> tuple[list[Resu
                 print(result.line(), *(f"     {fault}" for fault in result.faults), sep="\n", flush=True)
         finally:
             results += one.results
-            for side in one.sides.all:
-                left = await side.stop()
-                if left and results:
-                    results[-1].faults += left
+            try:
+                left = [fault for side in one.sides.all for fault in await side.stop()]
+            finally:
+                # Also where it was interrupted.
+                for side in one.sides.all:
+                    side.place.clean_up()
+            if left and results:
+                results[-1].faults += left
     return results, transports
 
 

@@ -105,7 +105,7 @@ def test_parts_come_as_they_are_ready_and_nothing_else_is_written(sides: Sides, 
     assert sides.notice() == TransferNotice("1.0", "pages0", 1, "", FirstToken([5], "w"))
     assert next(sides.here.tensors())[:, 0, 0].tolist() == [0, 0, 5, 4, 3, 2, 0, 0, 0]
     fetched.handle(DropPages("1.0"))
-    assert sides.releases.get(timeout=5) == Release("1.0")
+    assert sides.releases.get(timeout=5) == Release("1.0", incarnation="one")
     mapped_bytes = 0 if "tcp" in (there, here) else 4 * 8
     for side in (fetched, shared):
         assert side.counters()["transferred_bytes"] == 4 * 8
@@ -217,6 +217,8 @@ def test_a_connection_that_ends_fails_who_waits_and_lets_go_of_the_pool(sides: S
     notice = sides.notice()
     assert "the connection has ended" in notice.error
     until(lambda: not sides.pools.is_needed)
+    fetched.handle(DropPages("1.0", "the connection has ended"))
+    assert sides.releases.get(timeout=5) == Release("1.0", "the connection has ended", "one")
     shared.handle(SharePages("1.0", b"", 6, FirstToken([5], "w")))
     fetched.handle(sides.ask())
     assert sides.notice().error == "" and sides.pools.is_needed

@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # What takes longest begins first, so that the workers end together.
 LONGEST := $(addprefix tests/e2e/,test_reference_equality.py test_death.py test_start_and_end.py test_model_families.py weight_sync test_chaos.py)
 
-.PHONY: test test-matrix test-nodes test-kernels test-asan test-gpu test-clients load-http soak chaos lint venv bench-stall bench-capture_overhead bench-%
+.PHONY: test test-matrix test-nodes test-kernels test-asan test-gpu test-clients load-http soak chaos chaos-disaggregation lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -59,6 +59,10 @@ soak: venv
 # Faults of all kinds against real services, 200 trials in some half an hour; ARGS="--seed 7" repeats one.
 chaos: venv
 	PYTHONPATH=tests:bench $(PYTHON) -m chaos $(ARGS)
+
+# The same between an engine for prompts and one for what follows, 100 trials.
+chaos-disaggregation: venv
+	PYTHONPATH=tests:bench $(PYTHON) -m chaos.disaggregation $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

@@ -199,6 +199,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             bounds=Bounds(at_least=1, at_most=2**16 - 1),
         ),
     ] = 8998
+    disaggregation_allowed_hosts: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "names, addresses and networks beside loopback that a request's bootstrap_host may be, of a decode's side; "
+            "loopback alone if not given",
+            metavar="HOST,...",
+        ),
+    ] = None
     disaggregation_transport: Annotated[
         str,
         Option(
@@ -245,7 +253,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.disaggregation != "none" and self.output_processors != "engine":
             raise ValueError("output_processors='node': must be 'engine' with disaggregation")
         if self.weight_sync_hosts is not None:
-            check_allowed_hosts(self.weight_sync_hosts)
+            check_allowed_hosts("weight_sync_hosts", self.weight_sync_hosts)
+        if self.disaggregation_allowed_hosts is not None:
+            check_allowed_hosts("disaggregation_allowed_hosts", self.disaggregation_allowed_hosts)
 
 
 ENGINE_OPTIONS = option_fields(EngineConfig)

@@ -1,7 +1,7 @@
 """The decode's side of the sockets between engines: asks for what its jobs want, until they have it or it cannot be had.
 
 One thread. A job asks one or more addresses, each with one question at a time. Whoever answers nothing for `SILENCE_S`, not
-even a ping, is taken for dead, and the jobs that wait for it fail.
+even a ping, is taken for dead, as is who ends the connection; the jobs that wait for it fail.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 TICK_MS = 500
 SILENCE_S = 10.0
+NOT_ACCEPTED = "it ends the connection at once: has it another WAYBILL_RUN_SECRET?"
 
 
 class Job(Protocol):
@@ -74,9 +75,10 @@ class PoolWatch(Protocol):
 
 @dataclass
 class _Link:
-    """A socket to one address."""
+    """A socket to one address, and one that tells when its connection has ended."""
 
     socket: Any
+    monitor: Any
     heard_at: float
     incarnation: str | None = None
 
@@ -122,6 +124,7 @@ class TransferClient:
         self._links: dict[str, _Link] = {}
         # By bootstrap address.
         self._welcomes: dict[str, Welcome] = {}
+        self._last_welcomes: dict[str, Welcome] = {}
         self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
     # --- from any thread --------------------------------------------------------------------------------------------
@@ -168,6 +171,10 @@ class TransferClient:
             for address, link in list(self._links.items()):
                 if link.socket in events:
                     self._receive(address, link)
+                if link.monitor in events and self._links.get(address) is link:
+                    # A question, or its answer, may have been on the way. Another connection is another socket's.
+                    was_there = link.incarnation is not None
+                    self._lose(address, "the connection has ended" if was_there else NOT_ACCEPTED)
             if self._has_to_watch and time.monotonic() - ticked_at > TICK_MS / 1000:
                 ticked_at = time.monotonic()
                 self._tick()
@@ -185,9 +192,11 @@ class TransferClient:
                 self._begin(order)
 
     def _send_release(self, source: TransferSource, release: Release) -> None:
-        welcome = self._welcomes.get(bootstrap_address(source))
+        """Also where the connection has ended meanwhile: another one will do, if the engine is the same."""
+        welcome = self._last_welcomes.get(bootstrap_address(source))
         if welcome is not None and self._release_to is not None:
-            self._send(self._release_to(welcome, source), release)
+            named = msgspec.structs.replace(release, incarnation=welcome.incarnation)
+            self._send(self._release_to(welcome, source), named)
 
     def _begin(self, job: Job) -> None:
         running = self._running.get(job.source.key)
@@ -215,8 +224,10 @@ class TransferClient:
         link = self._links.get(address)
         if link is None:
             socket = open_socket(self._context, zmq.DEALER, Endpoint(address, self._keys), bind=False)
-            link = self._links[address] = _Link(socket, time.monotonic())
+            link = _Link(socket, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), time.monotonic())
+            self._links[address] = link
             self._poller.register(socket, zmq.POLLIN)
+            self._poller.register(link.monitor, zmq.POLLIN)
             # Learn which engine it is.
             socket.send(msgspec.msgpack.encode(Ping()))
         link.socket.send(msgspec.msgpack.encode(request))
@@ -251,7 +262,7 @@ class TransferClient:
 
     def _on_greeting(self, address: str, reply: Welcome | Refused) -> None:
         if isinstance(reply, Welcome):
-            self._welcomes[address] = reply
+            self._welcomes[address] = self._last_welcomes[address] = reply
         for running in list(self._running.values()):
             if bootstrap_address(running.job.source) == address and not running.is_greeted:
                 if isinstance(reply, Welcome):
@@ -305,6 +316,8 @@ class TransferClient:
         """Forget a socket, with whatever was learned from the engine behind it."""
         link = self._links.pop(address)
         self._poller.unregister(link.socket)
+        self._poller.unregister(link.monitor)
+        link.socket.disable_monitor()
         link.socket.close(linger=0)
         if self._watch is not None:
             self._watch.lost(address)

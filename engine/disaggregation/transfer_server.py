@@ -130,7 +130,9 @@ class TransferServer:
         elif isinstance(request, Hello):
             self._send(socket, sender, self._greet(request))
         elif isinstance(request, Release):
-            self._answers.release(request)
+            # That of an engine which was here before is of no concern.
+            if request.incarnation == self._incarnation:
+                self._answers.release(request)
         elif request.incarnation != self._incarnation:
             self._send(socket, sender, Ended(request.key, request.attempt, "the engine has been started anew"))
         elif not self._try(socket, sender, request):

@@ -75,6 +75,7 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
 
     key: str
     error: str = ""
+    incarnation: str = ""
 
 
 class Positions(msgspec.Struct, frozen=True, tag="positions"):

@@ -133,6 +133,7 @@ def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str
         **options,
         **DIALECT_OPTIONS,
         "disaggregation_mode": "null" if config.disaggregation == "none" else config.disaggregation,
+        "disaggregation_transports": transports_of(state),
         **state,
         "num_gpus": world_size,
         "ep_size": world_size if config.moe_split == "ep" else 1,
@@ -140,6 +141,13 @@ def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str
         "internal_states": state["dp_ranks"],
         "routed_experts_endpoint": manager.queries.claims_address,
     }
+
+
+def transports_of(state: dict[str, Any]) -> list[str]:
+    """How pages have come from another engine, or gone to one."""
+    num_shared = state["transferred_shared_bytes"]
+    carried = {"shared": num_shared, "tcp": state["transferred_bytes"] - num_shared}
+    return [name for name, num_bytes in carried.items() if num_bytes]
 
 
 def loads_of(state: dict[str, Any]) -> list[dict[str, Any]]:

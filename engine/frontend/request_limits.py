@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..io_struct import OutputOptions
 from ..validation.field_error import FieldError
+from ..validation.host_names import MAX_HOST_LENGTH, may_have_prompts
 from ..validation.token_ids import Ids
 from .sampling_params import SamplingParamsInput
 
@@ -29,6 +30,7 @@ class EngineLimits:
     # Which side of two engines it is, and at which port another one is by default.
     disaggregation: str = "none"
     bootstrap_port: int = 0
+    bootstrap_hosts: tuple[str, ...] = ()
 
 
 def check_prompt(input_ids: Ids, limits: EngineLimits, field: str) -> None:
@@ -136,6 +138,12 @@ def check_transfer(host: str | None, port: int | None, room: int | None, limits:
         raise FieldError(f"bootstrap_port={port}: must lie in 1 .. {2**16 - 1}", "bootstrap_port")
     if host is None and limits.disaggregation == "decode":
         raise FieldError("bootstrap_host: must be given, the prefill's side", "bootstrap_host")
+    # A prefill's side connects to nobody.
+    if limits.disaggregation == "decode" and not may_have_prompts(str(host), limits.bootstrap_hosts):
+        raise FieldError(
+            f"bootstrap_host={str(host)[:MAX_HOST_LENGTH]!r}: must be loopback or one of --disaggregation-allowed-hosts",
+            "bootstrap_host",
+        )
 
 
 def check_router_weights(options: OutputOptions, limits: EngineLimits) -> None:

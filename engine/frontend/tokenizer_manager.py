@@ -115,6 +115,7 @@ class TokenizerManager:
             special_tokens=self.text.special_tokens,
             disaggregation=self.config.disaggregation,
             bootstrap_port=self.config.disaggregation_bootstrap_port,
+            bootstrap_hosts=self.config.disaggregation_allowed_hosts or (),
         )
 
     def _fail(self, reason: str) -> None:

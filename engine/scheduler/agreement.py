@@ -37,6 +37,7 @@ class Cause(IntEnum):
     RING_FULL = 5
     GARBAGE_COLLECTION = 6
     CONTROL = 7
+    TRANSFER = 8
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):

@@ -141,8 +141,10 @@ class Scheduler(Generic[LaunchedT]):
             self._handlers[type(message)](message)
             if not isinstance(message, (TokenizedGenerateReqInput, SeqNotice, TransferNotice)):
                 cause = Cause.CONTROL
+        received = time.perf_counter()
+        self._clock.add(cause, received - began)
         self._transfer_ends.apply(self._transfers.settle())
-        self._clock.add(cause, time.perf_counter() - began)
+        self._clock.add(Cause.TRANSFER, time.perf_counter() - received)
 
     def propose(self) -> Proposal:
         """Plan this leader's part of the next step, and say what the others must know of it."""
@@ -172,7 +174,10 @@ class Scheduler(Generic[LaunchedT]):
             self.steps.commit_all()
             plan = self._planner.plan(in_flight=False)
             self.recorder.note_all(plan.before)
-        self._transfers.arrive(plan.arriving)
+        if plan.arriving:
+            planned = time.perf_counter()
+            self._transfers.arrive(plan.arriving)
+            self._clock.add(Cause.TRANSFER, time.perf_counter() - planned)
         if not plan.planned and self.steps.is_empty and (self.queues.is_compiling or self._transfers.is_waiting):
             # Nobody else has anything to do: no reason to ask for the processor that they need.
             time.sleep(POLL_S)

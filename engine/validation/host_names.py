@@ -1,4 +1,4 @@
-"""The hosts that an engine takes weights from: names, addresses and networks."""
+"""The hosts that an engine takes weights and prompts' pages from: names, addresses and networks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 
 MAX_HOST_LENGTH = 253
+# Where a decode's side finds a prefill's, whatever else is allowed.
+LOOPBACK = ("localhost", "127.0.0.0/8", "::1")
 HOST_LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 
 
@@ -25,16 +27,19 @@ def check_address(host: str, allowed: Sequence[str] | None) -> None:
         raise ValueError(f"master_address={host!r}: is none of the hosts that this engine takes weights from")
 
 
-def check_allowed_hosts(allowed: Sequence[str]) -> None:
+def check_allowed_hosts(field: str, allowed: Sequence[str]) -> None:
     """
     Raises:
         ValueError: one is neither a host name nor an address or network.
     """
     for entry in allowed:
         if network_of(entry) is None and not is_host(entry):
-            raise ValueError(
-                f"weight_sync_hosts: {entry!r} must be a host name, an IP address or a network (10.1.0.0/16)"
-            )
+            raise ValueError(f"{field}: {entry!r} must be a host name, an IP address or a network (10.1.0.0/16)")
+
+
+def may_have_prompts(host: str, allowed: Sequence[str]) -> bool:
+    """Whether a decode's side connects to this host where a request says so."""
+    return is_host(host) and any(covers(entry, host) for entry in (*LOOPBACK, *allowed))
 
 
 def is_host(text: str) -> bool:

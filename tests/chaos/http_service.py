@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -29,13 +30,15 @@ OPTIONS = (
 class HttpService:
     """See `Service`."""
 
-    def __init__(self, shape: Shape, place: RunPlace) -> None:
+    def __init__(
+        self, shape: Shape, place: RunPlace, options: Sequence[str] = (), environment: dict[str, str] | None = None
+    ) -> None:
         self.shape = shape
         self.place = place
         routing = ("--enable-return-routed-experts",) if shape.routing else ()
         self._server = ServerProcess(
-            *("--tp", str(shape.tp), "--dp", str(shape.dp), *OPTIONS, *routing),
-            environment=place.environment,
+            *("--tp", str(shape.tp), "--dp", str(shape.dp), *OPTIONS, *routing, *options),
+            environment=place.environment | (environment or {}),
             prefix=place.prefix,
             wait=False,
         )

@@ -184,8 +184,9 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
         time.sleep(0.01)
     pair.prefill.shutdown()
     began = time.monotonic()
-    with pytest.raises(GenerationError, match="nothing was heard of it"):
+    with pytest.raises(GenerationError, match="the connection has ended"):
         waiting.result()
+    # The engine's own end takes some seconds.
     assert time.monotonic() - began < 15
     prompt = ids("alone now")
     check(reference, prompt, pair.decode.generate(input_ids=prompt, sampling_params=greedy(4), **ALL))

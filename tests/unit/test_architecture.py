@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "routing": {"io_struct"},
     "models": {"attention", "config", "kv_cache", "routing"},
     "weight_sync": {"control", "ipc", "models"},
-    "disaggregation": {"config", "io_struct", "ipc", "kv_cache", "models", "plan", "routing"},
+    "disaggregation": {"config", "io_struct", "ipc", "kv_cache", "models", "plan", "routing", "weight_sync"},
     "scheduler": {
         "config",
         "control",

@@ -21,6 +21,7 @@ TYPED = {
     "tokenizer_path": (MODEL, MODEL),
     "moe_split": ("tp", "tp"),
     "weight_sync_hosts": ("localhost,10.1.0.0/16", ("localhost", "10.1.0.0/16")),
+    "disaggregation_allowed_hosts": ("prefill-0,10.1.0.0/16", ("prefill-0", "10.1.0.0/16")),
     "kv_memory_fraction": ("0.5", 0.5),
     "device": ("cpu", "cpu"),
     "weight_version": ("step-0", "step-0"),
@@ -110,6 +111,7 @@ def test_the_help_says_range_and_default(command: str, capsys: pytest.CaptureFix
         ({"heartbeat_timeout_s": 1.0}, "heartbeat_timeout_s=1.0: must lie in 2 .. 1e6"),
         ({"log_level": "loud"}, "log_level='loud': must be one of debug, info, warning, error, critical"),
         ({"weight_sync_hosts": ("a b",)}, "weight_sync_hosts: 'a b' must be"),
+        ({"disaggregation_allowed_hosts": ("a b",)}, "disaggregation_allowed_hosts: 'a b' must be"),
         ({"moe_split": "tp", "moe_dispatcher": "all_to_all"}, "needs moe_split='ep'"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 from support.engine_pair import HOST, free_port
@@ -102,7 +105,7 @@ def test_parts_come_as_they_are_ready_and_nothing_else_is_written(sides: Sides, 
     assert sides.notice() == TransferNotice("1.0", "pages0", 1, "", FirstToken([5], "w"))
     assert next(sides.here.tensors())[:, 0, 0].tolist() == [0, 0, 5, 4, 3, 2, 0, 0, 0]
     fetched.handle(DropPages("1.0"))
-    assert sides.releases.get(timeout=5) == Release("1.0")
+    assert sides.releases.get(timeout=5) == Release("1.0", incarnation="one")
     mapped_bytes = 0 if "tcp" in (there, here) else 4 * 8
     for side in (fetched, shared):
         assert side.counters()["transferred_bytes"] == 4 * 8
@@ -144,7 +147,7 @@ def test_nobody_there_and_other_keys(sides: Sides, monkeypatch: pytest.MonkeyPat
     assert "nothing was heard of it" in sides.notice().error
     sides.serve()
     sides.fetch(keys=CurveKeys.make()).handle(sides.ask())
-    assert "nothing was heard of it" in sides.notice().error
+    assert "has it another WAYBILL_RUN_SECRET?" in sides.notice().error
 
 
 def test_one_side_wants_what_the_other_does_not_give(sides: Sides) -> None:
@@ -204,15 +207,21 @@ def test_memory_that_is_given_back_is_there_again_and_a_pool_that_has_moved_is_m
     assert fetched.counters()["transferred_bytes"] == fetched.counters()["transferred_shared_bytes"]
 
 
-def test_a_pool_of_an_engine_that_has_died_is_let_go_also_by_who_asks_for_nothing(
-    sides: Sides, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfer_client, "SILENCE_S", 1.0)
-    shared, _ = mapped_sides(sides, 6)
+def test_a_connection_that_ends_fails_who_waits_and_lets_go_of_the_pool(sides: Sides) -> None:
+    """The other side is not asked whether it is dead: the next job says hello anew."""
+    shared, fetched = mapped_sides(sides, 3)
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == sides.port:
+            with socket.socket(fileno=os.dup(connection.fd)) as own:
+                own.shutdown(socket.SHUT_RDWR)
+    notice = sides.notice()
+    assert "the connection has ended" in notice.error
+    until(lambda: not sides.pools.is_needed)
+    fetched.handle(DropPages("1.0", "the connection has ended"))
+    assert sides.releases.get(timeout=5) == Release("1.0", "the connection has ended", "one")
     shared.handle(SharePages("1.0", b"", 6, FirstToken([5], "w")))
+    fetched.handle(sides.ask())
     assert sides.notice().error == "" and sides.pools.is_needed
-    sides.pools.lost(f"tcp://{HOST}:{sides.port}")
-    assert not sides.pools.is_needed
 
 
 @pytest.mark.parametrize(

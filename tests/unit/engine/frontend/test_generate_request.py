@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.frontend.generate_request import expand, parse_generate_request
-from waybill.engine.frontend.request_limits import EngineLimits
+from waybill.engine.frontend.request_limits import EngineLimits, check_transfer
 from waybill.engine.frontend.sample_request import SampleRequest, SharedPrefix
 from waybill.engine.frontend.sampling_params import SamplingParamsInput
 from waybill.engine.frontend.work_threads import MAX_INLINE_US, MAX_SHORT_US
@@ -373,3 +373,30 @@ def test_a_grammar_is_made_once_for_all_prompts_that_share_it_and_not_on_the_eve
     assert first and first is second
     long = parse_generate_request({"input_ids": [1], "sampling_params": {"ebnf": "root ::= " + "a " * 100_000}})
     assert long.cost_us > MAX_SHORT_US, "must not hold up short work"
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "is_refused"),
+    [
+        ("127.0.0.2", (), False),
+        ("localhost", (), False),
+        ("::1", (), False),
+        ("10.1.2.3", ("prefill-0", "10.1.0.0/16"), False),
+        ("PREFILL-0", ("prefill-0",), False),
+        ("10.2.0.1", ("10.1.0.0/16",), True),
+        ("169.254.169.254", (), True),
+        ("localhost.evil.example", (), True),
+        ("127.0.0.1@evil.example", (), True),
+        ("x" * 9999, (), True),
+    ],
+)
+def test_a_decode_connects_to_hosts_that_are_allowed(host: str, allowed: tuple[str, ...], is_refused: bool) -> None:
+    limits = replace(LIMITS, disaggregation="decode", bootstrap_hosts=allowed)
+    if not is_refused:
+        check_transfer(host, None, 1, limits)
+        return
+    with pytest.raises(ValueError, match="must be loopback or one of --disaggregation-allowed-hosts") as refusal:
+        check_transfer(host, None, 1, limits)
+    assert len(str(refusal.value)) < 400
+    # The other side connects to nobody.
+    check_transfer(host, None, 1, replace(limits, disaggregation="prefill"))

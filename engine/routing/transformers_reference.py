@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .dequantised import floating_point
 from .hf_config import read_hf_config
-from .replay.routers import RouterKind, router_kind, router_weights
+from .replay.layers import find_routed_model
+from .replay.routers import RouterKind, router_weights
 
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
@@ -105,15 +106,13 @@ class Reference:
 
     def __init__(self, model_path: str, device: str = "cpu", *, num_kept: int = 0) -> None:
         with floating_point(model_path) as folder:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=read_hf_config(folder), dtype=torch.float32)
+            config = read_hf_config(folder)
+            model = auto_class(config).from_pretrained(folder, config=config, dtype=torch.float32)
         self._model = model.eval().to(device)
         self._taps: list[RouterTap] = []
-        for layer in self._model.model.layers:
-            for module in layer.mlp.children():
-                if (kind := router_kind(module)) is not None:
-                    self._taps.append(RouterTap(module, kind))
-                    module.register_forward_hook(self._taps[-1])
-        assert self._taps, "the model has no router"
+        for layer in find_routed_model(self._model).layers:
+            self._taps.append(RouterTap(layer.router, layer.kind))
+            layer.router.register_forward_hook(self._taps[-1])
         self._num_kept = num_kept
         self._kept: OrderedDict[tuple[int, ...], Forward] = OrderedDict()
 
@@ -227,6 +226,12 @@ class Reference:
                 raise Difference(f"output token {index}: log-probability {logprobs[index]}, reference {logprob}")
         agreement.num_tokens = len(output)
         return agreement
+
+
+def auto_class(config: Any) -> Any:
+    """What makes a model of that configuration: with its vision tower, if it has one."""
+    has_images = config.get_text_config() is not config
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
 
 
 def choice_gap(scores: torch.Tensor, ids: torch.Tensor) -> float:

@@ -90,7 +90,7 @@ class ShardedWeight:
 
 @dataclass(frozen=True)
 class TransposableWeight(ShardedWeight):
-    """A stack of matrices [E, R, C] that a checkpoint's file may have transposed, [E, C, R]. What has the stack's own shape is
+    """A stack of matrices [E, R, C] that a checkpoint may have transposed, [E, C, R]. What has the stack's own shape is
     not turned, as in `transformers`."""
 
     def check_stored(self, shape: tuple[int, ...]) -> None:

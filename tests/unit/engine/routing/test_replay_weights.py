@@ -15,6 +15,7 @@ import torch
 from support.replay_models import (
     CONFIGS,
     NUM_EXPERTS,
+    decoder_layers,
     gradients,
     layer_ids,
     make_model,
@@ -49,7 +50,7 @@ def with_weights(model: Any, rows: np.ndarray, values: np.ndarray, dtype: str = 
     """Rows [R, M, K] and weights of the same shape, which `dtype` must have."""
     routed = make_routes(model, rows)
     layers = layer_ids(model)
-    geometry = RouteGeometry(layers, len(model.model.layers), 1, rows.shape[2], NUM_EXPERTS, dtype)
+    geometry = RouteGeometry(layers, len(decoder_layers(model)), 1, rows.shape[2], NUM_EXPERTS, dtype)
     bits = weight_bits(values.astype(np.float32), dtype)
     return replace(routed, weights=encode_weights(bits, 0, geometry, routed.meta.weight_versions))
 

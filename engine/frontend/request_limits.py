@@ -29,6 +29,12 @@ class EngineLimits:
     # Which side of two engines it is, and at which port another one is by default.
     disaggregation: str = "none"
     bootstrap_port: int = 0
+    # What stands for an image's tokens; None: prompts have no images.
+    image_token_id: int | None = None
+
+    def room_for(self, num_prompt: int) -> int:
+        """Output tokens that fit behind a prompt."""
+        return max(0, min(self.context_length - num_prompt, self.kv_cache_tokens - num_prompt + 1))
 
 
 def check_prompt(input_ids: Ids, limits: EngineLimits, field: str) -> None:

@@ -151,6 +151,19 @@ class ModelConfig:
         """What ranks send each other for a token."""
         return RowLayout(self.hidden_size, self.moe.top_k, self.dtype)
 
+    @property
+    def vision_facts(self) -> dict[str, str]:
+        """What must be alike in whoever encodes images for this model; nothing where it takes none."""
+        if self.vision is None:
+            return {}
+        facts = {
+            "hidden_size": self.hidden_size,
+            "deepstack_levels": self.vision.num_levels,
+            "image_token_id": self.vision.image_token_id,
+            "spatial_merge_size": self.vision.spatial_merge_size,
+        }
+        return {name: str(value) for name, value in facts.items()}
+
     def router_weights_dtype(self, asked: str) -> str:
         """What recorded combine weights are kept in: what is asked for, or the router's own type ("auto")."""
         if asked != "auto":

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from support.tiny_images import add_images
 from support.tiny_latent_families import finish_checkpoint, latent_families
 from waybill.engine.routing.transformers_reference import auto_class
 
@@ -177,4 +178,6 @@ def write_family(family: str, folder: Path, seed: int = 0, **changes: int) -> Pa
     finish_checkpoint(family, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder)
+    if family == "qwen3_vl_moe":
+        add_images(folder)
     return folder

@@ -108,11 +108,10 @@ class PromptImages:
             raise OverloadedError(str(error)) from None
 
     async def _fetch(self, digest: bytes, file: bytes) -> StoredImage:
-        generation = self._store.generation
         features = await self._client.encode(digest, file)
         filling = partial(fill_memory, features.data)
         fd = await self._work_threads.run(BYTE_COST_US * features.data.nbytes, filling)
-        return self._store.add(digest, features, fd, generation)
+        return self._store.add(digest, features, fd)
 
     def _end(self, digest: bytes, task: asyncio.Task[StoredImage]) -> None:
         del self._encoding[digest]

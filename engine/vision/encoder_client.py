@@ -42,8 +42,9 @@ class ImageRefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """What the tower has made of an image's grid of tokens: the bytes of [height * width, 1 + levels, D]."""
+    """What the tower of an encoder has made of an image's grid of tokens: the bytes of [height * width, 1 + levels, D]."""
 
+    incarnation: str
     height: int
     width: int
     dtype: str
@@ -55,7 +56,7 @@ class EncoderClient:
     that was not there before: its weights may be others."""
 
     def __init__(
-        self, where: Endpoint, facts: dict[str, str], timeout_s: float, on_new_encoder: Callable[[], None]
+        self, where: Endpoint, facts: dict[str, str], timeout_s: float, on_new_encoder: Callable[[str], None]
     ) -> None:
         self._where = where
         self._facts = facts
@@ -176,7 +177,7 @@ class EncoderClient:
             if isinstance(reply, Welcome):
                 if reply.incarnation != last:
                     last = reply.incarnation
-                    self._on_new_encoder()
+                    self._on_new_encoder(last)
                 self._incarnation, self._refusal = reply.incarnation, ""
                 self.max_image_bytes = reply.max_image_bytes
                 self._changed.set()
@@ -195,7 +196,7 @@ class EncoderClient:
         if future is None or future.done():
             return
         if isinstance(reply, Encoded):
-            future.set_result(Features(reply.height, reply.width, reply.dtype, data))
+            future.set_result(Features(self._incarnation, reply.height, reply.width, reply.dtype, data))
         elif reply.kind == BAD_IMAGE:
             future.set_exception(ImageRefusedError(reply.error))
         else:

@@ -73,7 +73,7 @@ class ImageStore:
         self._outdated: list[StoredImage] = []
         self._numbers: OrderedDict[bytes, int] = OrderedDict()
         self._last_number = 0
-        self.generation = 0
+        self._incarnation = ""
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -86,9 +86,8 @@ class ImageStore:
             image.used_at = time.monotonic()
         return image
 
-    def add(self, digest: bytes, features: Features, fd: int, generation: int) -> StoredImage:
-        """`fd` is memory that has been filled, see `fill_memory`; it is the store's from here on. `generation` is that of the
-        store when the image was asked for.
+    def add(self, digest: bytes, features: Features, fd: int) -> StoredImage:
+        """`fd` is memory that has been filled, see `fill_memory`; it is the store's from here on.
 
         Raises:
             EncoderError: there has come another encoder since.
@@ -96,7 +95,7 @@ class ImageStore:
         """
         num_bytes = features.data.nbytes
         try:
-            if generation != self.generation:
+            if features.incarnation != self._incarnation:
                 raise EncoderError("the encoder has been started anew")
             self._make_room(num_bytes)
         except BaseException:
@@ -137,12 +136,12 @@ class ImageStore:
         self.num_bytes -= image.num_bytes
         os.close(image.fd)
 
-    def forget_all(self) -> None:
-        """There is another encoder: images come again under other numbers."""
+    def forget_all(self, incarnation: str) -> None:
+        """There is another encoder, of this name: images come again under other numbers."""
         self._outdated += self._images.values()
         self._images.clear()
         self._numbers.clear()
-        self.generation += 1
+        self._incarnation = incarnation
 
     def close(self) -> None:
         for image in [*self._images.values(), *self._outdated]:

@@ -1,4 +1,4 @@
-"""Images of some pixels, and what a checkpoint needs to take them: an image processor, tokens, a template that writes these."""
+"""Images of some pixels, and what a checkpoint needs to take them: an image processor, tokens, a template."""
 
 from __future__ import annotations
 

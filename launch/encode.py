@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
     try:
         check(options)
         # Both take seconds to import.
-        from ..engine.vision.encoder_server import EncoderLimits, EncoderServer  # noqa: PLC0415
-        from ..engine.vision.tower import ImageLimits, VisionTower  # noqa: PLC0415
+        from ..engine.encoder.encoder_server import EncoderLimits, EncoderServer  # noqa: PLC0415
+        from ..engine.encoder.tower import ImageLimits, VisionTower  # noqa: PLC0415
 
         limits = ImageLimits(options.max_image_bytes, options.max_image_pixels)
         # A port that is taken is said before the tower is loaded.

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 from ..config import EngineConfig
+from ..encoder.encoder_client import EncoderClient, EncoderError, ImageRefusedError
+from ..encoder.wire import FACTS
 from ..ipc.sockets import Endpoint
 from ..validation.field_error import FieldError
-from ..vision.encoder_client import EncoderClient, EncoderError, ImageRefusedError
-from ..vision.image_store import ImageMemoryFullError, ImageStore, StoredImage, fill_memory
-from ..vision.wire import FACTS
+from ..vision.image_store import ImageMemoryFullError, ImageStore, OutdatedImageError, StoredImage, fill_memory
 from .admission import OverloadedError
 from .generate_request import GenerateReqInput
 from .generation_gate import UnavailableError
@@ -102,7 +102,7 @@ class PromptImages:
             return await asyncio.shield(task)
         except ImageRefusedError as error:
             raise FieldError(f"{field}: the image {error}", "image_data") from None
-        except EncoderError as error:
+        except (EncoderError, OutdatedImageError) as error:
             raise UnavailableError(str(error)) from None
         except ImageMemoryFullError as error:
             raise OverloadedError(str(error)) from None

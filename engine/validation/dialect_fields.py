@@ -148,6 +148,8 @@ VLLM_RPC: Neutral = off("args", "timeout")
 OPENAI: Neutral = {
     **VLLM_SAMPLING,
     **MEDIA,
+    # Here images are parts of messages.
+    **off("image_data"),
     **DISAGGREGATION,
     **FEATURES,
     **RETURNS,

@@ -1,1 +1,1 @@
-"""Images in prompts: the process that encodes them, and what frontend, leaders and ranks know of them."""
+"""Images in prompts, as frontend, leaders and ranks know them: places, positions, and the memory that they share."""

@@ -8,16 +8,29 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from .encoder_client import EncoderError, Features
-
 # Images whose numbers are remembered, longer than what was made of them: the prefix cache knows them by these.
 MAX_NUMBERS = 1 << 16
 # What a step that was launched may still be about to map.
 KEEP_S = 5.0
 
 
+class OutdatedImageError(RuntimeError):
+    """What has encoded an image is gone."""
+
+
 class ImageMemoryFullError(RuntimeError):
     """Images of requests that run take all of it."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the tower of an encoder has made of an image's grid of tokens: the bytes of [height * width, 1 + levels, D]."""
+
+    incarnation: str
+    height: int
+    width: int
+    dtype: str
+    data: memoryview
 
 
 def fill_memory(data: memoryview) -> int:
@@ -90,13 +103,13 @@ class ImageStore:
         """`fd` is memory that has been filled, see `fill_memory`; it is the store's from here on.
 
         Raises:
-            EncoderError: there has come another encoder since.
+            OutdatedImageError: there has come another encoder since.
             ImageMemoryFullError: there is no room for it.
         """
         num_bytes = features.data.nbytes
         try:
             if features.incarnation != self._incarnation:
-                raise EncoderError("the encoder has been started anew")
+                raise OutdatedImageError("the encoder has been started anew")
             self._make_room(num_bytes)
         except BaseException:
             os.close(fd)

@@ -22,19 +22,17 @@ from support.tiny_families import IMAGE_PAD, VISION_END, VISION_START, write_fam
 from support.tiny_images import data_uri, make_png
 
 from waybill import Engine
+from waybill.engine.encoder.tower import ImageLimits, load_processor, open_image
 from waybill.engine.routing.hf_config import read_hf_config
 from waybill.engine.routing.replay import RoutedExpertsBatch, replay_routing, routes_from_answer
 from waybill.engine.routing.transformers_reference import Agreement, Reference, auto_class
-from waybill.engine.vision.tower import ImageLimits, load_processor, open_image
 
 LIMITS = ImageLimits(1 << 20, 1 << 20)
 # Grids of 3 x 5, 4 x 4, 7 x 4 and 5 x 9 tokens.
 SIZES = [(40, 24), (32, 32), (32, 56), (72, 40)]
 PNGS = [make_png(*size, seed) for seed, size in enumerate(SIZES)]
-ALWAYS = [
-    Setting(2, "tp", 7, cache=True, retract=True, depth=1),
-    Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=2),
-]
+TP = Setting(2, "tp", 7, cache=True, retract=True, depth=1)
+DP = Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=2)
 MATRIX = [
     Setting(1, "ep", -1, cache=False, retract=False, depth=0),
     Setting(1, "ep", 7, cache=True, retract=True, depth=1, attention="torch_reference"),
@@ -161,42 +159,49 @@ def compare(checkpoint: Path, reference: Reference, requests: list[Asked], answe
     return agreement
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [*ALWAYS, *(pytest.param(each, marks=pytest.mark.matrix) for each in MATRIX)],
-    ids=str,
-)
+@pytest.mark.parametrize("setting", [TP, *(pytest.param(each, marks=pytest.mark.matrix) for each in MATRIX)], ids=str)
 def test_equals_transformers(setting: Setting, start: Any, checkpoint: Path, reference: Reference) -> None:
-    requests = make_requests(setting)
     with start(setting) as engine:
-        answers = ask(engine, requests)
-        state = engine.get_server_info()
-    print(f"{setting}: {compare(checkpoint, reference, requests, answers)}")
+        state = check_equality(engine, setting, checkpoint, reference)
     assert (state["num_retractions"] > 0) == setting.retract
     assert state["num_images_encoded"] == 5
 
 
+def check_equality(engine: Engine, setting: Setting, checkpoint: Path, reference: Reference) -> dict[str, Any]:
+    requests = make_requests(setting)
+    answers = ask(engine, requests)
+    print(f"{setting}: {compare(checkpoint, reference, requests, answers)}")
+    return engine.get_server_info()
+
+
 @pytest.fixture(scope="module")
-def plain(checkpoint: Path, encoder: EncoderProcess) -> Iterator[Engine]:
-    """One rank, for what does not depend on the layout."""
+def shared(checkpoint: Path, encoder: EncoderProcess) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, SECRET)
-        setting = Setting(1, "ep", 16, cache=True, retract=False, depth=1)
-        with make_engine(checkpoint, setting, 4096, context_length=180, encoder=encoder.place) as engine:
+        with make_engine(checkpoint, DP, 4096, context_length=180, encoder=encoder.place) as engine:
             yield engine
+
+
+def test_equals_transformers_with_dp_attention(shared: Engine, checkpoint: Path, reference: Reference) -> None:
+    check_equality(shared, DP, checkpoint, reference)
 
 
 def generate(engine: Engine, prompt: Any, images: Any, **fields: Any) -> Any:
     params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True, **fields.pop("params", {})}
     return engine.generate(
-        input_ids=prompt, image_data=images, sampling_params=params, return_routed_experts=True, **fields
+        input_ids=prompt,
+        image_data=images,
+        sampling_params=params,
+        return_routed_experts=True,
+        routed_dp_rank=0,
+        **fields,
     )
 
 
-def test_a_prefix_is_found_by_its_image_and_no_other(plain: Engine) -> None:
+def test_a_prefix_is_found_by_its_image_and_no_other(shared: Engine) -> None:
     prompt = prompt_of(1, random.Random(3))
-    first, again = (generate(plain, prompt, data_uri(PNGS[1])) for _ in range(2))
-    other = generate(plain, prompt, data_uri(make_png(32, 32, seed=50)))
+    first, again = (generate(shared, prompt, data_uri(PNGS[1])) for _ in range(2))
+    other = generate(shared, prompt, data_uri(make_png(32, 32, seed=50)))
     assert first["meta_info"]["cached_tokens"] == 0
     assert again["meta_info"]["cached_tokens"] == first["meta_info"]["prompt_tokens"] - 1
     # The text before the image, and the token that begins it.
@@ -205,36 +210,36 @@ def test_a_prefix_is_found_by_its_image_and_no_other(plain: Engine) -> None:
     assert not np.array_equal(first["meta_info"]["routed_experts"], other["meta_info"]["routed_experts"])
 
 
-def test_turns_have_all_placeholders_and_their_rows_from_a_start(plain: Engine) -> None:
+def test_turns_have_all_placeholders_and_their_rows_from_a_start(shared: Engine) -> None:
     """The second turn gives the first one's ids back, with the image; rows go on within the image, or from "auto"."""
     prompt = prompt_of(1, random.Random(4))
     image = data_uri(PNGS[2])
-    first = generate(plain, prompt, image, session_id="turns", routed_experts_start_len="auto")
+    first = generate(shared, prompt, image, session_id="turns", routed_experts_start_len="auto")
     grid_tokens = 28
     at = prompt.index(IMAGE_PAD)
     turn = prompt[:at] + [IMAGE_PAD] * grid_tokens + prompt[at + 1 :] + first["output_ids"] + [7, 8]
-    whole = generate(plain, turn, [image])
+    whole = generate(shared, turn, [image])
     rows = whole["meta_info"]["routed_experts"]
-    within = generate(plain, turn, [image], routed_experts_start_len=at + 5)
+    within = generate(shared, turn, [image], routed_experts_start_len=at + 5)
     np.testing.assert_array_equal(within["meta_info"]["routed_experts"], rows[at + 5 :])
     num_known = first["meta_info"]["prompt_tokens"] + len(first["output_ids"]) - 1
-    delta = generate(plain, turn, [image], session_id="turns", routed_experts_start_len="auto")
+    delta = generate(shared, turn, [image], session_id="turns", routed_experts_start_len="auto")
     np.testing.assert_array_equal(delta["meta_info"]["routed_experts"], rows[num_known:])
     # Of another image the session has the rows before it alone.
-    other = generate(plain, turn, [data_uri(make_png(32, 56, 9))], session_id="turns", routed_experts_start_len="auto")
+    other = generate(shared, turn, [data_uri(make_png(32, 56, 9))], session_id="turns", routed_experts_start_len="auto")
     assert len(other["meta_info"]["routed_experts"]) == len(rows) - at
 
 
-def test_samples_and_batches(plain: Engine) -> None:
+def test_samples_and_batches(shared: Engine) -> None:
     rng = random.Random(5)
     prompts = [prompt_of(1, rng), prompt_of(0, rng), prompt_of(2, rng)]
     images = [data_uri(PNGS[0]), None, [data_uri(PNGS[1]), data_uri(PNGS[0])]]
-    alone = [generate(plain, *each) for each in zip(prompts, images, strict=True)]
-    batch = generate(plain, prompts, images)
+    alone = [generate(shared, *each) for each in zip(prompts, images, strict=True)]
+    batch = generate(shared, prompts, images)
     for one, other in zip(alone, batch, strict=True):
         assert one["output_ids"] == other["output_ids"]
         np.testing.assert_array_equal(one["meta_info"]["routed_experts"], other["meta_info"]["routed_experts"])
-    for sample in generate(plain, prompts[2], images[2], params={"n": 3}):
+    for sample in generate(shared, prompts[2], images[2], params={"n": 3}):
         assert sample["output_ids"] == alone[2]["output_ids"]
 
 
@@ -254,19 +259,19 @@ def test_samples_and_batches(plain: Engine) -> None:
         ([1, IMAGE_PAD, 2], data_uri(PNGS[0][:200]), "the image cannot be read"),
     ],
 )
-def test_what_is_no_image_is_refused(plain: Engine, prompt: list[int], images: Any, message: str | None) -> None:
+def test_what_is_no_image_is_refused(shared: Engine, prompt: list[int], images: Any, message: str | None) -> None:
     if message is None:
         # A placeholder without an image is a token like any other.
-        assert generate(plain, prompt, images)["meta_info"]["prompt_tokens"] == 3
+        assert generate(shared, prompt, images)["meta_info"]["prompt_tokens"] == 3
         return
     with pytest.raises(ValueError, match=message):
-        generate(plain, prompt, images)
+        generate(shared, prompt, images)
 
 
-def test_routes_are_replayed_with_the_image(plain: Engine, checkpoint: Path) -> None:
+def test_routes_are_replayed_with_the_image(shared: Engine, checkpoint: Path) -> None:
     """Experts of the stock model see the recorded ids at every position, an image's included."""
     prompt = prompt_of(1, random.Random(6))
-    answer = generate(plain, prompt, data_uri(PNGS[3]))
+    answer = generate(shared, prompt, data_uri(PNGS[3]))
     images = shown(checkpoint, [PNGS[3]])
     tokens = expanded(prompt, images) + answer["output_ids"]
     rows = answer["meta_info"]["routed_experts"]

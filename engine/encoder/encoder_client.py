@@ -6,13 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from ..ipc.sockets import Endpoint, open_socket
+from ..vision.image_store import Features
 from .wire import (
     BAD_IMAGE,
     Encode,
@@ -38,17 +38,6 @@ class EncoderError(RuntimeError):
 
 class ImageRefusedError(ValueError):
     """The encoder refuses the image."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the tower of an encoder has made of an image's grid of tokens: the bytes of [height * width, 1 + levels, D]."""
-
-    incarnation: str
-    height: int
-    width: int
-    dtype: str
-    data: memoryview
 
 
 class EncoderClient:

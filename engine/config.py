@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -222,6 +223,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             bounds=Bounds(above=0, below=1e6),
         ),
     ] = 60.0
+    encoder: Annotated[
+        str | None,
+        Option(
+            "where `torchrun.sh encode` encodes the images of this model's prompts; both have the same WAYBILL_RUN_SECRET; "
+            "images are refused if not given",
+            metavar="HOST:PORT",
+        ),
+    ] = None
+    encoder_timeout_s: Annotated[
+        float, Option("seconds that an image may take to be encoded", bounds=Bounds(above=0, below=1e6))
+    ] = 60.0
+    image_memory_bytes: Annotated[
+        int, Option("bytes of encoded images that are kept in shared memory", bounds=ONE_OR_MORE)
+    ] = 1 << 30
     heartbeat_timeout_s: Annotated[
         float,
         Option(
@@ -252,10 +267,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"kv_cache_tokens={self.kv_cache_tokens}: must hold at least one page of {self.page_size}")
         if self.disaggregation != "none" and self.output_processors != "engine":
             raise ValueError("output_processors='node': must be 'engine' with disaggregation")
+        if self.encoder is not None:
+            check_host_port(self.encoder)
+            if self.disaggregation != "none":
+                raise ValueError("encoder: must be absent with disaggregation, whose sides take no images")
         if self.weight_sync_hosts is not None:
             check_allowed_hosts("weight_sync_hosts", self.weight_sync_hosts)
         if self.disaggregation_allowed_hosts is not None:
             check_allowed_hosts("disaggregation_allowed_hosts", self.disaggregation_allowed_hosts)
+
+
+def check_host_port(place: str) -> None:
+    """
+    Raises:
+        ValueError: it does not say where an encoder is.
+    """
+    if (
+        not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+):\d{1,5}", place)
+        or not 0 < int(place.rpartition(":")[2]) < 2**16
+    ):
+        raise ValueError(f"encoder={place!r}: must be HOST:PORT, an IPv6 host in brackets")
 
 
 ENGINE_OPTIONS = option_fields(EngineConfig)

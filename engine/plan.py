@@ -18,6 +18,7 @@ import msgspec
 from .control.operations import ControlOperation
 from .grammar.constraint import Constraint
 from .io_struct import FirstToken, OutputOptions, SamplingParams, TopLogprobs, TransferSource
+from .vision.placed_image import PlacedImage
 
 TOKEN_BYTES = 4
 
@@ -30,7 +31,7 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
     `input_ids` holds their int32 bytes; empty means one token, the last one sampled for `row`, which only the device
     knows yet (its step is in flight). `pages` are entered in the page table from entry `first_page` on. With `sample`
     the last row's logits yield a token. The logits of the rows from `prompt_logprobs_from` of the chunk on score the
-    prompt tokens `prompt_logprob_ids`, which follow them.
+    prompt tokens `prompt_logprob_ids`, which follow them. `images` are those that the positions have a part in.
     """
 
     row: int
@@ -42,6 +43,9 @@ class ScheduledReq(msgspec.Struct, frozen=True, array_like=True):
     sample: bool
     prompt_logprobs_from: int = 0
     prompt_logprob_ids: bytes = b""  # int32
+    # Of a request with images: see `images_within`.
+    rope_delta: int = 0
+    images: list[PlacedImage] = []
 
     @property
     def num_prompt_logprobs(self) -> int:

@@ -171,7 +171,8 @@ def make_runner(
         context_length=context_length,
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
-        use_graphs=config.experts_backend != "torch_reference" and not is_uneven,
+        # Nor does one hold an image's positions and features.
+        use_graphs=config.experts_backend != "torch_reference" and not is_uneven and config.encoder is None,
         # A process under a debugger is given time by the heartbeat's bound.
         step_timeout_s=max(BOUND_S, config.heartbeat_timeout_s),
         capturer=recorder,
@@ -354,4 +355,5 @@ def _facts(
         "router_weights_dtype": model_config.router_weights_dtype(config.router_weights_dtype),
         "load_s": load_s,
         "peak_rss_bytes": peak_rss_bytes(),
+        **model_config.vision_facts,
     }

@@ -11,7 +11,7 @@ import msgspec
 from ..engine.config import EngineConfig
 from ..engine.text.tokenizer_file import NEEDS_CODE, why_no_tokenizer
 from .engine_options import HelpFormatter, add_engine_options, engine_config
-from .node_options import NodeOptions, check_disaggregation, node_options, node_parser, run_secret
+from .node_options import NodeOptions, check_partners, node_options, node_parser, run_secret
 from .serve_options import ServeCommand, add_serve_options, serve_command
 from .topology import Layout
 
@@ -61,7 +61,7 @@ def parse_worker_args(argv: list[str]) -> WorkerCommand:
     parser = argparse.ArgumentParser(
         prog="torchrun.sh",
         description="Waybill: MoE rollouts with their routes",
-        epilog="torchrun.sh [rollout | serve | route] --help lists the options of a command",
+        epilog="torchrun.sh [rollout | serve | route | encode] --help lists the options of a command",
     )
     # From the agent alone.
     parser.add_argument("--run-dir", default="", help=argparse.SUPPRESS)
@@ -120,7 +120,7 @@ def worker_command(options: argparse.Namespace) -> WorkerCommand:
     nodes = node_options(options)
     run_secret()
     config = engine_config(options)
-    check_disaggregation(config, nodes.nnodes)
+    check_partners(config, nodes.nnodes)
     if options.command == "serve":
         command = WorkerCommand(nodes=nodes, run_dir=options.run_dir, config=config, serve=serve_command(options))
     else:

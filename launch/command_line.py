@@ -1,6 +1,6 @@
 """What `torchrun.sh` runs on a node: checks the command line, then becomes torchrun's agent for this node's ranks.
 
-`python -m waybill.launch.command_line [rollout | serve | route] [options]`
+`python -m waybill.launch.command_line [rollout | serve | route | encode] [options]`
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def main() -> int:
         from .route import main as route  # noqa: PLC0415
 
         return route(sys.argv[2:])
+    if sys.argv[1:2] == ["encode"]:
+        from .encode import main as encode  # noqa: PLC0415
+
+        return encode(sys.argv[2:])
     node_arguments, rest = split_command_line(sys.argv[1:])
     arguments = [*rest, *node_arguments]
     # A mistake is said once, before any rank starts - and before torch is imported.

@@ -30,6 +30,7 @@ from ..engine.ipc.critical_thread import start_critical_thread
 from ..engine.routing.wire import RoutedExperts
 from ..engine.text.tokenizer_file import load_tokenizer
 from .supervisor import EngineProcess
+from .transfers import encoder_place
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Engine(ControlMethods):
             leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
+            encoder=encoder_place(config),
             on_failure=self._on_failure,
         )
         if self._death is not None:

@@ -41,6 +41,7 @@ from .open_files import connections_within_limit
 from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct
 from .serve_options import ServeCommand
 from .topology import Addresses
+from .transfers import encoder_place
 
 if TYPE_CHECKING:
     from ..engine.entrypoints.request_traces import RequestTraces
@@ -84,6 +85,7 @@ class Frontend:
             leaders=addresses.leaders,
             frontend=addresses.frontend,
             queries=addresses.queries,
+            encoder=encoder_place(config),
             observer=ObserverGroup([one for one in observers if one is not None]),
             on_failure=self._on_failure,
         )

@@ -61,12 +61,17 @@ def run_secret() -> bytes | None:
     return secret or None
 
 
-def check_disaggregation(config: EngineConfig, num_nodes: int) -> None:
+def check_partners(config: EngineConfig, num_nodes: int) -> None:
     """What can be said before any rank starts.
 
     Raises:
-        ValueError: the engine cannot be one side of two.
+        ValueError: the engine cannot be one side of two, or have an encoder.
     """
+    if config.encoder is not None:
+        if num_nodes > 1:
+            raise ValueError(f"--nnodes {num_nodes}: must be 1 with --encoder; ranks share memory with the frontend")
+        if run_secret() is None:
+            raise ValueError(f"{RUN_SECRET_VARIABLE}: --encoder needs it, the same as the encoder has")
     if config.disaggregation == "none":
         return
     if num_nodes > 1:

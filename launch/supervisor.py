@@ -18,7 +18,7 @@ from ..engine.ipc.lifeline import Lifeline
 from ..engine.ipc.sockets import Endpoint
 from ..engine.output.config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
-from .node_options import RENDEZVOUS_BACKEND, NodeOptions, check_disaggregation
+from .node_options import RENDEZVOUS_BACKEND, NodeOptions, check_partners
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, RunDir, caller_lifeline, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
 
@@ -117,7 +117,7 @@ class EngineProcess:
     """
 
     def __init__(self, config: EngineConfig, on_exit: Callable[[str], None]) -> None:
-        check_disaggregation(config, num_nodes=1)
+        check_partners(config, num_nodes=1)
         layout = Layout.of(config, num_nodes=1)
         self._on_exit = on_exit
         self._ending = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..engine.config import EngineConfig
 from ..engine.disaggregation.place import RoutesPlace, TransferPlace
-from ..engine.ipc.sockets import CurveKeys
+from ..engine.ipc.sockets import CurveKeys, Endpoint
 from .exchange import RunSecrets, listen
 from .node_options import run_secret
 from .topology import Addresses
@@ -24,8 +24,20 @@ class Transfers:
 def transfer_keys() -> CurveKeys:
     """Of what engines tell each other. Both sides derive them, so that no key travels; those inside a run are others."""
     secret = run_secret()
-    assert secret is not None, "see `check_disaggregation`"
+    assert secret is not None, "see `check_partners`"
     return RunSecrets.derive(b"between engines " + secret).keys
+
+
+def encoder_keys() -> CurveKeys:
+    """Of what a frontend and its encoder tell each other, derived likewise."""
+    secret = run_secret()
+    assert secret is not None, "see `check_partners`"
+    return RunSecrets.derive(b"images " + secret).keys
+
+
+def encoder_place(config: EngineConfig) -> Endpoint | None:
+    """Where this engine's images are encoded, if they are."""
+    return None if config.encoder is None else Endpoint(f"tcp://{config.encoder}", encoder_keys())
 
 
 def open_transfers(config: EngineConfig, rank: int, addresses: Addresses) -> Transfers | None:

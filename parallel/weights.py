@@ -56,6 +56,18 @@ class ShardedWeight:
         if tuple(shape) != self.shape:
             raise ValueError(f"shape {tuple(shape)}: must be {self.shape}")
 
+    def check_stored(self, shape: tuple[int, ...]) -> None:
+        """As `check`, of a tensor in a checkpoint's file.
+
+        Raises:
+            ValueError: the tensor cannot be had from what has that shape.
+        """
+        self.check(shape)
+
+    def stored_pieces(self, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+        """This rank's pieces of a tensor that a checkpoint's file has in that shape, which was checked."""
+        return self.pieces
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         """
         Raises:
@@ -74,3 +86,27 @@ class ShardedWeight:
         self.check(tuple(source.shape))
         for piece in self.pieces:
             piece.storage.copy_(source[piece.index])
+
+
+@dataclass(frozen=True)
+class TransposableWeight(ShardedWeight):
+    """A stack of matrices [E, R, C] that a checkpoint may have transposed, [E, C, R]. What has the stack's own shape is
+    not turned, as in `transformers`."""
+
+    def check_stored(self, shape: tuple[int, ...]) -> None:
+        if tuple(shape) not in (self.shape, self._transposed):
+            raise ValueError(f"shape {tuple(shape)}: must be {self.shape}, or {self._transposed} for the transpose")
+
+    def stored_pieces(self, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+        if tuple(shape) == self.shape:
+            return self.pieces
+        return tuple(
+            Piece((stack, columns, rows), piece.storage.transpose(1, 2))
+            for piece in self.pieces
+            for stack, rows, columns in [piece.index]
+        )
+
+    @property
+    def _transposed(self) -> tuple[int, ...]:
+        num_matrices, num_rows, num_columns = self.shape
+        return num_matrices, num_columns, num_rows

@@ -19,6 +19,7 @@ from .service_metrics import ServiceMetrics
 
 SCRAPE_TIMEOUT_S = 3.0
 SIDE_HEADER = "X-Disaggregation"
+ENCODER_HEADER = "X-Encoder"
 # Options of the dialect's server which trainers compare with what they would have started (slime and miles: external
 # engines). There is one program on all nodes, on devices that nobody else chooses, without stages of a pipeline; memory can
 # be given back in any case, while `enable_memory_saver` is of servers that share their devices with a trainer.
@@ -91,7 +92,11 @@ def add_health_routes(router: APIRouter, manager: TokenizerManager, engine_healt
         reason = manager.not_ready()
         if reason is not None:
             return error_response(reason, 503)
-        return Response(headers={SIDE_HEADER: manager.config.disaggregation})
+        headers = {SIDE_HEADER: manager.config.disaggregation}
+        if manager.images is not None:
+            # Prompts without images go on without it.
+            headers[ENCODER_HEADER] = "up" if manager.images.problem is None else "down"
+        return Response(headers=headers)
 
     @router.get("/ready")
     async def ready() -> Response:
@@ -132,6 +137,7 @@ def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str
     return {
         **options,
         **DIALECT_OPTIONS,
+        "encoder_problem": None if manager.images is None else manager.images.problem,
         "disaggregation_mode": "null" if config.disaggregation == "none" else config.disaggregation,
         "disaggregation_transports": transports_of(state),
         **state,

@@ -68,6 +68,19 @@ STATE_COUNTERS = (
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),
 )
 
+# Of a server with an encoder.
+IMAGE_GAUGES = (
+    ("waybill_encoder_up", "Whether the encoder answers.", "is_encoder_up"),
+    ("waybill_images_encoding", "Images that the encoder has been asked for.", "num_images_encoding"),
+    ("waybill_images_kept", "Encoded images in shared memory.", "num_images_kept"),
+    ("waybill_image_memory_used_bytes", "Bytes of shared memory that they take.", "image_memory_used_bytes"),
+)
+IMAGE_COUNTERS = (
+    ("waybill_images_encoded", "Images that the encoder has encoded.", "num_images_encoded"),
+    ("waybill_images_failed", "Images that it has not, though they may be good.", "num_images_failed"),
+    ("waybill_image_encode_seconds", "From asking until the answer, over all images.", "image_encode_seconds"),
+)
+
 
 class EngineStateCollector(Collector):
     """What the engine says of itself, as of the last scrape that reached it; nothing before the first."""
@@ -82,6 +95,11 @@ class EngineStateCollector(Collector):
             yield GaugeMetricFamily(name, text, self.state[key])
         for name, text, key in STATE_COUNTERS:
             yield CounterMetricFamily(name, text, self.state[key])
+        if "num_images_kept" in self.state:
+            for name, text, key in IMAGE_GAUGES:
+                yield GaugeMetricFamily(name, text, self.state[key])
+            for name, text, key in IMAGE_COUNTERS:
+                yield CounterMetricFamily(name, text, self.state[key])
         waits = CounterMetricFamily(
             "waybill_sync_wait_seconds",
             "Time that dp rank `rank` waited for `straggler`, which came last, and why that one was late.",

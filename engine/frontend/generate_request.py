@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -20,8 +20,10 @@ from pydantic import BeforeValidator, Field, PrivateAttr, WithJsonSchema, model_
 from ..io_struct import OutputOptions
 from ..validation import dialect_fields
 from ..validation.field_error import FieldError
-from ..validation.request_model import AnyNumber, Name, Number, PerPrompt, RequestModel, validate
+from ..validation.request_model import AnyNumber, Items, Name, Number, PerPrompt, RequestModel, validate
 from ..validation.token_ids import NESTED_SCHEMA, Ids, Prompts, as_prompts
+from ..vision.image_store import StoredImage
+from .image_placement import PlacedPrompt, place_images
 from .request_limits import (
     EngineLimits,
     check_logprobs,
@@ -62,6 +64,8 @@ class GenerateReqInput(RequestModel):
     # Of `text`: special tokens in it are text.
     split_special_tokens: bool = False
     input_ids: Annotated[Any, BeforeValidator(parse_input_ids), WithJsonSchema(NESTED_SCHEMA)] = None
+    # Of a prompt: one or more, as data URIs or base64; placeholders in the prompt say where they stand.
+    image_data: str | PerPrompt[str | Items[str] | None] | None = None
     sampling_params: SamplingParamsInput | PerPrompt[SamplingParamsInput] = SamplingParamsInput()
     return_logprob: bool | PerPrompt[bool] = False
     logprob_start_len: Number | PerPrompt[Number] = -1
@@ -90,6 +94,8 @@ class GenerateReqInput(RequestModel):
     return_text_in_logprobs: bool = False
     # Set by a chat of a model that reasons first: the token behind which a grammar begins.
     _grammar_begins_after: int = PrivateAttr(-1)
+    # Set by a chat that does not say how long an answer may be: as long as there is room behind its images.
+    _fills_room: bool = PrivateAttr(False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,6 +153,19 @@ class GenerateReqInput(RequestModel):
     def grammar_begins_after(self) -> int:
         return self._grammar_begins_after
 
+    @property
+    def has_images(self) -> bool:
+        data = self.image_data
+        return any(data) if isinstance(data, list) else bool(data)
+
+    @property
+    def fills_room(self) -> bool:
+        return self._fills_room
+
+    def fill_room(self) -> None:
+        """It is no field either."""
+        self._fills_room = True
+
     def begin_grammar_after(self, token_id: int) -> None:
         """It is no field: callers do not choose it."""
         self._grammar_begins_after = token_id
@@ -187,8 +206,10 @@ def expand(
     limits: EngineLimits,
     encode: Callable[[str], list[int]],
     num_delivered: Callable[[str, Ids], int],
+    images: Sequence[Sequence[StoredImage]] = (),
 ) -> list[list[SampleRequest]]:
-    """Samples per prompt, in order. `num_delivered` says of how many leading tokens a session's caller has the rows.
+    """Samples per prompt, in order. `num_delivered` says of how many leading tokens a session's caller has the rows;
+    `images` are those of each prompt, if any has some.
 
     Raises:
         ValueError: an item does not fit the engine; nothing of the list is taken then.
@@ -210,7 +231,9 @@ def expand(
         fields = {name: column[index] for name, column in columns.items()}
         try:
             start_of = _check_auto(request, fields, num_delivered)
-            group = _expand_item(rids[index], index, prompts[index], fields, limits, encode, start_of)
+            prompt = _place_images(prompts[index], images[index], limits, encode) if images else prompts[index]
+            fields["fills_room"] = request.fills_room
+            group = _expand_item(rids[index], index, prompt, fields, limits, encode, start_of)
             params = fields["sampling_params"]
             group = with_grammar(group, params, limits, request.grammar_begins_after, grammars)
             if isinstance(request.bootstrap_room, int):
@@ -291,19 +314,25 @@ def _check_auto(
 def _expand_item(
     rid: str,
     index: int,
-    prompt: str | Ids,
+    prompt: str | Ids | PlacedPrompt,
     fields: dict[str, Any],
     limits: EngineLimits,
     encode: Callable[[str], list[int]],
     start_of: Callable[[Ids], int] | None,
 ) -> list[SampleRequest]:
-    input_ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
+    placed = prompt if isinstance(prompt, PlacedPrompt) else None
+    given = prompt.input_ids if isinstance(prompt, PlacedPrompt) else prompt
+    input_ids = np.array(encode(given), dtype=np.int32) if isinstance(given, str) else given
     params: SamplingParamsInput = fields["sampling_params"]
+    if fields.pop("fills_room"):
+        params = fields["sampling_params"] = params.model_copy(
+            update={"max_new_tokens": limits.room_for(len(input_ids))}
+        )
     check_prompt(input_ids, limits, "text" if isinstance(prompt, str) else "input_ids")
     max_new_tokens = resolve_max_new_tokens(params, len(input_ids), limits)
     check_sampling(params, limits)
     if start_of is not None:
-        fields["routed_experts_start_len"] = start_of(input_ids)
+        fields["routed_experts_start_len"] = start_of(input_ids if placed is None else placed.cache_ids)
     options = _output_options(fields, len(input_ids), limits)
     prefix = SharedPrefix(0, options.routed_experts_start_len, len(input_ids) - 1)
     behind = msgspec.structs.replace(options, routed_experts_start_len=prefix.end)
@@ -317,9 +346,27 @@ def _expand_item(
             output_options=options if start_of is None or sample == 0 else behind,
             is_auto=start_of is not None,
             shared_prefix=None if start_of is None or sample == 0 else prefix,
+            images=() if placed is None else placed.images,
+            stored=() if placed is None else placed.stored,
+            cache_ids=None if placed is None else placed.cache_ids,
         )
         for sample in range(params.n)
     ]
+
+
+def _place_images(
+    prompt: str | Ids, images: Sequence[StoredImage], limits: EngineLimits, encode: Callable[[str], list[int]]
+) -> Ids | PlacedPrompt | str:
+    """The prompt with its images, if it has any.
+
+    Raises:
+        FieldError: its placeholders do not fit them.
+    """
+    if not images:
+        return prompt
+    assert limits.image_token_id is not None, "there is an encoder"
+    ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
+    return place_images(ids, images, limits.image_token_id)
 
 
 def _output_options(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> OutputOptions:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 from ..ipc.frontend_messages import AbortReq
+from ..vision.image_store import StoredImage
 from .dp_router import DpRouter
 from .generate_request import GenerateReqInput
 from .generation_gate import GenerationGate
@@ -31,6 +32,8 @@ class InFlightRequests:
         self._dp_ranks: dict[str, int] = {}
         # What callers have called the requests of these samples, if anything.
         self._names: dict[str, str | None] = {}
+        # What ranks may read until their end.
+        self._images: dict[str, tuple[StoredImage, ...]] = {}
         self._end_told = asyncio.Event()
 
     def __contains__(self, rid: str) -> bool:
@@ -41,9 +44,9 @@ class InFlightRequests:
 
     async def send(self, request: GenerateReqInput, samples: Sequence[SampleRequest]) -> None:
         """Send the samples of one prompt to one dp rank; other requests have their turn after some megabytes."""
-        input_ids = samples[0].input_ids.astype("<i4", copy=False).tobytes()
+        input_ids, keys = (ids.astype("<i4", copy=False).tobytes() for ids in (samples[0].input_ids, samples[0].keys))
         dp_rank = self._dp_router.choose(
-            input_ids,
+            keys,
             request.cache_partition,
             session_id=request.affinity,
             routed_dp_rank=request.dp_rank if samples[0].dp_rank is None else samples[0].dp_rank,
@@ -52,7 +55,10 @@ class InFlightRequests:
         num_sent = num_bytes = 0
         try:
             for sample in samples:
-                self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids))
+                self._link.send(dp_rank, partial(tokenized_request, request, sample, input_ids, keys))
+                for image in sample.stored:
+                    image.pin()
+                self._images[sample.rid] = sample.stored
                 self._dp_ranks[sample.rid] = dp_rank
                 self._names[sample.rid] = request.name_of(sample.item)
                 num_sent += 1
@@ -93,5 +99,7 @@ class InFlightRequests:
             logger.error("%s: an end was told of a request that is not at the engine", rid)
             return
         del self._names[rid]
+        for image in self._images.pop(rid):
+            image.unpin()
         self._dp_router.release(dp_rank)
         self._end_told.set()

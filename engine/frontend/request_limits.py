@@ -31,6 +31,12 @@ class EngineLimits:
     disaggregation: str = "none"
     bootstrap_port: int = 0
     bootstrap_hosts: tuple[str, ...] = ()
+    # What stands for an image's tokens; None: prompts have no images.
+    image_token_id: int | None = None
+
+    def room_for(self, num_prompt: int) -> int:
+        """Output tokens that fit behind a prompt."""
+        return max(0, min(self.context_length - num_prompt, self.kv_cache_tokens - num_prompt + 1))
 
 
 def check_prompt(input_ids: Ids, limits: EngineLimits, field: str) -> None:

@@ -12,6 +12,7 @@ from ..validation.field_error import FieldError
 from .admission import Admission, OverloadedError, Permits
 from .generate_request import GenerateReqInput, expand
 from .grammar_checks import GrammarChecks
+from .prompt_images import PinnedImages, PromptImages
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
 from .route_delivery import RouteDelivery
@@ -31,6 +32,7 @@ class PreparedRequest:
     permits: Permits
     # Of a request whose session says where its rows begin.
     delivery: RouteDelivery | None = None
+    images: PinnedImages | None = None
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -39,6 +41,8 @@ class PreparedRequest:
 
     def release(self) -> None:
         self.permits.release()
+        if self.images is not None:
+            self.images.release()
 
     def delivered(self) -> None:
         """The caller has the answer, to its end."""
@@ -64,6 +68,8 @@ class RequestPreparation:
         self._observer = observer
         self._grammars = grammars
         self._sessions = sessions
+        # Where there is an encoder, once it is known what for.
+        self.images: PromptImages | None = None
 
     @property
     def num_held(self) -> int:
@@ -78,17 +84,22 @@ class RequestPreparation:
         """
         try:
             permits = self._admission.take(request.num_samples)
+            images = None
             try:
+                images = await self._pin_images(request)
                 encode = partial(
                     self._text.encode,
                     max_tokens=limits.context_length,
                     split_special_tokens=request.split_special_tokens,
                 )
-                expanding = partial(expand, request, limits, encode, self._sessions.num_delivered)
+                by_prompt = () if images is None else images.by_prompt
+                expanding = partial(expand, request, limits, encode, self._sessions.num_delivered, by_prompt)
                 groups = await self._work_threads.run(request.cost_us, expanding)
                 await self._check_grammars(request, groups, limits)
             except BaseException:
                 permits.release()
+                if images is not None:
+                    images.release()
                 raise
         except OverloadedError:
             self._observer.on_refusal("overloaded")
@@ -101,7 +112,19 @@ class RequestPreparation:
         if any(sample.is_auto for sample in samples):
             assert request.affinity is not None, "checked with the fields"
             delivery = RouteDelivery(self._sessions, request.affinity, samples)
-        return PreparedRequest(request, samples, permits, delivery)
+        return PreparedRequest(request, samples, permits, delivery, images)
+
+    async def _pin_images(self, request: GenerateReqInput) -> PinnedImages | None:
+        """None where there are none.
+
+        Raises:
+            ValueError, OverloadedError, UnavailableError: as `PromptImages.pin`.
+        """
+        if not request.has_images:
+            return None
+        if self.images is None:
+            raise FieldError("image_data: images need an engine that is started with --encoder HOST:PORT", "image_data")
+        return await self.images.pin(request)
 
     async def _check_grammars(
         self, request: GenerateReqInput, groups: list[list[SampleRequest]], limits: EngineLimits
@@ -126,9 +149,9 @@ class RequestPreparation:
 
 
 def tokenized_request(
-    request: GenerateReqInput, sample: SampleRequest, input_ids: bytes, seq: int
+    request: GenerateReqInput, sample: SampleRequest, input_ids: bytes, cache_ids: bytes, seq: int
 ) -> TokenizedGenerateReqInput:
-    """What a leader is sent; `input_ids` as int32 bytes."""
+    """What a leader is sent; ids as int32 bytes."""
     return TokenizedGenerateReqInput(
         seq=seq,
         rid=sample.rid,
@@ -138,4 +161,6 @@ def tokenized_request(
         priority=request.priority,
         extra_key=request.cache_partition,
         transfer=sample.transfer,
+        images=list(sample.images),
+        cache_ids=b"" if sample.cache_ids is None else cache_ids,
     )

@@ -15,7 +15,7 @@ class _OnItsWay:
     """One sample's tokens, and the rows [start, end) that came with them."""
 
     def __init__(self, sample: SampleRequest) -> None:
-        self._input_ids = sample.input_ids
+        self._input_ids = sample.keys
         self._output_ids: list[int] = []
         self.start = self._end = sample.output_options.routed_experts_start_len
 

@@ -9,6 +9,8 @@ import msgspec
 
 from ..io_struct import OutputOptions, SamplingParams, TransferSource
 from ..validation.token_ids import Ids
+from ..vision.image_store import StoredImage
+from ..vision.placed_image import PlacedImage
 from .request_limits import EngineLimits, check_transfer
 
 
@@ -36,6 +38,15 @@ class SampleRequest:
     transfer: TransferSource | None = None
     # Which it must go to, whatever the request says.
     dp_rank: int | None = None
+    # In order, and the memory that they are in; what caches know the ids by, where that is something else.
+    images: tuple[PlacedImage, ...] = ()
+    stored: tuple[StoredImage, ...] = ()
+    cache_ids: Ids | None = None
+
+    @property
+    def keys(self) -> Ids:
+        """The prompt as sessions and caches know it: tokens of other images are other ones."""
+        return self.input_ids if self.cache_ids is None else self.cache_ids
 
 
 def with_transfer(samples: list[SampleRequest], place: list[Any], limits: EngineLimits) -> list[SampleRequest]:

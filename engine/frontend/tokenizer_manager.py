@@ -31,6 +31,7 @@ from .generation_gate import GenerationGate, UnavailableError
 from .grammar_checks import GrammarChecks
 from .in_flight_requests import InFlightRequests
 from .pending_outputs import Event, PendingOutputs
+from .prompt_images import PromptImages
 from .request_limits import EngineLimits
 from .request_observer import NoObserver, RequestObserver
 from .request_preparation import PreparedRequest, RequestPreparation
@@ -62,6 +63,7 @@ class TokenizerManager:
         leaders: Sequence[Endpoint | str],
         frontend: Endpoint | str,
         queries: Sequence[Endpoint | str],
+        encoder: Endpoint | None = None,
         observer: RequestObserver | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
@@ -83,6 +85,7 @@ class TokenizerManager:
         )
         self.controls = EngineControls(config, link, replies, self._gate, dp_router, self._waiting)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
+        self._encoder = encoder
         self._death: EngineDeadError | None = None
         self._on_failure = on_failure
         self.facts: dict[str, int | float | str] = {}
@@ -116,7 +119,10 @@ class TokenizerManager:
             disaggregation=self.config.disaggregation,
             bootstrap_port=self.config.disaggregation_bootstrap_port,
             bootstrap_hosts=self.config.disaggregation_allowed_hosts or (),
+            image_token_id=None if self._encoder is None else int(self.facts["image_token_id"]),
         )
+        if self._encoder is not None:
+            self._preparation.images = PromptImages.start(self.config, self._encoder, self.facts, self.work_threads)
 
     def _fail(self, reason: str) -> None:
         self.fail_all(reason)
@@ -134,7 +140,14 @@ class TokenizerManager:
         """Ask the ranks to leave after the step in flight."""
         self._connection.link.send_to_all(ShutdownReq)
 
+    @property
+    def images(self) -> PromptImages | None:
+        """None where there is no encoder, or not yet."""
+        return self._preparation.images
+
     def close(self) -> None:
+        if self.images is not None:
+            self.images.close()
         self.work_threads.close()
         self._grammars.close()
         self._connection.close()
@@ -262,7 +275,7 @@ class TokenizerManager:
     def room_for(self, num_prompt: int) -> int:
         """Output tokens that fit behind a prompt."""
         assert self.limits is not None
-        return max(0, min(self.limits.context_length - num_prompt, self.limits.kv_cache_tokens - num_prompt + 1))
+        return self.limits.room_for(num_prompt)
 
     @property
     def refusal(self) -> str | None:
@@ -340,4 +353,6 @@ class TokenizerManager:
 
     async def get_state(self, *, check_pages: bool = True) -> dict[str, Any]:
         """Facts of the engine, its leaders' states, the counters of output processors and sessions."""
-        return {**self.facts, **self._sessions.counters(), **await self.queries.get_state(check_pages=check_pages)}
+        images = {} if self.images is None else self.images.counters()
+        state = await self.queries.get_state(check_pages=check_pages)
+        return {**self.facts, **self._sessions.counters(), **images, **state}

@@ -7,6 +7,7 @@ import msgspec
 from ..control.blocked import Blocked
 from ..control.operations import ControlOperation
 from ..io_struct import FirstToken, OutputBatch, OutputOptions, SamplingParams, TransferSource
+from ..vision.placed_image import PlacedImage
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
@@ -21,6 +22,10 @@ class TokenizedGenerateReqInput(msgspec.Struct, frozen=True, tag="generate"):
     extra_key: str = ""
     # Its prefill is one engine's and its decode another's.
     transfer: TransferSource | None = None
+    # In order, and what the prefix cache knows the prompt by then: `input_ids` with the number of its image, negative, in
+    # place of each of an image's tokens.
+    images: list[PlacedImage] = []
+    cache_ids: bytes = b""  # int32
 
     @property
     def num_prompt_tokens(self) -> int:

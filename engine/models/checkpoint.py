@@ -159,6 +159,6 @@ def check_tensors(
     for name, tensor in checkpoint.tensors.items():
         if name not in ignored:
             try:
-                known[name].check(tensor.shape)
+                known[name].check_stored(tensor.shape)
             except ValueError as error:
                 raise ValueError(f"tensor {name}: {error}") from error

@@ -29,7 +29,7 @@ from .causal_lm import FusedWeight, IgnoredWeights
 from .forward_batch import ForwardBatch
 from .model_context import ModelContext
 from .rms_norm import RMSNorm
-from .rotary import RotaryEmbedding
+from .rotary import make_rotary
 
 # Older versions of `transformers` have saved it; it follows from the configuration.
 FREQUENCIES = ".rotary_emb.inv_freq"
@@ -118,6 +118,9 @@ class DecoderLayer(nn.Module):
 class DecoderLM(nn.Module):
     """A `CausalLM`."""
 
+    # What a checkpoint calls the part of the model that has the layers.
+    backbone = "model"
+
     def __init__(self, context: ModelContext, num_positions: int, parts: LayerParts) -> None:
         super().__init__()
         config = context.config
@@ -125,7 +128,7 @@ class DecoderLM(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, context.axis, weight_format=context.weight_format
         )
-        self.rotary = RotaryEmbedding(num_positions, context)
+        self.rotary = make_rotary(num_positions, context)
         self.layers = nn.ModuleList(
             DecoderLayer(parts.attention(layer_id, context), parts.mlp(layer_id, context), context)
             for layer_id in range(config.num_layers)
@@ -145,7 +148,10 @@ class DecoderLM(nn.Module):
         recorder: RouteRecorder | None,
     ) -> torch.Tensor:
         residual = batch.layout.scatter(self.embed_tokens(batch.input_ids))
-        rope = self.rotary(batch.positions)
+        visual = batch.visual
+        if visual is not None:
+            residual = visual.replace(residual)
+        rope = self.rotary(batch.positions if batch.rope_positions is None else batch.rope_positions)
         layers = self.decoder_layers()
         normed = layers[0].input_layernorm(residual)
         for layer_id, layer in enumerate(layers):
@@ -153,6 +159,9 @@ class DecoderLM(nn.Module):
             # The norm that comes next takes the sum along.
             following = layers[layer_id + 1].input_layernorm if layer_id + 1 < len(layers) else self.norm
             normed, residual = following.add(added, residual)
+            if visual is not None and layer_id < visual.num_levels:
+                residual = visual.add(residual, layer_id)
+                normed = following(residual)
         return batch.layout.gather(normed)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -178,19 +187,19 @@ class DecoderLM(nn.Module):
 
     def sharded_weights(self) -> dict[str, ShardedWeight]:
         weights = {
-            "model.embed_tokens.weight": self.embed_tokens.sharded_weight(),
-            "model.norm.weight": self.norm.sharded_weight(),
+            f"{self.backbone}.embed_tokens.weight": self.embed_tokens.sharded_weight(),
+            f"{self.backbone}.norm.weight": self.norm.sharded_weight(),
         }
         if not self.config.tie_word_embeddings:
             weights["lm_head.weight"] = self.lm_head.sharded_weight()
         for layer_id, layer in enumerate(self.decoder_layers()):
-            weights.update(layer.sharded_weights(layer_name(layer_id)))
+            weights.update(layer.sharded_weights(self.layer_name(layer_id)))
         return with_scales(weights)
 
     def fused_weights(self) -> dict[str, FusedWeight]:
         fused: dict[str, FusedWeight] = {}
         for layer_id, layer in enumerate(self.decoder_layers()):
-            fused.update(layer.mlp.fused_weights(layer_name(layer_id)))
+            fused.update(layer.mlp.fused_weights(self.layer_name(layer_id)))
         return fused
 
     @property
@@ -198,11 +207,10 @@ class DecoderLM(nn.Module):
         first = self.config.num_layers
         return IgnoredWeights(
             frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ()),
-            tuple(f"{layer_name(first + extra)}." for extra in range(self.config.num_extra_layers)),
+            tuple(f"{self.layer_name(first + extra)}." for extra in range(self.config.num_extra_layers)),
             (FREQUENCIES,),
         )
 
-
-def layer_name(layer_id: int) -> str:
-    """What a checkpoint calls it."""
-    return f"model.layers.{layer_id}"
+    def layer_name(self, layer_id: int) -> str:
+        """What a checkpoint calls it."""
+        return f"{self.backbone}.layers.{layer_id}"

@@ -108,6 +108,18 @@ class MoeConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """Images in prompts: the token that stands for each of an image's positions, how many levels of the vision tower's
+    features are added behind the first layers, and how many patches a position takes in height and in width.
+    `mrope_section`: how many frequencies turn by the positions in time, height and width."""
+
+    image_token_id: int
+    num_levels: int
+    spatial_merge_size: int
+    mrope_section: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only MoE model. Layers that do not route have a dense MLP of `intermediate_size`. A checkpoint may have
     `num_extra_layers` behind the model's own, which draft tokens and are not used. `wide_norms`: their weights
@@ -128,6 +140,7 @@ class ModelConfig:
     num_extra_layers: int = 0
     wide_norms: bool = False
     is_fp8: bool = False
+    vision: VisionConfig | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,6 +150,19 @@ class ModelConfig:
     def row_layout(self) -> RowLayout:
         """What ranks send each other for a token."""
         return RowLayout(self.hidden_size, self.moe.top_k, self.dtype)
+
+    @property
+    def vision_facts(self) -> dict[str, str]:
+        """What must be alike in whoever encodes images for this model; nothing where it takes none."""
+        if self.vision is None:
+            return {}
+        facts = {
+            "hidden_size": self.hidden_size,
+            "deepstack_levels": self.vision.num_levels,
+            "image_token_id": self.vision.image_token_id,
+            "spatial_merge_size": self.vision.spatial_merge_size,
+        }
+        return {name: str(value) for name, value in facts.items()}
 
     def router_weights_dtype(self, asked: str) -> str:
         """What recorded combine weights are kept in: what is asked for, or the router's own type ("auto")."""

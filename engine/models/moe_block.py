@@ -128,8 +128,9 @@ class MixedMLP:
     """Makes each layer's MLP: experts where the configuration says so, else a dense one."""
 
     names: MoeNames = MoeNames()
+    block: type[MoeBlock] = MoeBlock
 
     def __call__(self, layer_id: int, context: ModelContext) -> MoeBlock | DenseBlock:
         if layer_id in context.config.moe.layer_ids:
-            return MoeBlock(layer_id, context, self.names)
+            return self.block(layer_id, context, self.names)
         return DenseBlock(context)

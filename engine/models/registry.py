@@ -14,7 +14,7 @@ from ...parallel.mesh import ParallelMesh
 from ...parallel.moe.dispatch import SyncClock
 from ..config import EngineConfig
 from ..routing.hf_config import read_config_file, read_hf_config
-from . import deepseek_v3, glm4_moe, glm4_moe_lite, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from . import deepseek_v3, glm4_moe, glm4_moe_lite, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe, qwen3_vl_moe
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, check_tensors
 from .dummy_weights import fill_with_random_values
@@ -49,6 +49,7 @@ FAMILIES = {
     "olmoe": ModelFamily(olmoe.parse_config, olmoe.build),
     "qwen2_moe": ModelFamily(qwen2_moe.parse_config, qwen2_moe.build),
     "qwen3_moe": ModelFamily(qwen3_moe.parse_config, qwen3_moe.build),
+    "qwen3_vl_moe": ModelFamily(qwen3_vl_moe.parse_config, qwen3_vl_moe.build, frozenset()),
 }
 # The narrowest tile of the matrix units.
 MIN_TILE_WIDTH = 16
@@ -66,22 +67,35 @@ def family_of(model_type: str) -> ModelFamily:
 
 
 def load_model_config(config: EngineConfig) -> ModelConfig:
-    """Read the checkpoint's configuration.
+    """Read the checkpoint's configuration, for an engine of this one.
 
+    Raises:
+        ValueError: no checkpoint at `model_path`, or one that no model file serves, or not so.
+    """
+    parsed = load_model_config_of(config.model_path, config.dtype)
+    if config.fp8_activations == "e4m3" and not parsed.is_fp8:
+        raise ValueError("fp8_activations='e4m3': needs a checkpoint in FP8")
+    if config.encoder is not None and parsed.vision is None:
+        raise ValueError(f"encoder: {parsed.model_type} models take no images")
+    return parsed
+
+
+def load_model_config_of(model_path: str, dtype: str) -> ModelConfig:
+    """
     Raises:
         ValueError: no checkpoint at `model_path`, or one that no model file serves.
     """
-    model_type = read_config_file(config.model_path)["model_type"]
+    model_type = read_config_file(model_path)["model_type"]
     # Known before `transformers` is asked, which may not know it.
     family = family_of(model_type)
-    hf_config = read_hf_config(config.model_path)
+    hf_config = read_hf_config(model_path)
     quantisation = hf_config.to_dict().get("quantization_config")
     if quantisation is not None:
-        check_quantisation(quantisation, family.quantisations, model_type, hf_config.num_hidden_layers)
-    parsed = family.parse_config(hf_config, config.model_path, config.dtype)
+        check_quantisation(
+            quantisation, family.quantisations, model_type, hf_config.get_text_config().num_hidden_layers
+        )
+    parsed = family.parse_config(hf_config, model_path, dtype)
     is_fp8 = quantisation is not None and quantisation["quant_method"] == FP8
-    if config.fp8_activations == "e4m3" and not is_fp8:
-        raise ValueError("fp8_activations='e4m3': needs a checkpoint in FP8")
     return replace(parsed, model_type=model_type, is_fp8=is_fp8)
 
 

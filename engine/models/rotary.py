@@ -48,3 +48,35 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T] -> cos, sin [T, 1, d], for all heads of a token."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+class InterleavedRotary(RotaryEmbedding):
+    """Of tokens that have positions in time, height and width (Qwen3-VL): every third frequency is turned by the height,
+    and every third by the width, as far as their sections go; all others by the time."""
+
+    def __init__(self, num_positions: int, context: ModelContext) -> None:
+        super().__init__(num_positions, context)
+        vision = context.config.vision
+        assert vision is not None
+        num_frequencies = self.cos.shape[1] // 2
+        axes = torch.zeros(num_frequencies, dtype=torch.int64)
+        for axis in (1, 2):
+            axes[axis : 3 * vision.mrope_section[axis] : 3] = axis
+        axes = torch.cat((axes, axes)).to(self.cos.device)
+        self._by_height, self._by_width = axes == 1, axes == 2
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T], of text, or [3, T]."""
+        if positions.dim() == 1:
+            return super().forward(positions)
+        time, height, width = positions
+        cos, sin = (
+            torch.where(self._by_height, table[height], torch.where(self._by_width, table[width], table[time]))
+            for table in (self.cos, self.sin)
+        )
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+def make_rotary(num_positions: int, context: ModelContext) -> RotaryEmbedding:
+    has_images = context.config.vision is not None
+    return InterleavedRotary(num_positions, context) if has_images else RotaryEmbedding(num_positions, context)

@@ -136,7 +136,7 @@ def plan(weights: Mapping[str, ShardedWeight], file: TensorFile, names: Iterable
     blocks: list[Block] = []
     for name in names:
         stored = file.tensors[name]
-        for piece in weights[name].pieces:
+        for piece in weights[name].stored_pieces(stored.shape):
             blocks.extend(cut(stored.begin, dtype_of(stored), stored.shape, piece))
     return plan_reads(blocks)
 

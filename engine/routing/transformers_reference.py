@@ -15,17 +15,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .dequantised import floating_point
 from .hf_config import read_hf_config
-from .replay.routers import RouterKind, router_kind, router_weights
+from .replay.layers import find_routed_model
+from .replay.routers import RouterKind, router_weights
 
 NEAR_TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
@@ -105,26 +108,26 @@ class Reference:
 
     def __init__(self, model_path: str, device: str = "cpu", *, num_kept: int = 0) -> None:
         with floating_point(model_path) as folder:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=read_hf_config(folder), dtype=torch.float32)
+            config = read_hf_config(folder)
+            model = auto_class(config).from_pretrained(folder, config=config, dtype=torch.float32)
         self._model = model.eval().to(device)
         self._taps: list[RouterTap] = []
-        for layer in self._model.model.layers:
-            for module in layer.mlp.children():
-                if (kind := router_kind(module)) is not None:
-                    self._taps.append(RouterTap(module, kind))
-                    module.register_forward_hook(self._taps[-1])
-        assert self._taps, "the model has no router"
+        for layer in find_routed_model(self._model).layers:
+            self._taps.append(RouterTap(layer.router, layer.kind))
+            layer.router.register_forward_hook(self._taps[-1])
+        # What is shown to the model beside the tokens.
+        self._images: dict[str, torch.Tensor] = {}
         self._num_kept = num_kept
         self._kept: OrderedDict[tuple[int, ...], Forward] = OrderedDict()
 
     def _forward(self, tokens: list[int]) -> torch.Tensor:
         """Logits [T, V]; the taps hold the routers'."""
         key = tuple(tokens)
-        is_free = not any(tap.forced for tap in self._taps)
+        is_free = not self._images and not any(tap.forced for tap in self._taps)
         kept = self._kept.get(key) if is_free else None
         if kept is None:
             with torch.inference_mode():
-                logits = self._model(torch.tensor([tokens], device=self._model.device)).logits[0].cpu()
+                logits = self._model(**self._inputs(tokens)).logits[0].cpu()
             if is_free and self._num_kept:
                 self._kept[key] = Forward(logits, [(tap.logits, tap.ids, tap.weights) for tap in self._taps])
                 if len(self._kept) > self._num_kept:
@@ -134,6 +137,23 @@ class Reference:
         for tap, of_router in zip(self._taps, kept.routers, strict=True):
             tap.logits, tap.ids, tap.weights = of_router
         return kept.logits
+
+    def _inputs(self, tokens: list[int]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([tokens], device=self._model.device)
+        if not self._images:
+            return {"input_ids": ids}
+        kinds = (ids == self._model.config.image_token_id).int()
+        return {"input_ids": ids, "mm_token_type_ids": kinds, **self._images}
+
+    @contextmanager
+    def showing(self, **images: torch.Tensor) -> Iterator[None]:
+        """Within the context tokens have these images, as the checkpoint's image processor makes them: `pixel_values` and
+        `image_grid_thw`."""
+        self._images = {name: tensor.to(self._model.device) for name, tensor in images.items()}
+        try:
+            yield
+        finally:
+            self._images = {}
 
     def check_routes(self, tokens: list[int], routes: np.ndarray, start: int = 0) -> tuple[torch.Tensor, Agreement]:
         """Compare `routes` [rows, moe_layers, top_k], the routing of `tokens[start : start + rows]`, under the rule.
@@ -227,6 +247,12 @@ class Reference:
                 raise Difference(f"output token {index}: log-probability {logprobs[index]}, reference {logprob}")
         agreement.num_tokens = len(output)
         return agreement
+
+
+def auto_class(config: Any) -> Any:
+    """What makes a model of that configuration: with its vision tower, if it has one."""
+    has_images = config.get_text_config() is not config
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
 
 
 def choice_gap(scores: torch.Tensor, ids: torch.Tensor) -> float:

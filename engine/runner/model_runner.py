@@ -24,9 +24,11 @@ from ..kv_cache.kv_store import KVStore
 from ..kv_cache.page_pool import pages_for
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
 from ..models.causal_lm import CausalLM
+from ..models.forward_batch import VisualRows
 from ..plan import Draw, GraphSizes, NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
 from ..routing.capturer import RoutedExpertsCapturer
 from ..routing.late_gather import LateRouteGather
+from ..vision.image_memory import ImageMemory
 from .decode_cuda_graphs import DecodeGraphs
 from .decode_cuda_graphs import capture_sizes as decode_sizes
 from .device_watchdog import BOUND_S, DeviceWatchdog
@@ -37,7 +39,7 @@ from .plain_sampling import sample_plain
 from .prefill_cuda_graphs import PrefillGraphs
 from .prefill_cuda_graphs import capture_sizes as prefill_sizes
 from .sampler import NO_TOKEN, Sampled, SamplingRow, sample, score_tokens, start_counts
-from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch
+from .step_tensors import Forwarded, HostBatch, lay_out, make_forward_batch, visual_rows
 from .token_masks import TokenMasks
 
 # Logits of prompt positions are made in blocks, so that scoring a prompt never holds [prompt, vocabulary] at once.
@@ -73,6 +75,8 @@ class ModelRunner:
         self._attention = make_attention_backend(attention_backend, mesh.device)
         self._choose = select_choose_tokens(mesh.device)
         self._masks = TokenMasks(mask_maker)
+        config = model.config
+        self._images = None if config.vision is None else ImageMemory(config.vision.num_levels, config.hidden_size)
         # On a CPU nothing is waited for but collectives, which have bounds of their own.
         self._watchdog = DeviceWatchdog(step_timeout_s) if mesh.device.type == "cuda" else nullcontext()
         num_pages = pages_for(context_length, page_size)
@@ -182,12 +186,21 @@ class ModelRunner:
             self._finish_replay()
             return ring_seq, forwarded
         layout = self._lay_out(batch)
-        forward = make_forward_batch(host, self._pool, self._page_size, self._last_token_ids, self._attention, layout)
+        forward = make_forward_batch(
+            host, self._pool, self._page_size, self._last_token_ids, self._attention, layout, self._visual(host, layout)
+        )
         ring_seq = -1 if self._capturer is None else self._begin_capture(batch)
         hidden = self.model(forward, self._attention, self.kv_store, self._capturer)
         if self._capturer is not None:
             self._capturer.finish()
         return ring_seq, Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
+
+    def _visual(self, host: HostBatch, layout: TokenLayout) -> VisualRows | None:
+        if not host.images:
+            return None
+        assert self._images is not None, "images of a model that takes none are refused at the edge"
+        dtype = self.model.config.dtype
+        return visual_rows(host.images, len(host.input_ids), self._images, layout, self._mesh.device, dtype)
 
     @staticmethod
     def _check_chunks(hidden: torch.Tensor, host: HostBatch) -> torch.Tensor:

@@ -5,7 +5,7 @@ Legend: T tokens of the step, B requests, N rows whose logits are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,10 @@ from ...parallel.dp_attention import TokenLayout
 from ...parallel.host_to_device import to_device
 from ..attention.backend import AttentionBackend, AttentionBatch
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
-from ..models.forward_batch import ForwardBatch, PlanT
-from ..plan import ScheduleBatch
+from ..models.forward_batch import ForwardBatch, PlanT, VisualRows
+from ..plan import ScheduleBatch, ScheduledReq
+from ..vision.image_memory import ImageMemory
+from ..vision.placed_image import PlacedImage, rope_positions
 
 # See `read_inputs_torch`.
 ReadInputs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], "TokenInputs"]
@@ -32,6 +34,16 @@ class Forwarded:
 
 
 @dataclass(frozen=True)
+class ImageRows:
+    """Tokens `[first, last)` of an image, in the step's rows from `row` on."""
+
+    image: PlacedImage
+    row: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class HostBatch:
     """A step's tensors on the host, T tokens of B requests. An id of -1 stands for a token that only the device knows."""
 
@@ -41,6 +53,9 @@ class HostBatch:
     q_lens: list[int]
     kv_lens: list[int]
     sampling: list[int]  # indices of the requests that sample
+    # Of a step with a request that has images: positions [3, T] int64, and the parts of images in it.
+    rope_positions: np.ndarray | None = None
+    images: Sequence[ImageRows] = ()
 
     @property
     def not_sampling(self) -> list[int]:
@@ -60,6 +75,7 @@ def lay_out(batch: ScheduleBatch) -> HostBatch:
         if req.input_ids:
             ids[first:end] = np.frombuffer(req.input_ids, dtype="<i4")
         first = end
+    rope, images = lay_out_images(batch.reqs, positions)
     return HostBatch(
         input_ids=ids,
         positions=positions,
@@ -67,7 +83,49 @@ def lay_out(batch: ScheduleBatch) -> HostBatch:
         q_lens=q_lens,
         kv_lens=[req.start + req.num_tokens for req in batch.reqs],
         sampling=[i for i, req in enumerate(batch.reqs) if req.sample],
+        rope_positions=rope,
+        images=images,
     )
+
+
+def lay_out_images(reqs: Sequence[ScheduledReq], positions: np.ndarray) -> tuple[np.ndarray | None, list[ImageRows]]:
+    """Positions [3, T] for the rotation, where they are others than those in the sequence [T], and the images' rows."""
+    if not any(req.images or req.rope_delta for req in reqs):
+        return None, []
+    rope = np.tile(positions, (3, 1))
+    images: list[ImageRows] = []
+    row = 0
+    for req in reqs:
+        end = req.start + req.num_tokens
+        if req.images or req.rope_delta:
+            rope[:, row : row + req.num_tokens] = rope_positions(req.start, req.num_tokens, req.rope_delta, req.images)
+        for image in req.images:
+            first, last = max(image.start, req.start), min(image.end, end)
+            images.append(ImageRows(image, row + first - req.start, first - image.start, last - image.start))
+        row += req.num_tokens
+    return rope, images
+
+
+def visual_rows(
+    images: Sequence[ImageRows],
+    num_tokens: int,
+    memory: ImageMemory,
+    layout: TokenLayout,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> VisualRows:
+    """Those of a step's images' tokens that this rank holds between the layers, of `num_tokens` in all."""
+    features = torch.cat([memory.rows(each.image, each.first, each.last) for each in images])
+    # 0 stands for a row that is no image's, as for padding.
+    places = torch.zeros(num_tokens, dtype=torch.int64)
+    counted = 1
+    for each in images:
+        count = each.last - each.first
+        places[each.row : each.row + count] = torch.arange(counted, counted + count)
+        counted += count
+    held = layout.scatter(places)
+    rows = held.nonzero().flatten()
+    return VisualRows(rows.to(device), features[held[rows] - 1].to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -125,8 +183,9 @@ def make_forward_batch(
     last_token_ids: torch.Tensor,
     attention: AttentionBackend[PlanT],
     layout: TokenLayout,
+    visual: VisualRows | None = None,
 ) -> ForwardBatch[PlanT]:
-    """Bring a step to the device, in one transfer.
+    """Bring a step to the device, in one transfer, but for images.
 
     Args:
         last_token_ids: [max_requests + 1] int64, the last token sampled per pool row.
@@ -152,4 +211,6 @@ def make_forward_batch(
         layout=layout,
         sample_rows=sample_rows_t,
         sampling_req_rows=sampling_req_rows,
+        rope_positions=None if host.rope_positions is None else to_device(host.rope_positions, device),
+        visual=visual,
     )

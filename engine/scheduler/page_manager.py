@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ..kv_cache.page_pool import PagePool, Pages, pages_for
 from ..kv_cache.radix_cache import NullPrefixCache, RadixCache
+from ..plan import TOKEN_BYTES
 from .req import HeldPages, Req
 
 # Share of the pool that is evicted beyond what lacks.
@@ -43,7 +44,7 @@ class PageManager:
 
     def match(self, req: Req) -> None:
         """Start a request on its longest cached prefix."""
-        match = self.cache.match_prefix(bytes(req.tokens), req.recv.extra_key, self.num_reusable_tokens(req))
+        match = self.cache.match_prefix(bytes(req.cache_keys), req.recv.extra_key, self.num_reusable_tokens(req))
         self.cache.lock(match.node)
         req.held = HeldPages(match.node, match.pages, num_offered=len(match.pages))
         req.num_cached = req.num_scheduled = req.num_committed = len(match.pages) * self.page_size
@@ -72,7 +73,8 @@ class PageManager:
         first, end = held.num_offered, req.num_committed // self.page_size
         if first == end:
             return
-        tokens = req.token_bytes(first * self.page_size, end * self.page_size)
+        page_bytes = self.page_size * TOKEN_BYTES
+        tokens = bytes(req.cache_keys[first * page_bytes : end * page_bytes])
         held.node, duplicates = self.cache.extend(held.node, tokens, held.pages[first:end])
         held.duplicates.extend(duplicates)
         held.num_offered = end

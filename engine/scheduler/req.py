@@ -9,9 +9,12 @@ known to the host          [0, seqlen), where seqlen = prompt + committed output
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 from ..grammar.constraint import Constraint
 from ..io_struct import FinishReason, OutputOptions, ReqStarted, SamplingParams
@@ -66,6 +69,8 @@ class Req:
     recv: TokenizedGenerateReqInput
     # Prompt and committed output ids as int32 bytes: a page's key is a slice of it.
     tokens: bytearray
+    # What the prefix cache knows them by, where that is something else.
+    image_keys: bytearray | None = None
     output_ids: list[int] = field(default_factory=list)
 
     # Valid while it runs.
@@ -159,6 +164,18 @@ class Req:
     def started(self) -> ReqStarted:
         """What the output processor has to know of it."""
         return ReqStarted(self.rid, self.num_prompt_tokens, self.options, self.params.stop, self.recv.transfer)
+
+    @property
+    def cache_keys(self) -> bytearray:
+        """What the prefix cache knows `tokens` by: tokens of other images are other ones."""
+        return self.tokens if self.image_keys is None else self.image_keys
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Committed output."""
+        added = np.array(token_ids, dtype="<i4").tobytes()
+        self.tokens += added
+        if self.image_keys is not None:
+            self.image_keys += added
 
     def token_bytes(self, start: int, end: int) -> bytes:
         return bytes(self.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES])

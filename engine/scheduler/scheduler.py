@@ -210,7 +210,8 @@ class Scheduler(Generic[LaunchedT]):
         }
 
     def _on_generate(self, message: TokenizedGenerateReqInput) -> None:
-        req = Req(message, tokens=bytearray(message.input_ids))
+        keys = bytearray(message.cache_ids) if message.images else None
+        req = Req(message, tokens=bytearray(message.input_ids), image_keys=keys)
         req.num_scored = max(0, req.options.logprob_start_len)
         if req.params.grammar:
             assert self._mask_maker is not None, "grammars are refused at the edge where there is no tokenizer"

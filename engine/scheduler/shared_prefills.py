@@ -43,7 +43,7 @@ class SharedPrefills:
         fewest = len(req.held.pages) + max(1, -(-to_compute // (2 * page_size)))
         for prefill in running if fewest <= most else ():
             if self._may_bring(prefill, req):
-                num_shared = min(most, num_common_pages(prefill.tokens, req.tokens, page_size))
+                num_shared = min(most, num_common_pages(prefill.cache_keys, req.cache_keys, page_size))
                 if num_shared >= fewest:
                     req.awaited, fewest = AwaitedPages(prefill, num_shared), num_shared + 1
         return req.awaited is not None

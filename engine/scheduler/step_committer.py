@@ -127,7 +127,7 @@ class StepCommitter:
         if item.scheduled.sample:
             token_ids = [result.token_ids[position]]
             req.output_ids.extend(token_ids)
-            req.tokens += np.array(token_ids, dtype="<i4").tobytes()
+            req.append(token_ids)
         logprobs = _logprobs(req, item.scheduled, result, index, position) if req.options.return_logprob else None
         if not token_ids and (logprobs is None or not logprobs.input):
             return None

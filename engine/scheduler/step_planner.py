@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..io_struct import BeforeEvent, ReqAdmitted, ReqRetracted, Segment
 from ..kv_cache.page_pool import Pages
 from ..plan import Draw, ScheduleBatch, ScheduledReq, StepShape
+from ..vision.placed_image import images_within
 from .agreement import ForwardMode
 from .page_manager import PageManager
 from .req import Req
@@ -197,6 +198,7 @@ class StepPlanner:
         is_last = end == req.num_prompt_tokens + req.num_sampled
         sample = is_last and req.params.max_new_tokens > 0
         score_from, scored_ids = self._rows_to_score(req, start, end)
+        delta, images = images_within(req.recv.images, start, end) if req.recv.images else (0, [])
         scheduled = ScheduledReq(
             row=req.row,
             start=start,
@@ -207,6 +209,8 @@ class StepPlanner:
             sample=sample,
             prompt_logprobs_from=score_from,
             prompt_logprob_ids=scored_ids,
+            rope_delta=delta,
+            images=images,
         )
         req.num_scheduled = end
         req.num_sampled += sample

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from ..grammar.mask_maker import MaskMaker
 from ..io_struct import FinishReason, FirstToken, ReqTransferred, TokenOutput
 from .page_manager import PageManager
@@ -68,7 +66,7 @@ class TransferEnds:
         new_pages = req.held.pages[req.num_cached // self._pages.page_size :].tobytes()
         req.num_cached = req.num_scheduled = req.num_committed = req.num_prompt_tokens
         req.output_ids.extend(first.token_ids)
-        req.tokens += np.array(first.token_ids, dtype="<i4").tobytes()
+        req.append(first.token_ids)
         req.num_sampled = len(first.token_ids)
         # The prefill has scored the prompt.
         req.num_scored = req.num_prompt_tokens

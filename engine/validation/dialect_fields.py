@@ -23,7 +23,6 @@ def off(*names: str) -> dict[str, tuple[Any, ...]]:
 
 # Values of another kind than text, and what is made of them.
 MEDIA = off(
-    "image_data",
     "video_data",
     "audio_data",
     "mm_hashes",
@@ -149,6 +148,8 @@ VLLM_RPC: Neutral = off("args", "timeout")
 OPENAI: Neutral = {
     **VLLM_SAMPLING,
     **MEDIA,
+    # Here images are parts of messages.
+    **off("image_data"),
     **DISAGGREGATION,
     **FEATURES,
     **RETURNS,

@@ -20,7 +20,7 @@ from ..cpu_ops.experts import experts_native, has_native_experts
 from ..linear import shard_size
 from ..mesh import Axis
 from ..weight_format import Fp8Matrix, Placed, Stack, WeightFormat, product_of_stack
-from ..weights import Piece, ShardedWeight
+from ..weights import Piece, ShardedWeight, TransposableWeight
 from .activation import ClampedExperts, SwigluClamp, activate, add_down_bias
 
 # (hidden [T, D], ids [T, K], weights [T, K], gate_up [F, 2I, D], down [F, D, I]) -> [T, D]; ids of padding, and of experts
@@ -199,6 +199,13 @@ class Experts(nn.Module):
             for half in (0, 1)
         ]
         return self.gate_up.sharded((self._num_experts, 2 * width, hidden), *halves, num_fused=2)
+
+    def stacked_weights(self, prefix: str) -> dict[str, ShardedWeight]:
+        """The same two, by their names; a checkpoint's file may have their matrices transposed."""
+        stacks = {part: self.fused_weight(part) for part in ("gate_up", "down")}
+        return {
+            f"{prefix}.{part}_proj": TransposableWeight(weight.shape, weight.pieces) for part, weight in stacks.items()
+        }
 
     def transposed_weights(self, prefix: str) -> dict[str, ShardedWeight]:
         """Of clamped experts, as checkpoints hold them: [E, D, 2I], gate and up side by side for each of the I, and

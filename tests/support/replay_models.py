@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
@@ -25,12 +24,15 @@ from transformers import (
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 
 from waybill.engine.routing.geometry import RouteGeometry
+from waybill.engine.routing.transformers_reference import auto_class
 from waybill.engine.routing.wire import RoutedExperts, encode
 
 NUM_EXPERTS, TOP_K, VOCAB = 8, 3, 64
+IMAGE_PAD = 63
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -57,6 +59,26 @@ LATENT: dict[str, Any] = {
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **QWEN, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0]),
     "qwen3_moe_unnormalised": lambda: Qwen3MoeConfig(**SIZES, **QWEN, head_dim=8, norm_topk_prob=False),
+    "qwen3_vl_moe": lambda: Qwen3VLMoeConfig(
+        text_config={
+            **SIZES,
+            **QWEN,
+            "head_dim": 8,
+            "mlp_only_layers": [0],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 1,
+            "patch_size": 4,
+            "out_hidden_size": SIZES["hidden_size"],
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=IMAGE_PAD,
+    ),
     "qwen2_moe": lambda: Qwen2MoeConfig(**SIZES, **QWEN, shared_expert_intermediate_size=16, mlp_only_layers=[0]),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=NUM_EXPERTS),
     "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=NUM_EXPERTS),
@@ -101,7 +123,8 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     torch.manual_seed(seed)
     # torch's grouped products know no float64.
     experts = "eager" if dtype == torch.float64 else "grouped_mm"
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype, experts_implementation=experts)
+    config = CONFIGS[family]()
+    model = auto_class(config).from_config(config, dtype=dtype, experts_implementation=experts)
     if family in LIKE_DEEPSEEK:
         for layer in moe_layers(model):
             # A bias that would show if it entered the weights.
@@ -110,7 +133,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 
 def moe_layers(model: nn.Module) -> list[Any]:
-    return [layer for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    return [layer for layer in decoder_layers(model) if hasattr(layer.mlp, "experts")]
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """Those behind a vision tower, if there is one."""
+    return list((model.model.language_model if hasattr(model.model, "visual") else model.model).layers)
 
 
 def router_of(block: Any) -> Any:
@@ -118,13 +146,13 @@ def router_of(block: Any) -> Any:
 
 
 def layer_ids(model: nn.Module) -> tuple[int, ...]:
-    return tuple(index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
+    return tuple(index for index, layer in enumerate(decoder_layers(model)) if hasattr(layer.mlp, "experts"))
 
 
 def make_routes(model: nn.Module, rows: np.ndarray, start: int = 0) -> RoutedExperts:
     """Rows [R, M, K] in their envelope."""
     layers = layer_ids(model)
-    geometry = RouteGeometry(layers, len(model.model.layers), 1, rows.shape[2], NUM_EXPERTS)
+    geometry = RouteGeometry(layers, len(decoder_layers(model)), 1, rows.shape[2], NUM_EXPERTS)
     return encode(rows, start, geometry, [("0", start, start + len(rows))])
 
 
@@ -173,7 +201,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def make_dense(model: nn.Module, rows: torch.Tensor) -> None:
     """Replace every MoE block's forward by one that runs all experts on all tokens and masks: rows [T, M, K]."""
     for column, layer in enumerate(moe_layers(model)):
-        layer.mlp.forward = partial(_dense_forward, layer.mlp, model.config, rows[:, column])
+        layer.mlp.forward = partial(_dense_forward, layer.mlp, model.config.get_text_config(), rows[:, column])
 
 
 def _dense_gpt_oss(block: Any, config: Any, ids: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
@@ -197,7 +225,7 @@ def _dense_forward(block: Any, config: Any, ids: torch.Tensor, hidden: torch.Ten
         weights = mask * torch.sigmoid(logits.float())
     else:
         weights = mask * torch.softmax(logits.float(), dim=-1)
-    if config.model_type == "mixtral" or config.norm_topk_prob:
+    if config.model_type in ("mixtral", "qwen3_vl_moe_text") or config.norm_topk_prob:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     if config.model_type in LIKE_DEEPSEEK:
         weights = weights * config.routed_scaling_factor

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     Glm4MoeConfig,
     GptOssConfig,
     MixtralConfig,
@@ -23,10 +22,13 @@ from transformers import (
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from support.tiny_images import add_images
 from support.tiny_latent_families import finish_checkpoint, latent_families
+from waybill.engine.routing.transformers_reference import auto_class
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -48,6 +50,8 @@ SIZES: dict[str, Any] = {
 }
 QWEN: dict[str, Any] = {"num_experts": NUM_EXPERTS, "moe_intermediate_size": 32}
 WINDOW = 12
+# Behind the tokens of the tokenizer; videos are not served.
+VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = 261, 262, 263, 263
 # Older versions of `transformers` have another limit as a constant.
 CLAMP = {"swiglu_limit": 1.0} if "swiglu_limit" in GptOssConfig().to_dict() else {}
 
@@ -84,6 +88,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, **QWEN, head_dim=16, mlp_only_layers=[0], use_sliding_window=True, sliding_window=WINDOW
     ),
+    "qwen3_vl_moe": lambda: Qwen3VLMoeConfig(
+        text_config={
+            **SIZES,
+            **QWEN,
+            "moe_intermediate_size": 48,
+            "head_dim": 16,
+            "attention_bias": True,
+            "mlp_only_layers": [1],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": SIZES["hidden_size"],
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 2],
+            "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    ),
     **latent_families(SIZES),
 }
 
@@ -93,8 +123,8 @@ def make_family_model(family: str, seed: int = 0, **changes: int) -> Any:
     torch.manual_seed(seed)
     config = FAMILIES[family]()
     for name, value in changes.items():
-        setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        setattr(config.get_text_config(), name, value)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             make_brittle(name, tensor)
@@ -148,4 +178,6 @@ def write_family(family: str, folder: Path, seed: int = 0, **changes: int) -> Pa
     finish_checkpoint(family, folder)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder)
+    if family == "qwen3_vl_moe":
+        add_images(folder)
     return folder

@@ -47,8 +47,9 @@ ROOMS: dict[str, set[str]] = {
     "config": {"validation"},
     "io_struct": {"routing"},
     "control": {"validation"},
-    "plan": {"control", "grammar", "io_struct"},
-    "ipc": {"control", "io_struct"},
+    "vision": set(),
+    "plan": {"control", "grammar", "io_struct", "vision"},
+    "ipc": {"control", "io_struct", "vision"},
     "text": set(),
     "kv_cache": set(),
     "attention": set(),
@@ -56,6 +57,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"attention", "config", "kv_cache", "routing"},
     "weight_sync": {"control", "ipc", "models"},
     "disaggregation": {"config", "io_struct", "ipc", "kv_cache", "models", "plan", "routing", "weight_sync"},
+    "encoder": {"ipc", "models", "routing", "vision"},
     "scheduler": {
         "config",
         "control",
@@ -66,6 +68,7 @@ ROOMS: dict[str, set[str]] = {
         "plan",
         "routing",
         "text",
+        "vision",
         "weight_sync",
     },
     "runner": {
@@ -79,10 +82,23 @@ ROOMS: dict[str, set[str]] = {
         "models",
         "plan",
         "routing",
+        "vision",
         "weight_sync",
     },
     "output": {"disaggregation", "io_struct", "ipc", "routing", "text"},
-    "frontend": {"config", "control", "grammar", "io_struct", "ipc", "routing", "text", "validation", "weight_sync"},
+    "frontend": {
+        "config",
+        "control",
+        "encoder",
+        "grammar",
+        "io_struct",
+        "ipc",
+        "routing",
+        "text",
+        "validation",
+        "vision",
+        "weight_sync",
+    },
     "entrypoints": {"chat_formats", "control", "frontend", "grammar", "io_struct", "ipc", "routing", "validation"},
 }
 # The composition root of a rank: it alone knows both scheduler and runner.
@@ -90,10 +106,12 @@ ROOMS["replica"] = set(ROOMS) - {
     "validation",
     "control",
     "chat_formats",
+    "encoder",
     "frontend",
     "entrypoints",
     "output",
     "attention",
+    "vision",
 }
 # Beside its folders.
 NUM_ENGINE_FILES = 5

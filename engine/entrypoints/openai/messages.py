@@ -15,18 +15,43 @@ class TextPart(RequestModel):
     text: str
 
 
+class ImageURL(RequestModel):
+    url: str
+    # How closely to look: the checkpoint's processor decides that.
+    detail: Literal["auto"] = "auto"
+
+
+class ImagePart(RequestModel):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
 class ChatMessage(RequestModel):
     """One message; what a template needs beyond role and content is passed on to it."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Items[TextPart] | None = None
+    content: str | Items[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
+
+    @property
+    def images(self) -> list[str]:
+        """In order, as they were given."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
     def for_template(self) -> dict[str, Any]:
-        content = self.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
+        """A template is told where images are, not what they are."""
+        content: str | list[dict[str, str]] | None
+        if not isinstance(self.content, list):
+            content = self.content
+        elif self.images:
+            content = [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in self.content
+            ]
+        else:
+            content = "".join(part.text for part in self.content if isinstance(part, TextPart))
         message = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
         calls = message.get("tool_calls")
         return (

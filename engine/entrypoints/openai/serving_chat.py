@@ -102,6 +102,7 @@ class ChatServing:
 
     def _read(self, body: ChatCompletionRequest) -> tuple[GenerateReqInput, ChatPrompt]:
         ids = self._rendered_ids(body) if body.input_ids is None else body.input_ids
+        images = [image for message in body.messages for image in message.images]
         prompt = ChatPrompt.of(body, ids, self._formats, self._manager.text)
         # What a template leaves out is not bounded by the prompt's tokens, and would stay until the answer ends.
         body.messages, body.chat_template_kwargs = [], {}
@@ -112,11 +113,15 @@ class ChatServing:
             fields["sampling_params"]["json_schema"] = body.calls_schema()
         fields |= {
             "input_ids": ids,
+            "image_data": images,
             **body.logprob_fields(asked=body.logprobs, num_top=body.top_logprobs or 0),
         }
         if body.bad_words:
             extensions.ban(body.bad_words, fields["sampling_params"], self._manager.text)
-        return prompt.to_generate(fields, self._manager.text), prompt
+        request = prompt.to_generate(fields, self._manager.text)
+        if images and asked is None:
+            request.fill_room()
+        return request, prompt
 
     def _rendered_ids(self, body: ChatCompletionRequest) -> list[int]:
         assert self._manager.limits is not None

@@ -45,6 +45,11 @@ def softmax_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> tor
     return weights.to(logits.dtype)
 
 
+def normalised_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Qwen3-VL-MoE: softmax over all experts, always renormalised."""
+    return mixtral_weights(router, logits, ids).to(logits.dtype)
+
+
 def mixtral_weights(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mixtral: softmax, always renormalised, left in float32."""
     weights = torch.softmax(logits.float(), dim=-1).gather(1, ids)
@@ -87,6 +92,7 @@ _GROUPED = RouterKind(deepseek_v3_weights, choice=corrected_scores, is_grouped=T
 # By name, so that neither DeepSpeed nor the families that are not used are imported.
 ROUTER_KINDS: dict[str, RouterKind] = {
     f"{_TRANSFORMERS}.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter": RouterKind(softmax_weights),
+    f"{_TRANSFORMERS}.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextTopKRouter": RouterKind(normalised_weights),
     f"{_TRANSFORMERS}.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter": RouterKind(softmax_weights),
     f"{_TRANSFORMERS}.olmoe.modeling_olmoe.OlmoeTopKRouter": RouterKind(softmax_weights),
     f"{_TRANSFORMERS}.mixtral.modeling_mixtral.MixtralTopKRouter": RouterKind(mixtral_weights),
@@ -96,7 +102,9 @@ ROUTER_KINDS: dict[str, RouterKind] = {
     f"{_TRANSFORMERS}.gpt_oss.modeling_gpt_oss.GptOssTopKRouter": RouterKind(gpt_oss_weights),
     "deepspeed.moe.ep_router.TokenChoiceTopKRouter": RouterKind(autoep_weights, returns_logits=False),
 }
-SUPPORTED = "Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V3, GLM-4-MoE, gpt-oss, DeepSpeed's AutoEP of these"
+SUPPORTED = (
+    "Qwen3-MoE, Qwen3-VL-MoE, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V3, GLM-4-MoE, gpt-oss, DeepSpeed's AutoEP of these"
+)
 
 
 def qualified_names(module: nn.Module) -> list[str]:

@@ -26,6 +26,7 @@ TYPED = {
     "device": ("cpu", "cpu"),
     "weight_version": ("step-0", "step-0"),
     "disaggregation_host": ("127.0.0.2", "127.0.0.2"),
+    "encoder": ("localhost:31000", "localhost:31000"),
     "overlap_depth": ("0", 0),
     "tp_size": ("1", 1),
 }

@@ -42,6 +42,7 @@ def client_of(**facts: Any) -> TestClient:
             "get_state": get_state,
             "not_ready": lambda: None,
             "why_requests_wait": lambda: None,
+            "images": None,
             "blocked": None,
             **facts,
         }

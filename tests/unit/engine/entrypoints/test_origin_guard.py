@@ -50,6 +50,7 @@ def application(hosts: AllowedHosts, origins: tuple[str, ...], keys: tuple[str, 
         not_ready=lambda: None,
         get_state=None,
         config=EngineConfig(model_path=""),
+        images=None,
     )
     app = make_app(
         manager,

@@ -63,7 +63,7 @@ def take_one(**fields: Any) -> SampleRequest:
         ({"text": "a", "routed_experts_start_len": False}, "routed_experts_start_len: must be an integer, not false"),
         ({"input_ids": [1], "colour": "red"}, "colour: is no field of this request"),
         ({"input_ids": [1], "rid": ""}, "rid: "),
-        ({"input_ids": [1], "image_data": ["x"]}, "image_data is not supported"),
+        ({"input_ids": [1], "video_data": ["x"]}, "video_data is not supported"),
         ({"input_ids": [1], "lora_path": "x"}, "lora_path is not supported"),
         ({"input_ids": [1], "bootstrap_host": "10.0.0.1"}, "bootstrap_host is not supported: must be absent"),
         ({"input_ids": [1], "bootstrap_port": 8998}, "bootstrap_port is not supported: must be absent"),

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.fp8_checkpoint import quantise
 from support.tiny_families import FAMILIES, make_family_model, write_family
-from transformers import AutoModelForCausalLM
 
 from waybill.engine.attention import AttentionBatch, make_attention_backend
 from waybill.engine.config import EngineConfig
@@ -25,12 +24,13 @@ from waybill.engine.models.registry import build_model, family_of, load_model_co
 from waybill.engine.models.weight_loader import load_weights
 from waybill.engine.routing.dequantised import floating_point
 from waybill.engine.routing.hf_config import read_hf_config
+from waybill.engine.routing.transformers_reference import auto_class
 from waybill.parallel.cpu_ops.library import SWITCH
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis, ParallelMesh
 
 CPU = torch.device("cpu")
-IN_FP8 = [family for family in FAMILIES if not family.startswith("gpt_oss")]
+IN_FP8 = [family for family in FAMILIES if family not in ("gpt_oss", "qwen3_vl_moe")]
 LAYOUTS = [(1, 1, "ep"), (1, 2, "tp"), (2, 1, "ep"), (1, 4, "ep"), (1, 4, "tp")]
 
 
@@ -58,7 +58,8 @@ def test_names_are_those_of_checkpoints_and_of_memory(family: str, tmp_path: Pat
     weights, fused = model.sharded_weights(), model.fused_weights()
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert {name for name in file.keys() if name not in model.ignored_weights} == weights.keys()  # noqa: SIM118
-    in_memory = make_family_model(family).state_dict()
+    state = make_family_model(family).state_dict()
+    in_memory = {name: tensor for name, tensor in state.items() if name not in model.ignored_weights}
     stands_for = [fused[name].names if name in fused else {name} for name in in_memory]
     assert set().union(*stands_for) == weights.keys()
     assert sum(map(len, stands_for)) == len(weights)
@@ -84,9 +85,10 @@ def test_a_forward_is_that_of_transformers(
     folder = write_family(family, tmp_path)
     tokens = [(37 * i + 11) % 256 for i in range(80)]
     found = prefill(load_model_config(EngineConfig(model_path=str(folder), dtype=dtype)), folder, tokens)
-    model = AutoModelForCausalLM.from_pretrained(
+    hf_config = read_hf_config(str(folder))
+    model = auto_class(hf_config).from_pretrained(
         folder,
-        config=read_hf_config(str(folder)),
+        config=hf_config,
         dtype=getattr(torch, dtype),
         experts_implementation="eager",
     )
@@ -107,7 +109,7 @@ def test_in_fp8_a_forward_is_that_of_the_dequantised_weights(family: str, tmp_pa
         check_tensors(rank.sharded_weights(), Checkpoint(str(folder)), rank.ignored_weights)
     tokens = [(37 * i + 11) % 256 for i in range(80)]
     with floating_point(str(folder)) as floats:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(read_hf_config(floats)).from_pretrained(
             floats, config=read_hf_config(floats), dtype=torch.float32, experts_implementation="eager"
         )
     with torch.inference_mode():
@@ -138,7 +140,8 @@ def prefill(config: ModelConfig, folder: Path, tokens: list[int]) -> torch.Tenso
 def test_pieces_of_all_ranks_tile_every_tensor(
     family: str, is_fp8: bool, dp_size: int, tp_size: int, split: str
 ) -> None:
-    config = replace(family_of(family).parse_config(FAMILIES[family](), "nowhere", "float32"), is_fp8=is_fp8)
+    parsed = family_of(family).parse_config(FAMILIES[family](), "nowhere", "float32")
+    config = replace(parsed, model_type=family, is_fp8=is_fp8)
     ranks = [
         model.sharded_weights() | {name: fused.weight for name, fused in model.fused_weights().items()}
         for model in make_ranks(config, dp_size, tp_size, split)
@@ -167,6 +170,26 @@ def test_a_checkpoint_may_hold_experts_fused(family: str, tmp_path: Path) -> Non
     load(in_memory, folder)
     for found, expected in zip(in_memory.parameters(), on_hub.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_stacks_of_experts_may_be_transposed(tmp_path: Path) -> None:
+    """As on the hub, where `transformers` turns them as it loads."""
+    folder = write_family("qwen3_vl_moe", tmp_path)
+    config = load_model_config(EngineConfig(model_path=str(folder)))
+    as_they_are, turned = (make_ranks(config, 1, 2, "tp")[1] for _ in range(2))
+    load(as_they_are, folder)
+    stored = load_file(folder / "model.safetensors")
+    experts = [name for name in stored if ".experts." in name]
+    assert experts
+    save_file(
+        stored | {name: stored[name].transpose(1, 2).contiguous() for name in experts}, folder / "model.safetensors"
+    )
+    load(turned, folder)
+    for found, expected in zip(turned.parameters(), as_they_are.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    save_file(stored | {experts[0]: stored[experts[0]][:, 1:].clone()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"must be \(8, .*\), or \(8, .*\) for the transpose"):
+        load(turned, folder)
 
 
 def load(model: CausalLM, folder: Path) -> None:

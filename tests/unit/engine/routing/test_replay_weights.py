@@ -15,6 +15,7 @@ import torch
 from support.replay_models import (
     CONFIGS,
     NUM_EXPERTS,
+    decoder_layers,
     gradients,
     layer_ids,
     make_model,
@@ -49,7 +50,7 @@ def with_weights(model: Any, rows: np.ndarray, values: np.ndarray, dtype: str = 
     """Rows [R, M, K] and weights of the same shape, which `dtype` must have."""
     routed = make_routes(model, rows)
     layers = layer_ids(model)
-    geometry = RouteGeometry(layers, len(model.model.layers), 1, rows.shape[2], NUM_EXPERTS, dtype)
+    geometry = RouteGeometry(layers, len(decoder_layers(model)), 1, rows.shape[2], NUM_EXPERTS, dtype)
     bits = weight_bits(values.astype(np.float32), dtype)
     return replace(routed, weights=encode_weights(bits, 0, geometry, routed.meta.weight_versions))
 
@@ -73,7 +74,8 @@ def test_experts_get_the_recorded_weights_and_routers_no_gradient(family: str) -
         assert weights.dtype == torch.float32 and np.array_equal(weights.detach().numpy(), values[:, column])
     found = gradients(model)
     for layer in layer_ids(model):
-        router = f"model.layers.{layer}.mlp.{'router' if family == 'gpt_oss' else 'gate'}.weight"
+        ending = f"layers.{layer}.mlp.{'router' if family == 'gpt_oss' else 'gate'}.weight"
+        router = next(name for name, _ in model.named_parameters() if name.endswith(ending))
         assert not found[router].any()
         experts = [grad for name, grad in found.items() if f"layers.{layer}.mlp.experts." in name]
         assert experts and all(grad.any() for grad in experts)

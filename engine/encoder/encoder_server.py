@@ -1,0 +1,199 @@
+"""The encoder's socket: one thread answers, one encodes. What waits and what is kept are bounded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import queue
+import uuid
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from ..ipc.critical_thread import start_critical_thread
+from ..ipc.curve import CurveGuard
+from ..ipc.sockets import Endpoint, open_socket
+from .tower import BadImageError, EncodedImage
+from .wire import (
+    BAD_IMAGE,
+    FAULT,
+    OVERLOADED,
+    Encoded,
+    Failed,
+    Hello,
+    Ping,
+    Pong,
+    Refused,
+    Reply,
+    Request,
+    Welcome,
+    difference,
+)
+
+logger = logging.getLogger(__name__)
+
+TICK_MS = 500
+
+
+class Tower(Protocol):
+    """See `VisionTower`."""
+
+    facts: dict[str, str]
+
+    def encode(self, file: bytes) -> EncodedImage: ...
+
+
+@dataclass(frozen=True)
+class EncoderLimits:
+    """Images that wait, bytes of encoded ones that are kept, and of one image's file."""
+
+    max_waiting: int
+    cache_bytes: int
+    max_image_bytes: int
+
+
+class EncodedCache:
+    """Encoded images by the SHA-256 of their files, those that were asked for last."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, digest: bytes) -> EncodedImage | None:
+        if digest in self._images:
+            self._images.move_to_end(digest)
+        return self._images.get(digest)
+
+    def add(self, digest: bytes, image: EncodedImage) -> None:
+        if digest in self._images:
+            return
+        self._images[digest] = image
+        self.num_bytes += len(image.features)
+        while self.num_bytes > self._max_bytes:
+            _, oldest = self._images.popitem(last=False)
+            self.num_bytes -= len(oldest.features)
+
+
+@dataclass(frozen=True)
+class _Job:
+    sender: bytes
+    number: int
+    digest: bytes
+    file: bytes
+
+
+class EncoderServer:
+    """`run` serves until the process ends."""
+
+    def __init__(self, where: Endpoint, tower: Tower, limits: EncoderLimits) -> None:
+        self._where = where
+        self._tower = tower
+        self._limits = limits
+        self._incarnation = uuid.uuid4().hex
+        self._cache = EncodedCache(limits.cache_bytes)
+        self._jobs: queue.Queue[_Job] = queue.Queue(limits.max_waiting)
+        self._done: deque[tuple[_Job, EncodedImage | Failed]] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+
+    def run(self) -> None:
+        start_critical_thread(self._work, "vision tower")
+        context = zmq.Context()
+        guard = CurveGuard(context, [self._where])
+        socket = open_socket(context, zmq.ROUTER, self._where, bind=True)
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._wake_fd, zmq.POLLIN)
+        try:
+            while True:
+                events = dict(poller.poll(TICK_MS))
+                if self._wake_fd in events:
+                    os.eventfd_read(self._wake_fd)
+                    self._answer_done(socket)
+                if socket in events:
+                    self._receive(socket)
+        finally:
+            guard.close()
+
+    def _receive(self, socket: Any) -> None:
+        while True:
+            try:
+                sender, head, *frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                request = self._decoder.decode(head)
+            except msgspec.DecodeError as error:
+                # Of another version: its questions are answered by nobody, which it notices.
+                logger.warning("a message of a frontend was not understood: %s", error)
+                continue
+            if isinstance(request, Ping):
+                self._send(socket, sender, Pong(self._incarnation, self._jobs.qsize()))
+            elif isinstance(request, Hello):
+                self._send(socket, sender, self._greet(request))
+            else:
+                self._take(socket, _Job(sender, request.number, request.digest, frames[0] if frames else b""))
+
+    def _greet(self, hello: Hello) -> Reply:
+        refusal = difference(hello.facts, self._tower.facts)
+        return Refused(refusal) if refusal else Welcome(self._incarnation, self._limits.max_image_bytes)
+
+    def _take(self, socket: Any, job: _Job) -> None:
+        known = self._cache.get(job.digest)
+        if known is not None:
+            self._answer(socket, job, known)
+            return
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            error = f"{self._limits.max_waiting} images wait already (--max-waiting)"
+            self._answer(socket, job, Failed(job.number, OVERLOADED, error))
+
+    def _answer_done(self, socket: Any) -> None:
+        while self._done:
+            job, result = self._done.popleft()
+            if isinstance(result, EncodedImage):
+                self._cache.add(job.digest, result)
+            self._answer(socket, job, result)
+
+    def _answer(self, socket: Any, job: _Job, result: EncodedImage | Failed) -> None:
+        if isinstance(result, Failed):
+            self._send(socket, job.sender, result)
+        else:
+            head = Encoded(job.number, result.height, result.width, result.dtype)
+            self._send(socket, job.sender, head, result.features)
+
+    @staticmethod
+    def _send(socket: Any, receiver: bytes, reply: Reply, *frames: bytes) -> None:
+        """To nobody where the frontend is gone."""
+        socket.send_multipart([receiver, msgspec.msgpack.encode(reply), *frames], copy=not frames)
+
+    # --- the other thread -------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        last: tuple[bytes, EncodedImage] | None = None
+        while True:
+            job = self._jobs.get()
+            # One that came again while it was encoded.
+            result = last[1] if last is not None and last[0] == job.digest else self._encode(job)
+            if isinstance(result, EncodedImage):
+                last = (job.digest, result)
+            self._done.append((job, result))
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _encode(self, job: _Job) -> EncodedImage | Failed:
+        if hashlib.sha256(job.file).digest() != job.digest:
+            return Failed(job.number, FAULT, "the image has another SHA-256 than was said")
+        try:
+            return self._tower.encode(job.file)
+        except BadImageError as error:
+            return Failed(job.number, BAD_IMAGE, str(error))
+        # One image's: memory that it lacks, say. Others go on.
+        except Exception as error:
+            logger.exception("an image could not be encoded")
+            return Failed(job.number, FAULT, f"{type(error).__name__}: {error}")

@@ -1,0 +1,155 @@
+"""A frontend's line to its encoder, over real sockets: whatever happens there, a question ends."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.engine_pair import free_port
+
+from waybill.engine.encoder import encoder_client
+from waybill.engine.encoder.encoder_client import EncoderClient, EncoderError, ImageRefusedError
+from waybill.engine.encoder.encoder_server import EncodedCache, EncoderLimits, EncoderServer
+from waybill.engine.encoder.tower import BadImageError, EncodedImage
+from waybill.engine.ipc.sockets import CurveKeys, Endpoint
+
+KEYS = CurveKeys.make()
+FACTS = {"hidden_size": "4"}
+
+
+class FakeTower:
+    """Gives the file back; waits where it is told to."""
+
+    facts = FACTS
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.num_encoded = 0
+
+    def encode(self, file: bytes) -> EncodedImage:
+        self.may_go_on.wait()
+        if file == b"bad":
+            raise BadImageError("is bad")
+        if file == b"fault":
+            raise MemoryError("no memory")
+        self.num_encoded += 1
+        return EncodedImage(1, len(file), "float32", file)
+
+
+def serve(tower: FakeTower, max_waiting: int = 8) -> Endpoint:
+    where = Endpoint(f"tcp://127.0.0.1:{free_port()}", KEYS)
+    server = EncoderServer(where, tower, EncoderLimits(max_waiting, 1 << 10, 100))
+    threading.Thread(target=server.run, daemon=True).start()
+    return where
+
+
+def use(where: Endpoint, talk: Callable[[EncoderClient], Any], timeout_s: float = 5.0, **facts: str) -> list[str]:
+    """Runs `talk`; the names of the encoders that came."""
+    seen: list[str] = []
+
+    async def run() -> None:
+        client = EncoderClient(where, facts or FACTS, timeout_s, seen.append)
+        client.start()
+        try:
+            await talk(client)
+        finally:
+            client.close()
+
+    asyncio.run(run())
+    return seen
+
+
+def ask(client: EncoderClient, file: bytes) -> Any:
+    return client.encode(hashlib.sha256(file).digest(), file)
+
+
+def test_answers_and_refusals() -> None:
+    tower = FakeTower()
+
+    async def talk(client: EncoderClient) -> None:
+        first, again = await ask(client, b"image"), await ask(client, b"image")
+        assert bytes(first.data) == bytes(again.data) == b"image" and first.width == 5
+        assert tower.num_encoded == 1
+        with pytest.raises(ImageRefusedError, match="is bad"):
+            await ask(client, b"bad")
+        with pytest.raises(ImageRefusedError, match="at most 100"):
+            await ask(client, b"x" * 101)
+        with pytest.raises(EncoderError, match=r"127\.0\.0\.1:\d+: MemoryError: no memory"):
+            await ask(client, b"fault")
+        with pytest.raises(EncoderError, match="another SHA-256"):
+            await client.encode(b"0" * 32, b"image")
+        assert client.problem is None and client.num_waiting == 0
+
+    assert len(use(serve(tower), talk)) == 1
+
+
+def test_a_slow_tower_and_a_full_queue() -> None:
+    tower = FakeTower()
+    where = serve(tower, max_waiting=1)
+
+    async def talk(client: EncoderClient) -> None:
+        await ask(client, b"first")
+        tower.may_go_on.clear()
+        running = asyncio.create_task(ask(client, b"running"))
+        await asyncio.sleep(0.3)
+        waiting = asyncio.create_task(ask(client, b"waiting"))
+        await asyncio.sleep(0.3)
+        with pytest.raises(EncoderError, match="1 images wait already"):
+            await ask(client, b"more")
+        # What is known is answered all the same.
+        assert bytes((await ask(client, b"first")).data) == b"first"
+        with pytest.raises(EncoderError, match=r"has not encoded an image within 2 s \(--encoder-timeout\)"):
+            await running
+        waiting.cancel()
+        tower.may_go_on.set()
+        await asyncio.sleep(0.3)
+        assert bytes((await ask(client, b"waiting")).data) == b"waiting"
+        assert client.num_waiting == 0
+
+    use(where, talk, timeout_s=2.0)
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_client, "DOWN_S", 1.0)
+    monkeypatch.setattr(encoder_client, "PING_S", 0.1)
+
+    async def talk(client: EncoderClient) -> None:
+        began = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(EncoderError, match="does not answer"):
+                await ask(client, b"image")
+        assert time.monotonic() - began < 3.0
+        assert client.problem is not None
+
+    use(Endpoint(f"tcp://127.0.0.1:{free_port()}", KEYS), talk)
+
+
+def test_another_model_and_another_key() -> None:
+    where = serve(FakeTower())
+
+    async def talk(client: EncoderClient) -> None:
+        with pytest.raises(EncoderError, match="hidden_size: 5 in the engine, 4 in the encoder"):
+            await ask(client, b"image")
+
+    assert use(where, talk, hidden_size="5") == []
+
+    async def is_refused(client: EncoderClient) -> None:
+        with pytest.raises(EncoderError):
+            await ask(client, b"image")
+
+    assert use(Endpoint(where.address, CurveKeys.make()), is_refused, timeout_s=1.0) == []
+
+
+def test_what_is_kept_is_bounded() -> None:
+    cache = EncodedCache(10)
+    for name in (b"a", b"b", b"c"):
+        cache.add(name, EncodedImage(1, 1, "float32", name * 4))
+    assert cache.get(b"a") is None and cache.get(b"c") is not None and cache.num_bytes == 8
+    cache.add(b"d", EncodedImage(1, 1, "float32", b"d" * 11))
+    assert cache.num_bytes == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from chaos.sides import shut
 from support.engine_pair import EnginePair
+from support.process_tree import children_of, ranks_of
 from support.reference_equality import LONG_ANSWER_TOLERANCE
 
 from waybill import Engine
@@ -174,6 +177,25 @@ def test_memory_that_a_trainer_had_meanwhile(pair: EnginePair, reference: Refere
         engine.resume_memory_occupation(["kv_cache"])
     prompt = ids("after the trainer: ")
     check(reference, prompt, pair.generate(input_ids=prompt, sampling_params=greedy(4), **ALL))
+
+
+def test_a_connection_that_is_cut(pair: EnginePair, reference: Reference) -> None:
+    """Who waits is told at once, and the next request makes another one."""
+    waiting = pair.submit(pair.decode, input_ids=ids("cut off "), sampling_params=greedy(3), **pair.place())
+    ranks = ranks_of([one for one in children_of(os.getpid()) if pair.decode.run_dir in " ".join(one.cmdline())])
+    connections = []
+    while not connections:
+        found = ranks[0].net_connections("tcp")
+        connections = [one for one in found if one.raddr and one.raddr.port == pair.port]
+    while pair.decode.get_server_info()["num_transferring"] == 0:
+        time.sleep(0.01)
+    for one in connections:
+        shut(ranks[0].pid, one.fd)
+    with pytest.raises(GenerationError, match="the connection has ended"):
+        waiting.result()
+    prompt = ids("another connection")
+    check(reference, prompt, pair.generate(input_ids=prompt, sampling_params=greedy(4), **ALL))
+    at_rest(pair.decode)
 
 
 def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Reference) -> None:

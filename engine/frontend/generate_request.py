@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
@@ -23,7 +22,7 @@ from ..validation.field_error import FieldError
 from ..validation.request_model import AnyNumber, Items, Name, Number, PerPrompt, RequestModel, validate
 from ..validation.token_ids import NESTED_SCHEMA, Ids, Prompts, as_prompts
 from ..vision.image_store import StoredImage
-from .image_placement import PlacedPrompt, place_images
+from .image_placement import PlacedPrompt, with_images
 from .request_limits import (
     EngineLimits,
     check_logprobs,
@@ -32,7 +31,7 @@ from .request_limits import (
     check_sampling,
     resolve_max_new_tokens,
 )
-from .sample_request import SampleRequest, SharedPrefix, with_transfer
+from .sample_request import SampleRequest, SharedPrefix, with_grammar, with_transfer
 from .sampling_params import SamplingParamsInput, make_sampling_params
 
 # What a sample costs to make, beside its prompt's length.
@@ -231,7 +230,7 @@ def expand(
         fields = {name: column[index] for name, column in columns.items()}
         try:
             start_of = _check_auto(request, fields, num_delivered)
-            prompt = _place_images(prompts[index], images[index], limits, encode) if images else prompts[index]
+            prompt = with_images(prompts[index], images[index], limits, encode) if images else prompts[index]
             fields["fills_room"] = request.fills_room
             group = _expand_item(rids[index], index, prompt, fields, limits, encode, start_of)
             params = fields["sampling_params"]
@@ -248,25 +247,6 @@ def expand(
             raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
     return samples
-
-
-def with_grammar(
-    samples: list[SampleRequest],
-    params: SamplingParamsInput,
-    limits: EngineLimits,
-    begins_after: int,
-    known: dict[int, str],
-) -> list[SampleRequest]:
-    """Samples of one prompt, with what their output must follow. `known` are grammars by the parameters that prompts share:
-    made once, and one text in memory."""
-    if params.grammar_field is None:
-        return samples
-    if not limits.has_tokenizer:
-        raise FieldError(f"{params.grammar_field}: the checkpoint has no tokenizer", params.grammar_field)
-    if id(params) not in known:
-        known[id(params)] = params.grammar(limits.special_tokens)
-    fields = {"grammar": known[id(params)], "grammar_begins_after": begins_after}
-    return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]
 
 
 def _rids(request: GenerateReqInput, num: int) -> list[str]:
@@ -352,21 +332,6 @@ def _expand_item(
         )
         for sample in range(params.n)
     ]
-
-
-def _place_images(
-    prompt: str | Ids, images: Sequence[StoredImage], limits: EngineLimits, encode: Callable[[str], list[int]]
-) -> Ids | PlacedPrompt | str:
-    """The prompt with its images, if it has any.
-
-    Raises:
-        FieldError: its placeholders do not fit them.
-    """
-    if not images:
-        return prompt
-    assert limits.image_token_id is not None, "there is an encoder"
-    ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
-    return place_images(ids, images, limits.image_token_id)
 
 
 def _output_options(fields: dict[str, Any], num_prompt: int, limits: EngineLimits) -> OutputOptions:

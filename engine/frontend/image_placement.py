@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from ..validation.field_error import FieldError
 from ..validation.token_ids import Ids
 from ..vision.image_store import StoredImage
 from ..vision.placed_image import PlacedImage
+from .request_limits import EngineLimits
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,18 @@ def place_images(input_ids: Ids, images: Sequence[StoredImage], token_id: int) -
         tuple(placed),
         tuple(images),
     )
+
+
+def with_images(
+    prompt: str | Ids, images: Sequence[StoredImage], limits: EngineLimits, encode: Callable[[str], list[int]]
+) -> Ids | PlacedPrompt | str:
+    """The prompt with its images, if it has any.
+
+    Raises:
+        FieldError: its placeholders do not fit them.
+    """
+    if not images:
+        return prompt
+    assert limits.image_token_id is not None, "there is an encoder"
+    ids = np.array(encode(prompt), dtype=np.int32) if isinstance(prompt, str) else prompt
+    return place_images(ids, images, limits.image_token_id)

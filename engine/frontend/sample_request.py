@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 
 from ..io_struct import OutputOptions, SamplingParams, TransferSource
+from ..validation.field_error import FieldError
 from ..validation.token_ids import Ids
 from ..vision.image_store import StoredImage
 from ..vision.placed_image import PlacedImage
 from .request_limits import EngineLimits, check_transfer
+from .sampling_params import SamplingParamsInput
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,22 @@ def with_transfer(samples: list[SampleRequest], place: list[Any], limits: Engine
         )
         for one in moved
     ]
+
+
+def with_grammar(
+    samples: list[SampleRequest],
+    params: SamplingParamsInput,
+    limits: EngineLimits,
+    begins_after: int,
+    known: dict[int, str],
+) -> list[SampleRequest]:
+    """Samples of one prompt, with what their output must follow. `known` are grammars by the parameters that prompts share:
+    made once, and one text in memory."""
+    if params.grammar_field is None:
+        return samples
+    if not limits.has_tokenizer:
+        raise FieldError(f"{params.grammar_field}: the checkpoint has no tokenizer", params.grammar_field)
+    if id(params) not in known:
+        known[id(params)] = params.grammar(limits.special_tokens)
+    fields = {"grammar": known[id(params)], "grammar_begins_after": begins_after}
+    return [replace(one, sampling_params=msgspec.structs.replace(one.sampling_params, **fields)) for one in samples]

@@ -41,7 +41,7 @@ def http(checkpoint: Path, encoder_port: int) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             yield client
     finally:
-        server.close()
+        server.stop()
 
 
 def chat(http: httpx.Client, *parts: Any, **fields: Any) -> httpx.Response:

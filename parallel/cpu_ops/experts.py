@@ -26,11 +26,10 @@ def experts_native(
 ) -> torch.Tensor:
     """One pass over the weights, no copy of tokens. A token's result does not depend on what it is computed with."""
     (num_tokens, width), top_k, (num_local, _, intermediate) = hidden.shape, ids.shape[1], down.shape
-    activated = hidden.new_empty(num_tokens * top_k, intermediate)
     sums = torch.zeros(num_tokens, width)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     # Bound to names: the tensors must live until the operator returns.
-    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)] + [activated, sums, out]
+    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)] + [sums, out]
     sizes = (num_tokens, width, num_local, top_k, intermediate)
     load_operators()[NAME](*(x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
     return out

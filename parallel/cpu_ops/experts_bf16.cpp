@@ -1,50 +1,39 @@
-// The experts of one rank in bfloat16, for CPUs with AVX512-BF16. Twin of `experts_torch_reference`, which says what is
-// computed; every rounding to bfloat16 happens where torch has one. It knows nothing of ranks, torch or Python.
+// The experts of one rank in bfloat16. Twin of `experts_torch_reference`, which says what is computed; every rounding to
+// bfloat16 happens where torch has one. It knows nothing of ranks, torch or Python.
 //
-// No token is copied. A token's result has the same bits whatever tokens, threads or steps it is computed with: so have its
-// dot products, and the sum over its experts goes in the order of their numbers.
+// Tokens are copied once at most, where they are widened. A token's result has the same bits whatever tokens, threads or steps
+// it is computed with: so have its dot products, and the sum over its experts goes in the order of their numbers.
 //
 // Threads own ranges of outputs, never experts: none waits for a busy expert, and no two write the same column.
 //
 // Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank,
 // p pair of a token and one of its experts, sorted by expert.
 
-#include "dot_products.h"
-#include "exponential.h"
-
 #include <vector>
+
+#include "dot_products.h"
 
 using namespace waybill;
 
 namespace {
 
 struct Problem {
-    const bf16* hidden;    // [T, D]
     const int64_t* ids;    // [T, K]; outside [0, F): an expert of another rank
     const float* weights;  // [T, K]
     const bf16* gate_up;   // [F, 2I, D]
     const bf16* down;      // [F, D, I]
-    bf16* activated;       // [pairs, I], scratch
     float* sums;           // [T, D], zero
     bf16* out;             // [T, D]
     int64_t T, D, F, K, I;
 };
 
-__m512 round_to_bf16(__m512 x) { return widen(narrow(x)); }
-__m128 round_to_bf16(__m128 x) {
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32((__m128i)_mm_cvtneps_pbh(x)), 16));
-}
-
-__m512 silu(__m512 x) {
-    const __m512 negated = _mm512_sub_ps(_mm512_setzero_ps(), x);
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negated)));
-}
+Floats silu(Floats x) { return x / (all_of(1.0f) + exponential(zero() - x)); }
 
 // The same for four consecutive rows of w.
-__m512 tile_of_rows(int num_tokens, bool is_first, const bf16* const* x, const bf16* w, int64_t width) {
-    const bf16* rows[TILE];
-    for (int o = 0; o < TILE; ++o) rows[o] = w + o * width;
-    return tile(num_tokens, is_first, x, rows, width, TILE * width);
+void tile_of_rows(int num_tokens, bool is_first, const Input* const* x, const bf16* w, int64_t width, float* out) {
+    const bf16* rows[OUTPUTS];
+    for (int o = 0; o < OUTPUTS; ++o) rows[o] = w + o * width;
+    tile(num_tokens, is_first, x, rows, width, OUTPUTS * width, out);
 }
 
 // The pairs of expert e are first[e] .. first[e + 1] - 1, in token order; pair p is choice[p] of [T * K].
@@ -62,42 +51,49 @@ struct Groups {
 };
 
 // activated[p, columns] = silu(gate) * up
-void activate(const Problem& m, const Groups& groups, int64_t e, Range columns) {
+void activate(const Problem& m, const Groups& groups, const Inputs& hidden, Input* activated, int64_t e, Range columns) {
     const bf16* gate = m.gate_up + e * 2 * m.I * m.D;
     const bf16* up = gate + m.I * m.D;
     const int64_t end = groups.first[e + 1];
-    for (int64_t p = groups.first[e]; p < end; p += TILE) {
-        const int n = std::min<int64_t>(TILE, end - p);
+    for (int64_t p = groups.first[e]; p < end; p += TOKENS) {
+        const int n = std::min<int64_t>(TOKENS, end - p);
         const bool is_first = p == groups.first[e];
-        const bf16* x[TILE];
-        for (int t = 0; t < n; ++t) x[t] = m.hidden + groups.choice[p + t] / m.K * m.D;
-        for (int64_t i = columns.begin; i < columns.end; i += TILE) {
-            const __m512 g = round_to_bf16(tile_of_rows(n, is_first, x, gate + i * m.D, m.D));
-            const __m512 u = round_to_bf16(tile_of_rows(n, is_first, x, up + i * m.D, m.D));
-            alignas(32) bf16 values[TILE * TILE];
-            _mm256_store_si256((__m256i*)values, narrow(_mm512_mul_ps(round_to_bf16(silu(g)), u)));
-            for (int t = 0; t < n; ++t) std::memcpy(m.activated + (p + t) * m.I + i, values + t * TILE, TILE * sizeof(bf16));
+        const Input* x[TOKENS];
+        for (int t = 0; t < n; ++t) x[t] = hidden.row(groups.choice[p + t] / m.K);
+        for (int64_t i = columns.begin; i < columns.end; i += OUTPUTS) {
+            alignas(64) float gates[TILE_SIZE] = {}, ups[TILE_SIZE] = {};
+            tile_of_rows(n, is_first, x, gate + i * m.D, m.D, gates);
+            tile_of_rows(n, is_first, x, up + i * m.D, m.D, ups);
+            bf16 values[TILE_SIZE];
+            for (int j = 0; j < n * OUTPUTS; j += WIDTH)
+                store_bf16(values + j, round_to_bf16(silu(round_to_bf16(load(gates + j)))) * round_to_bf16(load(ups + j)));
+            for (int t = 0; t < n; ++t)
+                for (int o = 0; o < OUTPUTS; ++o)
+                    activated[(p + t) * m.I + place_of(i + o)] = input_of(values[t * OUTPUTS + o]);
         }
     }
 }
 
 // sums[token of p, columns] += weight of p * (activated[p] . down)
-void project(const Problem& m, const Groups& groups, int64_t e, Range columns) {
+void project(const Problem& m, const Groups& groups, const Input* activated, int64_t e, Range columns) {
     const int64_t end = groups.first[e + 1];
-    for (int64_t p = groups.first[e]; p < end; p += TILE) {
-        const int n = std::min<int64_t>(TILE, end - p);
+    for (int64_t p = groups.first[e]; p < end; p += TOKENS) {
+        const int n = std::min<int64_t>(TOKENS, end - p);
         const bool is_first = p == groups.first[e];
-        const bf16* x[TILE];
-        for (int t = 0; t < n; ++t) x[t] = m.activated + (p + t) * m.I;
-        for (int64_t d = columns.begin; d < columns.end; d += TILE) {
-            alignas(64) float values[TILE * TILE];
-            _mm512_store_ps(values, round_to_bf16(tile_of_rows(n, is_first, x, m.down + (e * m.D + d) * m.I, m.I)));
+        const Input* x[TOKENS];
+        alignas(64) float weights[TILE_SIZE] = {};
+        for (int t = 0; t < n; ++t) {
+            x[t] = activated + (p + t) * m.I;
+            for (int o = 0; o < OUTPUTS; ++o) weights[t * OUTPUTS + o] = m.weights[groups.choice[p + t]];
+        }
+        for (int64_t d = columns.begin; d < columns.end; d += OUTPUTS) {
+            alignas(64) float values[TILE_SIZE] = {};
+            tile_of_rows(n, is_first, x, m.down + (e * m.D + d) * m.I, m.I, values);
+            for (int j = 0; j < n * OUTPUTS; j += WIDTH)
+                store(values + j, round_to_bf16(round_to_bf16(load(values + j)) * load(weights + j)));
             for (int t = 0; t < n; ++t) {
-                const int64_t choice = groups.choice[p + t];
-                const __m128 weight = _mm_set1_ps(m.weights[choice]);
-                float* sum = m.sums + choice / m.K * m.D + d;
-                const __m128 value = round_to_bf16(_mm_mul_ps(_mm_load_ps(values + t * TILE), weight));
-                _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), value));
+                float* sum = m.sums + groups.choice[p + t] / m.K * m.D + d;
+                _mm_storeu_ps(sum, _mm_loadu_ps(sum) + _mm_load_ps(values + t * OUTPUTS));
             }
         }
     }
@@ -112,20 +108,22 @@ void for_each_block(const Problem& m, Range columns, Step step) {
 
 }  // namespace
 
-// Tensors as in `Problem`, all contiguous. D and I are multiples of 32.
+// Tensors as in `Problem`, and hidden [T, D], all contiguous. D and I are multiples of 32.
 extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, const float* weights, const bf16* gate_up,
-                                     const bf16* down, bf16* activated, float* sums, bf16* out, int64_t T, int64_t D,
-                                     int64_t F, int64_t K, int64_t I, int num_threads) {
-    const Problem m{hidden, ids, weights, gate_up, down, activated, sums, out, T, D, F, K, I};
+                                     const bf16* down, float* sums, bf16* out, int64_t T, int64_t D, int64_t F, int64_t K,
+                                     int64_t I, int num_threads) {
+    const Problem m{ids, weights, gate_up, down, sums, out, T, D, F, K, I};
     const Groups groups(m);
+    const Inputs inputs(hidden, T, D, D, num_threads);
+    const Buffer<Input> activated(T * K * I);
 #pragma omp parallel num_threads(num_threads)
     {
-        for_each_block(m, own_part(I, LANES), [&](int64_t e, Range columns) { activate(m, groups, e, columns); });
+        for_each_block(m, own_part(I, LANES),
+                       [&](int64_t e, Range columns) { activate(m, groups, inputs, activated.data(), e, columns); });
 #pragma omp barrier
         const Range own = own_part(D, LANES);
-        for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, e, columns); });
+        for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, activated.data(), e, columns); });
         for (int64_t t = 0; t < T; ++t)
-            for (int64_t d = own.begin; d < own.end; d += 16)
-                _mm256_storeu_si256((__m256i*)(out + t * D + d), narrow(_mm512_loadu_ps(sums + t * D + d)));
+            for (int64_t d = own.begin; d < own.end; d += WIDTH) store_bf16(out + t * D + d, load(sums + t * D + d));
     }
 }

@@ -12,46 +12,51 @@ using namespace waybill;
 namespace {
 
 struct Problem {
-    const bf16* x;       // [T, C], rows x_stride apart
     const bf16* weight;  // [R, C], rows weight_stride apart
     const bf16* bias;    // [R] or null
     bf16* out;           // [T, R]
-    int64_t T, R, C, x_stride, weight_stride;
+    int64_t T, R, C, weight_stride;
 };
 
 // Outputs first .. first + 4 of `num_tokens` tokens from `token` on.
-void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
-    const int num_outputs = std::min<int64_t>(TILE, m.R - first);
-    const bf16 *x[TILE], *w[TILE];
-    for (int t = 0; t < num_tokens; ++t) x[t] = m.x + (token + t) * m.x_stride;
+void multiply(const Problem& m, const Inputs& inputs, int64_t token, int num_tokens, int64_t first) {
+    const int num_outputs = std::min<int64_t>(OUTPUTS, m.R - first);
+    const Input* x[TOKENS];
+    const bf16* w[OUTPUTS];
+    for (int t = 0; t < num_tokens; ++t) x[t] = inputs.row(token + t);
     // A tile at the end repeats the last row; what it gives is dropped.
-    for (int o = 0; o < TILE; ++o) w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride;
-    __m512 sums = tile(num_tokens, token == 0, x, w, m.C, TILE * m.weight_stride);
+    for (int o = 0; o < OUTPUTS; ++o) w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride;
+    alignas(64) float sums[TILE_SIZE] = {};
+    tile(num_tokens, token == 0, x, w, m.C, OUTPUTS * m.weight_stride, sums);
+    Floats bias = zero();
     if (m.bias != nullptr) {
-        bf16 bias[TILE] = {};
-        std::memcpy(bias, m.bias + first, num_outputs * sizeof(bf16));
-        int64_t four;
-        std::memcpy(&four, bias, sizeof four);
-        sums = _mm512_add_ps(sums, widen(_mm256_set1_epi64x(four)));
+        bf16 repeated[WIDTH] = {};
+        for (int i = 0; i < WIDTH; ++i)
+            if (i % OUTPUTS < num_outputs) repeated[i] = m.bias[first + i % OUTPUTS];
+        bias = load_bf16(repeated);
     }
-    alignas(32) bf16 values[TILE * TILE];
-    _mm256_store_si256((__m256i*)values, narrow(sums));
+    bf16 values[TILE_SIZE];
+    for (int i = 0; i < num_tokens * OUTPUTS; i += WIDTH) {
+        const Floats sum = load(sums + i);
+        store_bf16(values + i, m.bias == nullptr ? sum : sum + bias);
+    }
     for (int t = 0; t < num_tokens; ++t)
-        std::memcpy(m.out + (token + t) * m.R + first, values + t * TILE, num_outputs * sizeof(bf16));
+        std::memcpy(m.out + (token + t) * m.R + first, values + t * OUTPUTS, num_outputs * sizeof(bf16));
 }
 
 }  // namespace
 
-// Tensors as in `Problem`.
+// Tensors as in `Problem`, and x [T, C], rows x_stride apart.
 extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t T, int64_t R,
                                     int64_t C, int64_t x_stride, int64_t weight_stride, int num_threads) {
-    const Problem m{x, weight, bias, out, T, R, C, x_stride, weight_stride};
+    const Problem m{weight, bias, out, T, R, C, weight_stride};
+    const Inputs inputs(x, T, C, x_stride, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        const Range own = own_part(R, TILE);
+        const Range own = own_part(R, OUTPUTS);
         for (int64_t begin = own.begin; begin < own.end; begin += BLOCK)
-            for (int64_t t = 0; t < T; t += TILE)
-                for (int64_t o = begin; o < std::min(begin + BLOCK, own.end); o += TILE)
-                    multiply(m, t, std::min<int64_t>(TILE, T - t), o);
+            for (int64_t t = 0; t < T; t += TOKENS)
+                for (int64_t o = begin; o < std::min(begin + BLOCK, own.end); o += OUTPUTS)
+                    multiply(m, inputs, t, std::min<int64_t>(TOKENS, T - t), o);
     }
 }

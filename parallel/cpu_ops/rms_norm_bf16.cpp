@@ -6,13 +6,11 @@
 
 #include <cmath>
 
-#include "dot_products.h"
+#include "vectors.h"
 
 using namespace waybill;
 
 namespace {
-
-constexpr int WIDTH = 16;  // numbers of one vector
 
 struct Problem {
     const bf16* x;         // [T, H, C], tokens x_token and heads x_head apart
@@ -24,32 +22,22 @@ struct Problem {
     float eps;
 };
 
-__mmask16 inside(const Problem& m, int64_t c) {
-    return m.C - c >= WIDTH ? __mmask16(0xffff) : __mmask16((1u << (m.C - c)) - 1);
-}
-
-__m512 load(const bf16* from, __mmask16 kept) { return widen(_mm256_maskz_loadu_epi16(kept, from)); }
-
 void norm_row(const Problem& m, int64_t row) {
     const bf16* x = m.x + row / m.H * m.x_token + row % m.H * m.x_head;
-    __m512 squares = _mm512_setzero_ps();
+    Floats squares = zero();
     for (int64_t c = 0; c < m.C; c += WIDTH) {
-        const __mmask16 kept = inside(m, c);
-        __m512 value = load(x + c, kept);
+        Floats value = load_bf16(x + c, m.C - c);
         if (m.residual != nullptr) {
-            const __m256i sum = narrow(_mm512_add_ps(value, load(m.residual + row * m.C + c, kept)));
-            _mm256_mask_storeu_epi16(m.total + row * m.C + c, kept, sum);
-            value = widen(sum);
+            value = round_to_bf16(value + load_bf16(m.residual + row * m.C + c, m.C - c));
+            store_bf16(m.total + row * m.C + c, value, m.C - c);
         }
-        squares = _mm512_fmadd_ps(value, value, squares);
+        squares = fma(value, value, squares);
     }
-    const float mean = _mm512_reduce_add_ps(squares) / float(m.C);
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + m.eps));
+    const Floats scale = all_of(1.0f / std::sqrt(sum(squares) / float(m.C) + m.eps));
     if (m.residual != nullptr) x = m.total + row * m.C;
     for (int64_t c = 0; c < m.C; c += WIDTH) {
-        const __mmask16 kept = inside(m, c);
-        const __m512 normed = widen(narrow(_mm512_mul_ps(load(x + c, kept), scale)));
-        _mm256_mask_storeu_epi16(m.out + row * m.C + c, kept, narrow(_mm512_mul_ps(load(m.weight + c, kept), normed)));
+        const Floats normed = round_to_bf16(load_bf16(x + c, m.C - c) * scale);
+        store_bf16(m.out + row * m.C + c, load_bf16(m.weight + c, m.C - c) * normed, m.C - c);
     }
 }
 

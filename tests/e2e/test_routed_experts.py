@@ -14,7 +14,7 @@ import pytest
 
 from waybill import Engine
 from waybill.engine.routing.wire import checksum, stitch, weight_bits
-from waybill.parallel.cpu_ops.decode_attention import has_native_decode
+from waybill.parallel.cpu_ops.attention import has_native_attention
 from waybill.parallel.cpu_ops.library import has_feature
 
 DIALOGUE = "<|user|>start with 12<|assistant|>12<|end|><|user|>add 30<|assistant|>"
@@ -208,7 +208,7 @@ def test_one_bad_item_refuses_the_list_with_its_index(engine: Engine) -> None:
         )
 
 
-@pytest.mark.skipif(not has_native_decode(), reason="needs AVX512-BF16 and a C++ compiler")
+@pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
 @pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows")
 def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: Engine) -> None:
     """Tokens, log-probabilities and routes. Prompts differ from the first token on, so that nobody hits another's pages."""

@@ -1,10 +1,10 @@
 """Attention on a CPU in bfloat16 through the operator of `parallel/cpu_ops/`, over keys and values where they are; else
 through torch's fused `scaled_dot_product_attention`, over keys and values gathered from their pages.
 
-The latter: requests that bring one token (decodes) run together, in groups of similar length so that padding at most doubles the
-keys that are read; the query heads that share a kv head are its query rows, so that each key is read once. Requests that
-bring more (prefills) run one by one. Where a layer has a window, no key outside of it is gathered for a decode, and a
-prefill runs in blocks of rows that read their own windows alone.
+The latter: requests that bring one token (decodes) run together, in groups of similar length so that padding at most
+doubles the keys that are read; the query heads that share a kv head are its query rows, so that each key is read once.
+Requests that bring more (prefills) run one by one. Where a layer has a window, no key outside of it is gathered for a
+decode, and a prefill runs in blocks of rows that read their own windows alone.
 
 A sink is a key of its own before all others: heads get one more dim, in which the queries have the sink's score, that key
 has one and all others zero.

@@ -39,9 +39,9 @@ def attention_native(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query [T, H, d] over keys and values [S, G, d]: [T, H, d]. A row sees the last `window` keys up to its own, and shares
-    its attention with its head's sink, a score [H]. What it gets has the same bits whatever rows and requests it is
-    computed with, and by however many threads."""
+    """query [T, H, d] over keys and values [S, G, d]: [T, H, d]. A row sees the last `window` keys up to its own, and
+    shares its attention with its head's sink, a score [H]. What it gets has the same bits whatever rows and requests it
+    is computed with, and by however many threads."""
     num_heads, width = query.shape[1:]
     num_reqs, num_pages = pages.tables.shape
     assert query.dtype == keys.dtype == values.dtype == torch.bfloat16 and pages.tables.dtype == torch.int32

@@ -1,9 +1,9 @@
 """Builds the operators of this folder as one library, and finds them in it.
 
 The instruction set is chosen when they are first used: the best that the processor has, or the one that the environment
-variable `WAYBILL_CPU_OPERATORS` names. Building takes some seconds and happens once: the library is kept in the user's cache
-folder, under a name made from its sources and flags. Where a machine cannot have it - another processor, no compiler - there
-is no operator, and torch serves; so it does with `WAYBILL_CPU_OPERATORS=off`.
+variable `WAYBILL_CPU_OPERATORS` names. Building takes some seconds and happens once: the library is kept in the user's
+cache folder, under a name made from its sources and flags. Where a machine cannot have it - another processor, no
+compiler - there is no operator, and torch serves; so it does with `WAYBILL_CPU_OPERATORS=off`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ INSTRUCTION_SETS = {
     "avx512": AVX512,
     "avx2": AVX2,
 }
-# Without contraction by the compiler, whose choice depends on the code around: products are fused with sums where the sources
-# say so.
+# Products are fused with sums where the sources say so, not where the compiler likes, which depends on the code around.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-w")
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {

@@ -28,9 +28,7 @@ class Case:
     sinks: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
-        return attention_native(
-            self.query, self.keys, self.values, self.pages, self.scale, self.window, self.sinks
-        )
+        return attention_native(self.query, self.keys, self.values, self.pages, self.scale, self.window, self.sinks)
 
     def slots(self, request: int) -> torch.Tensor:
         positions, page_size = torch.arange(sum(self.lengths[request])), self.pages.page_size

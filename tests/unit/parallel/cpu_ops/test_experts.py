@@ -13,7 +13,9 @@ from waybill.parallel.moe.experts import experts_torch_reference
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
-def problem(num_tokens: int, num_experts: int, top_k: int, hidden: int, width: int, seed: int) -> tuple[torch.Tensor, ...]:
+def problem(
+    num_tokens: int, num_experts: int, top_k: int, hidden: int, width: int, seed: int
+) -> tuple[torch.Tensor, ...]:
     """Ids go one beyond both ends: those are of other ranks."""
     generator = torch.Generator().manual_seed(seed)
 

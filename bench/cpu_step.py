@@ -216,8 +216,8 @@ def main() -> None:
         f"{describe()}, {options.threads} thread(s), shared with other work. Model {options.shape}, bfloat16,",
         f'capture on. "auto" is {chosen_instruction_set()}; "off" is torch. Limits of this run:',
         f"{rates[0] / 1e9:.1f} GB/s read (torch's sum of a long tensor), {rates[1] / 1e9:.0f} GFLOP/s (the fastest",
-        f"bfloat16 product). Medians of {'CPU' if options.threads == 1 else 'wall'} time over steps taken in turn; an item is",
-        "timed without the items inside it.",
+        f"bfloat16 product). Medians of {'CPU' if options.threads == 1 else 'wall'} time over steps taken in turn; an item",
+        "is timed without the items inside it.",
     ]
     with ExitStack() as stack:
         for item, owner, name in ITEMS:

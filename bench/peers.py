@@ -184,7 +184,7 @@ def compare(options: argparse.Namespace) -> None:
         f"{describe()}, {options.threads} threads in all. {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_experts} experts, bfloat16.",
         "Waybill captures and ships the routes of every token; vLLM is compiled and has none. Tokens/s are medians of",
-        f"{options.rounds} interleaved rounds, ratios those of each round's; the spread is from the smallest to the largest.",
+        f"{options.rounds} interleaved rounds, ratios of the rounds'; the spread is from the smallest to the largest.",
     ]
     for tp_size in options.tp:
         with contenders_of(options, tp_size) as contenders:

@@ -2,12 +2,14 @@
 // bfloat16 happens where torch has one. It knows nothing of ranks, torch or Python.
 //
 // Tokens are copied once at most, where they are widened. A token's result has the same bits whatever tokens, threads or steps
-// it is computed with: so have its dot products, and the sum over its experts goes in the order of their numbers.
+// it is computed with: so have its dot products, and the sum over its experts goes in the order of their numbers. It goes in
+// parts of the experts, each complete before it is added to the next: the parts of all experts are those that ranks hold
+// where they are spread, whose partial results stay in float32. So both give the same bits.
 //
 // Threads own ranges of outputs, never experts: none waits for a busy expert, and no two write the same column.
 //
 // Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank,
-// p pair of a token and one of its experts, sorted by expert.
+// P parts of the experts, p pair of a token and one of its experts, sorted by expert.
 
 #include <vector>
 
@@ -22,9 +24,9 @@ struct Problem {
     const float* weights;  // [T, K]
     const bf16* gate_up;   // [F, 2I, D]
     const bf16* down;      // [F, D, I]
-    float* sums;           // [T, D], zero
-    bf16* out;             // [T, D]
-    int64_t T, D, F, K, I;
+    float* sums;           // [P, T, D], zero
+    bf16* out;             // [T, D], or null: the sums of one part are the result
+    int64_t T, D, F, K, I, P;
 };
 
 Floats silu(Floats x) { return x / (all_of(1.0f) + exponential(zero() - x)); }
@@ -92,7 +94,7 @@ void project(const Problem& m, const Groups& groups, const Input* activated, int
             for (int j = 0; j < n * OUTPUTS; j += WIDTH)
                 store(values + j, round_to_bf16(round_to_bf16(load(values + j)) * load(weights + j)));
             for (int t = 0; t < n; ++t) {
-                float* sum = m.sums + groups.choice[p + t] / m.K * m.D + d;
+                float* sum = m.sums + (e / (m.F / m.P) * m.T + groups.choice[p + t] / m.K) * m.D + d;
                 _mm_storeu_ps(sum, _mm_loadu_ps(sum) + _mm_load_ps(values + t * OUTPUTS));
             }
         }
@@ -108,11 +110,11 @@ void for_each_block(const Problem& m, Range columns, Step step) {
 
 }  // namespace
 
-// Tensors as in `Problem`, and hidden [T, D], all contiguous. D and I are multiples of 32.
+// Tensors as in `Problem`, and hidden [T, D], all contiguous. D and I are multiples of 32, F one of P.
 extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, const float* weights, const bf16* gate_up,
                                      const bf16* down, float* sums, bf16* out, int64_t T, int64_t D, int64_t F, int64_t K,
-                                     int64_t I, int num_threads) {
-    const Problem m{ids, weights, gate_up, down, sums, out, T, D, F, K, I};
+                                     int64_t I, int64_t P, int num_threads) {
+    const Problem m{ids, weights, gate_up, down, sums, out, T, D, F, K, I, P};
     const Groups groups(m);
     const Inputs inputs(hidden, T, D, D, num_threads);
     const Buffer<Input> activated(T * K * I);
@@ -123,7 +125,11 @@ extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, con
 #pragma omp barrier
         const Range own = own_part(D, LANES);
         for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, activated.data(), e, columns); });
-        for (int64_t t = 0; t < T; ++t)
-            for (int64_t d = own.begin; d < own.end; d += WIDTH) store_bf16(out + t * D + d, load(sums + t * D + d));
+        for (int64_t t = 0; t < T && out != nullptr; ++t)
+            for (int64_t d = own.begin; d < own.end; d += WIDTH) {
+                Floats total = load(sums + t * D + d);
+                for (int64_t part = 1; part < P; ++part) total = total + load(sums + (part * T + t) * D + d);
+                store_bf16(out + t * D + d, total);
+            }
     }
 }

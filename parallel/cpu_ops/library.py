@@ -52,11 +52,13 @@ INSTRUCTION_SETS = {
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-w")
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
-    "waybill_experts_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+    "waybill_experts_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_int],
     "waybill_attention_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7 + [ctypes.c_float, ctypes.c_int],
     "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
-    "waybill_linear_bf16": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+    "waybill_linear_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int],
 }
+# In which one rank sums what ranks would share: results of one and of two ranks have the same bits.
+NUM_PARTS = 2
 BUILD_TIMEOUT_S = 120.0
 
 

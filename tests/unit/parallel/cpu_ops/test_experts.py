@@ -71,3 +71,16 @@ def test_a_token_that_is_not_finite_stays_alone(value: float) -> None:
     found, others = experts_native(hidden, ids, weights, gate_up, down), [row for row in range(21) if row != 4]
     assert not found[4].isfinite().any()
     assert torch.equal(found[others], expected[others])
+
+
+@pytest.mark.parametrize("num_experts", [2, 6])
+def test_one_rank_has_the_bits_of_two(num_experts: int) -> None:
+    """Experts spread over ranks; ids count from a rank's first."""
+    hidden, ids, weights, gate_up, down = problem(50, num_experts, 2, 64, 32, seed=3)
+    whole, half = experts_native(hidden, ids, weights, gate_up, down), num_experts // 2
+    terms = [
+        experts_native(hidden, ids - first, weights, gate_up[first:last], down[first:last], num_ranks=2)
+        for first, last in ((0, half), (half, num_experts))
+    ]
+    assert all(term.dtype == torch.float32 for term in terms)
+    assert torch.equal((terms[0] + terms[1]).bfloat16(), whole)

@@ -50,7 +50,7 @@ ITEMS: list[tuple[str, Any, str]] = [
     ("attention", SdpaAttention, "forward"),
     ("attention", SdpaAttention, "plan"),
     *(("norms", ops, name) for ops in (TorchLayerOps, NativeLayerOps) for name in ("rms_norm", "add_rms_norm")),
-    ("head norms, rotary, KV write", TorchLayerOps, "norm_rope_store"),
+    *(("head norms, rotary, KV write", ops, "norm_rope_store") for ops in (TorchLayerOps, NativeLayerOps)),
     ("router and top-k", TopKRouter, "forward"),
     ("head", ParallelLMHead, "forward"),
     ("sampling", ModelRunner, "_sample"),

@@ -62,7 +62,7 @@ class Matrix(nn.Module):
         return self._linear(x, self.data, bias)
 
     def shard_over(self, num_ranks: int) -> None:
-        """The columns are a rank's of so many: from now on `forward` gives this rank's term of their sum, maybe in float32."""
+        """The columns are a rank's of so many: `forward` gives this rank's term of their sum, maybe in float32."""
         self._linear = self._weight_format.row_parallel(num_ranks)
 
     def product_of_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:

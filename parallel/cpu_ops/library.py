@@ -55,6 +55,7 @@ OPERATORS: dict[str, list[type]] = {
     "waybill_experts_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_int],
     "waybill_attention_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7 + [ctypes.c_float, ctypes.c_int],
     "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
+    "waybill_norm_rope_store_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
     "waybill_linear_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int],
 }
 # In which one rank sums what ranks would share: results of one and of two ranks have the same bits.

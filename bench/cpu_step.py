@@ -33,7 +33,7 @@ from waybill.engine.models.norm_rope import NativeLayerOps, TorchLayerOps
 from waybill.engine.routing.capturer import RoutedExpertsCapturer
 from waybill.engine.runner.model_runner import ModelRunner
 from waybill.engine.scheduler.scheduler import Scheduler
-from waybill.parallel.cpu_ops.library import SWITCH, chosen_instruction_set, load_operators
+from waybill.parallel.cpu_ops.library import SWITCH, chosen_set, load_operators
 from waybill.parallel.embedding import ParallelLMHead
 from waybill.parallel.moe.experts import Experts
 from waybill.parallel.moe.router import TopKRouter
@@ -98,8 +98,7 @@ def time_best(function: Callable[[], object], clock: Callable[[], float]) -> flo
 def use(name: str) -> None:
     """From now on the operators are those of an instruction set, or none."""
     os.environ[SWITCH] = name
-    load_operators.cache_clear()
-    if chosen_instruction_set() is not None and not load_operators():
+    if chosen_set(name) is not None and not load_operators():
         raise SystemExit(f"{SWITCH}={name}: the operators could not be built")
 
 
@@ -209,12 +208,11 @@ def main() -> None:
     plan = replace(TOY, shape=SHAPES[options.shape], batches=(1, 8, 32), prefills=PROMPTS, context=64, num_steps=40)
     rates = measure_rates(options.sets, clock)
     stopwatch = Stopwatch(clock)
-    use("auto")
     lines = [
         "# A step on the CPU, item by item",
         "",
         f"{describe()}, {options.threads} thread(s), shared with other work. Model {options.shape}, bfloat16,",
-        f'capture on. "auto" is {chosen_instruction_set()}; "off" is torch. Limits of this run:',
+        f'capture on. "auto" is {chosen_set("auto")}; "off" is torch. Limits of this run:',
         f"{rates[0] / 1e9:.1f} GB/s read (torch's sum of a long tensor), {rates[1] / 1e9:.0f} GFLOP/s (the fastest",
         f"bfloat16 product). Medians of {'CPU' if options.threads == 1 else 'wall'} time over steps taken in turn; an item",
         "is timed without the items inside it.",

@@ -20,6 +20,7 @@ FP8_ACTIVATIONS = ("auto", "e4m3", "exact")
 ROUTER_WEIGHTS_DTYPES = ("auto", "bfloat16", "float32")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 DISAGGREGATION = ("none", "prefill", "decode")
+DISAGGREGATION_TRANSPORTS = ("auto", "shared", "tcp")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # `kv_memory_fraction` by type of device. A GPU is the engine's own; the memory of a host is not, and what is taken from it
 # is missing elsewhere.
@@ -70,7 +71,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     collectives_backend: Annotated[
         str,
         Option(
-            "of hidden states; auto is symmetric memory where one host's GPUs reach each other, else torch.distributed's",
+            "within a host; auto is symmetric memory where its GPUs reach each other, and shared memory for what is on the "
+            "CPU; torch, and between hosts, is torch.distributed's",
             choices=COLLECTIVES_BACKENDS,
         ),
     ] = "auto"
@@ -197,6 +199,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             bounds=Bounds(at_least=1, at_most=2**16 - 1),
         ),
     ] = 8998
+    disaggregation_transport: Annotated[
+        str,
+        Option(
+            "how keys and values go from one side to the other: shared, by memory that both map, within a host; tcp; auto: "
+            "shared where both sides can, else tcp",
+            choices=DISAGGREGATION_TRANSPORTS,
+        ),
+    ] = "auto"
     disaggregation_timeout_s: Annotated[
         float,
         Option(

@@ -122,7 +122,14 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
     clock = SyncClock()
     model = load_model(config, model_config, context_length, mesh, clock)
     num_pages = kv_pool_pages(config, context_length, model.kv_specs(), model_config.num_layers, mesh)
-    kv_store = KVStore(model_config.num_layers, num_pages, config.page_size, model.kv_specs(), mesh.device)
+    kv_store = KVStore(
+        model_config.num_layers,
+        num_pages,
+        config.page_size,
+        model.kv_specs(),
+        mesh.device,
+        is_shared=config.disaggregation == "prefill" and config.disaggregation_transport != "tcp",
+    )
     geometry, ring = None, None
     recorded = recorded_axis(config, mesh)
     if config.enable_return_routed_experts:

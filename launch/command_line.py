@@ -13,7 +13,7 @@ from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
 from .node_options import split_command_line
 from .run_dir import EXIT_USAGE, RunDir
-from .supervisor import threads_per_rank, torchrun_arguments
+from .supervisor import thread_settings, torchrun_arguments
 from .topology import Layout
 
 # Beside what a server needs; see pyproject.toml.
@@ -55,7 +55,8 @@ def main() -> int:
     if command.rollout is not None and (missing := [name for name in ROLLOUT_NEEDS if find_spec(name) is None]):
         return refuse(ValueError(f"rollouts need {' and '.join(missing)}: pip install 'waybill[rollout]'"))
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(command.config, ranks_here)))
+    for name, value in thread_settings(command.config, ranks_here).items():
+        os.environ.setdefault(name, value)
     from .agent import holding_signals, run_agent, watch_signals  # noqa: PLC0415
 
     with holding_signals():

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 EXIT_CHILD_DIED = 4
 TERMINATE_GRACE_S = 5.0
 LOG_TAIL_BYTES = 4000
+# Looks of a thread at a barrier before it sleeps: some tens of microseconds.
+SPIN_COUNT = 3000
 
 
 class NodeChildren:
@@ -138,8 +140,8 @@ class EngineProcess:
         self._log = (Path(self.run_dir) / "engine.log").open("w+b")
         write_struct(self.run_dir, ENGINE_CONFIG, config)
         self._heartbeats = HeartbeatTable.create()
-        environment = dict(os.environ) | {PATH_VARIABLE: self._heartbeats.path}
-        environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, config.world_size)))
+        settings = thread_settings(config, config.world_size)
+        environment = settings | dict(os.environ) | {PATH_VARIABLE: self._heartbeats.path}
         self._agent = subprocess.Popen(
             agent_command(config.world_size, self.run_dir),
             stdin=subprocess.DEVNULL,
@@ -195,6 +197,15 @@ class EngineProcess:
 def threads_per_rank(config: EngineConfig, ranks_here: int) -> int:
     """Cores shared by the ranks of this node, unless configured."""
     return config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def thread_settings(config: EngineConfig, ranks_here: int) -> dict[str, str]:
+    """Environment variables of OpenMP for the ranks of this node, where the user has not set them."""
+    return {
+        "OMP_NUM_THREADS": str(threads_per_rank(config, ranks_here)),
+        # GNU's threads spin for each other for milliseconds, on cores that frontend and output processor need, too.
+        "GOMP_SPINCOUNT": str(SPIN_COUNT),
+    }
 
 
 def agent_command(world_size: int, run_dir: str) -> list[str]:

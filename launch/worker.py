@@ -237,7 +237,7 @@ def join_mesh(config: EngineConfig, layout: Layout, store: Store, rank: int) -> 
     take_in_nobody_else(listeners)
     if layout.num_nodes == 1:
         check_whose_connections(listeners)
-    return mesh
+    return mesh.with_shared_memory(timeout) if config.collectives_backend == "auto" else mesh
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

@@ -12,6 +12,11 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from .mesh import Axis
+    from .shared_memory import SharedMemory
+
+
+def _shared_memory(x: torch.Tensor, axis: Axis) -> SharedMemory | None:
+    return axis.shared if x.device.type == "cpu" else None
 
 
 def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -23,6 +28,8 @@ def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
             return axis.symmetric.sum_rows(x, scatter=False)
         if axis.symmetric.takes_two_shots(x):
             return axis.symmetric.two_shot_all_reduce(x)
+    if (shared := _shared_memory(x, axis)) is not None:
+        return shared.all_reduce(x)
     dist.all_reduce(x, group=axis.group)
     return x
 
@@ -31,8 +38,11 @@ def all_gather(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor:
     """The ranks' tensors, concatenated along `dim` in rank order."""
     if axis.size == 1:
         return x
-    gathered = x.new_empty(axis.size, *x.shape)
-    dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=axis.group)
+    if (shared := _shared_memory(x, axis)) is not None:
+        gathered = shared.all_gather(x)
+    else:
+        gathered = x.new_empty(axis.size, *x.shape)
+        dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=axis.group)
     return gathered.flatten(0, 1) if dim == 0 else torch.cat(list(gathered.unbind(0)), dim)
 
 
@@ -51,6 +61,9 @@ def gather(x: torch.Tensor, axis: Axis, dim: int = 0) -> torch.Tensor | None:
     """As `all_gather`, but on the axis' rank 0 alone; None on the others."""
     if axis.size == 1:
         return x
+    if (shared := _shared_memory(x, axis)) is not None:
+        gathered = shared.gather(x)
+        return None if gathered is None else torch.cat(list(gathered.unbind(0)), dim)
     parts = None
     if axis.rank == 0:
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
@@ -65,6 +78,8 @@ def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     assert x.shape[0] % axis.size == 0
     if axis.symmetric is not None and axis.symmetric.sums(x, scatter=True):
         return axis.symmetric.sum_rows(x, scatter=True)
+    if (shared := _shared_memory(x, axis)) is not None:
+        return shared.reduce_scatter(x)
     if x.device.type == "cpu":
         # gloo reduces in rounds; one exchange and a local sum take a third of the time at the size of a decode step, and
         # the sum is rounded once.
@@ -82,12 +97,17 @@ def exchange(x: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], a
     if axis.size == 1:
         return x
     out = x.new_empty(sum(receive_sizes), *x.shape[1:])
+    if (shared := _shared_memory(x, axis)) is not None and shared.exchange(x, send_sizes, out):
+        return out
     dist.all_to_all_single(out, x.contiguous(), receive_sizes, send_sizes, group=axis.group)
     return out
 
 
 def broadcast(x: torch.Tensor, axis: Axis, source: int = 0) -> torch.Tensor:
     """The tensor of the axis' rank `source`, in place on the others."""
-    if axis.size > 1:
-        dist.broadcast(x, src=axis.ranks[source], group=axis.group)
+    if axis.size == 1:
+        return x
+    if (shared := _shared_memory(x, axis)) is not None:
+        return shared.broadcast(x, source)
+    dist.broadcast(x, src=axis.ranks[source], group=axis.group)
     return x

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .collectives import all_gather
+from .shared_memory import SharedMemory
 from .symmetric_memory import SIZES as SYMMETRIC_SIZES
 from .symmetric_memory import RowLayout, SymmetricMemory
 
@@ -30,6 +31,8 @@ class Axis:
     ranks: tuple[int, ...]
     # Where the ranks are GPUs of one host.
     symmetric: SymmetricMemory | None = None
+    # For what is on the CPU, where the ranks are processes of one host.
+    shared: SharedMemory | None = None
 
     @staticmethod
     def single(name: str = "single") -> Axis:
@@ -93,6 +96,22 @@ class ParallelMesh:
         if self.tp.size < self.world.size:
             tp = self._with_symmetric_memory(self.tp, layout)
         return replace(self, world=world, ep=replace(world, name="ep"), tp=tp)
+
+    def with_shared_memory(self, timeout: timedelta) -> ParallelMesh:
+        """The same ranks, their collectives of CPU tensors through memory that they share where an axis is within a host.
+        Called by all ranks together, which wait so long for each other."""
+        world = self._with_shared_memory(self.world, timeout)
+        axes = [
+            replace(axis, shared=world.shared) if axis.ranks == world.ranks else self._with_shared_memory(axis, timeout)
+            for axis in (self.dp, self.tp, self.node)
+        ]
+        return ParallelMesh(self.device, world, axes[0], axes[1], replace(world, name="ep"), axes[2])
+
+    def _with_shared_memory(self, axis: Axis, timeout: timedelta) -> Axis:
+        # All ranks of an axis say the same: there are as many on each host.
+        if axis.size == 1 or not set(axis.ranks) <= set(self.node.ranks):
+            return axis
+        return replace(axis, shared=SharedMemory.of(axis, timeout.total_seconds()))
 
     def _with_symmetric_memory(self, axis: Axis, layout: RowLayout) -> Axis:
         if not set(axis.ranks) <= set(self.node.ranks) or not _is_connected(axis, self.device):

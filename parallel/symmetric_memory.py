@@ -72,6 +72,7 @@ class SymmetricMemory:
         whole = None
         if size > 2:
             whole = symmetric.empty(MAX_TWO_SHOT_BYTES, dtype=torch.uint8, device=device)
+            meet(group)
             symmetric.rendezvous(whole, group.group_name)
         torch.cuda.synchronize(device)
         # Nobody may set a flag before all have cleared theirs.
@@ -146,6 +147,12 @@ class SymmetricMemory:
         return next((lane for lane in self._lanes if num_rows <= len(lane.calls)), None)
 
 
+def meet(group: dist.ProcessGroup) -> None:
+    """Wait for the others as one waits in gloo. In a rendezvous of torch's a rank holds the interpreter meanwhile, so that
+    its heartbeat stops for as long as another one is late."""
+    dist.all_reduce(torch.zeros(1), group=group)
+
+
 def make_lane(
     group: dist.ProcessGroup, layout: RowLayout, max_rows: int, device: torch.device, *, in_packets: bool
 ) -> Lane:
@@ -158,6 +165,7 @@ def make_lane(
     row_bytes = -(-layout.num_words * (PACKET_BYTES if in_packets else WORD_BYTES) // ALIGNMENT) * ALIGNMENT
     data_bytes = 2 * max_rows * size * row_bytes
     buffer = symmetric.empty(data_bytes + max_rows * size * FLAG_BYTES, dtype=torch.uint8, device=device).zero_()
+    meet(group)
     data_of = torch.tensor(symmetric.rendezvous(buffer, group.group_name).buffer_ptrs, device=device)
     return Lane(
         calls=torch.zeros(max_rows, dtype=torch.int32, device=device),

@@ -12,9 +12,10 @@ from ..io_struct import FirstToken, TransferSource
 from ..ipc.frontend_messages import TransferNotice
 from ..plan import DropPages, FetchPages, PageMessage
 from .head_plan import HeadSlice, head_slices
+from .mapped_pools import MappedPools
 from .page_copy import PageCopy
 from .transfer_client import TransferClient
-from .wire import Answer, Ended, Fetch, FetchPositions, Positions, Welcome
+from .wire import Answer, Ended, Fetch, FetchPositions, MappedPositions, PoolPlace, Positions, Welcome
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Counts:
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        self.num_mapped_bytes = 0
         self.seconds = 0.0
+        self.copy_seconds = 0.0
 
 
 class PageJob:
@@ -47,17 +50,22 @@ class PageJob:
         message: FetchPages,
         shape: RankShape,
         copy: PageCopy,
+        pools: MappedPools,
         counts: Counts,
         notify: Callable[[TransferNotice], None],
     ) -> None:
         self._message = message
         self._shape = shape
         self._copy = copy
+        self._pools = pools
+        self._leases: dict[str, int] = {}
         self._counts = counts
         self._notify = notify
         self._pages = np.frombuffer(message.pages, dtype="<i4")
         self._slices: dict[str, HeadSlice] = {}
         self._incarnation = ""
+        # By address: the first position that is still missing.
+        self._next: dict[str, int] = {}
         self._first: FirstToken | None = None
         self._began = time.monotonic()
 
@@ -78,7 +86,16 @@ class PageJob:
 
     def _fetch(self, address: str, start: int) -> Fetch:
         message, heads = self._message, self._slices[address].theirs
-        return FetchPositions(self._incarnation, self.source.key, message.attempt, start, message.end, heads)
+        return FetchPositions(
+            self._incarnation,
+            self.source.key,
+            message.attempt,
+            start,
+            message.end,
+            heads,
+            lease=self._leases.get(address, 0),
+            pool=self._pools.generation(address),
+        )
 
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
         if isinstance(answer, Ended):
@@ -86,10 +103,29 @@ class PageJob:
                 raise ValueError(answer.error)
             self._first = answer.first if self._slices[address].rank == 0 else self._first
             return None
-        if not isinstance(answer, Positions) or len(frames) != 1 or answer.end > self._message.end:
+        if isinstance(answer, PoolPlace):
+            # It is the answer to the first question, or to one that came when the pool had moved.
+            self._pools.map(address, answer)
+            return self._fetch(address, self._next.get(address, self._message.start))
+        start, heads = self._next.get(address, self._message.start), self._slices[address]
+        if not isinstance(answer, (Positions, MappedPositions)) or answer.start != start:
             raise ValueError("something else than was asked for has arrived")
-        self._copy.scatter(self._pages, answer.start, answer.end, self._slices[address].ours, frames[0])
-        self._counts.num_bytes += frames[0].nbytes
+        if not start < answer.end <= self._message.end:
+            raise ValueError(f"positions {start} .. {answer.end} have arrived")
+        began = time.monotonic()
+        if isinstance(answer, MappedPositions):
+            pool, their_pages = self._pools.get(address), np.frombuffer(answer.pages, dtype="<i4")
+            num_bytes = pool.copy(their_pages, self._pages, start, answer.end, heads.theirs, heads.ours)
+            self._counts.num_mapped_bytes += num_bytes
+        else:
+            self._pools.check_bytes()
+            if len(frames) != 1:
+                raise ValueError("something else than was asked for has arrived")
+            self._copy.scatter(self._pages, start, answer.end, heads.ours, frames[0])
+            num_bytes = frames[0].nbytes
+        self._counts.copy_seconds += time.monotonic() - began
+        self._counts.num_bytes += num_bytes
+        self._next[address], self._leases[address] = answer.end, answer.lease
         return self._fetch(address, answer.end)
 
     def finish(self, error: str) -> None:
@@ -102,11 +138,17 @@ class FetchedPrompts:
     """`PageTransfers` of a decode's rank. The leader's also tells the prefill's side when a request needs no more."""
 
     def __init__(
-        self, client: TransferClient, shape: RankShape, copy: PageCopy, notify: Callable[[TransferNotice], None]
+        self,
+        client: TransferClient,
+        shape: RankShape,
+        copy: PageCopy,
+        pools: MappedPools,
+        notify: Callable[[TransferNotice], None],
     ) -> None:
         self._client = client
         self._shape = shape
         self._copy = copy
+        self._pools = pools
         self._notify = notify
         self._counts = Counts()
         self._sources: dict[str, TransferSource] = {}
@@ -114,7 +156,7 @@ class FetchedPrompts:
     def handle(self, message: PageMessage) -> None:
         if isinstance(message, FetchPages):
             self._sources[message.source.key] = message.source
-            self._client.add(PageJob(message, self._shape, self._copy, self._counts, self._notify))
+            self._client.add(PageJob(message, self._shape, self._copy, self._pools, self._counts, self._notify))
         else:
             assert isinstance(message, DropPages), "this side shares nothing"
             self._client.drop(message.key)
@@ -124,4 +166,9 @@ class FetchedPrompts:
 
     def counters(self) -> dict[str, int | float]:
         counts = self._counts
-        return {"transferred_bytes": counts.num_bytes, "transfer_seconds": counts.seconds}
+        return {
+            "transferred_bytes": counts.num_bytes,
+            "transferred_shared_bytes": counts.num_mapped_bytes,
+            "transfer_seconds": counts.seconds,
+            "transfer_copy_seconds": counts.copy_seconds,
+        }

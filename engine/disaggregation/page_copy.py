@@ -6,13 +6,14 @@ the host's memory, `DevicePages` for others; both may be called from any one thr
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ..kv_cache.kv_store import KVStore
+from ..kv_cache.kv_store import KVStore, StackPlace
 
 Heads = tuple[int, int] | None
 
@@ -54,18 +55,33 @@ def check_size(data: memoryview, num_bytes: int) -> None:
         raise ValueError(f"{data.nbytes} bytes of keys and values arrived in place of {num_bytes}")
 
 
+def host_bytes(kv_store: KVStore) -> np.ndarray:
+    """The pool's memory, to read and write. Made anew each time, as it may have been given back in between; and not by
+    torch, whose storages cannot be given back any more once there was an array of them."""
+    memory = kv_store.memory
+    return np.ctypeslib.as_array((ctypes.c_uint8 * memory.nbytes).from_address(memory.data_ptr()))
+
+
+def as_rows(stack: StackPlace, memory: np.ndarray) -> np.ndarray:
+    """The stack as bytes [layers, slots, (heads,) bytes]."""
+    part = memory[stack.offset : stack.offset + stack.num_bytes]
+    return part.reshape(*stack.shape[:-1], stack.shape[-1] * stack.dtype.itemsize)
+
+
 class HostPages:
     """By numpy, which works on one core and lets the interpreter go on with the step thread."""
 
     def __init__(self, kv_store: KVStore, page_size: int) -> None:
+        self._kv_store = kv_store
         self._tensors = list(kv_store.tensors())
         self._page_size = page_size
 
     def _arrays(self, heads: Heads) -> Iterator[np.ndarray]:
-        """Made anew each time, as the pool's memory may have been given back in between."""
-        for tensor in self._tensors:
-            array = tensor.view(torch.uint8).numpy()
-            yield array if heads is None or array.ndim == 2 else array[:, heads[0] : heads[1]]
+        memory = host_bytes(self._kv_store)
+        stacks = [as_rows(stack, memory) for stack in self._kv_store.stacks]
+        for layers in zip(*stacks, strict=True):
+            for array in layers:
+                yield array if heads is None or array.ndim == 2 else array[:, heads[0] : heads[1]]
 
     def bytes_per_position(self, heads: Heads) -> int:
         return sum(entry_bytes(tensor, heads) for tensor in self._tensors)

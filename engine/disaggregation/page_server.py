@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -11,18 +13,23 @@ import numpy as np
 
 from ..io_struct import FirstToken
 from ..plan import DropPages, PageMessage, SharePages
+from .mapped_pool import PoolExport
 from .page_copy import PageCopy
 from .transfer_server import Endings
-from .wire import Answer, Ended, Fetch, FetchPositions, Positions, Release
+from .wire import Answer, Ended, Fetch, FetchPositions, MappedPositions, Positions, Release
+
+logger = logging.getLogger(__name__)
 
 # Of one answer: as long as it is copied, the step thread may have to wait to take pages away.
 BLOCK_BYTES = 1 << 20
+LET_GO = "the prefill's side has let go of it"
 
 
 @dataclass
 class _SharedPrompt:
-    """Positions `[0, num_ready)` stand on `pages`."""
+    """Positions `[0, num_ready)` stand on `pages`. No other prompt has the number `lease`."""
 
+    lease: int
     pages: array[int] = field(default_factory=lambda: array("i"))
     num_ready: int = 0
     first: FirstToken | None = None
@@ -30,16 +37,29 @@ class _SharedPrompt:
 
 class SharedPrompts:
     """`Answers` of a page server. The step thread shares and drops; the server's thread copies, and pages that are dropped
-    are not read any more once `handle` returns. `wake` tells the server, `on_release` what the other side has said."""
+    are not read any more here once `handle` returns. Who has mapped the pool of `export` copies by itself, and learns from
+    the next answer whether the pages were still the prompt's. `wake` tells the server, `on_release` what the other side has
+    said."""
 
-    def __init__(self, copy: PageCopy, on_release: Callable[[Release], None]) -> None:
+    def __init__(
+        self,
+        copy: PageCopy,
+        on_release: Callable[[Release], None],
+        export: PoolExport | None = None,
+        *,
+        allows_bytes: bool = True,
+    ) -> None:
         self._copy = copy
         self._on_release = on_release
+        self._export = export
+        self._allows_bytes = allows_bytes
+        self._leases = itertools.count(1)
         self._lock = threading.Lock()
         self._prompts: dict[str, _SharedPrompt] = {}
         self._endings = Endings()
         self.wake: Callable[[], None] = lambda: None
         self._num_bytes = 0
+        self._num_mapped_bytes = 0
 
     # --- the step thread --------------------------------------------------------------------------------------------
 
@@ -48,17 +68,27 @@ class SharedPrompts:
             if isinstance(message, SharePages):
                 self._copy.mark()
                 self._endings.forget(message.key)
-                prompt = self._prompts.setdefault(message.key, _SharedPrompt())
+                prompt = self._prompts.get(message.key)
+                if prompt is None:
+                    prompt = self._prompts[message.key] = _SharedPrompt(next(self._leases))
                 prompt.pages.frombytes(message.pages)
                 prompt.num_ready, prompt.first = message.num_ready, message.first
             else:
                 assert isinstance(message, DropPages), "this side fetches nothing"
                 self._prompts.pop(message.key, None)
-                self._endings.add(message.key, message.error or "the prefill's side has let go of it")
+                self._endings.add(message.key, message.error or LET_GO)
         self.wake()
 
     def counters(self) -> dict[str, int | float]:
-        return {"transferred_bytes": self._num_bytes, "transfer_seconds": 0.0}
+        return {
+            "transferred_bytes": self._num_bytes + self._num_mapped_bytes,
+            "transferred_shared_bytes": self._num_mapped_bytes,
+            "transfer_seconds": 0.0,
+            "transfer_copy_seconds": 0.0,
+        }
+
+    def pool_generation(self) -> int:
+        return 0 if self._export is None else self._export.generation
 
     # --- the server's thread ----------------------------------------------------------------------------------------
 
@@ -68,23 +98,56 @@ class SharedPrompts:
     def answer(self, fetch: Fetch) -> tuple[Answer, Sequence[memoryview]] | None:
         if not isinstance(fetch, FetchPositions):
             return Ended(fetch.key, fetch.attempt, "no rows are to be had here"), []
+        maps = fetch.pool is not None and self._export is not None
+        if not maps and not self._allows_bytes:
+            return Ended(fetch.key, fetch.attempt, "the prefill's side has --disaggregation-transport shared"), []
+        if maps and fetch.pool != self.pool_generation():
+            return self._pool_place(fetch)
         with self._lock:
             error = self._endings.get(fetch.key)
+            prompt = self._prompts.get(fetch.key)
+            if error is None and fetch.lease and (prompt is None or prompt.lease != fetch.lease):
+                error = LET_GO
             if error is not None:
                 return Ended(fetch.key, fetch.attempt, error), []
-            prompt = self._prompts.get(fetch.key)
             if prompt is None:
                 return None
             if fetch.start >= fetch.end:
                 return None if prompt.first is None else (Ended(fetch.key, fetch.attempt, "", prompt.first), [])
-            most = max(1, BLOCK_BYTES // self._copy.bytes_per_position(fetch.heads))
-            end = min(fetch.end, prompt.num_ready, fetch.start + most)
-            if end <= fetch.start:
+            if fetch.start >= prompt.num_ready:
                 if prompt.first is not None:
                     return Ended(fetch.key, fetch.attempt, f"the prompt has {prompt.num_ready} positions"), []
                 return None
-            pages = np.frombuffer(prompt.pages, dtype=np.int32)
-            frame = self._copy.gather(pages, fetch.start, end, fetch.heads)
-            del pages
+            return self._map(fetch, prompt) if maps else self._send(fetch, prompt)
+
+    def _pool_place(self, fetch: FetchPositions) -> tuple[Answer, Sequence[memoryview]] | None:
+        """It is asked for, or has moved."""
+        assert self._export is not None
+        if self._export.generation == 0:
+            return None
+        try:
+            return self._export.place(fetch.key, fetch.attempt), []
+        except (OSError, RuntimeError) as error:
+            if not self._allows_bytes:
+                return Ended(fetch.key, fetch.attempt, f"the pool cannot be mapped: {error}"), []
+            logger.warning("keys and values go over TCP: the pool cannot be mapped: %s", error)
+            self._export = None
+            return self.answer(fetch)
+
+    def _end(self, fetch: FetchPositions, prompt: _SharedPrompt, block_bytes: int) -> int:
+        most = max(1, block_bytes // self._copy.bytes_per_position(fetch.heads))
+        return min(fetch.end, prompt.num_ready, fetch.start + most)
+
+    def _map(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:
+        """What is committed was computed: the step's results, which the leader has, depend on it, on every rank."""
+        assert self._export is not None
+        end = self._end(fetch, prompt, self._export.block_bytes)
+        self._num_mapped_bytes += (end - fetch.start) * self._copy.bytes_per_position(fetch.heads)
+        pages = prompt.pages.tobytes()
+        return MappedPositions(fetch.key, fetch.attempt, fetch.start, end, prompt.lease, pages), []
+
+    def _send(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:
+        end = self._end(fetch, prompt, BLOCK_BYTES)
+        frame = self._copy.gather(np.array(prompt.pages, dtype=np.int32), fetch.start, end, fetch.heads)
         self._num_bytes += frame.nbytes
-        return Positions(fetch.key, fetch.attempt, fetch.start, end), [frame]
+        return Positions(fetch.key, fetch.attempt, fetch.start, end, prompt.lease), [frame]

@@ -16,6 +16,8 @@ from ..ipc.sockets import Endpoint, Sender
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
 from ..models.model_config import GroupedQueryConfig, ModelConfig
 from ..plan import PageTransfers
+from .mapped_pool import PoolExport
+from .mapped_pools import MappedPools
 from .page_client import FetchedPrompts, RankShape, page_address
 from .page_copy import make_page_copy
 from .page_server import SharedPrompts
@@ -73,14 +75,17 @@ def make_page_transfers(
     notify = notifier(leader)
     if place.listen is None:
         shape = RankShape(pool.mesh.tp.rank, pool.mesh.tp.size, pool.num_kv_heads)
-        client = TransferClient(place.keys, facts, lambda welcome, source: page_address(welcome, source)[0])
+        pools = MappedPools(pool.kv_store, config.page_size, config.disaggregation_transport)
+        client = TransferClient(place.keys, facts, lambda welcome, source: page_address(welcome, source)[0], pools)
         client.start()
-        return FetchedPrompts(client, shape, copy, notify)
+        return FetchedPrompts(client, shape, copy, pools, notify)
 
     def on_release(message: Release) -> None:
         notify(TransferNotice(message.key, RELEASED, error=message.error))
 
-    prompts = SharedPrompts(copy, on_release)
+    transport = config.disaggregation_transport
+    export = PoolExport(pool.kv_store, config.page_size) if transport != "tcp" else None
+    prompts = SharedPrompts(copy, on_release, export, allows_bytes=transport != "shared")
     welcome = _welcome(pool.mesh, place)
     server = TransferServer(
         place.listen,
@@ -89,6 +94,7 @@ def make_page_transfers(
         config.disaggregation_timeout_s,
         welcome=welcome if pool.mesh.world.rank == 0 else None,
         facts=facts,
+        pool_generation=prompts.pool_generation,
     )
     prompts.wake = server.wake
     server.start()

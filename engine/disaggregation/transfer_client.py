@@ -55,6 +55,23 @@ class Job(Protocol):
         ...
 
 
+class PoolWatch(Protocol):
+    """Who keeps something of the engines that answer. Called on the client's thread."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether to ask who is still there also while no job runs."""
+        ...
+
+    def seen(self, address: str, generation: int) -> None:
+        """An address has answered: the generation of its pool."""
+        ...
+
+    def lost(self, address: str) -> None:
+        """Nobody answers there any more, or somebody else."""
+        ...
+
+
 @dataclass
 class _Link:
     """A socket to one address."""
@@ -67,6 +84,9 @@ class _Link:
 @dataclass
 class _Running:
     job: Job
+    # Held while the job is called; once it is dropped, it is not any more.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    is_dropped: bool = False
     is_greeted: bool = False
     # Where an answer is waited for.
     asked: set[str] = field(default_factory=set)
@@ -86,7 +106,9 @@ class TransferClient:
         keys: CurveKeys,
         facts: dict[str, str],
         release_to: Callable[[Welcome, TransferSource], str] | None = None,
+        watch: PoolWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._keys = keys
         self._hello = Hello(facts)
         self._release_to = release_to
@@ -113,9 +135,12 @@ class TransferClient:
         self._order(job)
 
     def drop(self, key: str) -> None:
-        """The job of this key is not called again, once this returns."""
+        """The job of this key is not called again, once this returns. Waits for what it is doing, and for no other job."""
         with self._lock:
-            self._running.pop(key, None)
+            running = self._running.pop(key, None)
+        if running is not None:
+            with running.lock:
+                running.is_dropped = True
 
     def release(self, source: TransferSource, error: str = "") -> None:
         """Tell the prefill's side that the request needs nothing more of it."""
@@ -131,7 +156,7 @@ class TransferClient:
         self._poller.register(self._wake_fd, zmq.POLLIN)
         ticked_at = 0.0
         while True:
-            is_idle = not self._running
+            is_idle = not self._has_to_watch
             events = dict(self._poller.poll(None if is_idle else TICK_MS))
             if is_idle:
                 # Nobody was asked for anything.
@@ -143,9 +168,13 @@ class TransferClient:
             for address, link in list(self._links.items()):
                 if link.socket in events:
                     self._receive(address, link)
-            if self._running and time.monotonic() - ticked_at > TICK_MS / 1000:
+            if self._has_to_watch and time.monotonic() - ticked_at > TICK_MS / 1000:
                 ticked_at = time.monotonic()
                 self._tick()
+
+    @property
+    def _has_to_watch(self) -> bool:
+        return bool(self._running) or (self._watch is not None and self._watch.is_needed)
 
     def _take_orders(self) -> None:
         while self._orders:
@@ -213,6 +242,8 @@ class TransferClient:
             if link.incarnation not in (None, reply.incarnation):
                 self._lose(address, "the prefill's engine has been started anew")
             link.incarnation = reply.incarnation
+            if self._watch is not None:
+                self._watch.seen(address, reply.pool)
         elif isinstance(reply, (Welcome, Refused)):
             self._on_greeting(address, reply)
         else:
@@ -231,7 +262,10 @@ class TransferClient:
     def _on_answer(self, address: str, answer: Answer, frames: list[memoryview]) -> None:
         with self._lock:
             running = self._running.get(answer.key)
-            if running is None or running.job.attempt != answer.attempt:
+        if running is None or running.job.attempt != answer.attempt:
+            return
+        with running.lock:
+            if running.is_dropped:
                 return
             try:
                 fetch, error = running.job.take(address, answer, frames), ""
@@ -272,6 +306,8 @@ class TransferClient:
         link = self._links.pop(address)
         self._poller.unregister(link.socket)
         link.socket.close(linger=0)
+        if self._watch is not None:
+            self._watch.lost(address)
         for where, welcome in list(self._welcomes.items()):
             if address in (where, welcome.routes) or any(address in ranks for ranks in welcome.pages):
                 del self._welcomes[where]

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -70,6 +70,7 @@ class TransferServer:
         *,
         welcome: Welcome | None = None,
         facts: dict[str, str] | None = None,
+        pool_generation: Callable[[], int] = lambda: 0,
     ) -> None:
         self._where = where
         self._incarnation = incarnation
@@ -77,6 +78,7 @@ class TransferServer:
         self._timeout_s = timeout_s
         self._welcome = welcome
         self._facts = facts or {}
+        self._pool_generation = pool_generation
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
         # By who asks and for what: since when.
@@ -124,7 +126,7 @@ class TransferServer:
 
     def _handle(self, socket: Any, sender: bytes, request: Request) -> None:
         if isinstance(request, Ping):
-            self._send(socket, sender, Pong(self._incarnation))
+            self._send(socket, sender, Pong(self._incarnation, self._pool_generation()))
         elif isinstance(request, Hello):
             self._send(socket, sender, self._greet(request))
         elif isinstance(request, Release):

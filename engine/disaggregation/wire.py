@@ -36,14 +36,20 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    """Yes: the engine of this name; another engine has another."""
+    """Yes: the engine of this name; another engine has another. `pool` is the generation of its pool, 0 while that is given
+    back."""
 
     incarnation: str
+    pool: int = 0
 
 
 class FetchPositions(msgspec.Struct, frozen=True, tag="fetch_positions"):
     """Keys and values of positions `[start, end)`; the answer brings at least one of them. With `start == end`: what the
-    prefill has come to. `heads` of the asked rank, `[first, end)`; None: whatever a position has."""
+    prefill has come to. `heads` of the asked rank, `[first, end)`; None: whatever a position has.
+
+    `lease` is that of the answers so far, 0 for the first question: an answer says that it still lasts. `pool` is the
+    generation of the asked rank's pool that is mapped here, or 0 if it is to be; None: bytes are to be sent.
+    """
 
     incarnation: str
     key: str
@@ -51,6 +57,8 @@ class FetchPositions(msgspec.Struct, frozen=True, tag="fetch_positions"):
     start: int
     end: int
     heads: tuple[int, int] | None
+    lease: int = 0
+    pool: int | None = None
 
 
 class FetchRoutes(msgspec.Struct, frozen=True, tag="fetch_routes"):
@@ -76,6 +84,41 @@ class Positions(msgspec.Struct, frozen=True, tag="positions"):
     attempt: int
     start: int
     end: int
+    lease: int
+
+
+class MappedPositions(msgspec.Struct, frozen=True, tag="mapped_positions"):
+    """Positions `[start, end)` may be copied from the mapped pool; `pages` are the prompt's from position 0 on. What was
+    copied is worth something once a later question has been answered under the same lease."""
+
+    key: str
+    attempt: int
+    start: int
+    end: int
+    lease: int
+    pages: bytes  # int32
+
+
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """Memory of a CUDA device: the handle of its allocation, see `cuda_ipc.py`, and where in it the pool begins."""
+
+    handle: bytes
+    offset: int
+
+
+class PoolPlace(msgspec.Struct, frozen=True, tag="pool_place"):
+    """In place of positions: where the pool is that they are in. `stacks` are offset and shape of its tensors, as
+    `StackPlace` has them. Who can read `proof` at `proof_path` is on this host, by this user."""
+
+    key: str
+    attempt: int
+    generation: int
+    proof_path: str
+    proof: bytes
+    page_size: int
+    num_bytes: int
+    stacks: list[tuple[int, list[int]]]
+    memory: str | DeviceMemory
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):
@@ -99,7 +142,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 Fetch = FetchPositions | FetchRoutes
 Request = Hello | Ping | Fetch | Release
-Answer = Positions | Routes | Ended
+Answer = Positions | MappedPositions | PoolPlace | Routes | Ended
 Reply = Welcome | Refused | Pong | Answer
 
 

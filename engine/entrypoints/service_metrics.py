@@ -52,7 +52,13 @@ STATE_COUNTERS = (
     ("waybill_transfers", "Requests whose prompt has gone from one engine to another.", "num_transfers"),
     ("waybill_transfers_failed", "Requests of which that has failed.", "num_transfers_failed"),
     ("waybill_transferred_bytes", "Keys and values that the leaders have sent or received.", "transferred_bytes"),
+    (
+        "waybill_transferred_shared_bytes",
+        "Those of them that went by memory that both sides map.",
+        "transferred_shared_bytes",
+    ),
     ("waybill_transfer_seconds", "Time that fetches have taken, on a decode's side.", "transfer_seconds"),
+    ("waybill_transfer_copy_seconds", "Time of them in which bytes were copied.", "transfer_copy_seconds"),
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),
     ("waybill_weight_updates", "Complete updates of the weights.", "num_weight_updates"),
     ("waybill_garbage_pause_seconds", "Pauses of Python's collector on the leaders.", "garbage_pause_s"),

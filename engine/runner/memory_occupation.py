@@ -30,29 +30,33 @@ class MemoryOccupation:
     """The two large owners of one rank's memory."""
 
     def __init__(self, model: CausalLM, kv_store: KVStore) -> None:
-        self._owned: dict[str, list[torch.Tensor]] = {
-            "weights": [parameter.data for parameter in model.parameters()],
-            "kv_cache": list(kv_store.tensors()),
-        }
-        self._num_bytes = {id(t): t.untyped_storage().nbytes() for owned in self._owned.values() for t in owned}
+        self._weights = [parameter.data for parameter in model.parameters()]
+        self._num_bytes = [weight.untyped_storage().nbytes() for weight in self._weights]
+        self._kv_store = kv_store
         self.released: set[str] = set()
 
     def release(self, tags: Iterable[str]) -> None:
         """Releasing what is released changes nothing."""
         for tag in tags:
-            for tensor in self._owned[tag]:
-                tensor.untyped_storage().resize_(0)
+            if tag == "kv_cache":
+                self._kv_store.release()
+            else:
+                for weight in self._weights:
+                    weight.untyped_storage().resize_(0)
             self.released.add(tag)
-        if any(tensor.is_cuda for owned in self._owned.values() for tensor in owned):
+        if self._kv_store.memory.is_cuda:
             torch.cuda.empty_cache()
 
     def resume(self, tags: Iterable[str]) -> set[str]:
         """Take memory again, filled with zeros; returns the tags that had been released."""
         resumed = self.released.intersection(tags)
         for tag in resumed:
-            for tensor in self._owned[tag]:
-                tensor.untyped_storage().resize_(self._num_bytes[id(tensor)])
-                tensor.zero_()
+            if tag == "kv_cache":
+                self._kv_store.resume()
+                continue
+            for weight, num_bytes in zip(self._weights, self._num_bytes, strict=True):
+                weight.untyped_storage().resize_(num_bytes)
+                weight.zero_()
         self.released -= resumed
         return resumed
 

@@ -13,7 +13,12 @@ from ..plan import PageMessage
 from .req import Req
 
 # Of a rank that moves no pages; see `PageTransfers.counters`.
-NO_COUNTERS = {"transferred_bytes": 0, "transfer_seconds": 0.0}
+NO_COUNTERS = {
+    "transferred_bytes": 0,
+    "transferred_shared_bytes": 0,
+    "transfer_seconds": 0.0,
+    "transfer_copy_seconds": 0.0,
+}
 # Tells all tp ranks of the group.
 Tell = Callable[[PageMessage], None]
 

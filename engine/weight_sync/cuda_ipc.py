@@ -77,6 +77,49 @@ def export_handle(tensor: torch.Tensor) -> tuple[bytes, int]:
     return bytes(handle), tensor.data_ptr() - base.value
 
 
+class MappedMemory:
+    """An allocation of another process, from now until `close`, as seen by `device`, which need not be the one that has it:
+    a peer is read over their link, also where this process does not see it.
+
+    Raises:
+        RuntimeError: there is no such memory, or the device cannot reach it.
+    """
+
+    def __init__(self, handle: bytes, device: torch.device) -> None:
+        self._device = device
+        self._pointer = ctypes.c_uint64()
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        with torch.cuda.device(device):
+            # torch makes the device's context when it is first used, and a thread takes it.
+            torch.cuda.synchronize(device)
+            foreign = Handle.from_buffer_copy(handle)
+            call("cuIpcOpenMemHandle_v2", ctypes.byref(self._pointer), foreign, LAZY_PEER_ACCESS)
+            call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), self._pointer)
+        self._size = size.value
+
+    def place(self, offset: int, num_bytes: int) -> int:
+        """The address of a part.
+
+        Raises:
+            RuntimeError: it is not all there.
+        """
+        if offset < 0 or offset + num_bytes > self._size:
+            raise RuntimeError(f"bytes {offset} .. {offset + num_bytes} of an allocation of {self._size}")
+        return self._pointer.value + offset
+
+    def tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], called a tensor of this device, whose kernels read it, wherever it is. Gone with `close`."""
+        make_storage: Any = torch._C._construct_storage_from_data_pointer
+        storage = make_storage(self.place(offset, num_bytes), self._device, num_bytes)
+        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage, 0, (num_bytes,), (1,))
+
+    def close(self) -> None:
+        """What reads it is waited for."""
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            call("cuIpcCloseMemHandle", self._pointer)
+
+
 @contextmanager
 def foreign_memory(handle: bytes, offset: int, num_bytes: int, device: torch.device) -> Iterator[torch.Tensor]:
     """uint8 [num_bytes] on the device, as long as the block lasts; what reads it is waited for.
@@ -84,20 +127,11 @@ def foreign_memory(handle: bytes, offset: int, num_bytes: int, device: torch.dev
     Raises:
         RuntimeError: there is no such memory, or less of it.
     """
-    pointer = ctypes.c_uint64()
-    base, size = ctypes.c_uint64(), ctypes.c_size_t()
-    with torch.cuda.device(device):
-        # torch makes the device's context when it is first used.
-        torch.cuda.synchronize(device)
-        call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), Handle.from_buffer_copy(handle), LAZY_PEER_ACCESS)
-        try:
-            call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), pointer)
-            if offset + num_bytes > size.value:
-                raise RuntimeError(f"bytes {offset} .. {offset + num_bytes} of an allocation of {size.value}")
-            yield torch.as_tensor(ForeignBytes(pointer.value + offset, num_bytes), device=device)
-        finally:
-            torch.cuda.synchronize()
-            call("cuIpcCloseMemHandle", pointer)
+    memory = MappedMemory(handle, device)
+    try:
+        yield torch.as_tensor(ForeignBytes(memory.place(offset, num_bytes), num_bytes), device=device)
+    finally:
+        memory.close()
 
 
 def device_of(uuid: str) -> torch.device:

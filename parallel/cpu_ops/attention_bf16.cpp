@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attention_scores.h"
+#include "exponential.h"
 
 using namespace waybill;
 
@@ -49,32 +50,26 @@ struct Visible {
 
 // Memory of one thread.
 struct Scratch {
-    const int64_t width, inputs_width, num_pairs;
-    Buffer<Input> queries;
-    Buffer<float> sums, values, weights;
-    Buffer<uint32_t> turned;
-    std::vector<float> most, total;
-    std::vector<bf16> nothing;
+    const int64_t width, num_pairs;  // numbers of a row, whole vectors; pairs of a key
+    std::vector<bf16> queries, nothing;
+    std::vector<float> sums, values, weights, most, total;
+    std::vector<uint32_t> turned;
 
     Scratch(const Problem& m, int64_t n)
-        : width((m.d + WIDTH - 1) / WIDTH * WIDTH), inputs_width((m.d + LANES - 1) / LANES * LANES), num_pairs((m.d + 1) / 2),
-          queries(n * inputs_width), sums(n * width), values(KEYS * width), weights(n * KEYS),
-          turned((num_pairs + 7) / 8 * 8 * KEYS), most(n), total(n), nothing(m.d) {}
+        : width((m.d + WIDTH - 1) / WIDTH * WIDTH), num_pairs((m.d + 1) / 2), queries(n * width), nothing(m.d), sums(n * width),
+          values(KEYS * width), weights(n * KEYS), most(n), total(n), turned((num_pairs + 7) / 8 * 8 * KEYS) {}
 };
 
+// function(size, first) for all of n, TILE at a time.
 template <class Function>
 void in_tiles(int64_t n, Function function) {
-    int64_t t = 0;
-    for (; t + TOKENS <= n; t += TOKENS) function(std::integral_constant<int, TOKENS>(), t);
-    const auto rest = [&](auto size) {
-        if constexpr (size() < TOKENS)
-            if (n - t == size()) function(size, t);
-    };
-    rest(std::integral_constant<int, 1>());
-    rest(std::integral_constant<int, 2>());
-    rest(std::integral_constant<int, 3>());
-    rest(std::integral_constant<int, 4>());
-    rest(std::integral_constant<int, 5>());
+    int64_t first = 0;
+    for (; first + TILE <= n; first += TILE) function(std::integral_constant<int, TILE>(), first);
+    switch (n - first) {
+        case 1: return function(std::integral_constant<int, 1>(), first);
+        case 2: return function(std::integral_constant<int, 2>(), first);
+        case 3: return function(std::integral_constant<int, 3>(), first);
+    }
 }
 
 class Attention {
@@ -90,7 +85,8 @@ class Attention {
 
     void run() {
         for (int64_t q = 0; q < n_; ++q) {
-            widen_row(m_.query + place(q), m_.d, own_.queries.data() + q * own_.inputs_width);
+            // Behind an odd width is a zero.
+            std::copy_n(m_.query + place(q), m_.d, own_.queries.data() + q * own_.width);
             // A sink is a score without a value.
             own_.most[q] = m_.sinks == nullptr ? -std::numeric_limits<float>::infinity() : m_.sinks[head(q)];
             own_.total[q] = m_.sinks == nullptr ? 0.0f : 1.0f;
@@ -103,7 +99,7 @@ class Attention {
         }
         for (int64_t q = 0; q < n_; ++q)
             for (int64_t i = 0; i < m_.d; i += WIDTH)
-                store_bf16(m_.out + place(q) + i, load(own_.sums.data() + q * own_.width + i) / all_of(own_.total[q]), m_.d - i);
+                store(m_.out + place(q) + i, load(own_.sums.data() + q * own_.width + i) / all(own_.total[q]), m_.d - i);
     }
 
    private:
@@ -128,7 +124,7 @@ class Attention {
             const int64_t at = (slot(k) * m_.G + piece_.group) * m_.d;
             keys[k - block] = m_.keys + at;
             for (int64_t i = 0; i < m_.d; i += WIDTH)
-                store(own_.values.data() + (k - block) * own_.width + i, load_bf16(m_.values + at + i, m_.d - i));
+                store(own_.values.data() + (k - block) * own_.width + i, load(m_.values + at + i, m_.d - i));
         }
         for (int64_t k = 0; k < KEYS; k += 8)
             for (int64_t i = 0; i < own_.num_pairs; i += 8) turn_eight(keys + k, i, m_.d, own_.turned.data() + i * KEYS + k);
@@ -137,9 +133,9 @@ class Attention {
     // Queries [q, q + N) over the block.
     template <int N>
     void attend(int64_t block, int64_t q) {
-        const Input* queries[N];
+        const bf16* queries[N];
         float* weights = own_.weights.data() + q * KEYS;
-        for (int t = 0; t < N; ++t) queries[t] = own_.queries.data() + (q + t) * own_.inputs_width;
+        for (int t = 0; t < N; ++t) queries[t] = own_.queries.data() + (q + t) * own_.width;
         score<N>(queries, own_.turned.data(), own_.num_pairs, weights);
         int64_t begin[N], end[N];
         for (int t = 0; t < N; ++t) {
@@ -165,28 +161,28 @@ class Attention {
 
     // Scores of the keys [begin, end) become weights, relative to the largest score so far.
     void weigh(int64_t q, int64_t begin, int64_t end) {
-        float* all = own_.weights.data() + q * KEYS;
-        const Floats scale = all_of(m_.scale), none = all_of(-std::numeric_limits<float>::infinity());
+        float* row = own_.weights.data() + q * KEYS;
+        const Floats scale = all(m_.scale), none = all(-std::numeric_limits<float>::infinity());
         Floats scores[KEYS / WIDTH], most = none;
         for (int c = 0; c < KEYS / WIDTH; ++c) {
-            scores[c] = only(begin - c * WIDTH, end - c * WIDTH, load(all + c * WIDTH) * scale, none);
+            scores[c] = only(begin - c * WIDTH, end - c * WIDTH, load(row + c * WIDTH) * scale, none);
             most = larger(most, scores[c]);
         }
-        const float before = own_.most[q], now = std::max(before, largest(most));
-        Floats weight_sum = zero();
+        const float before = own_.most[q], now = std::max(before, largest_of(most));
+        Floats weight_sum = all(0.0f);
         for (int c = 0; c < KEYS / WIDTH; ++c) {
-            const Floats weights = only(begin - c * WIDTH, end - c * WIDTH, exponential(scores[c] - all_of(now)), zero());
-            store(all + c * WIDTH, weights);
+            const Floats weights = only(begin - c * WIDTH, end - c * WIDTH, exponential(scores[c] - all(now)), all(0.0f));
+            store(row + c * WIDTH, weights);
             weight_sum = weight_sum + weights;
         }
         if (now != before) {
-            const Floats kept = exponential(all_of(before - now));
-            own_.total[q] *= sum(only(0, 1, kept, zero()));
+            const Floats kept = exponential(all(before - now));
+            own_.total[q] *= sum_of(only(0, 1, kept, all(0.0f)));
             float* sums = own_.sums.data() + q * own_.width;
             for (int64_t i = 0; i < own_.width; i += WIDTH) store(sums + i, load(sums + i) * kept);
         }
         own_.most[q] = now;
-        own_.total[q] += sum(weight_sum);
+        own_.total[q] += sum_of(weight_sum);
     }
 };
 

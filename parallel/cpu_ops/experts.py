@@ -30,14 +30,15 @@ def experts_native(
     *,
     num_ranks: int = 1,
 ) -> torch.Tensor:
-    """One pass over the weights. A token's result does not depend on what it is computed with. Where the experts are spread
-    over ranks it is partial and in float32; that of one rank has the bits of the sum over two."""
+    """One pass over the weights, no copy of tokens. A token's result does not depend on what it is computed with. Where the
+    experts are spread over ranks it is partial and in float32; that of one rank has the bits of the sum over two."""
     (num_tokens, width), top_k, (num_local, _, intermediate) = hidden.shape, ids.shape[1], down.shape
+    activated = hidden.new_empty(num_tokens * top_k, intermediate)
     num_parts = NUM_PARTS if num_ranks == 1 and num_local % NUM_PARTS == 0 else 1
     sums = torch.zeros(num_parts, num_tokens, width)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if num_ranks == 1 else None
     # Bound to names: the tensors must live until the operator returns.
-    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)] + [sums]
+    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)] + [activated, sums]
     load_operators()[NAME](
         *(x.data_ptr() for x in tensors),
         None if out is None else out.data_ptr(),

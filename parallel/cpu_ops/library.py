@@ -1,9 +1,9 @@
 """Builds the operators of this folder as one library, and finds them in it.
 
-The instruction set is chosen when they are first used: the best that the processor has, or the one that the environment
-variable `WAYBILL_CPU_OPERATORS` names. Building takes some seconds and happens once: the library is kept in the user's
-cache folder, under a name made from its sources and flags. Where a machine cannot have it - another processor, no
-compiler - there is no operator, and torch serves; so it does with `WAYBILL_CPU_OPERATORS=off`.
+Building takes some seconds and happens once for an instruction set: the library is kept in the user's cache folder, under
+a name made from its sources and flags. Where a machine cannot have it - another processor, no compiler - there is no
+operator, and torch serves. The environment variable `WAYBILL_CPU_OPERATORS` is `auto`, for the best that the processor
+has, the name of an instruction set, or `off`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parent
 SWITCH = "WAYBILL_CPU_OPERATORS"
 # More for the compiler, as the run under AddressSanitizer has.
 EXTRA_FLAGS = "WAYBILL_CPU_OPERATORS_FLAGS"
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-mfma", "-mavx2")
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,20 @@ class InstructionSet:
     flags: tuple[str, ...]
 
 
-AVX2 = InstructionSet(("avx2", "fma3"), ("-mavx2", "-mfma"))
-AVX512 = InstructionSet(
-    (*AVX2.features, "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
-    (*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-)
-# The fastest first.
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512_FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+# The best first.
 INSTRUCTION_SETS = {
-    "avx512_bf16": InstructionSet((*AVX512.features, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16")),
-    "avx512": AVX512,
-    "avx2": AVX2,
+    "avx512_bf16": InstructionSet((*AVX512_FEATURES, "avx512_bf16"), (*AVX512, "-mavx512bf16")),
+    "avx512": InstructionSet(AVX512_FEATURES, AVX512),
+    "avx2": InstructionSet(("avx2", "fma3"), ()),
 }
-# Products are fused with sums where the sources say so, not where the compiler likes, which depends on the code around.
-FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC", "-w")
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
-    "waybill_experts_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_int],
+    "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 6 + [ctypes.c_int],
     "waybill_attention_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7 + [ctypes.c_float, ctypes.c_int],
-    "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
     "waybill_norm_rope_store_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
+    "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
     "waybill_linear_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int],
 }
 # In which one rank sums what ranks would share: results of one and of two ranks have the same bits.
@@ -68,16 +64,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "waybill"
 
 
-def build(
-    sources: Path, folder: Path, compiler: str, instructions: InstructionSet, extra_flags: tuple[str, ...] = ()
-) -> Path:
+def build(sources: Path, folder: Path, compiler: str, more_flags: tuple[str, ...]) -> Path:
     """Compile what is in `sources` into `folder` unless it is there already. Several processes may do so at once.
 
     Raises:
         OSError: the folder cannot be written.
         subprocess.SubprocessError: the compiler failed or ran past its time.
     """
-    flags = (*FLAGS, *instructions.flags, *extra_flags)
+    flags = (*FLAGS, *more_flags)
     digest = hashlib.sha256(" ".join(flags).encode())
     for file in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
         digest.update(file.read_bytes())
@@ -92,50 +86,63 @@ def build(
     return library
 
 
-def instruction_sets() -> list[str]:
-    """Those of `INSTRUCTION_SETS` that the processor has."""
-    return [name for name, each in INSTRUCTION_SETS.items() if all(map(has_feature, each.features))]
+def supported_sets() -> tuple[str, ...]:
+    """Names of `INSTRUCTION_SETS` that this processor has, the best first."""
+    return tuple(name for name, one in INSTRUCTION_SETS.items() if all(map(has_feature, one.features)))
 
 
-def chosen_instruction_set() -> str | None:
-    """The one to use; None: torch serves.
+def chosen_set(switch: str) -> str | None:
+    """The name of the instruction set to use by the environment's switch; None: torch serves.
 
     Raises:
-        ValueError: the environment names one that does not exist, or that the processor does not have.
+        ValueError: the environment's switch has another value, or asks for what this processor has not.
     """
-    switch, available = os.environ.get(SWITCH, "auto"), instruction_sets()
-    if switch == "auto":
-        return available[0] if available else None
+    supported = supported_sets()
     if switch == "off":
         return None
-    if switch not in available:
-        raise ValueError(f"{SWITCH}={switch!r}: must be {', '.join(map(repr, ('auto', 'off', *available)))}")
+    if switch == "auto":
+        return supported[0] if supported else None
+    if switch not in supported:
+        raise ValueError(
+            f"{SWITCH}={switch!r}: must be one of {', '.join(('auto', 'off', *supported))} on this processor"
+        )
     return switch
 
 
-@cache
 def load_operators() -> dict[str, ctypes._NamedFuncPointer]:
-    """Those of `OPERATORS`, for the instruction set that was chosen when they were first asked for; none, said once in the
-    log, where this machine cannot have them."""
-    chosen = chosen_instruction_set()
-    if chosen is None:
-        return {}
+    """Those of `OPERATORS`; none where this machine cannot have them, or the environment says so.
+
+    Raises:
+        ValueError: as `chosen_set`.
+    """
+    return operators_of(os.environ.get(SWITCH, "auto"))
+
+
+@cache
+def operators_of(switch: str) -> dict[str, ctypes._NamedFuncPointer]:
+    """The same, by the value of the environment's switch; every call of an operator asks."""
+    name = chosen_set(switch)
+    return {} if name is None else load_set(name)
+
+
+@cache
+def load_set(name: str) -> dict[str, ctypes._NamedFuncPointer]:
+    """The operators for an instruction set; none, said once in the log, where they cannot be built."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        logger.warning("no C++ compiler on PATH: bfloat16 runs on torch alone, at half the speed or less")
+        logger.warning("no C++ compiler on PATH: bfloat16 runs on torch alone, about half as fast")
         return {}
-    extra_flags = tuple(os.environ.get(EXTRA_FLAGS, "").split())
+    more_flags = (*INSTRUCTION_SETS[name].flags, *os.environ.get(EXTRA_FLAGS, "").split())
     try:
-        path = build(FOLDER, cache_folder(), compiler, INSTRUCTION_SETS[chosen], extra_flags)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(build(FOLDER, cache_folder(), compiler, more_flags)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
-            "the CPU operators could not be built, bfloat16 runs on torch alone, at half the speed or less: %s", error
+            "the CPU operators could not be built, bfloat16 runs on torch alone, about half as fast: %s", error
         )
         return {}
-    operators = {name: library[name] for name in OPERATORS}
-    for name, operator in operators.items():
-        operator.restype, operator.argtypes = None, OPERATORS[name]
+    operators = {each: library[each] for each in OPERATORS}
+    for operator_name, operator in operators.items():
+        operator.restype, operator.argtypes = None, OPERATORS[operator_name]
     return operators
 
 
@@ -149,6 +156,6 @@ def has_operator(name: str) -> bool:
     """Whether one of `OPERATORS` is to be used; if not, torch serves.
 
     Raises:
-        ValueError: as `chosen_instruction_set`.
+        ValueError: as `chosen_set`.
     """
-    return chosen_instruction_set() is not None and name in load_operators()
+    return name in load_operators()

@@ -29,16 +29,16 @@ struct Problem {
 
 // A head's numbers in `wide`, which has room for WIDTH more, as they are or normed.
 void read(const Problem& m, const bf16* head, const bf16* weight, float* wide) {
-    Floats squares = zero();
+    Floats squares = all(0.0f);
     for (int64_t i = 0; i < m.d; i += WIDTH) {
-        const Floats value = load_bf16(head + i, m.d - i);
-        squares = fma(value, value, squares);
+        const Floats value = load(head + i, m.d - i);
+        squares = multiply_add(value, value, squares);
         store(wide + i, value);
     }
     if (weight == nullptr) return;
-    const Floats scale = all_of(1.0f / std::sqrt(sum(squares) / float(m.d) + m.eps));
+    const Floats scale = all(1.0f / std::sqrt(sum_of(squares) / float(m.d) + m.eps));
     for (int64_t i = 0; i < m.d; i += WIDTH)
-        store(wide + i, round_to_bf16(load_bf16(weight + i, m.d - i) * round_to_bf16(load(wide + i) * scale)));
+        store(wide + i, rounded(load(weight + i, m.d - i) * rounded(load(wide + i) * scale)));
 }
 
 // The first r numbers turned, pairs being (i, i + r / 2), and the others as they are.
@@ -48,10 +48,10 @@ void turn(const Problem& m, int64_t token, const float* wide, bf16* out) {
     for (int64_t i = 0; i < half; i += WIDTH) {
         const int64_t n = half - i, j = half + i;
         const Floats first = load(wide + i), second = load(wide + j);
-        store_bf16(out + i, round_to_bf16(first * load_bf16(cos + i, n)) - round_to_bf16(second * load_bf16(sin + i, n)), n);
-        store_bf16(out + j, round_to_bf16(second * load_bf16(cos + j, n)) + round_to_bf16(first * load_bf16(sin + j, n)), n);
+        store(out + i, rounded(first * load(cos + i, n)) - rounded(second * load(sin + i, n)), n);
+        store(out + j, rounded(second * load(cos + j, n)) + rounded(first * load(sin + j, n)), n);
     }
-    for (int64_t i = m.r; i < m.d; i += WIDTH) store_bf16(out + i, load(wide + i), m.d - i);
+    for (int64_t i = m.r; i < m.d; i += WIDTH) store(out + i, load(wide + i), m.d - i);
 }
 
 void run(const Problem& m, int64_t token, float* wide) {

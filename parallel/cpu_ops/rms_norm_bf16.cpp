@@ -24,20 +24,22 @@ struct Problem {
 
 void norm_row(const Problem& m, int64_t row) {
     const bf16* x = m.x + row / m.H * m.x_token + row % m.H * m.x_head;
-    Floats squares = zero();
+    Floats squares = all(0.0f);
     for (int64_t c = 0; c < m.C; c += WIDTH) {
-        Floats value = load_bf16(x + c, m.C - c);
+        const int64_t left = m.C - c;
+        Floats value = load(x + c, left);
         if (m.residual != nullptr) {
-            value = round_to_bf16(value + load_bf16(m.residual + row * m.C + c, m.C - c));
-            store_bf16(m.total + row * m.C + c, value, m.C - c);
+            value = rounded(value + load(m.residual + row * m.C + c, left));
+            store(m.total + row * m.C + c, value, left);
         }
-        squares = fma(value, value, squares);
+        squares = multiply_add(value, value, squares);
     }
-    const Floats scale = all_of(1.0f / std::sqrt(sum(squares) / float(m.C) + m.eps));
+    const float mean = sum_of(squares) / float(m.C);
+    const Floats scale = all(1.0f / std::sqrt(mean + m.eps));
     if (m.residual != nullptr) x = m.total + row * m.C;
     for (int64_t c = 0; c < m.C; c += WIDTH) {
-        const Floats normed = round_to_bf16(load_bf16(x + c, m.C - c) * scale);
-        store_bf16(m.out + row * m.C + c, load_bf16(m.weight + c, m.C - c) * normed, m.C - c);
+        const int64_t left = m.C - c;
+        store(m.out + row * m.C + c, load(m.weight + c, left) * rounded(load(x + c, left) * scale), left);
     }
 }
 

@@ -80,6 +80,7 @@ def test_single_chunked_cached_and_scored_prompts(pair: EnginePair, reference: R
     states = [at_rest(pair.prefill), at_rest(pair.decode)]
     assert states[0]["num_transfers"] == states[1]["num_transfers"] > 0
     assert 2 * states[0]["transferred_bytes"] == states[1]["transferred_bytes"] > 0, "each rank sends its heads"
+    assert all(state["transferred_shared_bytes"] == state["transferred_bytes"] for state in states)
 
 
 def test_samples_streams_and_what_follows_the_first_token(pair: EnginePair, reference: Reference) -> None:
@@ -166,6 +167,15 @@ def test_weights_of_one_side_alone(pair: EnginePair) -> None:
     at_rest(pair.prefill)
 
 
+def test_memory_that_a_trainer_had_meanwhile(pair: EnginePair, reference: Reference) -> None:
+    """The prefill's pool is given back and taken again, and is mapped by the decode's side before and after."""
+    for engine in (pair.prefill, pair.decode):
+        engine.release_memory_occupation(["kv_cache"])
+        engine.resume_memory_occupation(["kv_cache"])
+    prompt = ids("after the trainer: ")
+    check(reference, prompt, pair.generate(input_ids=prompt, sampling_params=greedy(4), **ALL))
+
+
 def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Reference) -> None:
     """Last: the other tests need it."""
     place = pair.place()
@@ -183,6 +193,7 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("transport", ["shared", "tcp"])
 @pytest.mark.parametrize(
     ("prefill", "decode"),
     [
@@ -192,8 +203,10 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
         ({"tp_size": 2, "page_size": 3, "overlap_depth": 0}, {"tp_size": 2, "enable_prefix_cache": False}),
     ],
 )
-def test_other_layouts(checkpoint: str, reference: Reference, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
-    pair = EnginePair(checkpoint, prefill, decode, **OPTIONS)
+def test_other_layouts(
+    checkpoint: str, reference: Reference, prefill: dict[str, Any], decode: dict[str, Any], transport: str
+) -> None:
+    pair = EnginePair(checkpoint, prefill, decode, **OPTIONS, disaggregation_transport=transport)
     prompts = [ids(f"prompt {i} of several, " * (1 + i % 3)) for i in range(6)]
     fields = [{"input_ids": prompt, "sampling_params": greedy(8), **ALL} for prompt in (*prompts, *prompts)]
     try:
@@ -201,18 +214,20 @@ def test_other_layouts(checkpoint: str, reference: Reference, prefill: dict[str,
         for prompt, answer in zip((*prompts, *prompts), answers, strict=True):
             check(reference, prompt, answer)
         for engine in (pair.prefill, pair.decode):
-            at_rest(engine)
+            state = at_rest(engine)
+            assert state["transferred_shared_bytes"] == (state["transferred_bytes"] if transport == "shared" else 0)
     finally:
         pair.shutdown()
 
 
 @pytest.mark.matrix
-def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(checkpoint: str) -> None:
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(checkpoint: str, transport: str) -> None:
     """One request after the other: tokens, log-probabilities, rows and weights are equal to the bit, cached or not."""
     prompts = [ids(f"prompt {i} of several, " * (1 + i % 3)) for i in range(4)]
     fields = [{"input_ids": prompt, "sampling_params": greedy(8), **ALL} for prompt in prompts]
     fields += [{**one, "logprob_start_len": 5, "top_logprobs_num": 2} for one in fields]
-    pair = EnginePair(checkpoint, {"tp_size": 1}, {"tp_size": 1}, **OPTIONS)
+    pair = EnginePair(checkpoint, {"tp_size": 1}, {"tp_size": 1}, **OPTIONS, disaggregation_transport=transport)
     try:
         both = [pair.generate(**one) for one in (*fields, *fields)]
     finally:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from waybill.engine.disaggregation import mapped_pool
 from waybill.engine.disaggregation.head_plan import head_slices
+from waybill.engine.disaggregation.mapped_pool import DeviceMappedPool, MappedPool, PoolExport, map_pool
 from waybill.engine.disaggregation.page_copy import DevicePages, HostPages, PageCopy
+from waybill.engine.disaggregation.row_copy import as_words, select_heads
+from waybill.engine.disaggregation.wire import DeviceMemory
 from waybill.engine.kv_cache.kv_store import KVStore, KVTensorSpec
 
 CPU = torch.device("cpu")
@@ -41,10 +48,10 @@ def test_a_latent_is_asked_of_one_rank() -> None:
     assert [head_slices(0, 2, 4, rank)[0].rank for rank in range(4)] == [0, 1, 0, 1]
 
 
-def filled(heads: list[int], page_size: int, dtype: torch.dtype, width: int = 3) -> KVStore:
+def filled(heads: list[int], page_size: int, dtype: torch.dtype, width: int = 3, *, is_shared: bool = False) -> KVStore:
     """A pool in which every value says its layer, tensor, slot and head."""
     specs = [KVTensorSpec("k", (len(heads), width), dtype), KVTensorSpec("latent", (5,), dtype)]
-    store = KVStore(2, 32 // page_size, page_size, specs, CPU)
+    store = KVStore(2, 32 // page_size, page_size, specs, CPU, is_shared=is_shared)
     for index, tensor in enumerate(store.tensors()):
         slots = torch.arange(len(tensor))
         tensor += (slots + 100 * index).view(-1, *[1] * (tensor.dim() - 1))
@@ -76,3 +83,66 @@ def test_positions_go_from_two_ranks_to_one_of_another_page_size(make: type[Host
         assert torch.equal(found, first if found.dim() == 2 else torch.cat([first, second], dim=1))
     with pytest.raises(ValueError, match="bytes of keys and values arrived in place of"):
         own.scatter(pages, 0, 2, None, data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_positions_are_copied_from_mapped_pools(
+    dtype: torch.dtype, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy on a device is torch's here, between tensors of the host."""
+    there = [filled([0, 1], 2, dtype, is_shared=True), filled([2, 3], 2, dtype, is_shared=True)]
+    here = KVStore(2, 8, 4, [KVTensorSpec("k", (4, 3), dtype), KVTensorSpec("latent", (5,), dtype)], CPU)
+    their_pages, pages = np.array([9, 3, 7, 1], dtype=np.int32), np.array([5, 2], dtype=np.int32)
+    for one in head_slices(4, 2, 1, 0):
+        store = there[one.rank]
+        place = PoolExport(store, 2).place("1.0", 1)
+        pool: MappedPool = map_pool(place, here, 4)
+        if on_device:
+            monkeypatch.setattr(mapped_pool, "MappedMemory", lambda handle, device, store=store: FakeMemory(store))
+            monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+            monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+            place = msgspec.structs.replace(place, memory=DeviceMemory(bytes(64), 0))
+            pool = DeviceMappedPool(place, store.stacks, here, 4)
+        for start, end in ((0, 3), (3, 7)):
+            num_bytes = pool.copy(their_pages, pages, start, end, one.theirs, one.ours)
+            assert num_bytes == (end - start) * HostPages(store, 2).bytes_per_position(one.theirs)
+        pool.close()
+    halves = [positions(store, their_pages, 2, 7) for store in there]
+    for found, first, second in zip(positions(here, pages, 4, 7), *halves, strict=True):
+        assert torch.equal(found, first if found.dim() == 2 else torch.cat([first, second], dim=1))
+
+
+class Stream:
+    def synchronize(self) -> None: ...
+
+
+class FakeMemory:
+    def __init__(self, store: KVStore) -> None:
+        self._store = store
+
+    def tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
+        return self._store.memory[offset : offset + num_bytes]
+
+    def close(self) -> None: ...
+
+
+def test_rows_as_words() -> None:
+    stack = torch.arange(2 * 5 * 4 * 2, dtype=torch.float32).view(2, 5, 4, 2)
+    words = as_words(select_heads(stack, (1, 3)))
+    assert words is not None and words.shape == (2, 5, 2)
+    assert torch.equal(words[1, 3].contiguous().view(torch.float32), stack[1, 3, 1:3].flatten())
+    assert as_words(torch.zeros(2, 5, 3)) is None, "three values of four bytes"
+    assert as_words(torch.zeros(2, 5, 3, 1)[:, :, 1:3]) is None, "not on a word's boundary"
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_memory_is_given_back_after_copies(is_shared: bool) -> None:
+    store = filled([0, 1], 2, torch.float32, is_shared=is_shared)
+    pages = np.array([5, 2], dtype=np.int32)
+    data = HostPages(store, 2).gather(pages, 0, 4, None)
+    store.release()
+    store.resume()
+    assert not any(tensor.any() for tensor in store.tensors())
+    HostPages(store, 2).scatter(pages, 0, 4, None, data)
+    assert HostPages(store, 2).gather(pages, 0, 4, None) == data

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from support.engine_pair import HOST, free_port
 
 from waybill.engine.disaggregation import transfer_client
+from waybill.engine.disaggregation.mapped_pool import NotMappableError, PoolExport, map_pool
+from waybill.engine.disaggregation.mapped_pools import MappedPools
 from waybill.engine.disaggregation.page_client import FetchedPrompts, RankShape
 from waybill.engine.disaggregation.page_copy import HostPages
 from waybill.engine.disaggregation.page_server import SharedPrompts
 from waybill.engine.disaggregation.transfer_client import TransferClient
 from waybill.engine.disaggregation.transfer_server import TransferServer
-from waybill.engine.disaggregation.wire import Release, Welcome, difference
+from waybill.engine.disaggregation.wire import DeviceMemory, Release, Welcome, difference
 from waybill.engine.io_struct import FirstToken, TransferSource
 from waybill.engine.ipc.frontend_messages import TransferNotice
 from waybill.engine.ipc.sockets import CurveKeys, Endpoint
@@ -28,8 +33,8 @@ FACTS = {"dtype": "float32", "kv_heads": "1"}
 PAGES = np.arange(8, dtype=np.int32)
 
 
-def pool() -> KVStore:
-    return KVStore(1, 8, 1, [KVTensorSpec("k", (1, 2), torch.float32)], torch.device("cpu"))
+def pool(*, is_shared: bool = False) -> KVStore:
+    return KVStore(1, 8, 1, [KVTensorSpec("k", (1, 2), torch.float32)], torch.device("cpu"), is_shared=is_shared)
 
 
 @dataclass
@@ -39,13 +44,14 @@ class Sides:
     keys: CurveKeys = field(default_factory=CurveKeys.make)
     port: int = field(default_factory=free_port)
     timeout_s: float = 30.0
-    there: KVStore = field(default_factory=pool)
+    there: KVStore = field(default_factory=lambda: pool(is_shared=True))
     here: KVStore = field(default_factory=pool)
     notices: queue.SimpleQueue[TransferNotice] = field(default_factory=queue.SimpleQueue)
     releases: queue.SimpleQueue[Release] = field(default_factory=queue.SimpleQueue)
 
-    def serve(self) -> SharedPrompts:
-        prompts = SharedPrompts(HostPages(self.there, 1), self.releases.put)
+    def serve(self, transport: str = "auto") -> SharedPrompts:
+        export = None if transport == "tcp" else PoolExport(self.there, 1)
+        prompts = SharedPrompts(HostPages(self.there, 1), self.releases.put, export, allows_bytes=transport != "shared")
         address = f"tcp://{HOST}:{self.port}"
         server = TransferServer(
             Endpoint(address, self.keys),
@@ -54,15 +60,19 @@ class Sides:
             self.timeout_s,
             welcome=Welcome("one", [[address]], ""),
             facts=FACTS,
+            pool_generation=prompts.pool_generation,
         )
         prompts.wake = server.wake
         server.start()
         return prompts
 
-    def fetch(self, facts: dict[str, str] = FACTS, keys: CurveKeys | None = None) -> FetchedPrompts:
-        client = TransferClient(keys or self.keys, facts, lambda welcome, source: welcome.pages[0][0])
+    def fetch(
+        self, facts: dict[str, str] = FACTS, keys: CurveKeys | None = None, transport: str = "auto"
+    ) -> FetchedPrompts:
+        self.pools = MappedPools(self.here, 1, transport)
+        client = TransferClient(keys or self.keys, facts, lambda welcome, source: welcome.pages[0][0], self.pools)
         client.start()
-        return FetchedPrompts(client, RankShape(0, 1, 1), HostPages(self.here, 1), self.notices.put)
+        return FetchedPrompts(client, RankShape(0, 1, 1), HostPages(self.here, 1), self.pools, self.notices.put)
 
     def ask(self, room: int = 1, end: int = 6) -> FetchPages:
         return FetchPages(TransferSource(HOST, self.port, room), 1, 2, end, PAGES.tobytes())
@@ -76,9 +86,13 @@ def sides() -> Sides:
     return Sides()
 
 
-def test_parts_come_as_they_are_ready_and_nothing_else_is_written(sides: Sides) -> None:
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [("auto", "auto"), ("tcp", "auto"), ("auto", "tcp"), ("shared", "auto"), ("auto", "shared")],
+)
+def test_parts_come_as_they_are_ready_and_nothing_else_is_written(sides: Sides, there: str, here: str) -> None:
     next(sides.there.tensors())[:] = torch.arange(9.0).view(9, 1, 1)
-    shared, fetched = sides.serve(), sides.fetch()
+    shared, fetched = sides.serve(there), sides.fetch(transport=here)
     # Asked for before the prefill knows of it; page 7 - i is position i there.
     fetched.handle(sides.ask())
     shared.handle(SharePages("1.0", PAGES[::-1].tobytes(), 4))
@@ -89,7 +103,10 @@ def test_parts_come_as_they_are_ready_and_nothing_else_is_written(sides: Sides) 
     assert next(sides.here.tensors())[:, 0, 0].tolist() == [0, 0, 5, 4, 3, 2, 0, 0, 0]
     fetched.handle(DropPages("1.0"))
     assert sides.releases.get(timeout=5) == Release("1.0")
-    assert fetched.counters()["transferred_bytes"] == shared.counters()["transferred_bytes"] == 4 * 8
+    mapped_bytes = 0 if "tcp" in (there, here) else 4 * 8
+    for side in (fetched, shared):
+        assert side.counters()["transferred_bytes"] == 4 * 8
+        assert side.counters()["transferred_shared_bytes"] == mapped_bytes
 
 
 def test_a_request_that_ends_there_fails_here_and_one_dropped_here_is_not_heard_of(sides: Sides) -> None:
@@ -128,3 +145,99 @@ def test_nobody_there_and_other_keys(sides: Sides, monkeypatch: pytest.MonkeyPat
     sides.serve()
     sides.fetch(keys=CurveKeys.make()).handle(sides.ask())
     assert "nothing was heard of it" in sides.notice().error
+
+
+def test_one_side_wants_what_the_other_does_not_give(sides: Sides) -> None:
+    shared = sides.serve("tcp")
+    shared.handle(SharePages("1.0", PAGES.tobytes(), 6))
+    sides.fetch(transport="shared").handle(sides.ask())
+    assert "--disaggregation-transport shared: the prefill's side sends bytes" in sides.notice().error
+    other = Sides()
+    other.serve("shared").handle(SharePages("1.0", PAGES.tobytes(), 6))
+    other.fetch(transport="tcp").handle(other.ask())
+    assert "the prefill's side has --disaggregation-transport shared" in other.notice().error
+
+
+def mapped_sides(sides: Sides, positions: int) -> tuple[SharedPrompts, FetchedPrompts]:
+    """A prompt of six positions of which some have been copied."""
+    shared, fetched = sides.serve(), sides.fetch()
+    shared.handle(SharePages("1.0", PAGES.tobytes(), positions))
+    fetched.handle(sides.ask())
+    until(lambda: fetched.counters()["transferred_shared_bytes"] == (positions - 2) * 8)
+    return shared, fetched
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_what_was_copied_under_a_lease_that_has_ended_counts_for_nothing(sides: Sides) -> None:
+    """Also where another prompt has the same key since, and all of its positions."""
+    shared, _ = mapped_sides(sides, 6)
+    with shared._lock:
+        # Not yet answered: the pages go to somebody else meanwhile.
+        del shared._prompts["1.0"]
+    shared.handle(SharePages("1.0", PAGES[::-1].tobytes(), 6, FirstToken([5], "w")))
+    assert "has let go of it" in sides.notice().error
+
+
+def test_memory_that_is_given_back_is_there_again_and_a_pool_that_has_moved_is_mapped_anew(sides: Sides) -> None:
+    shared, fetched = mapped_sides(sides, 6)
+    shared.handle(SharePages("1.0", b"", 6, FirstToken([5], "w")))
+    assert sides.notice().error == ""
+    next(sides.there.tensors())[:] = 7.0
+    sides.there.release()
+    # Whoever maps it sees nothing of what was there.
+    until(lambda: not sides.pools.is_needed)
+    assert not next(sides.there.tensors()).any()
+    sides.there.resume()
+    # As on a device, where memory that is taken again lies elsewhere.
+    sides.there.generation += 1
+    next(sides.there.tensors())[:] = torch.arange(9.0).view(9, 1, 1)
+    shared.handle(SharePages("2.0", PAGES.tobytes(), 6, FirstToken([5], "w")))
+    fetched.handle(sides.ask(2))
+    assert sides.notice().error == ""
+    assert next(sides.here.tensors())[:6, 0, 0].tolist() == [0, 0, 2, 3, 4, 5]
+    assert fetched.counters()["transferred_bytes"] == fetched.counters()["transferred_shared_bytes"]
+
+
+def test_a_pool_of_an_engine_that_has_died_is_let_go_also_by_who_asks_for_nothing(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer_client, "SILENCE_S", 1.0)
+    shared, _ = mapped_sides(sides, 6)
+    shared.handle(SharePages("1.0", b"", 6, FirstToken([5], "w")))
+    assert sides.notice().error == "" and sides.pools.is_needed
+    sides.pools.lost(f"tcp://{HOST}:{sides.port}")
+    assert not sides.pools.is_needed
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"proof_path": "/etc/hostname"}, "no descriptor of a process"),
+        ({"proof_path": "/proc/1/fd/99999"}, "not on this host"),
+        ({"proof": bytes(32)}, "not on this host"),
+        ({"stacks": [(0, [2, 9, 1, 2])]}, "its tensors are others"),
+        ({"stacks": [(0, [1, 900, 1, 2])]}, "its tensors are not in it"),
+        ({"num_bytes": 1 << 30}, "mmap length is greater"),
+        ({"memory": DeviceMemory(bytes(64), 0)}, "one pool is on the host"),
+    ],
+)
+def test_a_pool_is_mapped_only_on_proof_of_the_same_host(sides: Sides, change: dict[str, Any], why: str) -> None:
+    place = PoolExport(sides.there, 1).place("1.0", 1)
+    with pytest.raises(NotMappableError, match=why):
+        map_pool(msgspec.structs.replace(place, **change), sides.here, 1)
+    pools = MappedPools(sides.here, 1, "auto")
+    pools.map("there", msgspec.structs.replace(place, **change))
+    assert pools.generation("there") is None, "bytes are asked for"
+    pools.lost("there")
+    pools.map("there", place)
+    assert pools.generation("there") == 1
+    with pytest.raises(ValueError, match="pages that the pool does not have"):
+        pools.get("there").copy(np.array([9], np.int32), PAGES, 0, 1, None, None)
+    with pytest.raises(ValueError, match="1 pages for 2 positions"):
+        pools.get("there").copy(np.array([1], np.int32), PAGES, 0, 2, None, None)

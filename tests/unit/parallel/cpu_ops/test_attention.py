@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.parallel.cpu_ops.attention import Pages, attention_native
+from waybill.parallel.cpu_ops.attention import Pages, attention_native, has_native_attention
 
-pytestmark = pytest.mark.usefixtures("instruction_set")
+pytestmark = pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waybill.parallel.cpu_ops.attention import has_native_attention
 from waybill.parallel.cpu_ops.experts import experts_native
 from waybill.parallel.moe.experts import experts_torch_reference
 
-pytestmark = pytest.mark.usefixtures("instruction_set")
+pytestmark = pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
 
 
 def problem(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,22 +14,20 @@ from waybill.parallel.cpu_ops.linear import linear_native
 from waybill.parallel.cpu_ops.rms_norm import add_rms_norm_native
 
 pytestmark = pytest.mark.skipif(
-    not {"avx512", "avx2"} <= set(library.instruction_sets()), reason="needs AVX-512 and AVX2"
+    not {"avx512", "avx2"} <= set(library.supported_sets()), reason="needs AVX-512 and AVX2"
 )
 On = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
+def on(monkeypatch: pytest.MonkeyPatch) -> On:
     """What a function gives with one instruction set."""
 
     def run(name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         monkeypatch.setenv(library.SWITCH, name)
-        library.load_operators.cache_clear()
         return function()
 
-    yield run
-    library.load_operators.cache_clear()
+    return run
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -19,17 +19,18 @@ from waybill.parallel.cpu_ops.linear import linear_native
 from waybill.parallel.weight_format import WeightFormat
 
 FORMAT = WeightFormat(torch.bfloat16, torch.device("cpu"))
-needs_operators = pytest.mark.skipif(not library.load_operators(), reason="needs AVX2 and a C++ compiler")
+needs_operators = pytest.mark.skipif(not library.supported_sets(), reason="needs AVX2 and a C++ compiler")
 
 
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty one, and nothing remembered before and after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(library.SWITCH, "auto")
-    library.load_operators.cache_clear()
+    library.load_set.cache_clear()
+    library.operators_of.cache_clear()
     yield tmp_path / "waybill"
-    library.load_operators.cache_clear()
+    library.load_set.cache_clear()
+    library.operators_of.cache_clear()
 
 
 @needs_operators
@@ -56,39 +57,32 @@ def test_a_build_that_fails_falls_back(
 
 @needs_operators
 def test_another_processor_has_none(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "has_feature", lambda name: name != "fma3")
+    monkeypatch.setenv(library.SWITCH, "auto")
+    monkeypatch.setattr(library, "has_feature", lambda name: name == "avx2")
     assert library.load_operators() == {}
     assert not cache_folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("lacks", "chosen"),
-    [(None, "avx512_bf16"), ("avx512_bf16", "avx512"), ("avx512_vl", "avx2"), ("avx512_f", "avx2"), ("avx2", None)],
-)
-def test_the_best_set_of_the_processor_is_chosen(
-    lacks: str | None, chosen: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(library.SWITCH, "auto")
-    monkeypatch.setattr(library, "has_feature", lambda name: name != lacks)
-    assert library.chosen_instruction_set() == chosen
-
-
-def test_a_set_can_be_named_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "has_feature", lambda name: name != "avx512_bf16")
-    monkeypatch.setenv(library.SWITCH, "avx2")
-    assert library.chosen_instruction_set() == "avx2"
-    monkeypatch.setenv(library.SWITCH, "avx512_bf16")
-    with pytest.raises(ValueError, match="must be 'auto', 'off', 'avx512', 'avx2'"):
-        library.chosen_instruction_set()
+def test_the_best_that_the_processor_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"avx512_bf16", "avx2", "fma3"}
+    monkeypatch.setattr(library, "has_feature", features.__contains__)
+    assert library.chosen_set("auto") == "avx2"
+    features |= {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"}
+    assert library.chosen_set("auto") == "avx512_bf16"
+    assert library.chosen_set("avx512") == "avx512"
+    features.remove("avx512_vl")
+    with pytest.raises(
+        ValueError, match="WAYBILL_CPU_OPERATORS='avx512': must be one of auto, off, avx2 on this processor"
+    ):
+        library.chosen_set("avx512")
 
 
 @needs_operators
-def test_the_library_is_built_once_per_source(cache_folder: Path) -> None:
-    compiler = shutil.which("c++") or "g++"
-    instructions = library.INSTRUCTION_SETS[library.instruction_sets()[0]]
-    first = library.build(library.FOLDER, cache_folder, compiler, instructions)
+def test_the_library_is_built_once_per_source(cache_folder: Path, instruction_set: str) -> None:
+    compiler, flags = shutil.which("c++") or "g++", library.INSTRUCTION_SETS[instruction_set].flags
+    first = library.build(library.FOLDER, cache_folder, compiler, flags)
     built_at = os.stat(first).st_mtime_ns
-    assert library.build(library.FOLDER, cache_folder, compiler, instructions) == first
+    assert library.build(library.FOLDER, cache_folder, compiler, flags) == first
     assert os.stat(first).st_mtime_ns == built_at
     symbols = subprocess.run(["nm", "-D", str(first)], capture_output=True, text=True, check=True).stdout
     assert {word for word in symbols.split() if word.startswith("waybill_")} == library.OPERATORS.keys()
@@ -103,9 +97,9 @@ def test_the_environment_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> N
     assert not has_native_experts(torch.bfloat16, 32, 32)
 
 
-def test_a_switch_that_is_none_of_them_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.SWITCH, "0")
-    with pytest.raises(ValueError, match="WAYBILL_CPU_OPERATORS='0': must be 'auto', 'off'"):
+    with pytest.raises(ValueError, match="WAYBILL_CPU_OPERATORS='0': must be one of auto, off"):
         FORMAT.linear()
 
 

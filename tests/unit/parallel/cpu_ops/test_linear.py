@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.parallel.cpu_ops.library import has_feature
-from waybill.parallel.cpu_ops.linear import MAX_ROWS_BESIDE_AMX, linear_native, row_parallel_native
+from waybill.parallel.cpu_ops.linear import MAX_ROWS_BESIDE_AMX, has_native_linear, linear_native, row_parallel_native
 
-pytestmark = pytest.mark.usefixtures("instruction_set")
+pytestmark = pytest.mark.skipif(not has_native_linear(torch.bfloat16), reason="needs AVX2 and a C++ compiler")
 # Beside AMX the operator serves few rows.
 MAX_ROWS = MAX_ROWS_BESIDE_AMX if has_feature("amx_bf16") else 64
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.models.norm_rope import HeadNorms, NativeLayerOps, TorchLayerOps
+from waybill.parallel.cpu_ops.attention import has_native_attention
 
-pytestmark = pytest.mark.usefixtures("instruction_set")
+pytestmark = pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
 NUM_SLOTS = 50
 
 

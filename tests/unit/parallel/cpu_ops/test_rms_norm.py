@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.engine.models.norm_rope import NativeLayerOps, TorchLayerOps
-from waybill.parallel.cpu_ops.rms_norm import add_rms_norm_native, rms_norm_native
+from waybill.parallel.cpu_ops.rms_norm import add_rms_norm_native, has_native_rms_norm, rms_norm_native
 
-pytestmark = pytest.mark.usefixtures("instruction_set")
+pytestmark = pytest.mark.skipif(not has_native_rms_norm(), reason="needs AVX2 and a C++ compiler")
 TORCH, EPS = TorchLayerOps(), 1e-6
 
 

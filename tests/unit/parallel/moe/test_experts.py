@@ -10,6 +10,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from waybill.parallel.cpu_ops.experts import experts_native, has_native_experts
+from waybill.parallel.cpu_ops.library import SWITCH, supported_sets
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.activation import ClampedExperts, SwigluClamp
 from waybill.parallel.moe.experts import (
@@ -27,10 +28,26 @@ NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 3, 96, 64
 needs_kernel = pytest.mark.skipif(
     not has_native_experts(torch.bfloat16, HIDDEN, WIDTH), reason="needs AVX2 and a C++ compiler"
 )
+
+
+def native_on(instruction_set: str) -> ExpertsFunction:
+    def run(*arguments: torch.Tensor) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(SWITCH, instruction_set)
+            return experts_native(*arguments)
+
+    return run
+
+
+NATIVE = [pytest.param(native_on(name), id=name, marks=needs_kernel) for name in supported_sets()]
+on_each_set = pytest.mark.parametrize("native", NATIVE)
 FAST: list[Any] = [
     pytest.param(experts_by_group, torch.float32, id="by_group-float32"),
     pytest.param(experts_by_group, torch.bfloat16, id="by_group-bfloat16"),
-    pytest.param(experts_native, torch.bfloat16, id="native-bfloat16", marks=needs_kernel),
+    *(
+        pytest.param(native_on(name), torch.bfloat16, id=f"native-{name}", marks=needs_kernel)
+        for name in supported_sets()
+    ),
 ]
 
 
@@ -83,24 +100,24 @@ def test_a_token_that_is_not_finite_stays_alone(function: ExpertsFunction, dtype
     assert torch.equal(found[others], expected[others])
 
 
-@needs_kernel
-def test_native_rounds_to_bfloat16_where_torch_does() -> None:
+@on_each_set
+def test_native_rounds_to_bfloat16_where_torch_does(native: ExpertsFunction) -> None:
     """With sums of one term, and one expert per token, nothing may differ: every rounding is seen, no order of sums is."""
     hidden, _, _, gate_up, down = problem(200, torch.bfloat16)
     hidden[:, 1:] = 0
     down[..., 1:] = 0
     ids, weights = torch.randint(0, NUM_EXPERTS, (200, 1)), torch.rand(200, 1).bfloat16()
-    actual = experts_native(hidden, ids, weights, gate_up, down)
+    actual = native(hidden, ids, weights, gate_up, down)
     assert torch.equal(actual, experts_torch_reference(hidden, ids, weights, gate_up, down))
 
 
-@needs_kernel
-def test_native_result_of_a_token_has_the_same_bits_in_any_batch_and_with_any_threads() -> None:
+@on_each_set
+def test_native_result_of_a_token_has_the_same_bits_in_any_batch_and_with_any_threads(native: ExpertsFunction) -> None:
     hidden, ids, weights, gate_up, down = problem(37, torch.bfloat16)
-    together = experts_native(hidden, ids, weights, gate_up, down)
+    together = native(hidden, ids, weights, gate_up, down)
     for size in (1, 2, 3, 8):
         parts = [
-            experts_native(*(x.contiguous() for x in part), gate_up, down)
+            native(*(x.contiguous() for x in part), gate_up, down)
             for part in zip(hidden.split(size), ids.split(size), weights.split(size), strict=True)
         ]
         assert torch.equal(torch.cat(parts), together), size
@@ -108,13 +125,13 @@ def test_native_result_of_a_token_has_the_same_bits_in_any_batch_and_with_any_th
     try:
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
-            assert torch.equal(experts_native(hidden, ids, weights, gate_up, down), together), num_threads
+            assert torch.equal(native(hidden, ids, weights, gate_up, down), together), num_threads
     finally:
         torch.set_num_threads(threads)
 
 
-@needs_kernel
-def test_native_activation_is_right_far_from_zero() -> None:
+@on_each_set
+def test_native_activation_is_right_far_from_zero(native: ExpertsFunction) -> None:
     """silu of values whose exponential overflows or vanishes: no NaN, and the right limit."""
     hidden = torch.zeros(4, 32, dtype=torch.bfloat16)
     hidden[:, 0] = torch.tensor([-1000.0, -90.0, 90.0, 1000.0])
@@ -122,7 +139,7 @@ def test_native_activation_is_right_far_from_zero() -> None:
     gate_up[0, 0, 0], gate_up[0, 32, 0], down[0, 0, 0] = 1.0, 0.125, 1.0
     arguments = (hidden, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bfloat16))
     weights = (gate_up.bfloat16(), down.bfloat16())
-    actual = experts_native(*arguments, *weights)
+    actual = native(*arguments, *weights)
     torch.testing.assert_close(actual, experts_torch_reference(*arguments, *weights), rtol=2**-8, atol=1e-30)
 
 

@@ -7,9 +7,11 @@ length; each prompt is new, so that no prefix is cached.
 
     python bench/make_models.py M --out models/M
     python bench/throughput.py --model models/M [--rounds 3] [--write]
+    python bench/throughput.py --model models/M --peers --vllm-python PYTHON [--vllm-preload LIB ...] [--rounds 5]
 
 The bandwidth limit counts what a decode step must read: every dense weight, the experts that its tokens were routed to
 (from the shipped routes), and the keys and values, over the read bandwidth measured in the same run.
+With `--peers` the other side is vLLM, see `peers.py`.
 """
 
 from __future__ import annotations
@@ -20,70 +22,32 @@ import os
 import resource
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from io import StringIO
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from machine import describe, write_result
+from peers import compare
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from throughput_rounds import (
+    CONCURRENCIES,
+    DECODE_PROMPT,
+    LONG,
+    MIB,
+    PREFILLS,
+    Bench,
+    Contender,
+    WaybillContender,
+    rates,
+    run_rounds,
+    timed,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from waybill import Engine
-
-PREFILLS = (512, 2048)
-CONCURRENCIES = (1, 8, 32)
-DECODE_PROMPT = 128
-SHORT, LONG = 8, 72
-MIB = 1 << 20
-# Ids below are special tokens in most vocabularies.
-FIRST_TOKEN = 300
 BASELINE = "transformers grouped_mm"
-
-
-class Contender(Protocol):
-    """Generates greedily for a batch of equally long prompts."""
-
-    start_s: float
-
-    def generate(self, prompts: list[list[int]], num_new: int) -> None: ...
-
-    def peak_bytes(self) -> int: ...
-
-
-class WaybillContender:
-    def __init__(self, model_path: str, threads: int, *, routing: bool) -> None:
-        began = time.perf_counter()
-        self.engine = Engine(
-            model_path,
-            tp_size=1,
-            num_threads=threads,
-            kv_cache_tokens=max(CONCURRENCIES) * 512,
-            context_length=4096,
-            enable_return_routed_experts=routing,
-        )
-        self.start_s = time.perf_counter() - began
-        self._routing = routing
-        # Routes [R, M, K] of the last answers.
-        self.routes: list[np.ndarray] = []
-
-    def generate(self, prompts: list[list[int]], num_new: int) -> None:
-        answers = self.engine.generate(
-            input_ids=prompts,
-            sampling_params={"temperature": 0.0, "max_new_tokens": num_new, "ignore_eos": True},
-            return_routed_experts=self._routing,
-        )
-        if self._routing:
-            self.routes = [answer["meta_info"]["routed_experts"] for answer in answers]
-
-    def peak_bytes(self) -> int:
-        return int(self.engine.get_server_info()["peak_rss_bytes"])
 
 
 class TransformersContender:
@@ -105,61 +69,11 @@ class TransformersContender:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@dataclass
-class Measurement:
-    """Seconds by contender and workload, one entry a round."""
-
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-
-    def median(self, name: str, workload: str) -> float:
-        return statistics.median(self.seconds[name, workload])
-
-
-def timed(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
 def read_bandwidth(threads: int) -> float:
     """Bytes per second that this many threads read from memory at best: torch's sum of a long tensor."""
     torch.set_num_threads(threads)
     long = torch.ones(256 * MIB // 4)
     return long.nbytes / min(timed(long.sum) for _ in range(8))
-
-
-class Bench:
-    def __init__(self, vocab_size: int, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._vocab_size = vocab_size
-        self.measured = Measurement()
-
-    def prompts(self, count: int, length: int) -> list[list[int]]:
-        return self._rng.integers(FIRST_TOKEN, self._vocab_size, (count, length)).tolist()
-
-    def round(self, contenders: dict[str, Contender], progress: Callable[[], None]) -> None:
-        for length in PREFILLS:
-            prompts = self.prompts(1, length)
-            for name, contender in contenders.items():
-                self._record(name, f"prefill {length}", lambda c=contender, p=prompts: c.generate(p, 1))
-                progress()
-        for count in CONCURRENCIES:
-            for num_new in (SHORT, LONG):
-                prompts = self.prompts(count, DECODE_PROMPT)
-                for name, contender in contenders.items():
-                    workload = f"{count} x {num_new}"
-                    self._record(name, workload, lambda c=contender, p=prompts, n=num_new: c.generate(p, n))
-                    progress()
-
-    def _record(self, name: str, workload: str, function: Callable[[], None]) -> None:
-        self.measured.seconds[name, workload].append(timed(function))
-
-    def prefill_rate(self, name: str, length: int) -> float:
-        return length / self.measured.median(name, f"prefill {length}")
-
-    def decode_rate(self, name: str, count: int) -> float:
-        seconds = self.measured.median(name, f"{count} x {LONG}") - self.measured.median(name, f"{count} x {SHORT}")
-        return count * (LONG - SHORT) / seconds
 
 
 def decode_step_bytes(config: Any, routes: list[np.ndarray], prompt_length: int) -> float:
@@ -206,17 +120,6 @@ def as_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in console.export_text().strip().splitlines())
 
 
-def run_rounds(bench: Bench, contenders: dict[str, Contender], num_rounds: int) -> None:
-    """One more than is kept: the first one warms up."""
-    with Progress(transient=True) as progress:
-        steps = len(contenders) * (len(PREFILLS) + 2 * len(CONCURRENCIES))
-        task = progress.add_task("rounds", total=(num_rounds + 1) * steps)
-        for number in range(num_rounds + 1):
-            bench.round(contenders, lambda: progress.advance(task))
-            if number == 0:
-                bench.measured.seconds.clear()
-
-
 def decode_limits(bench: Bench, waybill: WaybillContender, config: Any, bandwidth: float) -> dict[int, float]:
     """Tokens per second at most, by the number of requests: what their steps must read, over the bandwidth."""
     limits: dict[int, float] = {}
@@ -254,26 +157,28 @@ Made by `python bench/throughput.py --model MODEL --write`, the model by `python
 """
 
 
-def rates(bench: Bench, name: str) -> dict[str, float]:
-    """Tokens per second of one contender."""
-    return {
-        **{f"prefill_{length}": round(bench.prefill_rate(name, length), 1) for length in PREFILLS},
-        **{f"decode_{count}": round(bench.decode_rate(name, count), 1) for count in CONCURRENCIES},
-    }
-
-
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prefill and decode beside transformers on a CPU.")
+    parser = argparse.ArgumentParser(description="Prefill and decode beside transformers or vLLM on a CPU.")
     parser.add_argument("--model", required=True, help="checkpoint folder in bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--write", action="store_true", help="keep the result in bench/results/throughput.md")
-    return parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="keep the result in bench/results/{throughput,peers}.md")
+    parser.add_argument("--peers", action="store_true", help="beside vLLM, in place of transformers")
+    parser.add_argument("--vllm-python", help="the Python that vLLM is installed for")
+    parser.add_argument("--vllm-preload", nargs="*", default=[], help="libraries for vLLM's LD_PRELOAD")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes beside vLLM")
+    options = parser.parse_args()
+    if options.peers and options.vllm_python is None:
+        parser.error("--peers needs --vllm-python")
+    return options
 
 
 def main() -> None:
     options = parse_options()
+    if options.peers:
+        compare(options)
+        return
     bandwidth = read_bandwidth(options.threads)
     config = AutoConfig.from_pretrained(options.model)
     waybill = WaybillContender(options.model, options.threads, routing=True)

@@ -157,8 +157,9 @@ class QKVParallelLinear(ShardedLinear):
 
 
 class RowParallelLinear(ShardedLinear):
-    """A slice of the inputs per rank: [T, D/n] -> [T, O], a partial result. The caller sums them over the axis, in a way of
-    its own (vLLM and sglang: `reduce_results=False`). The bias is held by rank 0 of the axis alone: the sum has it once."""
+    """A slice of the inputs per rank: [T, D/n] -> [T, O], a partial result, maybe in float32. The caller sums them over
+    the axis, in a way of its own (vLLM and sglang: `reduce_results=False`). The bias is held by rank 0 of the axis alone:
+    the sum has it once."""
 
     def __init__(
         self,
@@ -174,6 +175,7 @@ class RowParallelLinear(ShardedLinear):
         super().__init__(local, out_features, bias, weight_format, column_cuts=column_cuts)
         self._full = (out_features, in_features)
         self._axis = axis
+        self.matrix.shard_over(axis.size)
         if self.bias is not None and axis.rank > 0:
             self.bias.data.zero_()
 

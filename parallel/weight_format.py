@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu_ops.linear import has_native_linear, linear_native
+from .cpu_ops.linear import has_native_linear, linear_native, row_parallel_native
 from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, linear_fp8_torch, rows_of_heads_torch, sharded_scale
 from .weights import Piece, ShardedWeight
 
@@ -53,11 +54,16 @@ class Matrix(nn.Module):
     def __init__(self, data: nn.Parameter, weight_format: WeightFormat) -> None:
         super().__init__()
         self.data = data
+        self._weight_format = weight_format
         self._linear = weight_format.linear()
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, C] -> [T, R]."""
         return self._linear(x, self.data, bias)
+
+    def shard_over(self, num_ranks: int) -> None:
+        """The columns are a rank's of so many: `forward` gives this rank's term of their sum, maybe in float32."""
+        self._linear = self._weight_format.row_parallel(num_ranks)
 
     def product_of_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """[T, C] -> the columns [T, R'] of the product that these rows make."""
@@ -167,6 +173,11 @@ class WeightFormat:
         from .linear_triton import linear_triton  # noqa: PLC0415
 
         return linear_triton
+
+    def row_parallel(self, num_ranks: int) -> Linear:
+        """The same of a matrix whose columns are sharded over ranks. The terms of their sum may be in float32."""
+        linear = self.linear()
+        return partial(row_parallel_native, num_ranks=num_ranks) if linear is linear_native else linear
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Attention through torch's fused `scaled_dot_product_attention`, over keys and values gathered from their pages.
+"""Attention on a CPU in bfloat16 through the operator of `parallel/cpu_ops/`, over keys and values where they are; else
+through torch's fused `scaled_dot_product_attention`, over keys and values gathered from their pages.
 
-Requests that bring one token (decodes) run together, in groups of similar length so that padding at most doubles the
-keys that are read; the query heads that share a kv head are its query rows, so that each key is read once. Requests that
-bring more (prefills) run one by one. Where a layer has a window, no key outside of it is gathered for a decode, and a
-prefill runs in blocks of rows that read their own windows alone.
+The latter: requests that bring one token (decodes) run together, in groups of similar length so that padding at most
+doubles the keys that are read; the query heads that share a kv head are its query rows, so that each key is read once.
+Requests that bring more (prefills) run one by one. Where a layer has a window, no key outside of it is gathered for a
+decode, and a prefill runs in blocks of rows that read their own windows alone.
 
 A sink is a key of its own before all others: heads get one more dim, in which the queries have the sink's score, that key
 has one and all others zero.
@@ -14,48 +15,36 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...parallel.cpu_ops.decode_attention import decode_native, has_native_decode
-from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection, first_slots
+from ...parallel.cpu_ops.attention import Pages, attention_native, has_native_attention
+from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection
 from .latent_sdpa import decode_latent, prefill_latents
 from .sdpa_plan import DecodeGroup, Prefill, SdpaPlan, visible_keys
 
 # Rows of a windowed prefill that run together, or as many as the window is wide.
 MIN_BLOCK_ROWS = 256
-# Where a prompt is longer, torch's fused attention is faster by so much that its order of sums is accepted.
-MAX_KEYS_IN_ORDER = 2048
 # The fused kernels want heads of a multiple of so many dims.
 WIDTH_MULTIPLE = 8
 
 
 class SdpaAttention:
     def __init__(self) -> None:
-        self._has_native = has_native_decode()
+        self._has_native = has_native_attention()
 
     def plan(self, batch: AttentionBatch) -> SdpaPlan:
-        prefills: list[Prefill] = []
-        firsts: list[int] = []
-        first = 0
-        tables = batch.tables()
-        for i, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
-            firsts.append(first)
-            if q_len != 1:
-                prefills.append(Prefill(first, first + q_len, first_slots(tables[i], kv_len, batch.page_size)))
-            first += q_len
-        return SdpaPlan(batch, tables, firsts, prefills)
+        return SdpaPlan(batch, batch.tables())
 
     def forward(self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule) -> torch.Tensor:
-        is_native = self._has_native and query.device.type == "cpu" and query.dtype == torch.bfloat16
-        attend_one, attend_many = (decode, prefill)
-        if is_native and rule.sinks is None:
-            attend_one, attend_many = (decode_in_order, prefill_in_order)
+        if self._has_native and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+            pages = Pages(plan.tables, plan.rows, plan.batch.page_size)
+            return attention_native(query, kv["k"], kv["v"], pages, rule.scale, rule.window, rule.sinks)
         decodes = plan.decodes(rule.window)
         if not decodes and len(plan.prefills) == 1:
-            return attend_many(query, kv, plan.prefills[0], rule)
+            return prefill(query, kv, plan.prefills[0], rule)
         out = torch.empty_like(query)
         for group in decodes:
-            out[group.rows] = attend_one(query, kv, group, rule)
+            out[group.rows] = decode(query, kv, group, rule)
         for each in plan.prefills:
-            out[each.first : each.last] = attend_many(query[each.first : each.last], kv, each, rule)
+            out[each.first : each.last] = prefill(query[each.first : each.last], kv, each, rule)
         return out
 
     def forward_latent(
@@ -96,28 +85,6 @@ def prefill(query: torch.Tensor, kv: CachedTensors, request: Prefill, rule: Atte
         begin = max(0, end - (last - first) - rule.window + 1)
         out[first:last] = attend(query[first:last], kv, request.slots[begin:end], rule, rule.window)
     return out
-
-
-def decode_in_order(query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, rule: AttentionRule) -> torch.Tensor:
-    """Twin of `decode` whose sums go from a row's first key to its last, so that rows have the same bits in any company."""
-    slots = group.slots.view(-1, group.num_keys)
-    return decode_native(query, kv["k"], kv["v"], group.rows, slots, group.lengths, rule.scale)
-
-
-def prefill_in_order(query: torch.Tensor, kv: CachedTensors, request: Prefill, rule: AttentionRule) -> torch.Tensor:
-    """Twin of `prefill`, as if every row were a decode: a token has the same bits however its prompt is cut. Rows that see
-    more than `MAX_KEYS_IN_ORDER` are left to torch."""
-    num_rows, num_keys = len(query), len(request.slots)
-    if rule.window is not None and rule.window < num_keys:
-        return prefill(query, kv, request, rule)
-    num_before = num_keys - num_rows
-    count = min(num_rows, max(0, MAX_KEYS_IN_ORDER - num_before))
-    if count == 0:
-        return prefill(query, kv, request, rule)
-    lengths = torch.arange(num_before + 1, num_before + count + 1)
-    slots = request.slots[: num_before + count].to(torch.int64).expand(count, -1)
-    out = decode_native(query, kv["k"], kv["v"], torch.arange(count), slots, lengths, rule.scale)
-    return out if count == num_rows else torch.cat((out, prefill(query[count:], kv, request, rule)))
 
 
 def attend(

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from ...parallel.host_to_device import to_device
-from .backend import AttentionBatch, slots_at, slots_of
+from .backend import AttentionBatch, first_slots, slots_at, slots_of
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Decodes of similar length: their rows [B'], KV slots [B' * n], and mask [B', 1, 1, n] (None: nothing is padded).
-    `lengths` [B'] are the keys that each has."""
+    """Decodes of similar length: their rows [B'], KV slots [B' * n], and mask [B', 1, 1, n] (None: nothing is padded)."""
 
     rows: torch.Tensor
     slots: torch.Tensor
     num_keys: int
     mask: torch.Tensor | None
-    lengths: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,31 @@ class Prefill:
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """`firsts` are the requests' first rows. Groups of decodes are made once for every window that a layer asks for."""
+    """`tables` [B, P] are the requests' pages. What layers ask for is made once; groups of decodes for every window."""
 
     batch: AttentionBatch
     tables: torch.Tensor
-    firsts: list[int]
-    prefills: list[Prefill]
     groups: dict[int | None, list[DecodeGroup]] = field(default_factory=dict)
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """The requests' first rows."""
+        return list(accumulate(self.batch.q_lens, initial=0))[:-1]
+
+    @cached_property
+    def prefills(self) -> list[Prefill]:
+        """Requests that do not bring one token."""
+        batch = self.batch
+        return [
+            Prefill(first, first + q_len, first_slots(self.tables[i], kv_len, batch.page_size))
+            for i, (first, q_len, kv_len) in enumerate(zip(self.firsts, batch.q_lens, batch.kv_lens, strict=True))
+            if q_len != 1
+        ]
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """First rows, numbers of rows and numbers of positions of the requests, [3, B] int64 on the host."""
+        return torch.tensor([self.firsts, self.batch.q_lens, self.batch.kv_lens], dtype=torch.int64)
 
     def decodes(self, window: int | None) -> list[DecodeGroup]:
         if window not in self.groups:
@@ -56,19 +74,18 @@ class SdpaPlan:
         ends = [self.batch.kv_lens[i] for i in members]
         lengths = [min(end, window or end) for end in ends]
         num_keys = max(lengths)
-        keys_of_each = to_device(lengths, device)
         positions = torch.arange(num_keys, device=device)
         table = self.tables[to_device(members, device)]
         rows = to_device([self.firsts[i] for i in members], device)
         if min(lengths) == max(ends):
-            return DecodeGroup(rows, slots_of(table, positions, page_size).flatten(), num_keys, None, keys_of_each)
+            return DecodeGroup(rows, slots_of(table, positions, page_size).flatten(), num_keys, None)
         begins = to_device([end - length for end, length in zip(ends, lengths, strict=True)], device)[:, None]
         last = to_device(ends, device)[:, None] - 1
         wanted = begins + positions
         mask = None if min(lengths) == num_keys else (wanted <= last)[:, None, None, :]
         # Padding repeats a request's own last key: beyond it lies what others left, and no mask hides NaN.
         slots = slots_at(table, torch.minimum(wanted, last), page_size)
-        return DecodeGroup(rows, slots.flatten(), num_keys, mask, keys_of_each)
+        return DecodeGroup(rows, slots.flatten(), num_keys, mask)
 
 
 def visible_keys(

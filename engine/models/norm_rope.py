@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from ...parallel.cpu_ops.norm_rope import norm_rope_store_native
 from ...parallel.cpu_ops.rms_norm import add_rms_norm_native, has_native_rms_norm, rms_norm_native
 
 
@@ -157,7 +158,7 @@ class TorchLayerOps:
 
 
 class NativeLayerOps(TorchLayerOps):
-    """The norms in C++, of what is in bfloat16."""
+    """Norms, rotary positions and stores in C++, of what is in bfloat16."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if hidden.dtype == weight.dtype == torch.bfloat16:
@@ -170,6 +171,21 @@ class NativeLayerOps(TorchLayerOps):
         if hidden.dtype == residual.dtype == weight.dtype == torch.bfloat16:
             return add_rms_norm_native(hidden, residual, weight, eps)
         return super().add_rms_norm(hidden, residual, weight, eps)
+
+    def norm_rope_store(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        kv_slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor:
+        weights = None if norms is None else (norms.query, norms.key)
+        if any(x.dtype != torch.bfloat16 for x in (qkv, k_cache, *rope, *(weights or ()))):
+            return super().norm_rope_store(qkv, norms, rope, kv_slots, k_cache, v_cache)
+        eps = 0.0 if norms is None else norms.eps
+        return norm_rope_store_native(qkv, weights, eps, rope, kv_slots, (k_cache, v_cache))
 
 
 def select_layer_ops(device: torch.device) -> LayerOps:

@@ -38,4 +38,5 @@ class RMSNorm(nn.Module):
         normed = hidden.add_rms_norm(residual, self.weight, self._eps)
         if normed is not None:
             return normed, residual
-        return self._ops.add_rms_norm(hidden.complete(), residual, self.weight, self._eps)
+        # Terms may be in float32; their sum is rounded once.
+        return self._ops.add_rms_norm(hidden.complete().to(residual.dtype), residual, self.weight, self._eps)

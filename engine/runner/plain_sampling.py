@@ -40,6 +40,8 @@ def logprobs_of(logits: torch.Tensor, first: int, token_ids: torch.Tensor, axis:
     columns = token_ids - first
     here = (columns >= 0) & (columns < logits.shape[1])
     taken = wide.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-    parts = torch.stack([torch.where(here, taken, -torch.inf), wide.logsumexp(dim=-1)])
-    of_all = all_gather(parts[None], axis)
-    return (of_all[:, 0].amax(dim=0) - of_all[:, 1].logsumexp(dim=0)).clamp(min=MIN_LOGPROB)
+    # One rank sums in the parts that two would have, for the same bits.
+    num_parts = 2 if axis.size == 1 else 1
+    sums = torch.stack([part.logsumexp(dim=-1) for part in wide.split(-(-wide.shape[1] // num_parts), dim=1)])
+    of_all = all_gather(torch.cat([torch.where(here, taken, -torch.inf)[None], sums])[None], axis)
+    return (of_all[:, 0].amax(dim=0) - of_all[:, 1:].flatten(0, 1).logsumexp(dim=0)).clamp(min=MIN_LOGPROB)

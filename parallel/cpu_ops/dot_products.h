@@ -32,9 +32,19 @@ Floats sum_lanes(const Floats (&part)[TILE][TILE]) {
     };
     return {add_halves(add_halves(row[0], row[1]), add_halves(row[2], row[3]))};
 #else
+    const auto sum_within = [](__m256 a, __m256 b, __m256 c, __m256 d) {
+        const __m256 first = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        const __m256 second = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        return _mm256_add_ps(_mm256_shuffle_ps(first, second, 0x44), _mm256_shuffle_ps(first, second, 0xee));
+    };
+    const auto add_halves = [](__m256 x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); };
     float sums[WIDTH] = {};
-    for (int t = 0; t < N; ++t)
-        for (int o = 0; o < TILE; ++o) sums[t * TILE + o] = sum_of(part[t][o]);
+    for (int t = 0; t < N; ++t) {
+        const auto& p = part[t];
+        const __m128 low = add_halves(sum_within(p[0].low, p[1].low, p[2].low, p[3].low));
+        const __m128 high = add_halves(sum_within(p[0].high, p[1].high, p[2].high, p[3].high));
+        _mm_storeu_ps(sums + t * TILE, _mm_add_ps(low, high));
+    }
     return load(sums);
 #endif
 }

@@ -2,11 +2,13 @@
 // computed; every rounding to bfloat16 happens where torch has one. It knows nothing of ranks, torch or Python.
 //
 // No token is copied. A token's result has the same bits whatever tokens, threads or steps it is computed with: so have its
-// dot products, and the sum over its experts goes in the order of their numbers.
+// dot products, and the sum over its experts goes in the order of their numbers. It goes in parts of the experts, each complete
+// before it is added to those before: the parts of all experts are those that ranks hold where they are spread, whose partial
+// results stay in float32. So both give the same bits.
 //
 // Threads own ranges of outputs, never experts: none waits for a busy expert, and no two write the same column.
 //
-// Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank,
+// Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank, P parts of the experts,
 // p pair of a token and one of its experts, sorted by expert.
 
 #include "dot_products.h"
@@ -25,9 +27,9 @@ struct Problem {
     const bf16* gate_up;   // [F, 2I, D]
     const bf16* down;      // [F, D, I]
     bf16* activated;       // [pairs, I], scratch
-    float* sums;           // [T, D], zero
-    bf16* out;             // [T, D]
-    int64_t T, D, F, K, I;
+    float* sums;           // [P, T, D], zero
+    bf16* out;             // [T, D], or null: the sums of one part are the result
+    int64_t T, D, F, K, I, P;
 };
 
 Floats silu(Floats x) { return x / (all(1.0f) + exponential(all(0.0f) - x)); }
@@ -90,7 +92,7 @@ void project(const Problem& m, const Groups& groups, int64_t e, Range columns) {
             float values[WIDTH];
             store(values, rounded(rounded(tile_of_rows(n, is_first, x, m.down + (e * m.D + d) * m.I, m.I)) * weight));
             for (int t = 0; t < n; ++t) {
-                float* sum = m.sums + groups.choice[p + t] / m.K * m.D + d;
+                float* sum = m.sums + (e / (m.F / m.P) * m.T + groups.choice[p + t] / m.K) * m.D + d;
                 for (int o = 0; o < TILE; ++o) sum[o] += values[t * TILE + o];
             }
         }
@@ -106,11 +108,11 @@ void for_each_block(const Problem& m, Range columns, Work work) {
 
 }  // namespace
 
-// Tensors as in `Problem`, all contiguous. D and I are multiples of 32.
+// Tensors as in `Problem`, all contiguous. D and I are multiples of 32, F one of P.
 extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, const float* weights, const bf16* gate_up,
                                      const bf16* down, bf16* activated, float* sums, bf16* out, int64_t T, int64_t D,
-                                     int64_t F, int64_t K, int64_t I, int num_threads) {
-    const Problem m{hidden, ids, weights, gate_up, down, activated, sums, out, T, D, F, K, I};
+                                     int64_t F, int64_t K, int64_t I, int64_t P, int num_threads) {
+    const Problem m{hidden, ids, weights, gate_up, down, activated, sums, out, T, D, F, K, I, P};
     const Groups groups(m);
 #pragma omp parallel num_threads(num_threads)
     {
@@ -118,7 +120,11 @@ extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, con
 #pragma omp barrier
         const Range own = own_part(D, LANES);
         for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, e, columns); });
-        for (int64_t t = 0; t < T; ++t)
-            for (int64_t d = own.begin; d < own.end; d += WIDTH) store(out + t * D + d, load(sums + t * D + d));
+        for (int64_t t = 0; t < T && out != nullptr; ++t)
+            for (int64_t d = own.begin; d < own.end; d += WIDTH) {
+                Floats total = load(sums + t * D + d);
+                for (int64_t part = 1; part < P; ++part) total = total + load(sums + (part * T + t) * D + d);
+                store(out + t * D + d, total);
+            }
     }
 }

@@ -6,11 +6,11 @@
 
 namespace waybill {
 
-// exp(x) = 2^n * 2^f with |f| <= 1/2, the latter by its Taylor polynomial: relative error below 2e-7.
+// exp(x) = 2^n * 2^f with |f| <= 1/2, the latter by its Taylor polynomial: relative error below 2e-6. Beyond the range of
+// float32 it is 0 or infinity; NaN stays.
 inline Floats exponential(Floats x) {
-    const Floats scaled = x * all(1.44269504f);
-    const Floats n = nearest_whole(scaled);
-    const Floats f = scaled - n;
+    const Floats within = smaller(all(89.0f), larger(all(-104.0f), x)), to_base_2 = all(1.44269504f);
+    const Floats n = nearest_whole(within * to_base_2), f = multiply_add(within, to_base_2, all(0.0f) - n);
     Floats power = all(1.5403530e-4f);
     for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
         power = multiply_add(power, f, all(c));

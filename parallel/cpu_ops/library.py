@@ -48,11 +48,14 @@ INSTRUCTION_SETS = {
 }
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
-    "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 5 + [ctypes.c_int],
-    "waybill_decode_attention_bf16": [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
+    "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 6 + [ctypes.c_int],
+    "waybill_attention_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7 + [ctypes.c_float, ctypes.c_int],
+    "waybill_norm_rope_store_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
     "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
-    "waybill_linear_bf16": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+    "waybill_linear_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int],
 }
+# In which one rank sums what ranks would share: results of one and of two ranks have the same bits.
+NUM_PARTS = 2
 BUILD_TIMEOUT_S = 120.0
 
 
@@ -88,13 +91,13 @@ def supported_sets() -> tuple[str, ...]:
     return tuple(name for name, one in INSTRUCTION_SETS.items() if all(map(has_feature, one.features)))
 
 
-def chosen_set() -> str | None:
-    """The name of the instruction set to use; None: torch serves.
+def chosen_set(switch: str) -> str | None:
+    """The name of the instruction set to use by the environment's switch; None: torch serves.
 
     Raises:
         ValueError: the environment's switch has another value, or asks for what this processor has not.
     """
-    switch, supported = os.environ.get(SWITCH, "auto"), supported_sets()
+    supported = supported_sets()
     if switch == "off":
         return None
     if switch == "auto":
@@ -112,7 +115,13 @@ def load_operators() -> dict[str, ctypes._NamedFuncPointer]:
     Raises:
         ValueError: as `chosen_set`.
     """
-    name = chosen_set()
+    return operators_of(os.environ.get(SWITCH, "auto"))
+
+
+@cache
+def operators_of(switch: str) -> dict[str, ctypes._NamedFuncPointer]:
+    """The same, by the value of the environment's switch; every call of an operator asks."""
+    name = chosen_set(switch)
     return {} if name is None else load_set(name)
 
 

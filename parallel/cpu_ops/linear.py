@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .library import has_feature, has_operator, load_operators
+from .library import NUM_PARTS, has_feature, has_operator, load_operators
 
 NAME = "waybill_linear_bf16"
 # Where the processor has AMX, torch's product of more rows uses it; an estimate, measured on no such machine.
@@ -23,27 +23,54 @@ def has_native_linear(dtype: torch.dtype) -> bool:
 def linear_native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Twin of `torch.nn.functional.linear` for x [T, C] in bfloat16; sums and bias are in float32, rounded once. A row's
     result has the same bits whatever rows it is computed with, and by however many threads."""
-    if x.shape[0] > MAX_ROWS_BESIDE_AMX and has_feature("amx_bf16"):
+    if is_left_to_amx(x):
         return F.linear(x, weight, bias)
+    out = x.new_empty(len(x), len(weight))
+    run(x, weight, bias, out, None, 1)
+    return out
+
+
+def row_parallel_native(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, num_ranks: int
+) -> torch.Tensor:
+    """The same of a matrix whose columns are sharded over ranks: the result is partial and in float32. That of one rank is
+    whole and in bfloat16, and has the bits of the sum over two."""
+    if is_left_to_amx(x):
+        return F.linear(x, weight, bias)
+    if num_ranks == 1:
+        out = x.new_empty(len(x), len(weight))
+        run(x, weight, bias, out, None, NUM_PARTS if x.shape[1] % NUM_PARTS == 0 else 1)
+        return out
+    partial = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    run(x, weight, bias, None, partial, 1)
+    return partial
+
+
+def is_left_to_amx(x: torch.Tensor) -> bool:
+    return x.shape[0] > MAX_ROWS_BESIDE_AMX and has_feature("amx_bf16")
+
+
+def run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    partial: torch.Tensor | None,
+    num_parts: int,
+) -> None:
+    """The operator, into `out` or `partial`."""
     (num_tokens, width), num_outputs = x.shape, weight.shape[0]
     assert weight.shape[1] == width and x.dtype == weight.dtype == torch.bfloat16
-    out = x.new_empty(num_tokens, num_outputs)
     # Rows may be further apart than they are long. Bound to names: the tensors must live until the operator returns.
     x, weight = with_whole_rows(x), with_whole_rows(weight)
     bias = None if bias is None else bias.contiguous()
     load_operators()[NAME](
         x.data_ptr(),
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        num_outputs,
-        width,
-        x.stride(0),
-        weight.stride(0),
+        *(None if each is None else each.data_ptr() for each in (bias, out, partial)),
+        *(num_tokens, num_outputs, width, num_parts, x.stride(0), weight.stride(0)),
         torch.get_num_threads(),
     )
-    return out
 
 
 def with_whole_rows(matrix: torch.Tensor) -> torch.Tensor:

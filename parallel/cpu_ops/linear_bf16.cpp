@@ -3,7 +3,11 @@
 //
 // Threads own ranges of outputs: every weight is read once, by one thread, one row after the other.
 //
-// Legend: T tokens, R rows (outputs) and C columns (inputs) of the matrix.
+// The sum of a row-parallel layer goes in parts of the columns, each complete before it is added to those before: the parts of
+// a whole matrix are those that ranks hold where it is sharded, whose partial results stay in float32. So both give the same
+// bits.
+//
+// Legend: T tokens, R rows (outputs) and C columns (inputs) of the matrix, P parts of the columns.
 
 #include "dot_products.h"
 
@@ -16,34 +20,48 @@ struct Problem {
     const bf16* weight;  // [R, C], rows weight_stride apart
     const bf16* bias;    // [R] or null
     bf16* out;           // [T, R]
-    int64_t T, R, C, x_stride, weight_stride;
+    float* partial;      // [T, R], in place of `out`, or null
+    int64_t T, R, C, P, x_stride, weight_stride;
 };
 
 // Outputs first .. first + 4 of `num_tokens` tokens from `token` on.
 void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
     const int num_outputs = std::min<int64_t>(TILE, m.R - first);
-    const bf16 *x[TILE], *w[TILE];
-    for (int t = 0; t < num_tokens; ++t) x[t] = m.x + (token + t) * m.x_stride;
-    // A tile at the end repeats the last row; what it gives is dropped.
-    for (int o = 0; o < TILE; ++o) w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride;
-    Floats sums = tile(num_tokens, token == 0, x, w, m.C, TILE * m.weight_stride);
+    const int64_t width = m.C / m.P;
+    const auto sum_of_part = [&](int64_t part) {
+        const bf16 *x[TILE], *w[TILE];
+        for (int t = 0; t < num_tokens; ++t) x[t] = m.x + (token + t) * m.x_stride + part * width;
+        // A tile at the end repeats the last row; what it gives is dropped.
+        for (int o = 0; o < TILE; ++o)
+            w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride + part * width;
+        return tile(num_tokens, token == 0, x, w, width, TILE * m.weight_stride);
+    };
+    Floats sums = sum_of_part(0);
     if (m.bias != nullptr) {
+        // The first rank alone has it.
         bf16 bias[WIDTH] = {};
         for (int t = 0; t < TILE; ++t) std::memcpy(bias + t * TILE, m.bias + first, num_outputs * sizeof(bf16));
         sums = sums + load(bias);
     }
+    for (int64_t part = 1; part < m.P; ++part) sums = sums + sum_of_part(part);
+    float wide[WIDTH];
     bf16 values[WIDTH];
+    store(wide, sums);
     store(values, sums);
-    for (int t = 0; t < num_tokens; ++t)
-        std::memcpy(m.out + (token + t) * m.R + first, values + t * TILE, num_outputs * sizeof(bf16));
+    for (int t = 0; t < num_tokens; ++t) {
+        const int64_t at = (token + t) * m.R + first;
+        if (m.partial != nullptr) std::memcpy(m.partial + at, wide + t * TILE, num_outputs * sizeof(float));
+        else std::memcpy(m.out + at, values + t * TILE, num_outputs * sizeof(bf16));
+    }
 }
 
 }  // namespace
 
-// Tensors as in `Problem`.
-extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, int64_t T, int64_t R,
-                                    int64_t C, int64_t x_stride, int64_t weight_stride, int num_threads) {
-    const Problem m{x, weight, bias, out, T, R, C, x_stride, weight_stride};
+// Tensors as in `Problem`. P divides C.
+extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, float* partial, int64_t T,
+                                    int64_t R, int64_t C, int64_t P, int64_t x_stride, int64_t weight_stride,
+                                    int num_threads) {
+    const Problem m{x, weight, bias, out, partial, T, R, C, P, x_stride, weight_stride};
 #pragma omp parallel num_threads(num_threads)
     {
         const Range own = own_part(R, TILE);

@@ -2,7 +2,7 @@
 // written in. The compiler's flags choose: AVX512-BF16, AVX-512 (F, BW, DQ, VL), or AVX2 with FMA.
 //
 // AVX512-BF16 multiplies pairs of bfloat16 and takes subnormal numbers for zero. The others widen both to float32, by a shift
-// and a mask, and multiply there. An instruction set always adds in the same order; two of them may differ in last bits.
+// and a mask, and multiply there. AVX-512 and AVX2 give the same bits; AVX512-BF16, which adds up pairs first, others.
 
 #pragma once
 
@@ -36,9 +36,21 @@ inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; 
 inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 // b where one of the two is NaN.
 inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Numbers [begin, end) of x, and the others of `other`.
+inline Floats only(int64_t begin, int64_t end, Floats x, Floats other) {
+    const auto below = [](int64_t n) { return first_of(std::max<int64_t>(n, 0)); };
+    return {_mm512_mask_mov_ps(other.v, below(end) & ~below(begin), x.v)};
+}
 // a * b + c, rounded once.
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x.v); }
+inline float sum_of(Floats x) {
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.v), high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
 inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x.v); }
 inline Floats nearest_whole(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x * 2^n for whole n.
@@ -84,6 +96,16 @@ inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low
 inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 // b where one of the two is NaN.
 inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+// Numbers [begin, end) of x, and the others of `other`.
+inline __m256 only(int64_t begin, int64_t end, __m256 x, __m256 other) {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const auto below = [&](int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(std::clamp<int64_t>(n, -1, 17)), places); };
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(_mm256_andnot_si256(below(begin), below(end))));
+}
+inline Floats only(int64_t begin, int64_t end, Floats x, Floats other) {
+    return {only(begin, end, x.low, other.low), only(begin - 8, end - 8, x.high, other.high)};
+}
 // a * b + c, rounded once.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
@@ -172,6 +194,12 @@ struct Step {
 inline Step step_at(const bf16* from) { return {(__m512bh)_mm512_loadu_si512(from)}; }
 inline Step step_at(const bf16* from, int64_t n) { return {(__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, from)}; }
 inline Floats add_products(Floats sum, Step a, Step b) { return {_mm512_dpbf16_ps(sum.v, a.v, b.v)}; }
+// One pair of numbers, over and over.
+inline Step step_of_pair(const bf16* from) {
+    int pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return {(__m512bh)_mm512_set1_epi32(pair)};
+}
 
 #else
 
@@ -199,6 +227,15 @@ inline Step step_at(const bf16* from, int64_t n) {
     return step_at(numbers);
 }
 #endif
+
+// One pair of numbers, over and over.
+inline Step step_of_pair(const bf16* from) {
+    uint32_t even = uint32_t(from[0]) << 16, odd = uint32_t(from[1]) << 16;
+    float numbers[2];
+    std::memcpy(numbers, &even, sizeof even);
+    std::memcpy(numbers + 1, &odd, sizeof odd);
+    return {all(numbers[0]), all(numbers[1])};
+}
 
 inline Floats add_products(Floats sum, Step a, Step b) {
     return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));

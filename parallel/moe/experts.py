@@ -88,16 +88,23 @@ def _combine(results: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) 
 
 
 def select_experts_function(
-    backend: str, down: torch.Tensor, first: int, num_experts: int, clamped: ClampedExperts | None = None
+    backend: str,
+    down: torch.Tensor,
+    first: int,
+    num_experts: int,
+    clamped: ClampedExperts | None = None,
+    num_ranks: int = 1,
 ) -> ExpertsFunction:
     """The reference where `backend` is "torch_reference", else the fastest for weights like `down` [F, D, I], which are of
-    the experts from `first` on of `num_experts`."""
+    the experts from `first` on of `num_experts`. Where these are spread over ranks results may be in float32."""
     if backend != "torch_reference" and down.device.type != "cpu":
         return _experts_on_gpu(first, num_experts, clamped)
     function: ExpertsFunction = experts_torch_reference
     if backend != "torch_reference":
         is_native = clamped is None and has_native_experts(down.dtype, *down.shape[1:])
         function = experts_native if is_native else experts_by_group
+        if is_native and num_ranks > 1:
+            function = partial(function, num_ranks=num_ranks)
     if clamped is not None:
         function = partial(function, clamped=clamped)
     if first == 0:
@@ -166,7 +173,10 @@ class Experts(nn.Module):
             if not self._has_down_bias:
                 self.down_bias.data.zero_()
             self.clamped = ClampedExperts(self.gate_up_bias, self.down_bias, clamp)
-        self._function = select_experts_function(backend, self.down.data, self._first_expert, num_experts, self.clamped)
+        num_ranks = axis.size if whole else 1
+        self._function = select_experts_function(
+            backend, self.down.data, self._first_expert, num_experts, self.clamped, num_ranks
+        )
 
     def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:
         """One projection of one expert: `part` is "gate" [I, D], "up" [I, D] or "down" [D, I]."""
@@ -229,7 +239,7 @@ class Experts(nn.Module):
         }
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Partial results [T, D] of the local experts."""
+        """Partial results [T, D] of the local experts, maybe in float32."""
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
         return self._function(hidden, ids, weights, self.gate_up.stored, self.down.stored)

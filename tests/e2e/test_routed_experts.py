@@ -14,7 +14,7 @@ import pytest
 
 from waybill import Engine
 from waybill.engine.routing.wire import checksum, stitch, weight_bits
-from waybill.parallel.cpu_ops.decode_attention import has_native_decode
+from waybill.parallel.cpu_ops.attention import has_native_attention
 from waybill.parallel.cpu_ops.library import has_feature
 
 DIALOGUE = "<|user|>start with 12<|assistant|>12<|end|><|user|>add 30<|assistant|>"
@@ -208,7 +208,7 @@ def test_one_bad_item_refuses_the_list_with_its_index(engine: Engine) -> None:
         )
 
 
-@pytest.mark.skipif(not has_native_decode(), reason="needs AVX2 and a C++ compiler")
+@pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
 @pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows")
 def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: Engine) -> None:
     """Tokens, log-probabilities and routes. Prompts differ from the first token on, so that nobody hits another's pages."""
@@ -229,6 +229,28 @@ def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: 
             assert one["output_ids"] == other["output_ids"]
             assert one["meta_info"]["output_token_logprobs"] == other["meta_info"]["output_token_logprobs"]
             assert rows_of(one).tobytes() == rows_of(other).tobytes()
+
+
+@pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
+@pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows")
+def test_in_bfloat16_one_rank_gives_the_same_bits_as_two(engine: Engine, checkpoint: str) -> None:
+    """Tokens, log-probabilities and routes; greedy and sampled."""
+    prompts = [ids(f"{chr(97 + i)} prompt of some words" + " and more" * i) for i in range(6)]
+    with Engine(checkpoint, tp_size=1, enable_return_routed_experts=True, kv_cache_tokens=4096) as single:
+        for temperature in (0.0, 1.0):
+            params = {"temperature": temperature, "max_new_tokens": 12, "ignore_eos": True, "sampling_seed": 5}
+            answers = []
+            for each in (single, engine):
+                each.flush_cache()
+                answers.append(
+                    each.generate(
+                        input_ids=prompts, sampling_params=params, return_routed_experts=True, return_logprob=True
+                    )
+                )
+            for one, other in zip(*answers, strict=True):
+                assert one["output_ids"] == other["output_ids"]
+                assert rows_of(one).tobytes() == rows_of(other).tobytes()
+                assert one["meta_info"]["output_token_logprobs"] == other["meta_info"]["output_token_logprobs"]
 
 
 def test_samples_of_one_prompt_share_its_rows(engine: Engine) -> None:

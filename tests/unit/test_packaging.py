@@ -17,7 +17,14 @@ ASSETS = (
     "py.typed",
     *(
         f"parallel/cpu_ops/{name}"
-        for name in ("dot_products.h", "experts_bf16.cpp", "linear_bf16.cpp", "rms_norm_bf16.cpp")
+        for name in (
+            "dot_products.h",
+            "vectors.h",
+            "attention_bf16.cpp",
+            "experts_bf16.cpp",
+            "linear_bf16.cpp",
+            "rms_norm_bf16.cpp",
+        )
     ),
     "examples/tiny_moe/checkpoint/model.safetensors",
     *(f"engine/entrypoints/live_page/{name}" for name in ("page.html", "page.js", "drawing.js", "page.css")),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.parallel.cpu_ops.library import has_feature
-from waybill.parallel.cpu_ops.linear import MAX_ROWS_BESIDE_AMX, has_native_linear, linear_native
+from waybill.parallel.cpu_ops.linear import MAX_ROWS_BESIDE_AMX, has_native_linear, linear_native, row_parallel_native
 
 pytestmark = pytest.mark.skipif(not has_native_linear(torch.bfloat16), reason="needs AVX2 and a C++ compiler")
 # Beside AMX the operator serves few rows.
@@ -119,3 +119,29 @@ def test_nothing_beyond_the_weight_is_used() -> None:
         around = torch.full((num_outputs + 1, 33), torch.nan).bfloat16()
         around[:-1] = weight
         assert torch.equal(linear_native(x, around[:-1]), linear_native(x, weight))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_tokens=st.integers(1, MAX_ROWS),
+    num_outputs=st.integers(1, 40),
+    half=st.integers(1, 150),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_one_rank_has_the_bits_of_two(num_tokens: int, num_outputs: int, half: int, with_bias: bool, seed: int) -> None:
+    """Of a matrix whose columns are sharded; the first rank has the bias."""
+    x, weight, bias = problem(num_tokens, num_outputs, 2 * half, seed)
+    whole = row_parallel_native(x, weight, bias if with_bias else None, num_ranks=1)
+    assert_within_rounding(whole, x, weight, bias if with_bias else None)
+    terms = [
+        row_parallel_native(x[:, columns], weight[:, columns], own, num_ranks=2)
+        for columns, own in ((slice(half), bias if with_bias else None), (slice(half, None), None))
+    ]
+    assert all(term.dtype == torch.float32 for term in terms)
+    assert torch.equal((terms[0] + terms[1]).bfloat16(), whole)
+
+
+def test_columns_that_two_ranks_cannot_share_are_one_sum() -> None:
+    x, weight, bias = problem(3, 8, 77)
+    assert torch.equal(row_parallel_native(x, weight, bias, num_ranks=1), linear_native(x, weight, bias))

@@ -1,0 +1,210 @@
+// Causal attention of a step's tokens, over keys and values where they lie in the pages, in bfloat16. Twin of
+// `SdpaAttention`'s torch functions, with windows and sinks. It knows nothing of torch or Python.
+//
+// Keys go by in blocks of KEYS positions from the request's first on, with a running maximum and sum (Milakov & Gimelshein
+// 2018; Dao et al. 2022) in float32. So what a token gets depends on its own keys alone: not on the chunk that brings it, on
+// what runs beside it, or on what of it the prefix cache had. A key beyond a token's own is never multiplied, since 0 * NaN is
+// NaN.
+//
+// Threads own pieces: some rows of one request, with the heads that share a kv head. A block's keys and values are prepared
+// once for all of these.
+//
+// Legend: T tokens, B requests, H query heads, G kv heads, P = H / G heads that share one, d head width, S slots of the pool.
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention_scores.h"
+#include "exponential.h"
+
+using namespace waybill;
+
+namespace {
+
+constexpr int64_t MAX_QUERIES = 128;  // of a piece, or one row's
+
+struct Problem {
+    const bf16* query;      // [T, H, d]
+    const bf16* keys;       // [S, G, d]
+    const bf16* values;     // [S, G, d]
+    const int32_t* pages;   // [B, num_pages]
+    const int64_t* firsts;  // [B]: rows of T
+    const int64_t* q_lens;  // [B]: rows that a request brings, the last of
+    const int64_t* kv_lens; // [B] positions
+    const float* sinks;     // [H] or null
+    bf16* out;              // [T, H, d]
+    int64_t B, H, G, d, num_pages, page_size;
+    int64_t window;         // 0: none
+    float scale;
+};
+
+struct Piece {
+    int64_t request, group, begin, end;  // rows [begin, end) of the request's
+};
+
+// Keys [first, last) that a row sees.
+struct Visible {
+    int64_t first, last;
+};
+
+// Memory of one thread.
+struct Scratch {
+    const int64_t width, num_pairs;  // numbers of a row, whole vectors; pairs of a key
+    std::vector<bf16> queries, nothing;
+    std::vector<float> sums, values, weights, most, total;
+    std::vector<uint32_t> turned;
+
+    Scratch(const Problem& m, int64_t n)
+        : width((m.d + WIDTH - 1) / WIDTH * WIDTH), num_pairs((m.d + 1) / 2), queries(n * width), nothing(m.d), sums(n * width),
+          values(KEYS * width), weights(n * KEYS), most(n), total(n), turned((num_pairs + 7) / 8 * 8 * KEYS) {}
+};
+
+// function(size, first) for all of n, TILE at a time.
+template <class Function>
+void in_tiles(int64_t n, Function function) {
+    int64_t first = 0;
+    for (; first + TILE <= n; first += TILE) function(std::integral_constant<int, TILE>(), first);
+    switch (n - first) {
+        case 1: return function(std::integral_constant<int, 1>(), first);
+        case 2: return function(std::integral_constant<int, 2>(), first);
+        case 3: return function(std::integral_constant<int, 3>(), first);
+    }
+}
+
+class Attention {
+    const Problem& m_;
+    const Piece& piece_;
+    Scratch& own_;
+    const int64_t shared_, num_before_, n_;
+
+   public:
+    Attention(const Problem& m, const Piece& piece, Scratch& own)
+        : m_(m), piece_(piece), own_(own), shared_(m.H / m.G),
+          num_before_(m.kv_lens[piece.request] - m.q_lens[piece.request]), n_((piece.end - piece.begin) * shared_) {}
+
+    void run() {
+        for (int64_t q = 0; q < n_; ++q) {
+            // Behind an odd width is a zero.
+            std::copy_n(m_.query + place(q), m_.d, own_.queries.data() + q * own_.width);
+            // A sink is a score without a value.
+            own_.most[q] = m_.sinks == nullptr ? -std::numeric_limits<float>::infinity() : m_.sinks[head(q)];
+            own_.total[q] = m_.sinks == nullptr ? 0.0f : 1.0f;
+        }
+        std::fill_n(own_.sums.data(), n_ * own_.width, 0.0f);
+        const int64_t last = visible(n_ - 1).last;
+        for (int64_t block = visible(0).first / KEYS * KEYS; block < last; block += KEYS) {
+            prepare(block, std::max(block, visible(0).first), std::min(block + KEYS, last));
+            in_tiles(n_, [&](auto size, int64_t q) { attend<size()>(block, q); });
+        }
+        for (int64_t q = 0; q < n_; ++q)
+            for (int64_t i = 0; i < m_.d; i += WIDTH)
+                store(m_.out + place(q) + i, load(own_.sums.data() + q * own_.width + i) / all(own_.total[q]), m_.d - i);
+    }
+
+   private:
+    int64_t head(int64_t q) const { return piece_.group * shared_ + q % shared_; }
+    int64_t place(int64_t q) const {
+        return ((m_.firsts[piece_.request] + piece_.begin + q / shared_) * m_.H + head(q)) * m_.d;
+    }
+    Visible visible(int64_t q) const {
+        const int64_t last = num_before_ + piece_.begin + q / shared_ + 1;
+        return {m_.window == 0 ? 0 : std::max<int64_t>(0, last - m_.window), last};
+    }
+    int64_t slot(int64_t position) const {
+        const int32_t page = m_.pages[piece_.request * m_.num_pages + position / m_.page_size];
+        return page * m_.page_size + position % m_.page_size;
+    }
+
+    // Keys [begin, end) of a block, turned, and their values, widened. Of other keys zeros, and nothing.
+    void prepare(int64_t block, int64_t begin, int64_t end) {
+        const bf16* keys[KEYS];
+        std::fill_n(keys, KEYS, own_.nothing.data());
+        for (int64_t k = begin; k < end; ++k) {
+            const int64_t at = (slot(k) * m_.G + piece_.group) * m_.d;
+            keys[k - block] = m_.keys + at;
+            for (int64_t i = 0; i < m_.d; i += WIDTH)
+                store(own_.values.data() + (k - block) * own_.width + i, load(m_.values + at + i, m_.d - i));
+        }
+        for (int64_t k = 0; k < KEYS; k += 8)
+            for (int64_t i = 0; i < own_.num_pairs; i += 8) turn_eight(keys + k, i, m_.d, own_.turned.data() + i * KEYS + k);
+    }
+
+    // Queries [q, q + N) over the block.
+    template <int N>
+    void attend(int64_t block, int64_t q) {
+        const bf16* queries[N];
+        float* weights = own_.weights.data() + q * KEYS;
+        for (int t = 0; t < N; ++t) queries[t] = own_.queries.data() + (q + t) * own_.width;
+        score<N>(queries, own_.turned.data(), own_.num_pairs, weights);
+        int64_t begin[N], end[N];
+        for (int t = 0; t < N; ++t) {
+            const Visible keys = visible(q + t);
+            end[t] = std::clamp<int64_t>(keys.last - block, 0, KEYS);
+            begin[t] = std::clamp<int64_t>(keys.first - block, 0, end[t]);
+            if (begin[t] < end[t]) weigh(q + t, begin[t], end[t]);
+        }
+        // What all see, and before and behind it each its own.
+        const int64_t first = *std::max_element(begin, begin + N), last = *std::min_element(end, end + N);
+        float* sums = own_.sums.data() + q * own_.width;
+        const auto alone = [&](int t, int64_t from, int64_t to) {
+            if (from < to) add_values<1>(weights + t * KEYS, own_.values.data(), from, to, own_.width, sums + t * own_.width);
+        };
+        if (first >= last) {
+            for (int t = 0; t < N; ++t) alone(t, begin[t], end[t]);
+            return;
+        }
+        for (int t = 0; t < N; ++t) alone(t, begin[t], first);
+        add_values<N>(weights, own_.values.data(), first, last, own_.width, sums);
+        for (int t = 0; t < N; ++t) alone(t, last, end[t]);
+    }
+
+    // Scores of the keys [begin, end) become weights, relative to the largest score so far.
+    void weigh(int64_t q, int64_t begin, int64_t end) {
+        float* row = own_.weights.data() + q * KEYS;
+        const Floats scale = all(m_.scale), none = all(-std::numeric_limits<float>::infinity());
+        Floats scores[KEYS / WIDTH], most = none;
+        for (int c = 0; c < KEYS / WIDTH; ++c) {
+            scores[c] = only(begin - c * WIDTH, end - c * WIDTH, load(row + c * WIDTH) * scale, none);
+            most = larger(most, scores[c]);
+        }
+        const float before = own_.most[q], now = std::max(before, largest_of(most));
+        Floats weight_sum = all(0.0f);
+        for (int c = 0; c < KEYS / WIDTH; ++c) {
+            const Floats weights = only(begin - c * WIDTH, end - c * WIDTH, exponential(scores[c] - all(now)), all(0.0f));
+            store(row + c * WIDTH, weights);
+            weight_sum = weight_sum + weights;
+        }
+        if (now != before) {
+            const Floats kept = exponential(all(before - now));
+            own_.total[q] *= sum_of(only(0, 1, kept, all(0.0f)));
+            float* sums = own_.sums.data() + q * own_.width;
+            for (int64_t i = 0; i < own_.width; i += WIDTH) store(sums + i, load(sums + i) * kept);
+        }
+        own_.most[q] = now;
+        own_.total[q] += sum_of(weight_sum);
+    }
+};
+
+}  // namespace
+
+// Tensors as in `Problem`, all contiguous.
+extern "C" void waybill_attention_bf16(const bf16* query, const bf16* keys, const bf16* values, const int32_t* pages,
+                                       const int64_t* firsts, const int64_t* q_lens, const int64_t* kv_lens,
+                                       const float* sinks, bf16* out, int64_t B, int64_t H, int64_t G, int64_t d,
+                                       int64_t num_pages, int64_t page_size, int64_t window, float scale, int num_threads) {
+    const Problem m{query, keys,      values, pages, firsts, q_lens,    kv_lens, sinks,
+                    out,   B,         H,      G,     d,      num_pages, page_size, window, scale};
+    const int64_t rows = std::max<int64_t>(1, MAX_QUERIES / (H / G));
+    std::vector<Piece> pieces;
+    for (int64_t b = 0; b < B; ++b)
+        // The last rows see the most, so they come first.
+        for (int64_t end = q_lens[b]; end > 0; end -= std::min(rows, end))
+            for (int64_t g = 0; g < G; ++g) pieces.push_back({b, g, std::max<int64_t>(0, end - rows), end});
+#pragma omp parallel num_threads(num_threads)
+    {
+        Scratch own(m, rows * (H / G));
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < pieces.size(); ++i) Attention(m, pieces[i], own).run();
+    }
+}

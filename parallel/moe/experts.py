@@ -104,7 +104,7 @@ def select_experts_function(
         is_native = clamped is None and has_native_experts(down.dtype, *down.shape[1:])
         function = experts_native if is_native else experts_by_group
         if is_native and num_ranks > 1:
-            function = partial(function, num_ranks=num_ranks)
+            function = partial(experts_native, num_ranks=num_ranks)
     if clamped is not None:
         function = partial(function, clamped=clamped)
     if first == 0:

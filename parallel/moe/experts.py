@@ -240,6 +240,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Partial results [T, D] of the local experts, maybe in float32."""
-        if hidden.shape[0] == 0:
+        if hidden.shape[0] == 0 and hidden.device.type != "cpu":
             return torch.zeros_like(hidden)
+        # On a CPU also of no tokens: ranks that exchange results must agree on their dtype.
         return self._function(hidden, ids, weights, self.gate_up.stored, self.down.stored)

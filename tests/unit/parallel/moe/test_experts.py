@@ -207,3 +207,16 @@ def test_clamped_experts_are_those_of_transformers(dtype: torch.dtype, function:
     found = function(hidden, ids, weights, gate_up, down, clamped=clamped)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(found, theirs(hidden, ids, weights), **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch_reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_of_no_tokens_have_the_dtype_of_those_of_some(dtype: torch.dtype, backend: str) -> None:
+    """Ranks exchange them, and one may have got no token."""
+    hidden, ids, weights, _, _ = problem(3, dtype)
+    axis = Axis("ep", 1, 2, None, (0, 1))
+    experts = Experts(
+        NUM_EXPERTS, HIDDEN, WIDTH, axis, split="ep", backend=backend, weight_format=WeightFormat(dtype, CPU)
+    )
+    some, none = experts(hidden, ids, weights), experts(hidden[:0], ids[:0], weights[:0])
+    assert none.dtype == some.dtype and none.shape == (0, HIDDEN)

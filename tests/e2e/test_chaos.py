@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 
 import pytest
+from chaos import disaggregation
 from chaos.catalogue import make_questions
 from chaos.deadly_trial import run_deadly
 from chaos.deck import Trial
@@ -55,3 +57,12 @@ async def campaign(*, with_a_death: bool) -> list[str]:
 @pytest.mark.parametrize("with_a_death", [False, pytest.param(True, marks=pytest.mark.matrix)])
 def test_a_witness_does_not_notice_the_faults_of_others(with_a_death: bool) -> None:
     assert asyncio.run(campaign(with_a_death=with_a_death)) == []
+
+
+@pytest.mark.matrix
+def test_faults_between_two_sides() -> None:
+    """`make chaos-disaggregation` is the whole."""
+    options = argparse.Namespace(seed=None, only=None, first=2, trials=4, transport="shared", minutes=10.0)
+    results, _ = asyncio.run(disaggregation.campaign(options, Judge(disaggregation.serial_run())))
+    assert [result.kind for result in results] == ["cut", "cut", "kill-prefill", "leave"]
+    assert [f"{result.line()}: {fault}" for result in results for fault in result.faults] == []

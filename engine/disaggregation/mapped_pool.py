@@ -9,10 +9,12 @@ nothing.
 from __future__ import annotations
 
 import io
+import logging
 import mmap
 import re
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +27,12 @@ from .page_copy import Heads, as_rows, host_bytes, slots_of
 from .row_copy import select_copy_rows, select_heads
 from .wire import DeviceMemory, PoolPlace
 
+logger = logging.getLogger(__name__)
+
 PROOF_BYTES = 32
+# That others take to let go of memory that is given back; who is stopped meanwhile keeps it for longer.
+UNMAP_WAIT_S = 5.0
+POLL_S = 0.01
 # Of one answer. A thread copies as much before it looks at its sockets again.
 HOST_BLOCK_BYTES = 2 << 20
 DEVICE_BLOCK_BYTES = 512 << 20
@@ -46,10 +53,27 @@ class PoolExport:
         self._proof_file = SharedMemory(PROOF_BYTES, "waybill-same-host")
         self._proof_file.tensor[:] = torch.frombuffer(bytearray(self._proof), dtype=torch.uint8)
         self._memory: tuple[int, str | DeviceMemory] | None = None
+        # Whether anybody has the pool mapped.
+        self.has_holders: Callable[[], bool] = lambda: False
+        kv_store.before_release = self._wait_for_holders
 
     @property
     def generation(self) -> int:
         return self._kv_store.generation
+
+    @property
+    def page_size(self) -> int:
+        return self._page_size
+
+    def _wait_for_holders(self) -> None:
+        """On the step thread, before a device's memory is given back: it would stay taken as long as it is mapped. The
+        generation is 0 by now, which the others are told when they next ask who is there."""
+        end = time.monotonic() + UNMAP_WAIT_S
+        while self.has_holders():
+            if time.monotonic() > end:
+                logger.warning("another engine still has the KV cache mapped: its memory is not free yet")
+                return
+            time.sleep(POLL_S)
 
     @property
     def block_bytes(self) -> int:
@@ -85,7 +109,8 @@ class MappedPool(Protocol):
     """The pool of one rank of the prefill's side."""
 
     def copy(self, their_pages: np.ndarray, pages: np.ndarray, start: int, end: int, theirs: Heads, ours: Heads) -> int:
-        """Positions `[start, end)` of a request that is on `their_pages` there, on `pages` here. Returns bytes.
+        """Positions `[start, end)` of a request: `their_pages` are those that these are on there, `pages` all that the
+        request has here. Returns bytes.
 
         Raises:
             ValueError: there are no such pages there.
@@ -188,9 +213,10 @@ def slots_on_both(
     Raises:
         ValueError: the other side names pages that it does not have.
     """
-    if end > len(their_pages) * page_sizes[0]:
-        raise ValueError(f"{len(their_pages)} pages for {end} positions")
-    there = slots_of(their_pages, start, end, page_sizes[0])
+    skipped = start // page_sizes[0] * page_sizes[0]
+    if end - skipped > len(their_pages) * page_sizes[0]:
+        raise ValueError(f"{len(their_pages)} pages for positions {start} .. {end}")
+    there = slots_of(their_pages, start - skipped, end - skipped, page_sizes[0])
     if len(there) and not 0 <= there.min() <= there.max() < num_slots:
         raise ValueError("pages that the pool does not have")
     return there, slots_of(pages, start, end, page_sizes[1])

@@ -33,6 +33,10 @@ class MappedPools:
         mapped = self._mapped.get(address)
         return 0 if mapped is None else mapped[0]
 
+    def held(self, address: str) -> int:
+        mapped = self._mapped.get(address)
+        return 0 if mapped is None else mapped[0]
+
     def get(self, address: str) -> MappedPool:
         """
         Raises:

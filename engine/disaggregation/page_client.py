@@ -43,7 +43,8 @@ class Counts:
 
 
 class PageJob:
-    """A prompt's positions on their way to this rank's pool."""
+    """A prompt's positions on their way to this rank's pool. Steps in flight may still write to its pages, for a request
+    that has ended meanwhile."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class PageJob:
         self._message = message
         self._shape = shape
         self._copy = copy
+        self._wait_for_steps: Callable[[], None] | None = copy.mark()
         self._pools = pools
         self._leases: dict[str, int] = {}
         self._counts = counts
@@ -96,6 +98,11 @@ class PageJob:
             lease=self._leases.get(address, 0),
             pool=self._pools.generation(address),
         )
+
+    def prepare(self) -> None:
+        if self._wait_for_steps is not None:
+            self._wait_for_steps()
+            self._wait_for_steps = None
 
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
         if isinstance(answer, Ended):

@@ -7,7 +7,7 @@ the host's memory, `DevicePages` for others; both may be called from any one thr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -33,8 +33,8 @@ class PageCopy(Protocol):
 
     def bytes_per_position(self, heads: Heads) -> int: ...
 
-    def mark(self) -> None:
-        """On the step thread: what was launched up to now is waited for by what is gathered later."""
+    def mark(self) -> Callable[[], None]:
+        """On the step thread. What it returns waits, on any thread, until all that was launched up to now is done."""
         ...
 
 
@@ -100,8 +100,9 @@ class HostPages:
             target[slots] = flat[offset : offset + size].reshape(len(slots), *target.shape[1:])
             offset += size
 
-    def mark(self) -> None:
+    def mark(self) -> Callable[[], None]:
         """A step that was launched here is done."""
+        return lambda: None
 
 
 class DevicePages:
@@ -113,20 +114,21 @@ class DevicePages:
         self._device = self._tensors[0].device
         is_cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if is_cuda else None
-        self._marked = torch.cuda.Event() if is_cuda else None
 
     def bytes_per_position(self, heads: Heads) -> int:
         return sum(entry_bytes(tensor, heads) for tensor in self._tensors)
 
-    def mark(self) -> None:
-        if self._marked is not None:
-            self._marked.record(torch.cuda.current_stream(self._device))
+    def mark(self) -> Callable[[], None]:
+        if self._stream is None:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        wait: Callable[[], None] = event.synchronize
+        return wait
 
     @torch.inference_mode()
     def gather(self, pages: np.ndarray, start: int, end: int, heads: Heads) -> memoryview:
         with torch.cuda.stream(self._stream):
-            if self._stream is not None and self._marked is not None:
-                self._stream.wait_event(self._marked)
             slots = torch.from_numpy(slots_of(pages, start, end, self._page_size)).to(self._device)
             parts = [
                 self._view(tensor, heads)[slots].contiguous().view(torch.uint8).flatten() for tensor in self._tensors

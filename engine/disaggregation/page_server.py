@@ -27,7 +27,8 @@ LET_GO = "the prefill's side has let go of it"
 
 @dataclass
 class _SharedPrompt:
-    """Positions `[0, num_ready)` stand on `pages`. No other prompt has the number `lease`."""
+    """Positions `[0, num_ready)` stand on `pages`: they are committed, so they were computed, for the step's results, which
+    the leader has, depend on them, on every rank. No other prompt has the number `lease`."""
 
     lease: int
     pages: array[int] = field(default_factory=lambda: array("i"))
@@ -66,7 +67,6 @@ class SharedPrompts:
     def handle(self, message: PageMessage) -> None:
         with self._lock:
             if isinstance(message, SharePages):
-                self._copy.mark()
                 self._endings.forget(message.key)
                 prompt = self._prompts.get(message.key)
                 if prompt is None:
@@ -139,11 +139,10 @@ class SharedPrompts:
         return min(fetch.end, prompt.num_ready, fetch.start + most)
 
     def _map(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:
-        """What is committed was computed: the step's results, which the leader has, depend on it, on every rank."""
         assert self._export is not None
-        end = self._end(fetch, prompt, self._export.block_bytes)
+        end, page_size = self._end(fetch, prompt, self._export.block_bytes), self._export.page_size
         self._num_mapped_bytes += (end - fetch.start) * self._copy.bytes_per_position(fetch.heads)
-        pages = prompt.pages.tobytes()
+        pages = prompt.pages[fetch.start // page_size : -(-end // page_size)].tobytes()
         return MappedPositions(fetch.key, fetch.attempt, fetch.start, end, prompt.lease, pages), []
 
     def _send(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:

@@ -97,6 +97,8 @@ def make_page_transfers(
         pool_generation=prompts.pool_generation,
     )
     prompts.wake = server.wake
+    if export is not None:
+        export.has_holders = server.has_holders
     server.start()
     return prompts
 

@@ -42,6 +42,9 @@ class RouteJob:
     def begin(self, welcome: Welcome) -> dict[str, Fetch]:
         return {welcome.routes: FetchRoutes(welcome.incarnation, self.source.key, self.attempt, self._start)}
 
+    def prepare(self) -> None:
+        """Rows go to memory of their own."""
+
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
         if not isinstance(answer, Routes):
             error = answer.error if isinstance(answer, Ended) else ""

@@ -43,6 +43,10 @@ class Job(Protocol):
         """What to ask first, by address."""
         ...
 
+    def prepare(self) -> None:
+        """Before `take`: waits until what is taken can be written. Nobody who drops the job waits for that."""
+        ...
+
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
         """What to ask this address next; None: it has given all.
 
@@ -62,6 +66,10 @@ class PoolWatch(Protocol):
     @property
     def is_needed(self) -> bool:
         """Whether to ask who is still there also while no job runs."""
+        ...
+
+    def held(self, address: str) -> int:
+        """The generation of the address's pool that is mapped; 0: none is."""
         ...
 
     def seen(self, address: str, generation: int) -> None:
@@ -253,12 +261,20 @@ class TransferClient:
             if link.incarnation not in (None, reply.incarnation):
                 self._lose(address, "the prefill's engine has been started anew")
             link.incarnation = reply.incarnation
-            if self._watch is not None:
-                self._watch.seen(address, reply.pool)
+            self._see(address, reply.pool)
         elif isinstance(reply, (Welcome, Refused)):
             self._on_greeting(address, reply)
         else:
             self._on_answer(address, reply, frames)
+
+    def _see(self, address: str, generation: int) -> None:
+        """Who gives memory back waits until nobody has it mapped, so it is told at once."""
+        if self._watch is None:
+            return
+        held = self._watch.held(address)
+        self._watch.seen(address, generation)
+        if held and not self._watch.held(address) and address in self._links:
+            self._send(address, Ping())
 
     def _on_greeting(self, address: str, reply: Welcome | Refused) -> None:
         if isinstance(reply, Welcome):
@@ -275,6 +291,7 @@ class TransferClient:
             running = self._running.get(answer.key)
         if running is None or running.job.attempt != answer.attempt:
             return
+        running.job.prepare()
         with running.lock:
             if running.is_dropped:
                 return
@@ -310,7 +327,7 @@ class TransferClient:
             if now - link.heard_at > SILENCE_S:
                 self._lose(address, f"nothing was heard of it for {SILENCE_S:g} s")
             else:
-                self._send(address, Ping())
+                self._send(address, Ping(0 if self._watch is None else self._watch.held(address)))
 
     def _lose(self, address: str, why: str) -> None:
         """Forget a socket, with whatever was learned from the engine behind it."""

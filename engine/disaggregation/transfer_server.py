@@ -23,6 +23,8 @@ from .wire import Answer, Ended, Fetch, Hello, Ping, Pong, Refused, Release, Rep
 logger = logging.getLogger(__name__)
 
 TICK_MS = 500
+# Who has a pool mapped says so every half a second. A process that has died has let go of it.
+HOLDER_S = 3.0
 # Questions that wait for an answer, over all who ask.
 MAX_WAITING = 65_536
 # Requests of which is remembered why they have ended.
@@ -83,6 +85,8 @@ class TransferServer:
         self._decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
         # By who asks and for what: since when.
         self._waiting: dict[tuple[bytes, str], tuple[Fetch, float]] = {}
+        # By who has this rank's pool mapped: when that was last said.
+        self._holders: dict[bytes, float] = {}
 
     def start(self) -> None:
         start_critical_thread(self.run, "transfer server")
@@ -90,6 +94,11 @@ class TransferServer:
     def wake(self) -> None:
         """From any thread: there may be more to give."""
         os.eventfd_write(self._wake_fd, 1)
+
+    def has_holders(self) -> bool:
+        """From any thread: whether anybody has this rank's pool mapped, and was there a moment ago."""
+        oldest = time.monotonic() - HOLDER_S
+        return any(said_at > oldest for said_at in list(self._holders.values()))
 
     def run(self) -> None:
         context = zmq.Context()
@@ -126,6 +135,9 @@ class TransferServer:
 
     def _handle(self, socket: Any, sender: bytes, request: Request) -> None:
         if isinstance(request, Ping):
+            self._holders.pop(sender, None)
+            if request.pool:
+                self._holders[sender] = time.monotonic()
             self._send(socket, sender, Pong(self._incarnation, self._pool_generation()))
         elif isinstance(request, Hello):
             self._send(socket, sender, self._greet(request))
@@ -160,6 +172,9 @@ class TransferServer:
                 del self._waiting[place]
 
     def _expire(self, socket: Any) -> None:
+        for sender, said_at in list(self._holders.items()):
+            if said_at < time.monotonic() - HOLDER_S:
+                del self._holders[sender]
         oldest = time.monotonic() - self._timeout_s
         for place, (fetch, since) in list(self._waiting.items()):
             if since < oldest:

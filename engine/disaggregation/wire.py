@@ -32,7 +32,9 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """Is anybody there?"""
+    """Is anybody there? From who has the pool of that generation mapped; 0: none."""
+
+    pool: int = 0
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
@@ -89,8 +91,8 @@ class Positions(msgspec.Struct, frozen=True, tag="positions"):
 
 
 class MappedPositions(msgspec.Struct, frozen=True, tag="mapped_positions"):
-    """Positions `[start, end)` may be copied from the mapped pool; `pages` are the prompt's from position 0 on. What was
-    copied is worth something once a later question has been answered under the same lease."""
+    """Positions `[start, end)` may be copied from the mapped pool; `pages` are those that they are on. What was copied is
+    worth something once a later question has been answered under the same lease."""
 
     key: str
     attempt: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,8 @@ class KVStore:
         self.memory = torch.zeros(end, dtype=torch.uint8, device=device) if self.shared is None else self.shared.tensor
         self._num_bytes = end
         self._num_made = self.generation = 1
+        # Memory of a device that others have mapped is free when they have let go of it.
+        self.before_release: Callable[[], None] = lambda: None
         views = {spec.name: place.of(self.memory) for spec, place in zip(specs, self.stacks, strict=True)}
         self._layers = [{name: view[layer] for name, view in views.items()} for layer in range(num_layers)]
 
@@ -87,6 +89,7 @@ class KVStore:
         if self.shared is not None:
             self.shared.discard()
         else:
+            self.before_release()
             self.memory.untyped_storage().resize_(0)
 
     def resume(self) -> None:

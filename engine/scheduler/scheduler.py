@@ -178,8 +178,9 @@ class Scheduler(Generic[LaunchedT]):
             planned = time.perf_counter()
             self._transfers.arrive(plan.arriving)
             self._clock.add(Cause.TRANSFER, time.perf_counter() - planned)
-        if not plan.planned and self.steps.is_empty and (self.queues.is_compiling or self._transfers.is_waiting):
-            # Nobody else has anything to do: no reason to ask for the processor that they need.
+        is_at_rest = self.steps.is_empty and not self.lockstep.agreement.num_tokens
+        if not plan.planned and is_at_rest and (self.queues.is_compiling or self._transfers.is_waiting):
+            # Nobody has anything to do, on other dp ranks either: no reason to ask for the processor that others need.
             time.sleep(POLL_S)
         if any(isinstance(event, ReqRetracted) for event in plan.before):
             self._clock.add(Cause.RETRACTION, time.perf_counter() - began)

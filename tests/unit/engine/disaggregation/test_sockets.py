@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import pytest
 import torch
 from support.engine_pair import HOST, free_port
 
-from waybill.engine.disaggregation import transfer_client
+from waybill.engine.disaggregation import mapped_pool, transfer_client
 from waybill.engine.disaggregation.mapped_pool import NotMappableError, PoolExport, map_pool
 from waybill.engine.disaggregation.mapped_pools import MappedPools
 from waybill.engine.disaggregation.page_client import FetchedPrompts, RankShape
@@ -51,6 +52,7 @@ class Sides:
     here: KVStore = field(default_factory=pool)
     notices: queue.SimpleQueue[TransferNotice] = field(default_factory=queue.SimpleQueue)
     releases: queue.SimpleQueue[Release] = field(default_factory=queue.SimpleQueue)
+    server: TransferServer | None = None
 
     def serve(self, transport: str = "auto") -> SharedPrompts:
         export = None if transport == "tcp" else PoolExport(self.there, 1)
@@ -66,16 +68,24 @@ class Sides:
             pool_generation=prompts.pool_generation,
         )
         prompts.wake = server.wake
+        if export is not None:
+            export.has_holders = server.has_holders
+        self.server = server
         server.start()
         return prompts
 
     def fetch(
-        self, facts: dict[str, str] = FACTS, keys: CurveKeys | None = None, transport: str = "auto"
+        self,
+        facts: dict[str, str] = FACTS,
+        keys: CurveKeys | None = None,
+        transport: str = "auto",
+        copy: HostPages | None = None,
     ) -> FetchedPrompts:
         self.pools = MappedPools(self.here, 1, transport)
         client = TransferClient(keys or self.keys, facts, lambda welcome, source: welcome.pages[0][0], self.pools)
         client.start()
-        return FetchedPrompts(client, RankShape(0, 1, 1), HostPages(self.here, 1), self.pools, self.notices.put)
+        copy = copy or HostPages(self.here, 1)
+        return FetchedPrompts(client, RankShape(0, 1, 1), copy, self.pools, self.notices.put)
 
     def ask(self, room: int = 1, end: int = 6) -> FetchPages:
         return FetchPages(TransferSource(HOST, self.port, room), 1, 2, end, PAGES.tobytes())
@@ -207,6 +217,57 @@ def test_memory_that_is_given_back_is_there_again_and_a_pool_that_has_moved_is_m
     assert fetched.counters()["transferred_bytes"] == fetched.counters()["transferred_shared_bytes"]
 
 
+def test_memory_of_a_device_is_given_back_when_nobody_has_it_mapped_any_more(sides: Sides) -> None:
+    shared, _ = mapped_sides(sides, 6)
+    shared.handle(SharePages("1.0", b"", 6, FirstToken([5], "w")))
+    assert sides.notice().error == ""
+    assert sides.server is not None
+    until(sides.server.has_holders)
+    # As a device's pool is released.
+    sides.there.generation = 0
+    began = time.monotonic()
+    sides.there.before_release()
+    assert not sides.pools.is_needed and not sides.server.has_holders()
+    assert time.monotonic() - began < mapped_pool.UNMAP_WAIT_S
+
+
+def test_who_is_stopped_with_the_memory_mapped_is_not_waited_for_without_end(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mapped_pool, "UNMAP_WAIT_S", 0.05)
+    export = PoolExport(sides.there, 1)
+    export.has_holders = lambda: True
+    sides.there.before_release()
+    assert "still has the KV cache mapped" in caplog.text
+
+
+def test_nothing_is_written_to_pages_that_a_step_in_flight_may_still_write_to(sides: Sides) -> None:
+    """The request that had them ended after the step was launched."""
+    is_done = threading.Event()
+
+    class Pages(HostPages):
+        def mark(self) -> Callable[[], None]:
+            return lambda: assert_true(is_done.wait(20))
+
+    next(sides.there.tensors())[:] = torch.arange(1.0, 10.0).view(9, 1, 1)
+    shared = sides.serve()
+    for room, transport in enumerate(("auto", "tcp"), start=1):
+        is_done.clear()
+        next(sides.here.tensors())[:] = 0
+        fetched = sides.fetch(transport=transport, copy=Pages(sides.here, 1))
+        shared.handle(SharePages(f"{room}.0", PAGES.tobytes(), 6, FirstToken([5], "w")))
+        fetched.handle(sides.ask(room))
+        time.sleep(0.2)
+        assert not next(sides.here.tensors()).any() and sides.notices.empty()
+        is_done.set()
+        assert sides.notice().error == ""
+        assert next(sides.here.tensors())[:6, 0, 0].tolist() == [0, 0, 3, 4, 5, 6]
+
+
+def assert_true(value: bool) -> None:
+    assert value
+
+
 def test_a_connection_that_ends_fails_who_waits_and_lets_go_of_the_pool(sides: Sides) -> None:
     """The other side is not asked whether it is dead: the next job says hello anew."""
     shared, fetched = mapped_sides(sides, 3)
@@ -248,5 +309,5 @@ def test_a_pool_is_mapped_only_on_proof_of_the_same_host(sides: Sides, change: d
     assert pools.generation("there") == 1
     with pytest.raises(ValueError, match="pages that the pool does not have"):
         pools.get("there").copy(np.array([9], np.int32), PAGES, 0, 1, None, None)
-    with pytest.raises(ValueError, match="1 pages for 2 positions"):
+    with pytest.raises(ValueError, match="1 pages for positions 0"):
         pools.get("there").copy(np.array([1], np.int32), PAGES, 0, 2, None, None)

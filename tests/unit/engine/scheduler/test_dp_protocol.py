@@ -28,6 +28,7 @@ from waybill.engine.ipc.frontend_messages import (
     ShutdownReq,
     TokenizedGenerateReqInput,
 )
+from waybill.engine.scheduler import scheduler as scheduler_module
 from waybill.engine.scheduler.agreement import Agreement, Proposal
 from waybill.engine.scheduler.leader_setup import DpRankInfo, Endpoints
 from waybill.engine.scheduler.mailbox import Mailbox
@@ -35,6 +36,7 @@ from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.scheduler import Scheduler
 from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.engine.scheduler.stop_checker import StopChecker
+from waybill.engine.scheduler.transfers import NoTransfers
 
 PAGE_SIZE = 4
 # A request's rid ends with how long it answers; "p" is a prefill alone, "x" never stops.
@@ -56,6 +58,34 @@ def make_group(dp_size: int = 2, num_pages: int = 64, **fields: Any) -> DpGroup:
         "routing_ring_slots": 3,
     }
     return DpGroup(EngineConfig(**(defaults | fields)), num_pages)
+
+
+class WaitsForPages(NoTransfers):
+    """A request is on its way from another engine."""
+
+    is_waiting = True
+
+
+def test_who_waits_for_pages_does_not_hold_up_ranks_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives its processor away between two looks, but not while the others' steps need its part in them."""
+    group, sleeps = make_group(overlap_depth=0), []
+    monkeypatch.setattr(scheduler_module.time, "sleep", sleeps.append)
+    group.leaders[1].scheduler._transfers = WaitsForPages()
+    group.frontend.submit(0, "l", list(range(8)), max_new_tokens=14, ignore_eos=True)
+    for leader in group.leaders:
+        leader.wire.arrive(1)
+    busy = [0, 0]
+    for _ in range(200):
+        asleep_before = len(sleeps)
+        for leader in group.leaders:
+            leader.turn()
+        group.file_all()
+        has_tokens = bool(group.leaders[1].scheduler.lockstep.agreement.num_tokens)
+        busy[0] += has_tokens
+        busy[1] += len(sleeps) - asleep_before
+        if group.frontend.answers["l"].reason is not None:
+            break
+    assert busy[0] > 10 and busy[1] <= 3, "before the first step, and around the last one"
 
 
 def params_of(rid: str) -> dict[str, Any]:

@@ -47,6 +47,8 @@ GRACE_S = 15.0
 # An engine that is silent for 10 s is taken for dead; a question may wait for as long as a transfer may take.
 BOUND_S = max(10.0, TRANSFER_TIMEOUT_S) + GRACE_S
 MAX_MORE_FDS = 24
+# Until both sides are stopped, as an operator does it, and others started.
+SERVICE_TRIALS = 10
 LAST_WORDS = 500
 
 
@@ -250,13 +252,14 @@ async def campaign(options: argparse.Namespace, judge: Judge) -> tuple[list[Resu
     results: list[Result] = []
     transports: Counter[str] = Counter()
     trials, until = trials_of(options), time.monotonic() + 60 * options.minutes
-    size = -(-len(trials) // 4) if options.transport == "both" else len(trials)
-    for number, first in enumerate(range(0, len(trials), size)):
-        transport = {"both": "tcp" if number == 3 else "shared"}.get(options.transport, options.transport)
+    for number, first in enumerate(range(0, len(trials), SERVICE_TRIALS)):
+        transport = {"both": "tcp" if number % 4 == 1 else "shared"}.get(options.transport, options.transport)
+        if time.monotonic() > until:
+            break
         one = Campaign(judge, transport)
         try:
             await one.sides.start()
-            for seed, kind in trials[first : first + size]:
+            for seed, kind in trials[first : first + SERVICE_TRIALS]:
                 if time.monotonic() > until:
                     break
                 result = await one.run(seed, kind)

@@ -34,6 +34,8 @@ class RouteJob:
         self.source = source
         self.attempt = attempt
         self.rows: RouteSlice | None = None
+        # Whether the other side has none.
+        self.is_missing = False
         self._start = start
         self._num_rows = num_rows
         self._geometry = geometry
@@ -47,6 +49,7 @@ class RouteJob:
 
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
         if not isinstance(answer, Routes):
+            self.is_missing = isinstance(answer, Ended) and answer.is_missing
             error = answer.error if isinstance(answer, Ended) else ""
             raise ValueError(error or "something else than was asked for has arrived")
         geometry = self._geometry
@@ -87,7 +90,8 @@ class ArrivingRoutes:
                 with self._lock:
                     self._arrived[source.key] = job.rows
                 self.num_rows += len(job.rows.rows)
-            self._notify(dp_rank, TransferNotice(source.key, ROUTES, attempt, error))
+            is_lost = bool(error) and not job.is_missing
+            self._notify(dp_rank, TransferNotice(source.key, ROUTES, attempt, error, is_lost=is_lost))
 
         self._client.add(RouteJob(source, attempt, start, num_rows, geometry, on_end))
 

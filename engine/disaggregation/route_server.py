@@ -17,12 +17,13 @@ class OfferedRoutes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._offered: dict[str, RouteSlice] = {}
+        # In place of rows: why there are none.
+        self._offered: dict[str, RouteSlice | str] = {}
         self._endings = Endings()
         self.wake: Callable[[], None] = lambda: None
 
-    def offer(self, key: str, rows: RouteSlice) -> None:
-        """Rows of all positions of a prompt."""
+    def offer(self, key: str, rows: RouteSlice | str) -> None:
+        """Rows of all positions of a prompt, or why they are missing."""
         with self._lock:
             self._endings.forget(key)
             self._offered[key] = rows
@@ -46,6 +47,8 @@ class OfferedRoutes:
             return Ended(fetch.key, fetch.attempt, error), []
         if found is None:
             return None
+        if isinstance(found, str):
+            return Ended(fetch.key, fetch.attempt, found, is_missing=True), []
         columns = [found.rows] if found.weights is None else [found.rows, found.weights]
         parts = [np.ascontiguousarray(column[fetch.start :]) for column in columns]
         versions = [(name, max(start, fetch.start), end) for name, start, end in found.weight_versions]

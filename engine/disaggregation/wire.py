@@ -135,12 +135,14 @@ class Routes(msgspec.Struct, frozen=True, tag="routes"):
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    """There is no more to come; with an `error` what came before is worth nothing."""
+    """There is no more to come; with an `error` what came before is worth nothing. `is_missing`: of rows, which the other
+    side has not either, though it has the pages."""
 
     key: str
     attempt: int
     error: str = ""
     first: FirstToken | None = None
+    is_missing: bool = False
 
 
 Fetch = FetchPositions | FetchRoutes

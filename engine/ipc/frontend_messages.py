@@ -73,6 +73,8 @@ class TransferNotice(msgspec.Struct, frozen=True, tag="transfer"):
     attempt: int = 0
     error: str = ""
     first: FirstToken | None = None
+    # Of rows: not that the other side has none of these pages, they did not come.
+    is_lost: bool = False
 
 
 class ControlReq(msgspec.Struct, frozen=True, tag="control"):

@@ -69,7 +69,7 @@ class TransferredRoutes:
                 try:
                     self._offered.offer(transfer.source.key, ledger.get_topk(segment.rid, 0, end + 1))
                 except MissingRoutesError as error:
-                    self._offered.drop(transfer.source.key, str(error))
+                    self._offered.offer(transfer.source.key, str(error))
 
     def finished(self, finished: ReqFinished) -> None:
         transfer = self._transfers.pop(finished.rid, None)

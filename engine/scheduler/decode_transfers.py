@@ -96,9 +96,10 @@ class DecodeTransfers:
         awaited.missing.discard(notice.part)
         if notice.part == FIRST_PART:
             awaited.first = notice.first
-        if notice.error and notice.part != ROUTES:
-            # Without its rows a request can go on; who asks for them is told that they are missing.
+        if notice.error and (notice.part != ROUTES or notice.is_lost):
             awaited.error = notice.error
+        # Where the prefill's side has no rows, the request goes on without them, as it would there. Rows that were lost on
+        # their way would be missing for everybody who hits these pages later: it fails, and may be sent again.
 
     def settle(self) -> list[Settled]:
         """Requests to go on with have left this when they are returned; those to fail leave as they finish."""

@@ -47,6 +47,9 @@ GRACE_S = 15.0
 # An engine that is silent for 10 s is taken for dead; a question may wait for as long as a transfer may take.
 BOUND_S = max(10.0, TRANSFER_TIMEOUT_S) + GRACE_S
 MAX_MORE_FDS = 24
+# Until both sides are stopped, as an operator does it, and others started.
+SERVICE_TRIALS = 10
+LAST_WORDS = 500
 
 
 @dataclass
@@ -177,19 +180,25 @@ class Campaign:
     @staticmethod
     async def _is_gone(side: Side, kind: str) -> bool:
         """A kill ends a run within moments; after a stop it may have ended, too."""
-        if kind == f"kill-{side.name}":
+        if kind in (f"kill-{side.name}", "long-stop"):
             with contextlib.suppress(TimeoutError):
-                await side.running.wait_for_exit(30.0)
+                await side.running.wait_for_exit(30.0 if kind.startswith("kill") else 10.0)
         return await side.has_ended()
 
     def _more_than_before(self) -> list[str]:
         """Descriptors that a rank holds more than at first, and pools of engines that are no more."""
         faults = []
         for side in self.sides.all:
-            num_fds = side.rank().num_fds()
+            try:
+                num_fds = side.rank().num_fds()
+            except psutil.NoSuchProcess:
+                faults.append(f"{side.name}: has ended by itself: {side.running.last_words()[-LAST_WORDS:]}")
+                continue
             first = self._fds.setdefault(side.name, num_fds)
             if num_fds > first + MAX_MORE_FDS:
                 faults.append(f"{side.name}: {num_fds} descriptors, {first} at first")
+        if faults:
+            return faults
         foreign = self.sides.decode.mapped_pools() - self.sides.prefill.mapped_pools()
         return faults + [f"decode: maps the pool {inode} of nobody" for inode in foreign]
 
@@ -243,13 +252,14 @@ async def campaign(options: argparse.Namespace, judge: Judge) -> tuple[list[Resu
     results: list[Result] = []
     transports: Counter[str] = Counter()
     trials, until = trials_of(options), time.monotonic() + 60 * options.minutes
-    size = -(-len(trials) // 4) if options.transport == "both" else len(trials)
-    for number, first in enumerate(range(0, len(trials), size)):
-        transport = {"both": "tcp" if number == 3 else "shared"}.get(options.transport, options.transport)
+    for number, first in enumerate(range(0, len(trials), SERVICE_TRIALS)):
+        transport = {"both": "tcp" if number % 4 == 1 else "shared"}.get(options.transport, options.transport)
+        if time.monotonic() > until:
+            break
         one = Campaign(judge, transport)
         try:
             await one.sides.start()
-            for seed, kind in trials[first : first + size]:
+            for seed, kind in trials[first : first + SERVICE_TRIALS]:
                 if time.monotonic() > until:
                     break
                 result = await one.run(seed, kind)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -86,8 +88,13 @@ class RunPlace:
     def leftovers(self) -> list[str]:
         """Processes, files in the temporary folder and names in shared memory."""
         files = [f"$TMPDIR/{path.name}" for path in self.folder.iterdir()]
-        shared = [f"{SHARED_MEMORY}/{name}" for name in set(os.listdir(SHARED_MEMORY)) - self._shared_before]
-        return [*self.processes(), *files, *shared]
+        own = self.processes()
+        shared = [
+            f"{SHARED_MEMORY}/{name}"
+            for name in set(os.listdir(SHARED_MEMORY)) - self._shared_before
+            if not is_of_others(name, {process.pid for process in own.values()})
+        ]
+        return [*own, *files, *shared]
 
     def wait_until_empty(self, timeout_s: float) -> list[str]:
         """What is still there after that time."""
@@ -103,6 +110,21 @@ class RunPlace:
         if self._is_mounted:
             subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def is_of_others(name: str, own: set[int]) -> bool:
+    """Whether a name in shared memory belongs to a living process of another run on this machine: it has it mapped or, with
+    OpenMP's, is named by it."""
+    openmp = re.fullmatch(r"__KMP_REGISTERED_LIB_(\d+)_\d+", name)
+    if openmp is not None and int(openmp[1]) not in own:
+        return psutil.pid_exists(int(openmp[1]))
+    path = str(SHARED_MEMORY / name)
+    for process in psutil.process_iter():
+        if process.pid not in own:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if any(found.path == path for found in process.memory_maps()):
+                    return True
+    return False
 
 
 def may_mount() -> bool:

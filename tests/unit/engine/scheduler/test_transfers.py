@@ -65,10 +65,16 @@ def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> N
     told: list[PageMessage] = []
     clock = Clock()
     transfers = DecodeTransfers(told.append, 60.0, 1, has_routes=True, clock=clock)
-    without_rows, without_pages, late = (make_req(room, f"r{room}") for room in (1, 2, 3))
-    for req in (without_rows, without_pages, late):
+    without_rows, without_pages, late, lost = (make_req(room, f"r{room}") for room in (1, 2, 3, 4))
+    for req in (without_rows, without_pages, late, lost):
         transfers.begin(req)
-    transfers.arrive([without_rows, without_pages])
+    transfers.arrive([without_rows, without_pages, lost])
+    # Pages without rows would be cached.
+    transfers.on_notice(TransferNotice("4.0", "pages0", 1, first=FIRST))
+    transfers.on_notice(TransferNotice("4.0", "routes", 1, "cut off", is_lost=True))
+    (settled,) = transfers.settle()
+    assert settled.req is lost and settled.reason is not None and settled.reason.message == "prefill: cut off"
+    finish(transfers, lost, settled.reason)
     transfers.on_notice(TransferNotice("1.0", "routes", 1, "gone"))
     transfers.on_notice(TransferNotice("1.0", "pages0", 1, first=FIRST))
     transfers.on_notice(TransferNotice("2.0", "pages0", 1, "the rank is gone"))
@@ -82,7 +88,7 @@ def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> N
     (settled,) = transfers.settle()
     assert settled.req is late and settled.reason is not None and "within 60 s" in str(settled.reason.message)
     finish(transfers, late, settled.reason)
-    assert transfers.state() == {"num_transferring": 0, "num_transfers": 1, "num_transfers_failed": 2}
+    assert transfers.state() == {"num_transferring": 0, "num_transfers": 1, "num_transfers_failed": 3}
 
 
 def commit(transfers: PrefillTransfers, req: Req, num: int, token: int | None = None) -> None:

@@ -62,7 +62,7 @@ chaos: venv
 
 # The same between an engine for prompts and one for what follows, 100 trials.
 chaos-disaggregation: venv
-	PYTHONPATH=tests:bench $(PYTHON) -m chaos.disaggregation $(ARGS)
+	PYTHONPATH=tests:bench $(PYTHON) -m chaos.disaggregation_report $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from distributed.dispatch_checks import check_dispatchers
 from distributed.ranks import run_ranks
 
@@ -10,5 +11,6 @@ def test_dp_2_tp_1() -> None:
     run_ranks(check_dispatchers, 2, 2, 1)
 
 
+@pytest.mark.matrix
 def test_dp_2_tp_2() -> None:
     run_ranks(check_dispatchers, 4, 2, 2, timeout_s=240.0)

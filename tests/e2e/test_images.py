@@ -159,7 +159,7 @@ def compare(checkpoint: Path, reference: Reference, requests: list[Asked], answe
     return agreement
 
 
-@pytest.mark.parametrize("setting", [TP, *(pytest.param(each, marks=pytest.mark.matrix) for each in MATRIX)], ids=str)
+@pytest.mark.parametrize("setting", [pytest.param(each, marks=pytest.mark.matrix) for each in (TP, *MATRIX)], ids=str)
 def test_equals_transformers(setting: Setting, start: Any, checkpoint: Path, reference: Reference) -> None:
     with start(setting) as engine:
         state = check_equality(engine, setting, checkpoint, reference)

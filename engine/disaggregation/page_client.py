@@ -99,7 +99,10 @@ class PageJob:
             pool=self._pools.generation(address),
         )
 
-    def prepare(self) -> None:
+    def prepare(self, address: str, answer: Answer) -> None:
+        if isinstance(answer, PoolPlace):
+            # It is the answer to the first question, or to one that came when the pool had moved.
+            self._pools.map(address, answer)
         if self._wait_for_steps is not None:
             self._wait_for_steps()
             self._wait_for_steps = None
@@ -111,8 +114,6 @@ class PageJob:
             self._first = answer.first if self._slices[address].rank == 0 else self._first
             return None
         if isinstance(answer, PoolPlace):
-            # It is the answer to the first question, or to one that came when the pool had moved.
-            self._pools.map(address, answer)
             return self._fetch(address, self._next.get(address, self._message.start))
         start, heads = self._next.get(address, self._message.start), self._slices[address]
         if not isinstance(answer, (Positions, MappedPositions)) or answer.start != start:

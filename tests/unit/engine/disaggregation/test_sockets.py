@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.engine_pair import HOST, free_port
 
-from waybill.engine.disaggregation import mapped_pool, transfer_client
+from waybill.engine.disaggregation import mapped_pool, mapped_pools, transfer_client
 from waybill.engine.disaggregation.mapped_pool import NotMappableError, PoolExport, map_pool
 from waybill.engine.disaggregation.mapped_pools import MappedPools
 from waybill.engine.disaggregation.page_client import FetchedPrompts, RankShape
@@ -266,6 +266,35 @@ def test_nothing_is_written_to_pages_that_a_step_in_flight_may_still_write_to(si
 
 def assert_true(value: bool) -> None:
     assert value
+
+
+def test_who_drops_a_request_does_not_wait_until_a_pool_is_mapped(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver may take long to open a handle; the step thread drops."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def map_slowly(*args: Any) -> Any:
+        begun.set()
+        assert may_end.wait(20)
+        return map_pool(*args)
+
+    monkeypatch.setattr(mapped_pools, "map_pool", map_slowly)
+    shared, fetched = sides.serve(), sides.fetch()
+    shared.handle(SharePages("1.0", PAGES.tobytes(), 6, FirstToken([5], "w")))
+    fetched.handle(sides.ask())
+    assert begun.wait(20)
+    dropping = threading.Thread(target=fetched.handle, args=[DropPages("1.0", "aborted")])
+    dropping.start()
+    dropping.join(5)
+    was_waiting = dropping.is_alive()
+    may_end.set()
+    assert not was_waiting
+    # The next request finds the pool mapped.
+    shared.handle(SharePages("2.0", PAGES.tobytes(), 6, FirstToken([5], "w")))
+    fetched.handle(sides.ask(2))
+    assert sides.notice() == TransferNotice("2.0", "pages0", 1, "", FirstToken([5], "w"))
+    assert sides.notices.empty()
 
 
 def test_a_connection_that_ends_fails_who_waits_and_lets_go_of_the_pool(sides: Sides) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ OPTIONS: dict[str, Any] = {
     "chunked_prefill_size": 32,
 }
 REST_S = 20.0
+NIXL = pytest.param(
+    "nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed: the extra `nixl`")
+)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +220,7 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("transport", ["shared", "tcp"])
+@pytest.mark.parametrize("transport", ["shared", "tcp", NIXL])
 @pytest.mark.parametrize(
     ("prefill", "decode"),
     [
@@ -238,13 +242,14 @@ def test_other_layouts(
             check(reference, prompt, answer)
         for engine in (pair.prefill, pair.decode):
             state = at_rest(engine)
-            assert state["transferred_shared_bytes"] == (state["transferred_bytes"] if transport == "shared" else 0)
+            for name in ("shared", "nixl"):
+                assert state[f"transferred_{name}_bytes"] == (state["transferred_bytes"] if transport == name else 0)
     finally:
         pair.shutdown()
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
+@pytest.mark.parametrize("transport", ["auto", "tcp", NIXL])
 def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(checkpoint: str, transport: str) -> None:
     """One request after the other: tokens, log-probabilities, rows and weights are equal to the bit, cached or not."""
     prompts = [ids(f"prompt {i} of several, " * (1 + i % 3)) for i in range(4)]

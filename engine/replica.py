@@ -128,7 +128,7 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         config.page_size,
         model.kv_specs(),
         mesh.device,
-        is_shared=config.disaggregation == "prefill" and config.disaggregation_transport != "tcp",
+        is_shared=config.disaggregation == "prefill" and config.disaggregation_transport in ("auto", "shared"),
     )
     geometry, ring = None, None
     recorded = recorded_axis(config, mesh)

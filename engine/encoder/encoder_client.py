@@ -131,7 +131,9 @@ class EncoderClient:
             self._changed.clear()
             await self._changed.wait()
         if len(file) > self.max_image_bytes:
-            raise ImageRefusedError(f"has {len(file)} bytes, must have at most {self.max_image_bytes}")
+            raise ImageRefusedError(
+                f"has {len(file)} bytes, must have at most {self.max_image_bytes} (--max-image-bytes of the encoder)"
+            )
         self._number += 1
         number = self._number
         future = self._pending[number] = asyncio.get_running_loop().create_future()

@@ -71,7 +71,7 @@ class VisionTower:
         try:
             made = self._processor(images=[image], return_tensors="pt")
         except ValueError as error:
-            raise BadImageError(f"the image processor refuses it: {error}") from error
+            raise BadImageError(f"is refused by the image processor: {error}") from error
         grid, merge = made["image_grid_thw"], self._vision.spatial_merge_size
         time, height, width = grid[0].tolist()
         assert time == 1, "an image has one frame"

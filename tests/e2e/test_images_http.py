@@ -80,6 +80,7 @@ def test_a_service_with_its_encoder_and_without(http: httpx.Client, checkpoint: 
         for part in (("https://example.com/cat.png",), ("/etc/passwd",)):
             refused = chat(http, part)
             assert refused.status_code == 400 and "not fetched; give it as a data URI" in refused.text
+            assert refused.json()["error"]["param"] == "image_url.0"
         assert chat(http, (FIRST[:60],)).status_code == 400
         hostile = [
             body for body in islice(Fuzzer(http.get("/openapi.json").json(), 17), 300) if b"image" in body.content
@@ -94,9 +95,11 @@ def test_a_service_with_its_encoder_and_without(http: httpx.Client, checkpoint: 
     died(http)
     with run_encoder(checkpoint, port=encoder_port):
         back = time.monotonic()
-        while chat(http, (FIRST,)).status_code != 200:
+        # Until it is known, what the one before has made is answered with.
+        while http.get("/health").headers["X-Encoder"] != "up":
             assert time.monotonic() - back < 30
-            time.sleep(0.5)
+            time.sleep(0.1)
+        assert chat(http, (FIRST,)).status_code == 200
         # It may have other weights: nothing of its images is found.
         fresh = chat(http, "what is ", (FIRST,), " and nothing", return_meta_info=True).json()
         assert fresh["choices"][0]["meta_info"]["cached_tokens"] == 1 + 8 + 1

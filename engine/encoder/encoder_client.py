@@ -53,6 +53,7 @@ class EncoderClient:
         self._on_new_encoder = on_new_encoder
         self._context = zmq.asyncio.Context()
         self._socket = open_socket(self._context, zmq.DEALER, where, bind=False)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
         self._pending: dict[int, asyncio.Future[Features]] = {}
         self._number = 0
@@ -74,12 +75,15 @@ class EncoderClient:
         self._tasks = [
             asyncio.create_task(self._receive(), name="encoder: answers"),
             asyncio.create_task(self._watch(), name="encoder: pings"),
+            asyncio.create_task(self._watch_connection(), name="encoder: connection"),
         ]
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         self._fail_pending("the frontend ends")
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
 
@@ -146,6 +150,13 @@ class EncoderClient:
             if time.monotonic() - self._seen > DOWN_S:
                 # The next one says hello anew.
                 self._leave(f"encoder {self.place}: does not answer")
+
+    async def _watch_connection(self) -> None:
+        """What was on its way is lost with the connection, whoever has ended it. The socket makes another one, and what is
+        asked from then on goes there."""
+        while True:
+            await self._monitor.recv_multipart()
+            self._fail_pending(f"encoder {self.place}: the connection has ended")
 
     def _leave(self, why: str) -> None:
         self._incarnation = ""

@@ -24,7 +24,7 @@ from ..kv_cache.kv_store import KVStore, StackPlace
 from ..kv_cache.shared_memory import SharedMemory
 from ..weight_sync.cuda_ipc import MappedMemory, export_handle
 from .page_copy import Heads, as_rows, host_bytes, slots_of
-from .row_copy import select_copy_rows, select_heads
+from .row_copy import as_words, select_copy_rows, select_heads
 from .wire import DeviceMemory, PoolPlace
 
 logger = logging.getLogger(__name__)
@@ -239,21 +239,31 @@ class DeviceMappedPool:
             raise
         self._page_sizes = (place.page_size, page_size)
         self._stream = torch.cuda.Stream(self._device)
+        # By the heads there and here: of each stack, both pools as words.
+        self._words: dict[tuple[Heads, Heads], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def _words_of(self, theirs: Heads, ours: Heads) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if (theirs, ours) not in self._words:
+            targets = [stack.of(self._kv_store.memory) for stack in self._kv_store.stacks]
+            self._words[theirs, ours] = [
+                as_words(select_heads(source, theirs), select_heads(target, ours))
+                for source, target in zip(self._sources, targets, strict=True)
+            ]
+        return self._words[theirs, ours]
 
     @torch.inference_mode()
     def copy(self, their_pages: np.ndarray, pages: np.ndarray, start: int, end: int, theirs: Heads, ours: Heads) -> int:
         slots = slots_on_both(their_pages, pages, start, end, self._page_sizes, self._sources[0].shape[1])
         num_bytes = 0
         with torch.cuda.stream(self._stream):
-            there, here = (torch.from_numpy(each).to(self._device) for each in slots)
-            for source, stack in zip(self._sources, self._kv_store.stacks, strict=True):
-                rows = select_heads(source, theirs)
-                self._copy_rows(rows, select_heads(stack.of(self._kv_store.memory), ours), there, here)
-                num_bytes += len(there) * rows.shape[0] * rows[0, 0].numel() * rows.itemsize
+            there, here = torch.from_numpy(np.stack(slots)).to(self._device)
+            for source, target in self._words_of(theirs, ours):
+                self._copy_rows(source, target, there, here)
+                num_bytes += len(there) * source.shape[0] * source.shape[2] * source.itemsize
         # The pages there may be given away when the next question is answered.
         self._stream.synchronize()
         return num_bytes
 
     def close(self) -> None:
-        self._sources = []
+        self._sources, self._words = [], {}
         self._memory.close()

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 
 Heads = tuple[int, int] | None
-# (source, target, slots there [n] int64, slots here [n] int64): `target[:, here] = source[:, there]`.
+# (source, target, slots there [n] int64, slots here [n] int64): `target[:, here] = source[:, there]`, both as words.
 CopyRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-WORD_BYTES = 8
 
 
 def select_heads(stack: torch.Tensor, heads: Heads) -> torch.Tensor:
@@ -17,23 +16,18 @@ def select_heads(stack: torch.Tensor, heads: Heads) -> torch.Tensor:
     return stack if heads is None or stack.dim() == 3 else stack[:, :, heads[0] : heads[1]]
 
 
+def as_words(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same memory as [layers, slots, n]: in words of eight bytes if the rows of both have whole ones, as they are
+    otherwise."""
+    rows, others = (stack.view(*stack.shape[:2], -1) for stack in (source, target))
+    try:
+        return rows.view(torch.int64), others.view(torch.int64)
+    except RuntimeError:
+        return rows, others
+
+
 def copy_rows_torch(source: torch.Tensor, target: torch.Tensor, there: torch.Tensor, here: torch.Tensor) -> None:
     target[:, here] = source[:, there]
-
-
-def as_words(stack: torch.Tensor) -> torch.Tensor | None:
-    """The same memory as [layers, slots, words] int64; None where rows are no whole words."""
-    num_layers, num_slots = stack.shape[:2]
-    row_bytes = stack[0, 0].numel() * stack.itemsize
-    strides = (stack.stride(0) * stack.itemsize, stack.stride(1) * stack.itemsize)
-    offset = stack.storage_offset() * stack.itemsize
-    if any(size % WORD_BYTES for size in (row_bytes, offset, *strides)):
-        return None
-    assert stack[0, 0].is_contiguous(), "neighbouring heads lie beside each other"
-    whole = torch.empty(0, dtype=torch.int64, device=stack.device)
-    shape = (num_layers, num_slots, row_bytes // WORD_BYTES)
-    words = (*(stride // WORD_BYTES for stride in strides), 1)
-    return whole.set_(stack.untyped_storage(), offset // WORD_BYTES, shape, words)
 
 
 def select_copy_rows(device: torch.device) -> CopyRows:

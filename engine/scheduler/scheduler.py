@@ -181,7 +181,7 @@ class Scheduler(Generic[LaunchedT]):
         is_at_rest = self.steps.is_empty and not self.lockstep.agreement.num_tokens
         if not plan.planned and is_at_rest and (self.queues.is_compiling or self._transfers.is_waiting):
             # Nobody has anything to do, on other dp ranks either: no reason to ask for the processor that others need.
-            time.sleep(POLL_S)
+            self._mailbox.wait(POLL_S)
         if any(isinstance(event, ReqRetracted) for event in plan.before):
             self._clock.add(Cause.RETRACTION, time.perf_counter() - began)
         return plan

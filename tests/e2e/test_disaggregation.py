@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from chaos.sides import shut
 from support.engine_pair import EnginePair
 from support.process_tree import children_of, ranks_of
@@ -245,17 +246,36 @@ def test_other_layouts(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("transport", ["auto", "tcp"])
-def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(checkpoint: str, transport: str) -> None:
+def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(
+    checkpoint: str, reference: Reference, transport: str
+) -> None:
+    check_nobody_can_tell(checkpoint, reference, transport, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["shared", "tcp"])
+def test_nobody_can_tell_on_two_gpus(checkpoint: str, transport: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA devices")
+    check_nobody_can_tell(checkpoint, Reference(checkpoint, "cuda"), transport, "cuda")
+
+
+def check_nobody_can_tell(checkpoint: str, reference: Reference, transport: str, device: str) -> None:
     """One request after the other: tokens, log-probabilities, rows and weights are equal to the bit, cached or not."""
     prompts = [ids(f"prompt {i} of several, " * (1 + i % 3)) for i in range(4)]
     fields = [{"input_ids": prompt, "sampling_params": greedy(8), **ALL} for prompt in prompts]
     fields += [{**one, "logprob_start_len": 5, "top_logprobs_num": 2} for one in fields]
-    pair = EnginePair(checkpoint, {"tp_size": 1}, {"tp_size": 1}, **OPTIONS, disaggregation_transport=transport)
+    options = {**OPTIONS, "device": device}
+    pair = EnginePair(checkpoint, {"tp_size": 1}, {"tp_size": 1}, **options, disaggregation_transport=transport)
     try:
         both = [pair.generate(**one) for one in (*fields, *fields)]
+        state = at_rest(pair.decode)
     finally:
         pair.shutdown()
-    with Engine(checkpoint, tp_size=1, **OPTIONS) as engine:
+    assert state["transferred_shared_bytes"] == (0 if transport == "tcp" else state["transferred_bytes"])
+    for one, two in zip((*fields, *fields), both, strict=True):
+        check(reference, one["input_ids"], two)
+    with Engine(checkpoint, tp_size=1, **options) as engine:
         for one, two in zip((engine.generate(**one) for one in (*fields, *fields)), both, strict=True):
             assert one["output_ids"] == two["output_ids"]
             for name in one["meta_info"].keys() - {"id", "e2e_latency"}:

@@ -13,7 +13,7 @@ from waybill.engine.attention.backend import AttentionBatch, AttentionRule
 from waybill.engine.attention.sdpa import SdpaAttention
 from waybill.engine.attention.torch_reference import TorchReferenceAttention
 from waybill.engine.attention.triton_paged import TritonPagedAttention
-from waybill.engine.disaggregation.row_copy import Heads, copy_rows_torch, select_heads
+from waybill.engine.disaggregation.row_copy import Heads, as_words, copy_rows_torch, select_heads
 from waybill.engine.disaggregation.row_copy_triton import copy_rows_triton
 from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
 from waybill.engine.models.norm_rope_triton import TritonLayerOps
@@ -307,12 +307,14 @@ def test_look_up_of_a_shard(dtype: torch.dtype) -> None:
     assert found.isnan().any(dim=1).tolist() == [False, True, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("width", [16, 300, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("theirs", "ours"), [((1, 3), (0, 2)), (None, None)])
-def test_rows_of_one_pool_to_another(dtype: torch.dtype, theirs: Heads, ours: Heads) -> None:
-    source, results = normal(3, 10, 4, 16, dtype=dtype), []
+def test_rows_of_one_pool_to_another(dtype: torch.dtype, theirs: Heads, ours: Heads, width: int) -> None:
+    """Some rows in one program, a row in several, and rows that are no whole words."""
+    source, results = normal(3, 10, 4, width, dtype=dtype), []
     there, here = (torch.tensor(slots, device=DEVICE) for slots in ([3, 9, 1], [0, 5, 2]))
     for copy_rows in (copy_rows_torch, copy_rows_triton):
-        results.append(torch.zeros(3, 8, 4, 16, dtype=dtype, device=DEVICE))
-        copy_rows(select_heads(source, theirs), select_heads(results[-1], ours), there, here)
+        results.append(torch.zeros(3, 8, 4, width, dtype=dtype, device=DEVICE))
+        copy_rows(*as_words(select_heads(source, theirs), select_heads(results[-1], ours)), there, here)
     assert torch.equal(*results) and results[0].any()

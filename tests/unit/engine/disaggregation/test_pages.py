@@ -130,11 +130,24 @@ class FakeMemory:
 
 def test_rows_as_words() -> None:
     stack = torch.arange(2 * 5 * 4 * 2, dtype=torch.float32).view(2, 5, 4, 2)
-    words = as_words(select_heads(stack, (1, 3)))
-    assert words is not None and words.shape == (2, 5, 2)
+    words, others = as_words(select_heads(stack, (1, 3)), torch.zeros(2, 7, 2, 2))
+    assert words.shape == (2, 5, 2) and others.shape == (2, 7, 2) and words.dtype == others.dtype == torch.int64
     assert torch.equal(words[1, 3].contiguous().view(torch.float32), stack[1, 3, 1:3].flatten())
-    assert as_words(torch.zeros(2, 5, 3)) is None, "three values of four bytes"
-    assert as_words(torch.zeros(2, 5, 3, 1)[:, :, 1:3]) is None, "not on a word's boundary"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(torch.zeros(2, 5, 3), id="three values of four bytes"),
+        pytest.param(torch.zeros(2, 5, 3, 1)[:, :, 1:3], id="not on a word's boundary"),
+    ],
+)
+def test_rows_that_are_no_whole_words(odd: torch.Tensor) -> None:
+    even = torch.zeros(2, 7, 2, 2)
+    for source, target in ((odd, even), (even, odd)):
+        for stack, rows in zip((source, target), as_words(source, target), strict=True):
+            assert rows.shape == (*stack.shape[:2], stack[0, 0].numel()) and rows.dtype == stack.dtype
+            assert rows.data_ptr() == stack.data_ptr()
 
 
 @pytest.mark.parametrize("is_shared", [False, True])

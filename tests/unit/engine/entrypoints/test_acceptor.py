@@ -42,3 +42,26 @@ def test_what_passes_ends_nothing(monkeypatch: pytest.MonkeyPatch, number: int) 
 def test_a_broken_listening_socket_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="a reason"):
         accept_after(monkeypatch, errno.EBADF)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_what_is_written_is_sent_at_once(address: str) -> None:
+    """Else a stream's next token waits for the caller's acknowledgement of the last one, some 40 ms."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+    async def run() -> int:
+        opened: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                connection = transport.get_extra_info("socket")
+                opened.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        with socket.create_server((address, 0), family=family) as listener:
+            accepting = asyncio.create_task(Acceptor(listener, lambda release: Protocol(), 4).run())
+            with socket.create_connection(listener.getsockname()[:2]):
+                found = await opened
+            accepting.cancel()
+            return found
+
+    assert asyncio.run(run()) == 1

@@ -19,8 +19,9 @@ START_TIMEOUT_S = 60.0
 def run_sglang_router(*options: str) -> Iterator[str]:
     """Its URL, once it says that it is well."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", HOST, "--port", str(port), *options]
-    process = subprocess.Popen([*command, "--prometheus-port", str(free_port())], start_new_session=True)
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", HOST, "--port", str(port)]
+    command += ["--prometheus-port", str(free_port()), "--log-level", "warn", *options]
+    process = subprocess.Popen(command, start_new_session=True)
     url, deadline = f"http://{HOST}:{port}", time.monotonic() + START_TIMEOUT_S
     try:
         while not is_well(url):

@@ -81,7 +81,9 @@ def test_answers_are_those_of_one_engine(router: httpx.Client, sides: tuple[Serv
     for name in ("input_token_logprobs", "output_token_logprobs"):
         assert len(alone["meta_info"][name]) > 5
         check_logprobs(scored["meta_info"][name], alone["meta_info"][name])
-    batch = router.post("/generate", json={"text": [PROMPT, "another"], "sampling_params": PARAMS}).json()
+    # A list of texts is nothing that it takes.
+    prompts = [list(PROMPT.encode()), list(b"another")]
+    batch = router.post("/generate", json={"input_ids": prompts, "sampling_params": PARAMS}).json()
     assert len(batch) == 2 and batch[0]["output_ids"] == alone["output_ids"]
     with router.stream("POST", "/generate", json=BODY | {"stream": True}) as stream:
         lines = [line for line in stream.iter_lines() if line]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from ..ipc.sockets import Endpoint, open_socket
 from ..vision.image_store import Features
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 PING_S = 1.0
 # Without a sign of it, it is taken for dead.
 DOWN_S = 10.0
+# Of a connection: it has ended, another attempt has failed, another one is made.
+WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_SUCCEEDED
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -57,12 +60,15 @@ class EncoderClient:
         self._context = zmq.asyncio.Context()
         # Nothing is kept for an encoder that is not there: the next one would get it.
         self._socket = open_socket(self._context, zmq.DEALER, where, bind=False, options={zmq.IMMEDIATE: 1})
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
         self._pending: dict[int, asyncio.Future[Features]] = {}
         self._number = 0
         # Of a token.
         self._num_values = (1 + int(facts["deepstack_levels"])) * int(facts["hidden_size"])
         self._incarnation = ""
+        # Whether there was a connection, and is none.
+        self._is_lost = False
         # Why it is not asked, until it answers again.
         self._down = ""
         self._refusal = ""
@@ -82,12 +88,15 @@ class EncoderClient:
         self._tasks = [
             asyncio.create_task(self._receive(), name="encoder: answers"),
             asyncio.create_task(self._watch(), name="encoder: pings"),
+            asyncio.create_task(self._watch_connection(), name="encoder: connection"),
         ]
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         self._fail_pending("the frontend ends")
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
 
@@ -144,13 +153,12 @@ class EncoderClient:
             self._pending.pop(number, None)
 
     async def _send(self, request: Request, *frames: bytes) -> None:
-        """Without a connection it is lost, and with one that was there before all that was asked by it."""
+        """Without a connection it is lost."""
         try:
             parts = [msgspec.msgpack.encode(request), *frames]
             await self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=not frames)
         except zmq.Again:
-            if self._incarnation:
-                self._leave("is gone", is_down=True)
+            self._lose()
 
     async def _watch(self) -> None:
         while True:
@@ -158,6 +166,25 @@ class EncoderClient:
             await asyncio.sleep(PING_S)
             if time.monotonic() - self._seen > DOWN_S and not self._down:
                 self._leave("does not answer", is_down=True)
+
+    async def _watch_connection(self) -> None:
+        """The socket tries to make another connection; what is asked meanwhile waits for it. Where that is refused, there
+        is no encoder any more."""
+        while True:
+            event = (await recv_monitor_message(self._monitor))["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._lose()
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_lost = False
+                await self._send(Hello(self._facts))
+            elif self._is_lost and not self._down:
+                self._leave("is gone", is_down=True)
+
+    def _lose(self) -> None:
+        """What was on its way is lost with the connection, whoever has ended it."""
+        if self._incarnation:
+            self._is_lost = True
+            self._leave("the connection has ended", is_down=False)
 
     def _leave(self, why: str, *, is_down: bool) -> None:
         """Who waits is told; the next answer is that to a hello."""

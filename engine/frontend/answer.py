@@ -56,7 +56,9 @@ class Answer:
         self._num_layers_total = num_layers_total
         self.began = time.perf_counter()
         self.completion_tokens = 0
-        self._logprobs = AnswerLogprobs(self._options, token_text) if self._options.return_logprob else None
+        self._logprobs: AnswerLogprobs | None = None
+        if self._options.return_logprob:
+            self._logprobs = AnswerLogprobs(self._options, token_text, has_prompt=sample.returns_prompt)
         self._last: RequestOutput | None = None
         self._routed: RoutedExperts | None = None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from ..io_struct import Logprobs, OutputOptions
 
 # Log-probability, token id and, where it is asked for, the token as text.
@@ -19,15 +21,19 @@ LOGPROB_FIELDS = (
 
 
 class AnswerLogprobs:
-    """Renders those of one sample, as far as they were asked for."""
+    """Renders those of one sample, as far as they were asked for; without `has_prompt` those of the prompt are empty lists,
+    for another engine's answer has them."""
 
-    def __init__(self, options: OutputOptions, token_text: TokenText | None) -> None:
+    def __init__(self, options: OutputOptions, token_text: TokenText | None, *, has_prompt: bool = True) -> None:
         self._options = options
+        self._has_prompt = has_prompt
         self._token_text = token_text if options.return_text_in_logprobs else None
 
     def render(self, new: Logprobs, token_ids: Sequence[int]) -> dict[str, Any]:
         """`token_ids` are those that the outputs of `new` belong to. Those of the prompt are an empty list where they were
         not asked for, as the dialect has it."""
+        if not self._has_prompt:
+            new = msgspec.structs.replace(new, input=[], input_ranks=[], input_top=[])
         fields: dict[str, Any] = {
             "output_token_logprobs": self._triples(zip(new.output, token_ids, strict=True)),
             "input_token_logprobs": self._triples(new.input) if self._options.returns_prompt_logprobs else [],

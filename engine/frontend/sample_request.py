@@ -38,6 +38,8 @@ class SampleRequest:
     is_auto: bool = False
     shared_prefix: SharedPrefix | None = None
     transfer: TransferSource | None = None
+    # False where another engine's answer has the prompt's log-probabilities: routers put these in front of them.
+    returns_prompt: bool = True
     # Which it must go to, whatever the request says.
     dp_rank: int | None = None
     # In order, and the memory that they are in; what caches know the ids by, where that is something else.
@@ -53,7 +55,7 @@ class SampleRequest:
 
 def with_transfer(samples: list[SampleRequest], place: list[Any], limits: EngineLimits) -> list[SampleRequest]:
     """Samples of one prompt, with where the other side is (host, port and room); on a prefill's side they end with their
-    first token, and only the other one has rows to return."""
+    first token, and only the other one has rows and the prompt's log-probabilities to return."""
     host, port, room = place
     if host is None and port is None and room is None:
         return samples
@@ -66,6 +68,7 @@ def with_transfer(samples: list[SampleRequest], place: list[Any], limits: Engine
         replace(
             one,
             dp_rank=room % limits.dp_size,
+            returns_prompt=False,
             sampling_params=msgspec.structs.replace(
                 one.sampling_params, max_new_tokens=min(1, one.sampling_params.max_new_tokens)
             ),

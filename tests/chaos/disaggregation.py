@@ -1,28 +1,25 @@
 """Faults between an engine for prompts and one for what follows: whichever dies, is stopped or is cut off, callers have an
 error or the right answer, in time, nothing is left behind, and what comes next is right.
 
-    make chaos-disaggregation [ARGS="--trials 20" | "--seed 7" | "--only kill-prefill" | "--write"]
-
-Two servers on one host, by shared memory or (every fourth service) TCP. In each trial some callers are in the middle of
+Two servers on one host, by shared memory or, every second time, TCP. In each trial some callers are in the middle of
 prompts and answers when it happens; answers that come are compared with a serial run's, tokens and rows. A side that has
 died is started anew, the other one goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
 import random
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 
 import psutil
 from support.serial_run import SerialRun
 
 from .catalogue import LONG_DECODES, LONG_PREFILLS, SHORT, make_questions
+from .kept import Result
+from .scene_trials import SERVICE_TRIALS, judge_answer
 from .service import GoneError, RefusedError
 from .sides import TRANSFER_TIMEOUT_S, Side, Sides
 from .witness import Judge, request_for
@@ -44,48 +41,31 @@ GRACE_S = 15.0
 # An engine that is silent for 10 s is taken for dead; a question may wait for as long as a transfer may take.
 BOUND_S = max(10.0, TRANSFER_TIMEOUT_S) + GRACE_S
 MAX_MORE_FDS = 24
-# Until both sides are stopped, as an operator does it, and others started.
-SERVICE_TRIALS = 10
 LAST_WORDS = 500
 
 
-@dataclass
-class Result:
-    seed: int
-    kind: str
-    what: str = ""
-    num_right: int = 0
-    num_errors: int = 0
-    num_left: int = 0
-    wait_s: float = 0.0
-    seconds: float = 0.0
-    faults: list[str] = field(default_factory=list)
+class SidesScene:
+    """See `Scene`."""
 
-    def line(self) -> str:
-        return (
-            f"{'FAIL' if self.faults else 'ok':4} seed {self.seed:<4} {self.kind}: {self.what}; {self.num_right} right, "
-            f"{self.num_errors} errors, {self.num_left} left; waited {self.wait_s:.1f} of {BOUND_S:.0f} s; "
-            f"{self.seconds:.1f} s"
-        )
-
-
-def kind_of(seed: int) -> str:
-    """So many of each in a row of trials."""
-    deck = [kind for kind, count in KINDS.items() for _ in range(count)]
-    random.Random(seed // len(deck)).shuffle(deck)
-    return deck[seed % len(deck)]
-
-
-class Campaign:
     def __init__(self, judge: Judge, transport: str) -> None:
         self._judge = judge
+        self._transport = transport
         self.sides = Sides(transport)
-        self.results: list[Result] = []
         self._fds: dict[str, int] = {}
 
+    async def start(self) -> None:
+        await self.sides.start()
+
+    async def stop(self) -> list[str]:
+        return [fault for side in self.sides.all for fault in await side.stop()]
+
+    def clean_up(self) -> None:
+        for side in self.sides.all:
+            side.place.clean_up()
+
     async def run(self, seed: int, kind: str) -> Result:
-        result, choose, began = Result(seed, kind), random.Random(seed), time.monotonic()
-        self.results.append(result)
+        result = Result("sides", seed, kind, self._transport, BOUND_S)
+        choose, began, near_ties = random.Random(seed), time.monotonic(), self._judge.num_by_near_ties
         callers = [asyncio.create_task(self._call(result, choose)) for _ in range(NUM_CALLERS)]
         await asyncio.sleep(choose.random() * 0.8)
         try:
@@ -94,6 +74,7 @@ class Campaign:
             result.what = f"nothing: {error}"
         await asyncio.gather(*callers, return_exceptions=True)
         await self._recover(result, choose)
+        result.num_by_near_ties = self._judge.num_by_near_ties - near_ties
         result.seconds = time.monotonic() - began
         return result
 
@@ -101,27 +82,8 @@ class Campaign:
         index = choose.choice((*SHORT, *LONG_DECODES, *LONG_PREFILLS, *LONG_PREFILLS))
         request = request_for(self._judge.serial, index, self.sides.decode.running, choose)
         request.pop("routed_dp_rank", None)
-        streams, began = choose.random() < 0.4, time.monotonic()
-        try:
-            answer = await asyncio.wait_for(self.sides.ask(request, streams=streams), 4 * BOUND_S)
-        except (GoneError, RefusedError) as error:
-            result.num_errors += 1
-            if result.kind in HARMLESS:
-                result.faults.append(f"an error: {error}")
-        except TimeoutError:
-            result.faults.append("no answer at all")
-        except asyncio.CancelledError:
-            result.num_left += 1
-            raise
-        else:
-            fault = self._judge.fault(index, request, answer)
-            result.num_right += fault is None
-            if fault is not None:
-                result.faults.append(fault)
-        waited = time.monotonic() - began
-        result.wait_s = max(result.wait_s, waited)
-        if waited > BOUND_S:
-            result.faults.append(f"waited {waited:.1f} s")
+        asking = self.sides.ask(request, streams=choose.random() < 0.4)
+        await judge_answer(result, self._judge, index, request, asking, HARMLESS)
 
     async def _strike(self, result: Result, choose: random.Random, callers: list[asyncio.Task[None]]) -> None:
         kind, side = result.kind, self.sides.all[result.kind.endswith("decode")]
@@ -200,41 +162,23 @@ class Campaign:
         return faults + [f"decode: maps the pool {inode} of nobody" for inode in foreign]
 
 
-def trials_of(options: argparse.Namespace) -> list[tuple[int, str]]:
-    if options.seed is not None:
-        return [(options.seed, options.only or kind_of(options.seed))]
-    trials = [(seed, kind_of(seed)) for seed in range(options.first, options.first + options.trials)]
-    return [(seed, kind) for seed, kind in trials if options.only in (None, kind)]
+class SidesScenes:
+    """See `Scenes`. `transport` is "shared", "tcp" or "both"."""
 
+    name = "sides"
+    kinds = KINDS
 
-async def campaign(options: argparse.Namespace, judge: Judge) -> tuple[list[Result], Counter[str]]:
-    results: list[Result] = []
-    transports: Counter[str] = Counter()
-    trials, until = trials_of(options), time.monotonic() + 60 * options.minutes
-    for number, first in enumerate(range(0, len(trials), SERVICE_TRIALS)):
-        transport = {"both": "tcp" if number % 4 == 1 else "shared"}.get(options.transport, options.transport)
-        if time.monotonic() > until:
-            break
-        one = Campaign(judge, transport)
-        try:
-            await one.sides.start()
-            for seed, kind in trials[first : first + SERVICE_TRIALS]:
-                if time.monotonic() > until:
-                    break
-                result = await one.run(seed, kind)
-                transports[transport] += 1
-                print(result.line(), *(f"     {fault}" for fault in result.faults), sep="\n", flush=True)
-        finally:
-            results += one.results
-            try:
-                left = [fault for side in one.sides.all for fault in await side.stop()]
-            finally:
-                # Also where it was interrupted.
-                for side in one.sides.all:
-                    side.place.clean_up()
-            if left and results:
-                results[-1].faults += left
-    return results, transports
+    def __init__(self, judge: Judge, transport: str) -> None:
+        self._judge = judge
+        self._transport = transport
+
+    def transport_of(self, seed: int) -> str:
+        if self._transport != "both":
+            return self._transport
+        return "tcp" if seed // SERVICE_TRIALS % 2 else "shared"
+
+    def make(self, transport: str) -> SidesScene:
+        return SidesScene(self._judge, transport)
 
 
 def serial_run() -> SerialRun:

@@ -31,6 +31,21 @@ POOL = "memfd:waybill-kv-pool"
 SYS_PIDFD_GETFD = 438
 
 
+async def rest_of(name: str, service: HttpService, *more: str) -> list[str]:
+    """What is wrong with a server that is asked for nothing: every page must be free or cached. `more` is what must come
+    to nothing beside requests."""
+    names = ("num_running", "num_waiting", "num_transferring", *more)
+    until, state = time.monotonic() + REST_BOUND_S, {}
+    while time.monotonic() < until:
+        state = await service.info()
+        if not any(state[each] for each in names):
+            if state["num_free_pages"] + state["num_cached_pages"] == state["num_pages"]:
+                return []
+            return [f"{name}: pages are lost: {state['num_free_pages']} free, {state['num_cached_pages']} cached"]
+        await asyncio.sleep(0.1)
+    return [f"{name}: does not come to rest: { ({each: state.get(each) for each in names}) }"]
+
+
 class Side:
     """One of the two, from its start to what it leaves behind."""
 
@@ -43,6 +58,7 @@ class Side:
         self.service: HttpService | None = None
 
     async def start(self) -> None:
+        self.place.clean_up()
         self.place = RunPlace()
         self.service = HttpService(SHAPE, self.place, self._options, self._environment)
         await self.service.wait_until_ready()
@@ -79,19 +95,8 @@ class Side:
         return await self.end()
 
     async def rest(self) -> list[str]:
-        """What is wrong with it when nothing is asked of it: every page must be free or cached."""
-        until, state = time.monotonic() + REST_BOUND_S, {}
-        while time.monotonic() < until:
-            state = await self.running.info()
-            if state["num_running"] == state["num_waiting"] == state["num_transferring"] == 0:
-                if state["num_free_pages"] + state["num_cached_pages"] == state["num_pages"]:
-                    return []
-                return [
-                    f"{self.name}: pages are lost: {state['num_free_pages']} free, {state['num_cached_pages']} cached"
-                ]
-            await asyncio.sleep(0.1)
-        names = ("num_running", "num_waiting", "num_transferring")
-        return [f"{self.name}: does not come to rest: { ({name: state.get(name) for name in names}) }"]
+        """What is wrong with it when nothing is asked of it."""
+        return await rest_of(self.name, self.running)
 
     def mapped_pools(self) -> set[str]:
         """Shared pools in the rank's address space, by inode."""

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import OpenAI
 from strands_sglang import SGLangClient, SGLangModel
 from support.server_process import ServerProcess
+from support.sglang_router import run_sglang_router
 from transformers import AutoTokenizer
 from trl.generation import vllm_client
 
@@ -33,7 +30,6 @@ ANSWER = "12"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 # A dense layer is zeros in this form.
 NUM_LAYERS, TOP_K = 7, 4
-ROUTER_TIMEOUT_S = 60.0
 
 
 def rows_of(encoded: str) -> np.ndarray:
@@ -178,28 +174,8 @@ def test_trl(server: ServerProcess, during_update: During, monkeypatch: pytest.M
 
 @pytest.fixture
 def router(server: ServerProcess, second_server: ServerProcess) -> Iterator[str]:
-    with socket.socket() as listener, socket.socket() as other:
-        listener.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        port, metrics_port = listener.getsockname()[1], other.getsockname()[1]
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", server.url, second_server.url, "--policy", "round_robin"]
-    process = subprocess.Popen([*command, "--prometheus-port", str(metrics_port)], start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + ROUTER_TIMEOUT_S
-    try:
-        while True:
-            try:
-                if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
-                    break
-            except httpx.TransportError:
-                pass
-            assert process.poll() is None and time.monotonic() < deadline, "the router is not ready"
-            time.sleep(0.2)
+    with run_sglang_router("--worker-urls", server.url, second_server.url, "--policy", "round_robin") as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def test_sglang_router(router: str, server: ServerProcess, second_server: ServerProcess) -> None:

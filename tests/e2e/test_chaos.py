@@ -6,12 +6,14 @@ import argparse
 import asyncio
 
 import pytest
-from chaos import disaggregation
 from chaos.catalogue import make_questions
 from chaos.deadly_trial import run_deadly
 from chaos.deck import Trial
+from chaos.disaggregation import SidesScenes, serial_run
 from chaos.harmless_trial import run_harmless
+from chaos.kept import Kept
 from chaos.outcome import Outcome
+from chaos.scene_trials import campaign as campaign_of
 from chaos.service import Shape
 from chaos.shared_services import SharedService
 from chaos.witness import Judge
@@ -62,7 +64,7 @@ def test_a_witness_does_not_notice_the_faults_of_others(with_a_death: bool) -> N
 @pytest.mark.matrix
 def test_faults_between_two_sides() -> None:
     """`make chaos-disaggregation` is the whole."""
-    options = argparse.Namespace(seed=None, only=None, first=2, trials=4, transport="shared", minutes=10.0)
-    results, _ = asyncio.run(disaggregation.campaign(options, Judge(disaggregation.serial_run())))
+    options = argparse.Namespace(seed=None, only=None, first=2, trials=4, minutes=10.0)
+    results = asyncio.run(campaign_of(options, SidesScenes(Judge(serial_run()), "shared"), Kept(None)))
     assert [result.kind for result in results] == ["cut", "cut", "kill-prefill", "leave"]
     assert [f"{result.line()}: {fault}" for result in results for fault in result.faults] == []

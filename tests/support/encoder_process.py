@@ -17,15 +17,21 @@ VARIABLE = "WAYBILL_RUN_SECRET"
 
 
 class EncoderProcess:
-    def __init__(self, model_path: Path, port: int, *options: str) -> None:
+    def __init__(
+        self, model_path: Path | str, port: int, *options: str, environment: dict[str, str] | None = None
+    ) -> None:
         self.place = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "waybill.launch.command_line", "encode", "--model", str(model_path)]
         self._process = subprocess.Popen(
             [*command, "--port", str(port), *options],
-            env=os.environ | {VARIABLE: SECRET, "OMP_NUM_THREADS": "1"},
+            env=(environment or os.environ) | {VARIABLE: SECRET, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_until_ready(self) -> None:
         assert self._process.stderr is not None

@@ -71,17 +71,18 @@ def answer_serially(catalogue: list[Question], device: str) -> list[SerialAnswer
 class SerialRun:
     """Compares answers with the serial run's, as far as they go: an answer that was aborted is a beginning."""
 
-    def __init__(self, catalogue: list[Question], answers: list[SerialAnswer]) -> None:
+    def __init__(self, catalogue: list[Question], answers: list[SerialAnswer], checkpoint: Path = CHECKPOINT) -> None:
         self.catalogue = catalogue
         self._answers = answers
+        self.checkpoint = checkpoint
 
     @staticmethod
     def of(catalogue: list[Question], device: str = "auto") -> SerialRun:
         return SerialRun(catalogue, answer_serially(catalogue, device))
 
     @cached_property
-    def _reference(self) -> Reference:
-        return Reference(str(CHECKPOINT))
+    def reference(self) -> Reference:
+        return Reference(str(self.checkpoint))
 
     def is_same(self, index: int, output: Sequence[int], rows: np.ndarray | None, start: int) -> bool:
         """Whether tokens, and rows from position `start` on where there are any, are those of the serial run."""
@@ -94,7 +95,7 @@ class SerialRun:
         question = self.catalogue[index]
         tokens = question.prompt + list(output)
         try:
-            logits, _ = self._reference.check_routes(tokens, rows, start)
+            logits, _ = self.reference.check_routes(tokens, rows, start)
         except Difference as difference:
             return f"question {index}: {difference}"
         for offset, token in enumerate(output):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
+from chaos.sides import shut
 from support.engine_pair import free_port
 from support.fake_tower import FACTS, KEYS, FakeTower, features_of, serve
 
@@ -109,6 +112,31 @@ def test_a_slow_tower_and_a_full_queue() -> None:
         assert client.num_waiting == 0
 
     use(where, talk, timeout_s=2.0)
+
+
+def test_a_connection_that_is_cut() -> None:
+    """Who waits is told at once; the next one makes another connection."""
+    tower = FakeTower()
+    where = serve(tower)
+    port = int(where.address.rpartition(":")[2])
+
+    async def talk(client: EncoderClient) -> None:
+        await ask(client, b"first")
+        tower.may_go_on.clear()
+        waiting = asyncio.create_task(ask(client, b"waiting"))
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        for connection in psutil.Process().net_connections("tcp"):
+            if connection.raddr and connection.raddr.port == port:
+                shut(os.getpid(), connection.fd)
+        with pytest.raises(EncoderError, match="the connection has ended"):
+            await waiting
+        assert time.monotonic() - began < 2.0
+        tower.may_go_on.set()
+        assert bytes((await ask(client, b"second")).data) == features_of(b"second")
+        assert client.problem is None and client.num_waiting == 0
+
+    assert len(use(where, talk)) == 1
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:

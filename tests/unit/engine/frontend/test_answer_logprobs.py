@@ -50,6 +50,16 @@ def test_log_probabilities_of_the_prompt_are_an_empty_list_where_they_were_not_a
     assert rendered(OutputOptions(return_logprob=True))["input_token_logprobs"] == []
 
 
+def test_those_of_the_prompt_are_empty_lists_where_another_engine_answers_with_them() -> None:
+    options = OutputOptions(return_logprob=True, logprob_start_len=0, top_logprobs_num=1)
+    found = AnswerLogprobs(options, None, has_prompt=False).render(NEW, [7, 8])
+    assert list(found) == list(LOGPROB_FIELDS)
+    assert [name for name, values in found.items() if not values] == [
+        *("input_token_logprobs", "input_token_ranks", "input_top_logprobs")
+    ]
+    assert NEW.input, "what came is as it was"
+
+
 def test_text_is_made_where_it_is_asked_for() -> None:
     options = OutputOptions(return_logprob=True, return_text_in_logprobs=True)
     assert rendered(options)["output_token_logprobs"] == [(-1.0, 7, "7"), (-3.0, 8, "8")]

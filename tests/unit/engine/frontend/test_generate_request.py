@@ -375,6 +375,16 @@ def test_a_grammar_is_made_once_for_all_prompts_that_share_it_and_not_on_the_eve
     assert long.cost_us > MAX_SHORT_US, "must not hold up short work"
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_the_decode_answers_with_what_is_known_of_the_prompt(side: str) -> None:
+    fields = {"input_ids": [1, 2], "return_logprob": True, "logprob_start_len": 0}
+    limits = replace(LIMITS, disaggregation=side)
+    asked = take(limits, **fields, bootstrap_room=1, bootstrap_host="127.0.0.1")[0][0]
+    assert asked.returns_prompt == (side == "decode") and asked.output_options.returns_prompt_logprobs
+    # Without a room either side is an engine.
+    assert take(limits, **fields)[0][0].returns_prompt
+
+
 @pytest.mark.parametrize(
     ("host", "allowed", "is_refused"),
     [

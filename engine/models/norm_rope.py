@@ -17,9 +17,12 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from ...parallel.cpu_ops.activation import swiglu_native
 from ...parallel.cpu_ops.norm_rope import norm_rope_store_native
 from ...parallel.cpu_ops.rms_norm import add_rms_norm_native, has_native_rms_norm, rms_norm_native
 
+# Of norms in C++.
+NORM_WEIGHTS = (torch.bfloat16, torch.float32)
 # cos and sin.
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -154,19 +157,22 @@ class TorchLayerOps:
 
 
 class NativeLayerOps(TorchLayerOps):
-    """Norms, rotary positions and stores in C++, of what is in bfloat16."""
+    """Norms, SwiGLU, rotary positions and stores in C++, of what is in bfloat16."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if hidden.dtype == weight.dtype == torch.bfloat16:
+        if hidden.dtype == torch.bfloat16 and weight.dtype in NORM_WEIGHTS:
             return rms_norm_native(hidden, weight, eps)
         return super().rms_norm(hidden, weight, eps)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if hidden.dtype == residual.dtype == weight.dtype == torch.bfloat16:
+        if hidden.dtype == residual.dtype == torch.bfloat16 and weight.dtype in NORM_WEIGHTS:
             return add_rms_norm_native(hidden, residual, weight, eps)
         return super().add_rms_norm(hidden, residual, weight, eps)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu_native(gate_up) if gate_up.dtype == torch.bfloat16 else super().swiglu(gate_up)
 
     def norm_rope_store(self, qkv: torch.Tensor, norms: HeadNorms | None, rope: Rope, target: KVTarget) -> torch.Tensor:
         weights = None if norms is None else (norms.query, norms.key)

@@ -83,6 +83,7 @@ class MappedPool:
         self._num_slots = stacks[0].shape[1]
         self._page_sizes = (place.page_size, page_size)
         self._memory: MappedMemory | None = None
+        whole: np.ndarray | torch.Tensor
         try:
             if isinstance(place.memory, HostMemory):
                 whole = map_file(place.memory.path, place.num_bytes)

@@ -52,7 +52,9 @@ def plan_reads(stacks: Sequence[StackPlace], slots: np.ndarray, heads: Heads) ->
     begins = np.flatnonzero(np.diff(slots, prepend=slots[0] - 2) != 1)
     if num_heads is not None and _is_whole_cheaper(stacks, len(slots), len(begins), num_heads):
         num_heads = None
-    pieces, parts, end = [], [], 0
+    pieces: list[np.ndarray] = []
+    parts: list[StackPlace] = []
+    end = 0
     for stack in stacks:
         theirs_row, ours_row = row_bytes(stack), row_bytes(stack, num_heads)
         # Rows that lie beside each other are one piece, if all of each is wanted.

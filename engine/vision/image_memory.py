@@ -24,7 +24,7 @@ class ImageMemory:
         """Of its tokens `[first, last)`, [last - first, 1 + levels, D]."""
         rows = torch.empty(last - first, *self.width, dtype=DTYPES[image.dtype])
         row_bytes = rows[0].nbytes
-        self._read(image.path, image.offset + first * row_bytes, memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+        self._read(image.path, image.offset + first * row_bytes, rows.view(torch.uint8).numpy().reshape(-1).data)
         return rows
 
     def _read(self, path: str, offset: int, into: memoryview) -> None:

@@ -98,8 +98,8 @@ class SharedPrompts:
         export = self._export
         reaches = export is not None and export.transport == fetch.transport
         if not reaches and not self._allows_bytes:
-            error = f"the prefill's side has --disaggregation-transport {self._transport}"
-            return Ended(fetch.key, fetch.attempt, error), []
+            refusal = f"the prefill's side has --disaggregation-transport {self._transport}"
+            return Ended(fetch.key, fetch.attempt, refusal), []
         if reaches and fetch.pool != self.pool_generation():
             return self._pool_place(fetch)
         with self._lock:

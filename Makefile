@@ -60,7 +60,8 @@ soak: venv
 chaos: venv
 	PYTHONPATH=tests:bench $(PYTHON) -m chaos $(ARGS)
 
-# The same between an engine for prompts and one for what follows, 100 trials.
+# The same between an engine for prompts and one for what follows, 100 trials; with ARGS="--scene encoder" between an engine
+# and its encoder. With --keep FILE it goes on where it was ended.
 chaos-disaggregation: venv
 	PYTHONPATH=tests:bench $(PYTHON) -m chaos.disaggregation_report $(ARGS)
 

@@ -56,7 +56,13 @@ def page(kept: Kept) -> str:
     sides, encoder = kept.results("sides"), kept.results("encoder")
     transports = Counter(result.transport for result in sides)
     lines = ["# Faults between processes: prefill and decode, engine and encoder", ""]
-    lines += ["    make chaos-disaggregation ARGS='--scene both --write'", "", f"{describe()}.", ""]
+    lines += ["    make chaos-disaggregation ARGS='--keep FILE'"]
+    lines += [
+        "    make chaos-disaggregation ARGS='--scene encoder --trials 30 --keep FILE --write'",
+        "",
+        f"{describe()}.",
+        "",
+    ]
     if sides:
         shown = ", ".join(f"{count} by {name}" for name, count in transports.items())
         lines += ["## A prefill's side and a decode's", ""]

@@ -100,27 +100,35 @@ void activate(const Problem& m, const Groups& groups, int64_t e, Range columns) 
 }
 
 // sums[token of p, columns] += weight of p * (activated[p] . down)
+template <bool ARE_SLICES>
 void project(const Problem& m, const Groups& groups, int64_t e, Range columns) {
-    const int64_t end = groups.first[e + 1], num_slices = m.are_slices ? m.P : 1, width = m.I / num_slices;
+    const int64_t end = groups.first[e + 1], num_slices = ARE_SLICES ? m.P : 1, width = m.I / num_slices;
+    const bf16* bias = m.down_bias == nullptr ? nullptr : m.down_bias + e * m.D;
+    const auto round = [](Floats value) { return ARE_SLICES ? value : rounded(value); };
     for (int64_t p = groups.first[e]; p < end; p += TILE) {
         const int n = std::min<int64_t>(TILE, end - p);
         const bool is_first = p == groups.first[e];
         const bf16* x[TILE];
+        float* sums[TILE];
         float weights[TILE] = {};
-        for (int t = 0; t < n; ++t) weights[t] = m.weights[groups.choice[p + t]];
+        for (int t = 0; t < n; ++t) {
+            const int64_t part = ARE_SLICES ? 0 : e / (m.F / m.P);
+            x[t] = m.activated + (p + t) * m.I;
+            sums[t] = m.sums + (part * m.T + groups.choice[p + t] / m.K) * m.D;
+            weights[t] = m.weights[groups.choice[p + t]];
+        }
         const Floats weight = of_each_row(weights);
         for (int64_t d = columns.begin; d < columns.end; d += TILE)
             for (int64_t slice = 0; slice < num_slices; ++slice) {
-                for (int t = 0; t < n; ++t) x[t] = m.activated + (p + t) * m.I + slice * width;
-                const bf16* down = m.down + (e * m.D + d) * m.I + slice * width;
-                const auto round = [&](Floats value) { return m.are_slices ? value : rounded(value); };
-                Floats value = round(tile_of_rows(n, is_first, x, down, m.I, 1, width));
-                if (m.down_bias != nullptr && slice == 0) value = round(value + of_each_output(m.down_bias + e * m.D + d, 1));
+                const bf16* inputs[TILE];
+                for (int t = 0; t < n; ++t) inputs[t] = x[t] + slice * width;
+                Floats value =
+                    round(tile_of_rows(n, is_first, inputs, m.down + (e * m.D + d) * m.I + slice * width, m.I, 1, width));
+                if (bias != nullptr && slice == 0) value = round(value + of_each_output(bias + d, 1));
                 float values[WIDTH];
                 store(values, round(value * weight));
-                const int64_t part = m.are_slices ? slice : e / (m.F / m.P);
                 for (int t = 0; t < n; ++t) {
-                    float* sum = m.sums + (part * m.T + groups.choice[p + t] / m.K) * m.D + d;
+                    float* sum = sums[t] + slice * m.T * m.D + d;
                     for (int o = 0; o < TILE; ++o) sum[o] += values[t * TILE + o];
                 }
             }
@@ -161,7 +169,9 @@ extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, con
         for_each_block(m, own_part(I, LANES), [&](int64_t e, Range columns) { activate(m, groups, e, columns); });
 #pragma omp barrier
         const Range own = own_part(D, LANES);
-        for_each_block(m, own, [&](int64_t e, Range columns) { project(m, groups, e, columns); });
+        for_each_block(m, own, [&](int64_t e, Range columns) {
+            m.are_slices ? project<true>(m, groups, e, columns) : project<false>(m, groups, e, columns);
+        });
         finish(m, own);
     }
 }

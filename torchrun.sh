@@ -10,4 +10,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$root/scripts/venv.sh"
-exec "$root/.venv/bin/python" -m waybill.launch.command_line "$@"
+exec "$root/.venv/bin/python" -m waybill.launch.process waybill.launch.command_line "$@"

@@ -222,7 +222,9 @@ def run(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda: two devices")
-    parser.add_argument("--transport", choices=("auto", "shared", "tcp"), default="shared", help="of keys and values")
+    parser.add_argument(
+        "--transport", choices=("auto", "shared", "tcp", "nixl"), default="shared", help="of keys and values"
+    )
     parser.add_argument("--quick", action="store_true", help="a toy shape and short prompts")
     parser.add_argument("--write", action="store_true", help="keep the report in bench/results")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from step_log import StepEntry, StepLogReader, log_file
 from waybill import Engine
 from waybill.launch import supervisor
 
-WORKER_MODULE = ["-m", "waybill.launch.worker"]
+WORKER_MODULE = ["-m", supervisor.PROCESS, "waybill.launch.worker"]
 
 
 class TappedEngine:
@@ -62,6 +62,6 @@ def find_process(run_dir: str, module: str) -> psutil.Process:
 
 def tap(command: list[str]) -> list[str]:
     """The agent's command with the tapped worker in place of the engine's own."""
-    at = command.index(WORKER_MODULE[1]) - 1
-    assert command[at : at + 2] == WORKER_MODULE
-    return [*command[:at], str(Path(tapped_worker.__file__).resolve()), *command[at + 2 :]]
+    at = command.index(WORKER_MODULE[-1]) - 2
+    assert command[at : at + 3] == WORKER_MODULE
+    return [*command[:at], str(Path(tapped_worker.__file__).resolve()), *command[at + 3 :]]

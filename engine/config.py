@@ -21,7 +21,7 @@ FP8_ACTIVATIONS = ("auto", "e4m3", "exact")
 ROUTER_WEIGHTS_DTYPES = ("auto", "bfloat16", "float32")
 EXPERTS_BACKENDS = ("auto", "fast", "torch_reference")
 DISAGGREGATION = ("none", "prefill", "decode")
-DISAGGREGATION_TRANSPORTS = ("auto", "shared", "tcp")
+DISAGGREGATION_TRANSPORTS = ("auto", "shared", "tcp", "nixl")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # `kv_memory_fraction` by type of device. A GPU is the engine's own; the memory of a host is not, and what is taken from it
 # is missing elsewhere.
@@ -211,8 +211,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     disaggregation_transport: Annotated[
         str,
         Option(
-            "how keys and values go from one side to the other: shared, by memory that both map, within a host; tcp; auto: "
-            "shared where both sides can, else tcp",
+            "how keys and values go from one side to the other: shared, by memory that both map, within a host; tcp; nixl, "
+            "over UCX, neither encrypted nor authenticated; auto: shared where both sides can, else tcp",
             choices=DISAGGREGATION_TRANSPORTS,
         ),
     ] = "auto"

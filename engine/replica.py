@@ -30,8 +30,9 @@ from .ipc.record_sender import RecordSender
 from .ipc.sockets import Endpoint, Receiver, Sender
 from .kv_cache.kv_store import KVStore
 from .models.causal_lm import CausalLM
+from .models.kept_config import load_kept_model_config
 from .models.model_config import ModelConfig
-from .models.registry import load_model, load_model_config
+from .models.registry import load_model
 from .plan import PageTransfers, PeerMessage, PeerOperation, ScheduleBatch, StopPeers
 from .routing.capturer import RoutedExpertsCapturer
 from .routing.geometry import RouteGeometry
@@ -128,7 +129,7 @@ def load_rank(config: EngineConfig, mesh: ParallelMesh) -> Rank:
         config.page_size,
         model.kv_specs(),
         mesh.device,
-        is_shared=config.disaggregation == "prefill" and config.disaggregation_transport != "tcp",
+        is_shared=config.disaggregation == "prefill" and config.disaggregation_transport in ("auto", "shared"),
     )
     geometry, ring = None, None
     recorded = recorded_axis(config, mesh)
@@ -190,7 +191,8 @@ def make_mask_maker(config: EngineConfig, mesh: ParallelMesh, model_config: Mode
 
 
 def share_model_config(config: EngineConfig, mesh: ParallelMesh) -> ModelConfig:
-    """The checkpoint's configuration. One rank reads it for all: the library that does takes seconds to import.
+    """The checkpoint's configuration. One rank reads it for all: where it is not kept
+    from an earlier start, the library that reads it takes seconds to import.
 
     Raises:
         ValueError: there is none, or no model file serves it; on every rank.
@@ -198,7 +200,7 @@ def share_model_config(config: EngineConfig, mesh: ParallelMesh) -> ModelConfig:
     found: tuple[ModelConfig | None, str] = (None, "")
     if mesh.world.rank == 0:
         try:
-            found = (load_model_config(config), "")
+            found = (load_kept_model_config(config), "")
         except ValueError as error:
             found = (None, str(error))
     of_all = gather_bytes(msgspec.msgpack.encode(found), mesh.world)

@@ -1,4 +1,4 @@
-"""torchrun's agent for this node, as Waybill uses it: `python -m waybill.launch.agent RUN_DIR` takes torchrun's arguments.
+"""torchrun's agent for this node, as Waybill uses it: `waybill.launch.agent RUN_DIR` takes torchrun's arguments.
 
 It knows our rendezvous by its name, holds the lifeline of the node's ranks, ends by a signal without a traceback, and
 removes the folder of the run however the run ends. And it beats: stopped, it would not notice that its ranks end. Where no

@@ -1,6 +1,6 @@
 """What `torchrun.sh` runs on a node: checks the command line, then becomes torchrun's agent for this node's ranks.
 
-`python -m waybill.launch.command_line [rollout | serve | route | encode] [options]`
+`python -m waybill.launch.process waybill.launch.command_line [rollout | serve | route | encode] [options]`
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
+from .imports import uncollected_imports
 from .node_options import split_command_line
 from .run_dir import EXIT_USAGE, RunDir
 from .supervisor import thread_settings, torchrun_arguments
@@ -61,7 +62,8 @@ def main() -> int:
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
     for name, value in thread_settings(command.config, ranks_here).items():
         os.environ.setdefault(name, value)
-    from .agent import holding_signals, run_agent, watch_signals  # noqa: PLC0415
+    with uncollected_imports():
+        from .agent import holding_signals, run_agent, watch_signals  # noqa: PLC0415
 
     with holding_signals():
         run_dir = RunDir()

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import os
 import re
+from importlib.util import find_spec
 
 import msgspec
 
@@ -78,6 +79,10 @@ def check_partners(config: EngineConfig, num_nodes: int) -> None:
         raise ValueError(f"--nnodes {num_nodes}: must be 1 with disaggregation; each side runs on a node of its own")
     if run_secret() is None:
         raise ValueError(f"{RUN_SECRET_VARIABLE}: disaggregation needs it, the same on both sides")
+    if config.disaggregation_transport == "nixl" and find_spec("nixl") is None:
+        raise ValueError(
+            "--disaggregation-transport nixl: needs NIXL, which the extra `nixl` installs: pip install 'waybill[nixl]'"
+        )
 
 
 def check_node_address(address: str) -> None:

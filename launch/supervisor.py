@@ -24,6 +24,8 @@ from .topology import Addresses, Layout, one_node_addresses
 
 logger = logging.getLogger(__name__)
 
+# What runs any of them.
+PROCESS = "waybill.launch.process"
 EXIT_CHILD_DIED = 4
 TERMINATE_GRACE_S = 5.0
 LOG_TAIL_BYTES = 4000
@@ -73,7 +75,9 @@ class NodeChildren:
         """Run a module as a child and watch it: if it dies while the run goes on, this rank dies, and with it the run.
         `listeners` are the endpoints that it binds, whose listening sockets go over to it."""
         fds = [endpoint.fd for endpoint in listeners if endpoint.fd >= 0]
-        child = subprocess.Popen([sys.executable, "-m", *module_and_args], stdin=subprocess.DEVNULL, pass_fds=fds)
+        child = subprocess.Popen(
+            [sys.executable, "-m", PROCESS, *module_and_args], stdin=subprocess.DEVNULL, pass_fds=fds
+        )
         for fd in fds:
             os.close(fd)
         self._children[name] = child
@@ -211,7 +215,7 @@ def thread_settings(config: EngineConfig, ranks_here: int) -> dict[str, str]:
 def agent_command(world_size: int, run_dir: str) -> list[str]:
     """The agent of a calling program's engine, on one node."""
     arguments = torchrun_arguments(NodeOptions(), world_size, run_dir, ["engine"])
-    return [sys.executable, "-m", "waybill.launch.agent", run_dir, *arguments]
+    return [sys.executable, "-m", PROCESS, "waybill.launch.agent", run_dir, *arguments]
 
 
 def torchrun_arguments(nodes: NodeOptions, ranks_here: int, run_dir: str, worker_arguments: list[str]) -> list[str]:
@@ -223,6 +227,6 @@ def torchrun_arguments(nodes: NodeOptions, ranks_here: int, run_dir: str, worker
         *("--rdzv-endpoint", nodes.endpoint),
         *("--nproc-per-node", str(ranks_here)),
         *("--log-dir", f"{run_dir}/torchrun"),
-        *("-m", "waybill.launch.worker", "--run-dir", run_dir),
+        *("-m", PROCESS, "waybill.launch.worker", "--run-dir", run_dir),
         *worker_arguments,
     ]

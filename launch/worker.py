@@ -1,4 +1,4 @@
-"""One rank, as torchrun starts it: `python -m waybill.launch.worker <command>`.
+"""One rank, as torchrun starts it: `python -m waybill.launch.process waybill.launch.worker <command>`.
 
 The ranks tell each other through the rendezvous store where their sockets are. Then the first rank of a node starts the
 processes that run beside the ranks there - an output processor and, where no program calls, on node 0 the frontend - before
@@ -186,7 +186,7 @@ def start_children(
         return children
     write_struct(addresses.run_dir, ADDRESSES, addresses)
     write_struct(addresses.run_dir, ENGINE_CONFIG, config)
-    module = "waybill.rollout" if command.rollout is not None else "waybill.launch.frontend"
+    module = "waybill.rollout.conversations" if command.rollout is not None else "waybill.launch.frontend"
     if command.rollout is not None:
         write_struct(addresses.run_dir, ROLLOUT_OPTIONS, command.rollout)
     if command.serve is not None:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from .mesh import Axis
     from .shared_memory import SharedMemory
+
+# So many terms have one sum, in whatever order.
+PAIR = 2
 
 
 def _shared_memory(x: torch.Tensor, axis: Axis) -> SharedMemory | None:
@@ -20,7 +24,8 @@ def _shared_memory(x: torch.Tensor, axis: Axis) -> SharedMemory | None:
 
 
 def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sum over the axis, maybe in place; every rank ends with the same bits."""
+    """Sum over the axis, maybe in place; every rank ends with the same bits. On the CPU terms are added as in
+    `sum_of_terms`."""
     if axis.size == 1:
         return x
     if axis.symmetric is not None:
@@ -30,6 +35,10 @@ def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
             return axis.symmetric.two_shot_all_reduce(x)
     if (shared := _shared_memory(x, axis)) is not None:
         return shared.all_reduce(x)
+    if x.device.type == "cpu" and axis.size > PAIR and x.is_floating_point():
+        # gloo adds a number's terms in an order that its place decides; shares and a gather are as many bytes.
+        shares = F.pad(x.reshape(-1), (0, -x.numel() % axis.size))
+        return all_gather(reduce_scatter(shares, axis), axis)[: x.numel()].view(x.shape)
     dist.all_reduce(x, group=axis.group)
     return x
 
@@ -85,10 +94,21 @@ def reduce_scatter(x: torch.Tensor, axis: Axis) -> torch.Tensor:
         # the sum is rounded once.
         parts = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(parts, x.contiguous(), group=axis.group)
-        return parts.unflatten(0, (axis.size, -1)).sum(0, dtype=x.dtype)
+        terms = parts.unflatten(0, (axis.size, -1))
+        is_narrow = x.is_floating_point() and x.itemsize < torch.float32.itemsize
+        return sum_of_terms(terms.float() if is_narrow else terms).to(x.dtype)
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
     return out
+
+
+def sum_of_terms(terms: torch.Tensor) -> torch.Tensor:
+    """[n, *] -> [*], pairs of neighbours first, then pairs of their sums: terms that are sums themselves, of two or four,
+    make the same tree as all of those alone."""
+    while len(terms) > 1:
+        pairs = terms[: len(terms) // 2 * 2]
+        terms = torch.cat((pairs[0::2] + pairs[1::2], terms[len(pairs) :]))
+    return terms[0]
 
 
 def exchange(x: torch.Tensor, send_sizes: list[int], receive_sizes: list[int], axis: Axis) -> torch.Tensor:

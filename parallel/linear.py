@@ -120,11 +120,11 @@ class QKVParallelLinear(ShardedLinear):
     ) -> None:
         self.num_local_heads = shard_size(num_heads, axis, "num_heads")
         if num_kv_heads >= axis.size:
-            self.num_local_kv_heads, self._num_kv_replicas = shard_size(num_kv_heads, axis, "num_kv_heads"), 1
+            self.num_local_kv_heads, self.num_kv_replicas = shard_size(num_kv_heads, axis, "num_kv_heads"), 1
         else:
             if axis.size % num_kv_heads:
                 raise ValueError(f"num_kv_heads={num_kv_heads}: must divide the {axis.name} size, {axis.size}")
-            self.num_local_kv_heads, self._num_kv_replicas = 1, axis.size // num_kv_heads
+            self.num_local_kv_heads, self.num_kv_replicas = 1, axis.size // num_kv_heads
         self._hidden_size = hidden_size
         self._axis = axis
         self._full = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
@@ -148,7 +148,7 @@ class QKVParallelLinear(ShardedLinear):
         return ShardedWeight.of((self._full[part],), storage, first=self._first_row(part))
 
     def _first_row(self, part: str) -> int:
-        shard = self._axis.rank if part == "q" else self._axis.rank // self._num_kv_replicas
+        shard = self._axis.rank if part == "q" else self._axis.rank // self.num_kv_replicas
         return shard * self._local[part]
 
     def _rows(self, part: str) -> slice:

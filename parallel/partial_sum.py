@@ -29,6 +29,13 @@ class PartialSum:
             return replace(self, term=self.term + other.term)
         return PartialSum.of_one(self.complete() + other.complete())
 
+    def complete_beside(self, other: PartialSum) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sums, each on its own; in one collective where that is to be had."""
+        if self.axis.ranks != other.axis.ranks or self.scatter or other.scatter or self.term.dtype != other.term.dtype:
+            return self.complete(), other.complete()
+        both = all_reduce(torch.cat((self.term, other.term)), self.axis)
+        return both[: len(self.term)], both[len(self.term) :]
+
     def complete(self) -> torch.Tensor:
         return reduce_scatter(self.term, self.axis) if self.scatter else all_reduce(self.term, self.axis)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .collectives import all_gather, gather_bytes
+from .collectives import all_gather, gather_bytes, sum_of_terms
 
 if TYPE_CHECKING:
     from .mesh import Axis
@@ -71,7 +71,7 @@ class SharedMemory:
         return SharedMemory(memory, axis.rank, axis.size, timeout_s) if everyone_has and memory is not None else None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum, in a tensor of its own: terms are added in rank order, and the sum of 16-bit numbers is rounded once."""
+        """The sum, in a tensor of its own: terms are added as a balanced tree, and 16-bit numbers are rounded once."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         own, total = x.contiguous().view(-1), out.view(-1)
         for part in _parts(own, SLOT_BYTES):
@@ -211,12 +211,10 @@ def _rows(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _add(terms: torch.Tensor, out: torch.Tensor) -> None:
-    """[n, size] -> [size], in order."""
+    """[n, size] -> [size], see `sum_of_terms`."""
     if len(terms) == 2:
         # Also of 16 bits with one rounding.
         torch.add(terms[0], terms[1], out=out)
         return
-    total = terms[0].float() if out.is_floating_point() and out.itemsize < torch.float32.itemsize else terms[0].clone()
-    for term in terms[1:]:
-        total += term
-    out.copy_(total)
+    is_narrow = out.is_floating_point() and out.itemsize < torch.float32.itemsize
+    out.copy_(sum_of_terms(terms.float() if is_narrow else terms))

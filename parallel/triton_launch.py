@@ -68,6 +68,17 @@ def wait_for_previous(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def fetch(where, num_bytes, PDL: tl.constexpr):
+    """Has the second-level cache read so many bytes from each of some places on, multiples of 16: of weights, that need not
+    wait for the kernel ahead."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+            [where.to(tl.int64), tl.zeros(where.shape, tl.int32) + num_bytes], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel's launch; the kernel has a constant `PDL`."""

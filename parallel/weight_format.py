@@ -43,9 +43,10 @@ def select_fp8_functions(device: torch.device) -> tuple[Fp8Function, Fp8Function
     if device.type == "cpu":
         return linear_fp8_torch, rows_of_heads_torch
     # Triton comes with torch's CUDA builds alone.
-    from .fp8_triton import linear_fp8_triton, rows_of_heads_triton  # noqa: PLC0415
+    from .fp8_split_triton import linear_fp8_by_rows  # noqa: PLC0415
+    from .fp8_triton import rows_of_heads_triton  # noqa: PLC0415
 
-    return linear_fp8_triton, rows_of_heads_triton
+    return linear_fp8_by_rows, rows_of_heads_triton
 
 
 class Matrix(nn.Module):

@@ -1,5 +1,6 @@
-"""Attention over latents (MLA, DeepSeek-V2 2024) through torch's fused `scaled_dot_product_attention`: decodes in the
-absorbed form, prefills in the plain one, see `LatentProjection`.
+"""Attention over latents (MLA, DeepSeek-V2 2024), see `LatentProjection`: on a CPU in bfloat16 through the operator of
+`parallel/cpu_ops/`, all in the absorbed form, so that a token's result is the same as a decode and in a prefill; else
+through torch's fused `scaled_dot_product_attention`, decodes in the absorbed form and prefills in the plain one.
 
 Legend: T tokens of the step, H query heads, S slots of the KV pool, L width of a latent, R width of the rotated key, N
 width of a head's other key columns, V width of a head's values.
@@ -12,11 +13,23 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ...parallel.cpu_ops.attention import attention_native
 from .backend import LatentProjection
-from .sdpa_plan import DecodeGroup, Prefill, visible_keys
+from .sdpa_plan import DecodeGroup, Prefill, SdpaPlan, visible_keys
 
 # Of keys and values that are made of latents at once.
 MAX_EXPANDED_BYTES = 256 << 20
+
+
+def attend_latents(
+    query: torch.Tensor, cache: torch.Tensor, plan: SdpaPlan, scale: float, projection: LatentProjection
+) -> torch.Tensor:
+    """query [T, H, N + R] over the step's requests, by the operator: [T, H, V]. A row's bits depend on no other row."""
+    content, rope = query.tensor_split([projection.key_width], dim=-1)
+    rows = torch.cat((projection.absorb(content), rope), dim=-1)
+    keys = cache[:, None]
+    values = keys[..., : cache.shape[1] - rope.shape[2]]
+    return projection.extract(attention_native(rows, keys, values, plan.pages, scale))
 
 
 def decode_latent(

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...parallel.cpu_ops.attention import Pages, attention_native, has_native_attention
+from ...parallel.cpu_ops.attention import attention_native, has_native_attention
 from .backend import AttentionBatch, AttentionRule, CachedTensors, LatentProjection
-from .latent_sdpa import decode_latent, prefill_latents
+from .latent_sdpa import attend_latents, decode_latent, prefill_latents
 from .sdpa_plan import DecodeGroup, Prefill, SdpaPlan, visible_keys
 
 # Rows of a windowed prefill that run together, or as many as the window is wide.
@@ -34,9 +34,8 @@ class SdpaAttention:
         return SdpaPlan(batch, batch.tables())
 
     def forward(self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule) -> torch.Tensor:
-        if self._has_native and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-            pages = Pages(plan.tables, plan.rows, plan.batch.page_size)
-            return attention_native(query, kv["k"], kv["v"], pages, rule.scale, rule.window, rule.sinks)
+        if self._takes(query):
+            return attention_native(query, kv["k"], kv["v"], plan.pages, rule.scale, rule.window, rule.sinks)
         decodes = plan.decodes(rule.window)
         if not decodes and len(plan.prefills) == 1:
             return prefill(query, kv, plan.prefills[0], rule)
@@ -50,11 +49,17 @@ class SdpaAttention:
     def forward_latent(
         self, query: torch.Tensor, kv: CachedTensors, plan: SdpaPlan, rule: AttentionRule, projection: LatentProjection
     ) -> torch.Tensor:
+        if self._takes(query):
+            return attend_latents(query, kv["latent"], plan, rule.scale, projection)
         out = query.new_empty(*query.shape[:2], projection.value_width)
         for group in plan.decodes(None):
             out[group.rows] = decode_latent(query, kv["latent"], group, rule.scale, projection)
         prefill_latents(query, kv["latent"], plan.prefills, rule.scale, projection, out)
         return out
+
+    def _takes(self, query: torch.Tensor) -> bool:
+        """Whether it is the operator's."""
+        return self._has_native and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def decode(query: torch.Tensor, kv: CachedTensors, group: DecodeGroup, rule: AttentionRule) -> torch.Tensor:

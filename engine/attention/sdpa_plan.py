@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import torch
 
+from ...parallel.cpu_ops.attention import Pages
 from ...parallel.host_to_device import to_device
 from .backend import AttentionBatch, first_slots, slots_at, slots_of
 
@@ -59,6 +60,11 @@ class SdpaPlan:
     def rows(self) -> torch.Tensor:
         """First rows, numbers of rows and numbers of positions of the requests, [3, B] int64 on the host."""
         return torch.tensor([self.firsts, self.batch.q_lens, self.batch.kv_lens], dtype=torch.int64)
+
+    @cached_property
+    def pages(self) -> Pages:
+        """What the operator on a CPU is told of the step."""
+        return Pages(self.tables, self.rows, self.batch.page_size)
 
     def decodes(self, window: int | None) -> list[DecodeGroup]:
         if window not in self.groups:

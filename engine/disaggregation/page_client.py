@@ -12,10 +12,10 @@ from ..io_struct import FirstToken, TransferSource
 from ..ipc.frontend_messages import TransferNotice
 from ..plan import DropPages, FetchPages, PageMessage
 from .head_plan import HeadSlice, head_slices
-from .mapped_pools import MappedPools
-from .page_copy import PageCopy
+from .page_copy import PageCopy, byte_counters
+from .remote_pools import RemotePools
 from .transfer_client import TransferClient
-from .wire import Answer, Ended, Fetch, FetchPositions, MappedPositions, PoolPlace, Positions, Welcome
+from .wire import CARRIERS, Answer, Ended, Fetch, FetchPositions, PoolPlace, PoolPositions, Positions, Welcome
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Counts:
     """Of what has arrived, by one thread; read by others."""
 
     def __init__(self) -> None:
-        self.num_bytes = 0
-        self.num_mapped_bytes = 0
+        self.num_bytes = dict.fromkeys(CARRIERS, 0)
         self.seconds = 0.0
         self.copy_seconds = 0.0
 
@@ -51,7 +50,7 @@ class PageJob:
         message: FetchPages,
         shape: RankShape,
         copy: PageCopy,
-        pools: MappedPools,
+        pools: RemotePools,
         counts: Counts,
         notify: Callable[[TransferNotice], None],
     ) -> None:
@@ -96,13 +95,37 @@ class PageJob:
             message.end,
             heads,
             lease=self._leases.get(address, 0),
-            pool=self._pools.generation(address),
+            transport=self._pools.transport(address),
+            pool=self._pools.held(address),
         )
 
-    def prepare(self) -> None:
+    def prepare(self, address: str, answer: Answer) -> None:
+        if isinstance(answer, PoolPlace):
+            # It is the answer to the first question, or to one that came when the pool had moved.
+            self._pools.open(address, answer)
+        elif not isinstance(answer, Ended):
+            self._check(address, answer)
+        if isinstance(answer, PoolPositions):
+            began, pages = time.monotonic(), np.frombuffer(answer.pages, dtype="<i4")
+            self._pools.read(address, pages, answer.start, answer.end, self._slices[address].theirs)
+            self._counts.copy_seconds += time.monotonic() - began
         if self._wait_for_steps is not None:
             self._wait_for_steps()
             self._wait_for_steps = None
+
+    def _check(self, address: str, answer: Answer) -> None:
+        """
+        Raises:
+            ValueError: it is not the next part.
+        """
+        start = self._start(address)
+        if not isinstance(answer, (Positions, PoolPositions)) or answer.start != start:
+            raise ValueError("something else than was asked for has arrived")
+        if not start < answer.end <= self._message.end:
+            raise ValueError(f"positions {start} .. {answer.end} have arrived")
+
+    def _start(self, address: str) -> int:
+        return self._next.get(address, self._message.start)
 
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
         if isinstance(answer, Ended):
@@ -111,19 +134,14 @@ class PageJob:
             self._first = answer.first if self._slices[address].rank == 0 else self._first
             return None
         if isinstance(answer, PoolPlace):
-            # It is the answer to the first question, or to one that came when the pool had moved.
-            self._pools.map(address, answer)
-            return self._fetch(address, self._next.get(address, self._message.start))
-        start, heads = self._next.get(address, self._message.start), self._slices[address]
-        if not isinstance(answer, (Positions, MappedPositions)) or answer.start != start:
-            raise ValueError("something else than was asked for has arrived")
-        if not start < answer.end <= self._message.end:
-            raise ValueError(f"positions {start} .. {answer.end} have arrived")
+            return self._fetch(address, self._start(address))
+        assert isinstance(answer, (Positions, PoolPositions)), "see `prepare`"
+        start, heads, carrier = answer.start, self._slices[address], "tcp"
         began = time.monotonic()
-        if isinstance(answer, MappedPositions):
+        if isinstance(answer, PoolPositions):
             pool, their_pages = self._pools.get(address), np.frombuffer(answer.pages, dtype="<i4")
             num_bytes = pool.copy(their_pages, self._pages, start, answer.end, heads.theirs, heads.ours)
-            self._counts.num_mapped_bytes += num_bytes
+            carrier = self._pools.transport(address)
         else:
             self._pools.check_bytes()
             if len(frames) != 1:
@@ -131,7 +149,7 @@ class PageJob:
             self._copy.scatter(self._pages, start, answer.end, heads.ours, frames[0])
             num_bytes = frames[0].nbytes
         self._counts.copy_seconds += time.monotonic() - began
-        self._counts.num_bytes += num_bytes
+        self._counts.num_bytes[carrier] += num_bytes
         self._next[address], self._leases[address] = answer.end, answer.lease
         return self._fetch(address, answer.end)
 
@@ -149,7 +167,7 @@ class FetchedPrompts:
         client: TransferClient,
         shape: RankShape,
         copy: PageCopy,
-        pools: MappedPools,
+        pools: RemotePools,
         notify: Callable[[TransferNotice], None],
     ) -> None:
         self._client = client
@@ -174,8 +192,7 @@ class FetchedPrompts:
     def counters(self) -> dict[str, int | float]:
         counts = self._counts
         return {
-            "transferred_bytes": counts.num_bytes,
-            "transferred_shared_bytes": counts.num_mapped_bytes,
+            **byte_counters(counts.num_bytes),
             "transfer_seconds": counts.seconds,
             "transfer_copy_seconds": counts.copy_seconds,
         }

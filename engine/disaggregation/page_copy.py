@@ -7,7 +7,7 @@ the host's memory, `DevicePages` for others; both may be called from any one thr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -39,15 +39,28 @@ class PageCopy(Protocol):
 
 
 def slots_of(pages: np.ndarray, start: int, end: int, page_size: int) -> np.ndarray:
-    """KV slots [n] int64 of positions `[start, end)` of a request on `pages` [m] int32."""
-    positions = np.arange(start, end)
-    return pages[positions // page_size].astype(np.int64) * page_size + positions % page_size
+    """KV slots [n] int64 of positions `[start, end)` of a request on `pages` [m] int32.
+
+    Raises:
+        IndexError: there are fewer pages.
+    """
+    first, last = start // page_size, -(-end // page_size)
+    if last > len(pages):
+        raise IndexError(f"{len(pages)} pages for positions {start} .. {end}")
+    slots = pages[first:last, None].astype(np.int64) * page_size + np.arange(page_size)
+    return slots.reshape(-1)[start - first * page_size : end - first * page_size]
 
 
 def entry_bytes(tensor: torch.Tensor, heads: Heads) -> int:
     """Of one position in a tensor of the pool, [slots, heads, width] or [slots, width]."""
     num_heads = 1 if tensor.dim() == 2 else (tensor.shape[1] if heads is None else heads[1] - heads[0])
     return num_heads * tensor.shape[-1] * tensor.element_size()
+
+
+def byte_counters(num_bytes: Mapping[str, int]) -> dict[str, int]:
+    """What is told of bytes that have come or gone, by carrier."""
+    named = {f"transferred_{carrier}_bytes": num_bytes[carrier] for carrier in ("shared", "nixl")}
+    return {"transferred_bytes": sum(num_bytes.values()), **named}
 
 
 def check_size(data: memoryview, num_bytes: int) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 
 from ..io_struct import FirstToken
 from ..plan import DropPages, PageMessage, SharePages
-from .mapped_pool import PoolExport
-from .page_copy import PageCopy
+from .page_copy import Heads, PageCopy, byte_counters
+from .pool_export import PoolExport
 from .transfer_server import Endings
-from .wire import Answer, Ended, Fetch, FetchPositions, MappedPositions, Positions, Release
+from .wire import CARRIERS, Answer, Ended, Fetch, FetchPositions, PoolPositions, Positions, Release
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +38,27 @@ class _SharedPrompt:
 
 class SharedPrompts:
     """`Answers` of a page server. The step thread shares and drops; the server's thread copies, and pages that are dropped
-    are not read any more here once `handle` returns. Who has mapped the pool of `export` copies by itself, and learns from
-    the next answer whether the pages were still the prompt's. `wake` tells the server, `on_release` what the other side has
-    said."""
+    are not read any more here once `handle` returns. Who reaches the pool of `export` copies by itself, and learns from the
+    next answer whether the pages were still the prompt's. `wake` tells the server, `on_release` what the other side has
+    said. `transport` is the option of this side."""
 
     def __init__(
         self,
         copy: PageCopy,
         on_release: Callable[[Release], None],
         export: PoolExport | None = None,
-        *,
-        allows_bytes: bool = True,
+        transport: str = "auto",
     ) -> None:
         self._copy = copy
         self._on_release = on_release
         self._export = export
-        self._allows_bytes = allows_bytes
+        self._transport = transport
         self._leases = itertools.count(1)
         self._lock = threading.Lock()
         self._prompts: dict[str, _SharedPrompt] = {}
         self._endings = Endings()
         self.wake: Callable[[], None] = lambda: None
-        self._num_bytes = 0
-        self._num_mapped_bytes = 0
+        self._num_bytes = dict.fromkeys(CARRIERS, 0)
 
     # --- the step thread --------------------------------------------------------------------------------------------
 
@@ -81,8 +79,7 @@ class SharedPrompts:
 
     def counters(self) -> dict[str, int | float]:
         return {
-            "transferred_bytes": self._num_bytes + self._num_mapped_bytes,
-            "transferred_shared_bytes": self._num_mapped_bytes,
+            **byte_counters(self._num_bytes),
             "transfer_seconds": 0.0,
             "transfer_copy_seconds": 0.0,
         }
@@ -98,10 +95,12 @@ class SharedPrompts:
     def answer(self, fetch: Fetch) -> tuple[Answer, Sequence[memoryview]] | None:
         if not isinstance(fetch, FetchPositions):
             return Ended(fetch.key, fetch.attempt, "no rows are to be had here"), []
-        maps = fetch.pool is not None and self._export is not None
-        if not maps and not self._allows_bytes:
-            return Ended(fetch.key, fetch.attempt, "the prefill's side has --disaggregation-transport shared"), []
-        if maps and fetch.pool != self.pool_generation():
+        export = self._export
+        reaches = export is not None and export.transport == fetch.transport
+        if not reaches and not self._allows_bytes:
+            error = f"the prefill's side has --disaggregation-transport {self._transport}"
+            return Ended(fetch.key, fetch.attempt, error), []
+        if reaches and fetch.pool != self.pool_generation():
             return self._pool_place(fetch)
         with self._lock:
             error = self._endings.get(fetch.key)
@@ -118,7 +117,11 @@ class SharedPrompts:
                 if prompt.first is not None:
                     return Ended(fetch.key, fetch.attempt, f"the prompt has {prompt.num_ready} positions"), []
                 return None
-            return self._map(fetch, prompt) if maps else self._send(fetch, prompt)
+            return self._point(fetch, prompt) if reaches else self._send(fetch, prompt)
+
+    @property
+    def _allows_bytes(self) -> bool:
+        return self._transport in ("auto", "tcp")
 
     def _pool_place(self, fetch: FetchPositions) -> tuple[Answer, Sequence[memoryview]] | None:
         """It is asked for, or has moved."""
@@ -129,24 +132,26 @@ class SharedPrompts:
             return self._export.place(fetch.key, fetch.attempt), []
         except (OSError, RuntimeError) as error:
             if not self._allows_bytes:
-                return Ended(fetch.key, fetch.attempt, f"the pool cannot be mapped: {error}"), []
-            logger.warning("keys and values go over TCP: the pool cannot be mapped: %s", error)
+                error_text = f"--disaggregation-transport {self._transport}: the pool cannot be reached: {error}"
+                return Ended(fetch.key, fetch.attempt, error_text), []
+            logger.warning("keys and values go over TCP: the pool cannot be reached: %s", error)
             self._export = None
             return self.answer(fetch)
 
-    def _end(self, fetch: FetchPositions, prompt: _SharedPrompt, block_bytes: int) -> int:
-        most = max(1, block_bytes // self._copy.bytes_per_position(fetch.heads))
+    def _end(self, fetch: FetchPositions, prompt: _SharedPrompt, block_bytes: int, heads: Heads) -> int:
+        most = max(1, block_bytes // self._copy.bytes_per_position(heads))
         return min(fetch.end, prompt.num_ready, fetch.start + most)
 
-    def _map(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:
+    def _point(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:
         assert self._export is not None
-        end, page_size = self._end(fetch, prompt, self._export.block_bytes), self._export.page_size
-        self._num_mapped_bytes += (end - fetch.start) * self._copy.bytes_per_position(fetch.heads)
+        # Who reads may take rows with all of their heads.
+        end, page_size = self._end(fetch, prompt, self._export.block_bytes, None), self._export.page_size
+        self._num_bytes[fetch.transport] += (end - fetch.start) * self._copy.bytes_per_position(fetch.heads)
         pages = prompt.pages[fetch.start // page_size : -(-end // page_size)].tobytes()
-        return MappedPositions(fetch.key, fetch.attempt, fetch.start, end, prompt.lease, pages), []
+        return PoolPositions(fetch.key, fetch.attempt, fetch.start, end, prompt.lease, pages), []
 
     def _send(self, fetch: FetchPositions, prompt: _SharedPrompt) -> tuple[Answer, Sequence[memoryview]]:
-        end = self._end(fetch, prompt, BLOCK_BYTES)
+        end = self._end(fetch, prompt, BLOCK_BYTES, fetch.heads)
         frame = self._copy.gather(np.array(prompt.pages, dtype=np.int32), fetch.start, end, fetch.heads)
-        self._num_bytes += frame.nbytes
+        self._num_bytes["tcp"] += frame.nbytes
         return Positions(fetch.key, fetch.attempt, fetch.start, end, prompt.lease), [frame]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import zmq
@@ -16,12 +17,16 @@ from ..ipc.sockets import Endpoint, Sender
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
 from ..models.model_config import GroupedQueryConfig, ModelConfig
 from ..plan import PageTransfers
-from .mapped_pool import PoolExport
-from .mapped_pools import MappedPools
+from .mapped_pool import MappedPool, SharedExport
+from .nixl_agent import NixlAgent
+from .nixl_pool import NixlExport, NixlReader
 from .page_client import FetchedPrompts, RankShape, page_address
 from .page_copy import make_page_copy
 from .page_server import SharedPrompts
 from .place import TransferPlace
+from .pool_export import ExportedMemory, PoolExport
+from .remote_pool import OpenPool
+from .remote_pools import RemotePools
 from .transfer_client import TransferClient
 from .transfer_server import TransferServer
 from .wire import Release, Welcome
@@ -75,7 +80,7 @@ def make_page_transfers(
     notify = notifier(leader)
     if place.listen is None:
         shape = RankShape(pool.mesh.tp.rank, pool.mesh.tp.size, pool.num_kv_heads)
-        pools = MappedPools(pool.kv_store, config.page_size, config.disaggregation_transport)
+        pools = RemotePools(make_opener(config, pool), config.disaggregation_transport)
         client = TransferClient(place.keys, facts, lambda welcome, source: page_address(welcome, source)[0], pools)
         client.start()
         return FetchedPrompts(client, shape, copy, pools, notify)
@@ -83,9 +88,8 @@ def make_page_transfers(
     def on_release(message: Release) -> None:
         notify(TransferNotice(message.key, RELEASED, error=message.error))
 
-    transport = config.disaggregation_transport
-    export = PoolExport(pool.kv_store, config.page_size) if transport != "tcp" else None
-    prompts = SharedPrompts(copy, on_release, export, allows_bytes=transport != "shared")
+    export = make_export(config, pool)
+    prompts = SharedPrompts(copy, on_release, export, config.disaggregation_transport)
     welcome = _welcome(pool.mesh, place)
     server = TransferServer(
         place.listen,
@@ -101,6 +105,33 @@ def make_page_transfers(
         export.has_holders = server.has_holders
     server.start()
     return prompts
+
+
+def make_opener(config: EngineConfig, pool: RankPool) -> OpenPool:
+    """How a rank of a decode's side reaches pools.
+
+    Raises:
+        NixlError: it is to be by NIXL, which is not there.
+    """
+    if config.disaggregation_transport == "nixl":
+        return NixlReader(pool.kv_store, config.page_size, NixlAgent(pool.mesh.device)).open
+    return partial(MappedPool, kv_store=pool.kv_store, page_size=config.page_size)
+
+
+def make_export(config: EngineConfig, pool: RankPool) -> PoolExport | None:
+    """How others reach the pool of a rank of a prefill's side; None: not at all.
+
+    Raises:
+        NixlError: it is to be by NIXL, which is not there.
+    """
+    if config.disaggregation_transport == "tcp":
+        return None
+    memory: ExportedMemory = (
+        NixlExport(pool.kv_store, partial(NixlAgent, pool.mesh.device))
+        if config.disaggregation_transport == "nixl"
+        else SharedExport(pool.kv_store)
+    )
+    return PoolExport(pool.kv_store, config.page_size, memory)
 
 
 def _welcome(mesh: ParallelMesh, place: TransferPlace) -> Welcome:

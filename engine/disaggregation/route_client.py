@@ -44,7 +44,7 @@ class RouteJob:
     def begin(self, welcome: Welcome) -> dict[str, Fetch]:
         return {welcome.routes: FetchRoutes(welcome.incarnation, self.source.key, self.attempt, self._start)}
 
-    def prepare(self) -> None:
+    def prepare(self, address: str, answer: Answer) -> None:
         """Rows go to memory of their own."""
 
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:

@@ -15,8 +15,9 @@ MAX_BLOCK = 512
 NUM_WARPS = 4
 
 
+# One kernel for any number of rows: each prompt has another one.
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _copy_rows_kernel(
     source, target, there, here, source_layer, source_slot, target_layer, target_slot, num_rows, num_words,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

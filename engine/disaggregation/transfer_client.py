@@ -43,8 +43,13 @@ class Job(Protocol):
         """What to ask first, by address."""
         ...
 
-    def prepare(self) -> None:
-        """Before `take`: waits until what is taken can be written. Nobody who drops the job waits for that."""
+    def prepare(self, address: str, answer: Answer) -> None:
+        """Before `take`, whatever may last: until what is taken is at hand, and can be written. Nobody who drops the job
+        waits for that.
+
+        Raises:
+            ValueError: it cannot be had; the message says why.
+        """
         ...
 
     def take(self, address: str, answer: Answer, frames: Sequence[memoryview]) -> Fetch | None:
@@ -291,17 +296,16 @@ class TransferClient:
             running = self._running.get(answer.key)
         if running is None or running.job.attempt != answer.attempt:
             return
-        running.job.prepare()
-        with running.lock:
-            if running.is_dropped:
-                return
-            try:
-                fetch, error = running.job.take(address, answer, frames), ""
-            except ValueError as refusal:
-                fetch, error = None, str(refusal)
-        if error:
-            self._fail(running, error)
-        elif fetch is not None:
+        try:
+            running.job.prepare(address, answer)
+            with running.lock:
+                if running.is_dropped:
+                    return
+                fetch = running.job.take(address, answer, frames)
+        except ValueError as refusal:
+            self._fail(running, str(refusal))
+            return
+        if fetch is not None:
             self._send(address, fetch)
         else:
             running.asked.discard(address)

@@ -6,9 +6,14 @@ by the number of fetches, and a side that dies leaves nothing behind but a quest
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from ..io_struct import FirstToken
+
+# Transports by which keys and values come, as a question names them.
+CARRIERS = ("tcp", "shared", "nixl")
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -49,8 +54,9 @@ class FetchPositions(msgspec.Struct, frozen=True, tag="fetch_positions"):
     """Keys and values of positions `[start, end)`; the answer brings at least one of them. With `start == end`: what the
     prefill has come to. `heads` of the asked rank, `[first, end)`; None: whatever a position has.
 
-    `lease` is that of the answers so far, 0 for the first question: an answer says that it still lasts. `pool` is the
-    generation of the asked rank's pool that is mapped here, or 0 if it is to be; None: bytes are to be sent.
+    `lease` is that of the answers so far, 0 for the first question: an answer says that it still lasts. `transport` is how
+    they are to come: `tcp`, as bytes of the answer; `shared` or `nixl`, out of the asked rank's pool, of which generation
+    `pool` can be reached from here; 0: none yet.
     """
 
     incarnation: str
@@ -60,7 +66,8 @@ class FetchPositions(msgspec.Struct, frozen=True, tag="fetch_positions"):
     end: int
     heads: tuple[int, int] | None
     lease: int = 0
-    pool: int | None = None
+    transport: str = "tcp"
+    pool: int = 0
 
 
 class FetchRoutes(msgspec.Struct, frozen=True, tag="fetch_routes"):
@@ -90,8 +97,8 @@ class Positions(msgspec.Struct, frozen=True, tag="positions"):
     lease: int
 
 
-class MappedPositions(msgspec.Struct, frozen=True, tag="mapped_positions"):
-    """Positions `[start, end)` may be copied from the mapped pool; `pages` are those that they are on. What was copied is
+class PoolPositions(msgspec.Struct, frozen=True, tag="pool_positions"):
+    """Positions `[start, end)` may be copied from the pool; `pages` are those that they are on. What was copied is
     worth something once a later question has been answered under the same lease."""
 
     key: str
@@ -102,26 +109,52 @@ class MappedPositions(msgspec.Struct, frozen=True, tag="mapped_positions"):
     pages: bytes  # int32
 
 
-class DeviceMemory(msgspec.Struct, frozen=True):
+class HostProof(msgspec.Struct, frozen=True):
+    """Who can read `content` at `path` is on the asked rank's host, by its user."""
+
+    path: str
+    content: bytes
+
+
+class HostMemory(msgspec.Struct, frozen=True, tag="host"):
+    """A memory file that others on the host can open at `path`."""
+
+    proof: HostProof
+    path: str
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, tag="device"):
     """Memory of a CUDA device: the handle of its allocation, see `cuda_ipc.py`, and where in it the pool begins."""
 
+    proof: HostProof
     handle: bytes
     offset: int
 
 
+class NixlMemory(msgspec.Struct, frozen=True, tag="nixl"):
+    """Memory that an agent of NIXL has registered: `metadata` is what another agent needs to read it, `address` where the
+    pool begins in the asked rank's process, `device` the number of its CUDA device there, or None on the host."""
+
+    agent: str
+    metadata: bytes
+    address: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    device: Annotated[int, msgspec.Meta(ge=0, le=2**15)] | None
+
+
+PoolMemory = HostMemory | DeviceMemory | NixlMemory
+
+
 class PoolPlace(msgspec.Struct, frozen=True, tag="pool_place"):
     """In place of positions: where the pool is that they are in. `stacks` are offset and shape of its tensors, as
-    `StackPlace` has them. Who can read `proof` at `proof_path` is on this host, by this user."""
+    `StackPlace` has them."""
 
     key: str
     attempt: int
     generation: int
-    proof_path: str
-    proof: bytes
     page_size: int
     num_bytes: int
     stacks: list[tuple[int, list[int]]]
-    memory: str | DeviceMemory
+    memory: PoolMemory
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):
@@ -147,7 +180,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 Fetch = FetchPositions | FetchRoutes
 Request = Hello | Ping | Fetch | Release
-Answer = Positions | MappedPositions | PoolPlace | Routes | Ended
+Answer = Positions | PoolPositions | PoolPlace | Routes | Ended
 Reply = Welcome | Refused | Pong | Answer
 
 

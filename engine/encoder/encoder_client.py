@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import msgspec
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from ..ipc.sockets import Endpoint, open_socket
 from ..vision.image_store import Features
@@ -27,9 +28,14 @@ from .wire import (
     Welcome,
 )
 
+logger = logging.getLogger(__name__)
+
 PING_S = 1.0
 # Without a sign of it, it is taken for dead.
 DOWN_S = 10.0
+# Of a connection: it has ended, another attempt has failed, another one is made.
+WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class EncoderError(RuntimeError):
@@ -52,12 +58,19 @@ class EncoderClient:
         self._timeout_s = timeout_s
         self._on_new_encoder = on_new_encoder
         self._context = zmq.asyncio.Context()
-        self._socket = open_socket(self._context, zmq.DEALER, where, bind=False)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # Nothing is kept for an encoder that is not there: the next one would get it.
+        self._socket = open_socket(self._context, zmq.DEALER, where, bind=False, options={zmq.IMMEDIATE: 1})
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
         self._pending: dict[int, asyncio.Future[Features]] = {}
         self._number = 0
+        # Of a token.
+        self._num_values = (1 + int(facts["deepstack_levels"])) * int(facts["hidden_size"])
         self._incarnation = ""
+        # Whether there was a connection, and is none.
+        self._is_lost = False
+        # Why it is not asked, until it answers again.
+        self._down = ""
         self._refusal = ""
         self._seen = time.monotonic()
         self._changed = asyncio.Event()
@@ -90,10 +103,8 @@ class EncoderClient:
     @property
     def problem(self) -> str | None:
         """Why nothing can be encoded now; None if it can."""
-        if time.monotonic() - self._seen > DOWN_S:
-            return f"encoder {self.place}: does not answer"
-        if self._refusal:
-            return f"encoder {self.place}: does not fit the engine: {self._refusal}"
+        if self._down or self._refusal:
+            return f"encoder {self.place}: {self._down or self._refusal}"
         return None if self._incarnation else f"encoder {self.place}: has not answered yet"
 
     @property
@@ -124,43 +135,62 @@ class EncoderClient:
 
     async def _encode(self, digest: bytes, file: bytes) -> Features:
         while (problem := self.problem) is not None:
-            if self._incarnation or self._refusal or time.monotonic() - self._seen > DOWN_S:
+            if self._down or self._refusal:
                 raise EncoderError(problem)
             self._changed.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), PING_S)
+            await self._changed.wait()
         if len(file) > self.max_image_bytes:
-            raise ImageRefusedError(f"has {len(file)} bytes, must have at most {self.max_image_bytes}")
+            raise ImageRefusedError(
+                f"has {len(file)} bytes, must have at most {self.max_image_bytes} (--max-image-bytes of the encoder)"
+            )
         self._number += 1
         number = self._number
         future = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._send(Encode(number, digest), file)
+            await self._send(Encode(number, self._incarnation, digest), file)
             return await future
         finally:
             self._pending.pop(number, None)
 
     async def _send(self, request: Request, *frames: bytes) -> None:
-        await self._socket.send_multipart([msgspec.msgpack.encode(request), *frames], copy=not frames)
+        """Without a connection it is lost."""
+        try:
+            parts = [msgspec.msgpack.encode(request), *frames]
+            await self._socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=not frames)
+        except zmq.Again:
+            self._lose()
 
     async def _watch(self) -> None:
         while True:
             await self._send(Ping() if self._incarnation else Hello(self._facts))
             await asyncio.sleep(PING_S)
-            if time.monotonic() - self._seen > DOWN_S:
-                # The next one says hello anew.
-                self._leave(f"encoder {self.place}: does not answer")
+            if time.monotonic() - self._seen > DOWN_S and not self._down:
+                self._leave("does not answer", is_down=True)
 
     async def _watch_connection(self) -> None:
-        """What was on its way is lost with the connection, whoever has ended it. The socket makes another one, and what is
-        asked from then on goes there."""
+        """The socket tries to make another connection; what is asked meanwhile waits for it. Where that is refused, there
+        is no encoder any more."""
         while True:
-            await self._monitor.recv_multipart()
-            self._fail_pending(f"encoder {self.place}: the connection has ended")
+            event = (await recv_monitor_message(self._monitor))["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._lose()
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_lost = False
+                await self._send(Hello(self._facts))
+            elif self._is_lost and not self._down:
+                self._leave("is gone", is_down=True)
 
-    def _leave(self, why: str) -> None:
+    def _lose(self) -> None:
+        """What was on its way is lost with the connection, whoever has ended it."""
+        if self._incarnation:
+            self._is_lost = True
+            self._leave("the connection has ended", is_down=False)
+
+    def _leave(self, why: str, *, is_down: bool) -> None:
+        """Who waits is told; the next answer is that to a hello."""
         self._incarnation = ""
-        self._fail_pending(why)
+        self._down = why if is_down else ""
+        self._fail_pending(f"encoder {self.place}: {why}")
         self._changed.set()
 
     def _fail_pending(self, why: str) -> None:
@@ -172,21 +202,26 @@ class EncoderClient:
         last = ""
         while True:
             head, *frames = await self._socket.recv_multipart(copy=False)
-            reply = self._decoder.decode(head.buffer)
+            try:
+                reply = self._decoder.decode(head.buffer)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                # Of another version, which never welcomes.
+                logger.warning("encoder %s: a message was not understood: %s", self.place, error)
+                continue
             self._seen = time.monotonic()
             if isinstance(reply, Welcome):
                 if reply.incarnation != last:
                     last = reply.incarnation
                     self._on_new_encoder(last)
-                self._incarnation, self._refusal = reply.incarnation, ""
+                self._incarnation, self._refusal, self._down = reply.incarnation, "", ""
                 self.max_image_bytes = reply.max_image_bytes
                 self._changed.set()
             elif isinstance(reply, Refused):
-                self._refusal = reply.error
+                self._refusal, self._down = f"does not fit the engine: {reply.error}", ""
                 self._changed.set()
             elif isinstance(reply, Pong):
                 if self._incarnation and reply.incarnation != self._incarnation:
-                    self._leave(f"encoder {self.place}: has been started anew")
+                    self._leave("has been started anew", is_down=False)
                     await self._send(Hello(self._facts))
             elif self._incarnation:
                 self._answer(reply, frames[0].buffer if frames else memoryview(b""))
@@ -195,9 +230,15 @@ class EncoderClient:
         future = self._pending.get(reply.number)
         if future is None or future.done():
             return
-        if isinstance(reply, Encoded):
+        if isinstance(reply, Encoded) and data.nbytes != self._num_bytes(reply):
+            future.set_exception(EncoderError(f"encoder {self.place}: has sent {data.nbytes} bytes for {reply}"))
+        elif isinstance(reply, Encoded):
             future.set_result(Features(self._incarnation, reply.height, reply.width, reply.dtype, data))
         elif reply.kind == BAD_IMAGE:
             future.set_exception(ImageRefusedError(reply.error))
         else:
             future.set_exception(EncoderError(f"encoder {self.place}: {reply.error}"))
+
+    def _num_bytes(self, reply: Encoded) -> int:
+        """That an image's features have; 0 where its numbers are of no kind that is known."""
+        return reply.height * reply.width * self._num_values * ITEM_BYTES.get(reply.dtype, 0)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import queue
 import uuid
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import msgspec
-import zmq
+from typing import Protocol
 
 from ..ipc.critical_thread import start_critical_thread
-from ..ipc.curve import CurveGuard
-from ..ipc.sockets import Endpoint, open_socket
+from ..ipc.router_loop import RouterLoop
+from ..ipc.sockets import Endpoint
 from .tower import BadImageError, EncodedImage
 from .wire import (
     BAD_IMAGE,
@@ -35,8 +31,6 @@ from .wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-TICK_MS = 500
 
 
 class Tower(Protocol):
@@ -91,87 +85,56 @@ class EncoderServer:
     """`run` serves until the process ends."""
 
     def __init__(self, where: Endpoint, tower: Tower, limits: EncoderLimits) -> None:
-        self._where = where
+        self._loop: RouterLoop[Request] = RouterLoop(where, Request, on_request=self._handle, on_wake=self._answer_done)
         self._tower = tower
         self._limits = limits
         self._incarnation = uuid.uuid4().hex
         self._cache = EncodedCache(limits.cache_bytes)
         self._jobs: queue.Queue[_Job] = queue.Queue(limits.max_waiting)
         self._done: deque[tuple[_Job, EncodedImage | Failed]] = deque()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self._decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 
     def run(self) -> None:
         start_critical_thread(self._work, "vision tower")
-        context = zmq.Context()
-        guard = CurveGuard(context, [self._where])
-        socket = open_socket(context, zmq.ROUTER, self._where, bind=True)
-        poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(self._wake_fd, zmq.POLLIN)
-        try:
-            while True:
-                events = dict(poller.poll(TICK_MS))
-                if self._wake_fd in events:
-                    os.eventfd_read(self._wake_fd)
-                    self._answer_done(socket)
-                if socket in events:
-                    self._receive(socket)
-        finally:
-            guard.close()
+        self._loop.run()
 
-    def _receive(self, socket: Any) -> None:
-        while True:
-            try:
-                sender, head, *frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                request = self._decoder.decode(head)
-            except msgspec.DecodeError as error:
-                # Of another version: its questions are answered by nobody, which it notices.
-                logger.warning("a message of a frontend was not understood: %s", error)
-                continue
-            if isinstance(request, Ping):
-                self._send(socket, sender, Pong(self._incarnation, self._jobs.qsize()))
-            elif isinstance(request, Hello):
-                self._send(socket, sender, self._greet(request))
-            else:
-                self._take(socket, _Job(sender, request.number, request.digest, frames[0] if frames else b""))
+    def _handle(self, sender: bytes, request: Request, frames: list[bytes]) -> None:
+        if isinstance(request, Ping):
+            self._loop.send(sender, Pong(self._incarnation, self._jobs.qsize()))
+        elif isinstance(request, Hello):
+            self._loop.send(sender, self._greet(request))
+        elif request.incarnation != self._incarnation:
+            self._loop.send(sender, Failed(request.number, FAULT, "has been started anew"))
+        else:
+            self._take(_Job(sender, request.number, request.digest, frames[0] if frames else b""))
 
     def _greet(self, hello: Hello) -> Reply:
         refusal = difference(hello.facts, self._tower.facts)
         return Refused(refusal) if refusal else Welcome(self._incarnation, self._limits.max_image_bytes)
 
-    def _take(self, socket: Any, job: _Job) -> None:
+    def _take(self, job: _Job) -> None:
         known = self._cache.get(job.digest)
         if known is not None:
-            self._answer(socket, job, known)
+            self._answer(job, known)
             return
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
             error = f"{self._limits.max_waiting} images wait already (--max-waiting)"
-            self._answer(socket, job, Failed(job.number, OVERLOADED, error))
+            self._answer(job, Failed(job.number, OVERLOADED, error))
 
-    def _answer_done(self, socket: Any) -> None:
+    def _answer_done(self) -> None:
         while self._done:
             job, result = self._done.popleft()
             if isinstance(result, EncodedImage):
                 self._cache.add(job.digest, result)
-            self._answer(socket, job, result)
+            self._answer(job, result)
 
-    def _answer(self, socket: Any, job: _Job, result: EncodedImage | Failed) -> None:
+    def _answer(self, job: _Job, result: EncodedImage | Failed) -> None:
         if isinstance(result, Failed):
-            self._send(socket, job.sender, result)
+            self._loop.send(job.sender, result)
         else:
             head = Encoded(job.number, result.height, result.width, result.dtype)
-            self._send(socket, job.sender, head, result.features)
-
-    @staticmethod
-    def _send(socket: Any, receiver: bytes, reply: Reply, *frames: bytes) -> None:
-        """To nobody where the frontend is gone."""
-        socket.send_multipart([receiver, msgspec.msgpack.encode(reply), *frames], copy=not frames)
+            self._loop.send(job.sender, head, [result.features])
 
     # --- the other thread -------------------------------------------------------------------------------------------
 
@@ -184,7 +147,7 @@ class EncoderServer:
             if isinstance(result, EncodedImage):
                 last = (job.digest, result)
             self._done.append((job, result))
-            os.eventfd_write(self._wake_fd, 1)
+            self._loop.wake()
 
     def _encode(self, job: _Job) -> EncodedImage | Failed:
         if hashlib.sha256(job.file).digest() != job.digest:

@@ -18,6 +18,8 @@ from ..models.registry import load_model_config_of
 from ..routing.hf_config import read_hf_config
 
 PREFIX = "model.visual."
+# That Pillow may read. Others have decoders that run programs (EPS), or that nobody looks after.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 
 class BadImageError(ValueError):
@@ -69,7 +71,7 @@ class VisionTower:
         try:
             made = self._processor(images=[image], return_tensors="pt")
         except ValueError as error:
-            raise BadImageError(f"the image processor refuses it: {error}") from error
+            raise BadImageError(f"is refused by the image processor: {error}") from error
         grid, merge = made["image_grid_thw"], self._vision.spatial_merge_size
         time, height, width = grid[0].tolist()
         assert time == 1, "an image has one frame"
@@ -81,31 +83,31 @@ class VisionTower:
 
 
 def open_image(file: bytes, limits: ImageLimits) -> Any:
-    """An image in RGB, unpacked.
+    """An image in RGB, unpacked and turned upright, as `load_image` of `transformers` makes it: the first frame of several,
+    and without transparency.
 
     Raises:
         BadImageError: see `VisionTower.encode`.
     """
     # The encoder alone needs it.
-    from PIL import Image, UnidentifiedImageError  # noqa: PLC0415
+    from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415
 
     if len(file) > limits.max_bytes:
         raise BadImageError(f"has {len(file)} bytes, must have at most {limits.max_bytes} (--max-image-bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(file))
+            image = Image.open(io.BytesIO(file), formats=FORMATS)
             width, height = image.size
             if width * height > limits.max_pixels:
                 raise BadImageError(
                     f"is {width} x {height}, must have at most {limits.max_pixels} pixels (--max-image-pixels)"
                 )
-            # A palette may have transparency, which a conversion to RGB would show as a colour.
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError("is in no format that Pillow reads") from error
+        raise BadImageError(f"is in none of the formats {', '.join(FORMATS)}") from error
     # Decoders raise what they like on a broken file.
     except Exception as error:
         raise BadImageError(f"cannot be read: {error}") from error

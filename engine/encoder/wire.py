@@ -39,9 +39,10 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 class Encode(msgspec.Struct, frozen=True, tag="encode"):
-    """A frame with the image's file follows, of this SHA-256."""
+    """A frame with the image's file follows, of this SHA-256. It is for the encoder of this name, and no other one."""
 
     number: int
+    incarnation: str
     digest: bytes
 
 

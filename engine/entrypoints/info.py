@@ -151,8 +151,8 @@ def server_info_of(manager: TokenizerManager, state: dict[str, Any]) -> dict[str
 
 def transports_of(state: dict[str, Any]) -> list[str]:
     """How pages have come from another engine, or gone to one."""
-    num_shared = state["transferred_shared_bytes"]
-    carried = {"shared": num_shared, "tcp": state["transferred_bytes"] - num_shared}
+    carried = {name: state[f"transferred_{name}_bytes"] for name in ("shared", "nixl")}
+    carried["tcp"] = state["transferred_bytes"] - sum(carried.values())
     return [name for name, num_bytes in carried.items() if num_bytes]
 
 

@@ -22,6 +22,7 @@ CHAT = "use /v1/chat/completions"
 CACHE = "there is no second tier of the prefix cache; /flush_cache empties it"
 LOGGING = "set at the start, with --log-level"
 TRAINER = "use /init_weights_update_group and /update_weights_from_distributed, of which the trainer is rank 0"
+IMAGES = "what is kept of images is found by their content; start the encoder anew for other weights of its tower"
 DISAGGREGATION = "the side is set at the start, with --disaggregation"
 
 # Path -> what to use. Those of sglang 0.5.23, and of its forks for slime and miles.
@@ -81,8 +82,7 @@ TRL: Mapping[str, str] = {
 VLLM: Mapping[str, str] = {
     "/start_draft_weight_update": "there is no draft model; use /start_weight_update",
     "/weight_checker": "use /weights_checker",
-    "/reset_mm_cache": "this server takes text and token ids alone",
-    "/reset_encoder_cache": "this server takes text and token ids alone",
+    **dict.fromkeys(("/reset_mm_cache", "/reset_encoder_cache"), IMAGES),
     "/init_broadcaster": "its NCCL communicator is made from what a trainer pickles; let prime-rl write the weights to "
     "files (weight_broadcast.type 'filesystem'), which /update_weights takes with weight_dir",
     "/fetch_weights": "use /update_weights_from_disk",

@@ -61,6 +61,7 @@ STATE_COUNTERS = (
         "Those of them that went by memory that both sides map.",
         "transferred_shared_bytes",
     ),
+    ("waybill_transferred_nixl_bytes", "Those of them that went over NIXL.", "transferred_nixl_bytes"),
     ("waybill_transfer_seconds", "Time that fetches have taken, on a decode's side.", "transfer_seconds"),
     ("waybill_transfer_copy_seconds", "Time of them in which bytes were copied.", "transfer_copy_seconds"),
     ("waybill_outputs_failed", "Requests whose text or rows could not be made.", "outputs_failed"),

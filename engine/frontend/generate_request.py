@@ -8,7 +8,6 @@ batch it names the item, and refuses the whole list.
 from __future__ import annotations
 
 import secrets
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +30,7 @@ from .request_limits import (
     check_sampling,
     resolve_max_new_tokens,
 )
+from .sample_names import item_rids, per_item, sample_rids
 from .sample_request import SampleRequest, SharedPrefix, with_grammar, with_transfer
 from .sampling_params import SamplingParamsInput, make_sampling_params
 
@@ -154,8 +154,8 @@ class GenerateReqInput(RequestModel):
 
     @property
     def has_images(self) -> bool:
-        data = self.image_data
-        return any(data) if isinstance(data, list) else bool(data)
+        entries = self.image_data if isinstance(self.image_data, list) else [self.image_data]
+        return any(entry is not None and entry != [] for entry in entries)
 
     @property
     def fills_room(self) -> bool:
@@ -206,9 +206,10 @@ def expand(
     encode: Callable[[str], list[int]],
     num_delivered: Callable[[str, Ids], int],
     images: Sequence[Sequence[StoredImage]] = (),
+    rids: Sequence[str] | None = None,
 ) -> list[list[SampleRequest]]:
     """Samples per prompt, in order. `num_delivered` says of how many leading tokens a session's caller has the rows;
-    `images` are those of each prompt, if any has some.
+    `images` are those of each prompt, if any has some; `rids` are `item_rids`, where those are known before.
 
     Raises:
         ValueError: an item does not fit the engine; nothing of the list is taken then.
@@ -219,8 +220,8 @@ def expand(
             "the batch is empty: give at least one prompt", "text" if request.text is not None else "input_ids"
         )
     num = len(prompts)
-    rids = _rids(request, num)
-    columns = {name: _per_item(name, getattr(request, name), num) for name in PER_ITEM}
+    rids = item_rids(request) if rids is None else rids
+    columns = {name: per_item(name, getattr(request, name), num) for name in PER_ITEM}
     if request.dp_rank is not None and not 0 <= request.dp_rank < limits.dp_size:
         name = "routed_dp_rank" if request.routed_dp_rank is not None else "data_parallel_rank"
         raise FieldError(f"{name}={request.dp_rank}: must lie in 0 .. {limits.dp_size - 1}", name)
@@ -247,26 +248,6 @@ def expand(
             raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
     return samples
-
-
-def _rids(request: GenerateReqInput, num: int) -> list[str]:
-    if request.rid is None:
-        return [uuid.uuid4().hex for _ in range(num)]
-    if isinstance(request.rid, str):
-        return [request.rid] if not request.is_batch else [f"{request.rid}_{i}" for i in range(num)]
-    rids = _per_item("rid", request.rid, num)
-    if len(set(rids)) != num:
-        raise FieldError("rid: the entries must differ", "rid")
-    return rids
-
-
-def _per_item(name: str, value: Any, num: int) -> list[Any]:
-    """A field's value for every item: a list as it is, anything else repeated."""
-    if not isinstance(value, list):
-        return [value] * num
-    if len(value) != num:
-        raise FieldError(f"{name}: has {len(value)} entries, must have one per prompt, {num}", name)
-    return value
 
 
 def _check_auto(
@@ -319,7 +300,7 @@ def _expand_item(
     seed = params.sampling_seed if params.sampling_seed is not None else secrets.randbits(63)
     return [
         SampleRequest(
-            rid=rid if params.n == 1 else f"{rid}_{sample}",
+            rid=sample_rid,
             item=index,
             input_ids=input_ids,
             sampling_params=make_sampling_params(params, max_new_tokens, seed + sample),
@@ -330,7 +311,7 @@ def _expand_item(
             stored=() if placed is None else placed.stored,
             cache_ids=None if placed is None else placed.cache_ids,
         )
-        for sample in range(params.n)
+        for sample, sample_rid in enumerate(sample_rids(rid, params.n))
     ]
 
 

@@ -57,7 +57,8 @@ def place_images(input_ids: Ids, images: Sequence[StoredImage], token_id: int) -
             )
         text = input_ids[done:start]
         length += len(text)
-        one = PlacedImage(image.number, length, image.height, image.width, length + delta, image.path, image.dtype)
+        place = image.path, image.room.offset, image.dtype
+        one = PlacedImage(image.number, length, image.height, image.width, length + delta, *place)
         placed.append(one)
         pieces += [text, np.full(image.num_tokens, token_id, np.int32)]
         keys += [text, np.full(image.num_tokens, -image.number, np.int32)]

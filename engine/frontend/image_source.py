@@ -8,7 +8,9 @@ from typing import Any
 
 from ..validation.field_error import FieldError
 
-DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*(?P<base64>;base64)?,", re.ASCII)
+DATA_URI = re.compile(
+    r"\s*(?i:data):(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*(?P<base64>;base64)?,", re.ASCII
+)
 # Of a place: a scheme, or a path.
 PLACE = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:|[/.~])")
 # Base64 has neither a colon nor a dot, and begins with a slash where it is a JPEG's.

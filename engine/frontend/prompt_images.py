@@ -14,7 +14,13 @@ from ..encoder.encoder_client import EncoderClient, EncoderError, ImageRefusedEr
 from ..encoder.wire import FACTS
 from ..ipc.sockets import Endpoint
 from ..validation.field_error import FieldError
-from ..vision.image_store import ImageMemoryFullError, ImageStore, OutdatedImageError, StoredImage, fill_memory
+from ..vision.image_store import (
+    ImageMemoryFullError,
+    ImageStore,
+    ImageTooLargeError,
+    OutdatedImageError,
+    StoredImage,
+)
 from .admission import OverloadedError
 from .generate_request import GenerateReqInput
 from .generation_gate import UnavailableError
@@ -26,15 +32,16 @@ CHAR_COST_US, BYTE_COST_US = 0.004, 0.001
 
 
 class PinnedImages:
-    """By prompt. Whoever has them calls `release`, once."""
+    """By prompt. Whoever has them calls `release`."""
 
-    def __init__(self, by_prompt: list[list[StoredImage]]) -> None:
+    def __init__(self, by_prompt: list[list[StoredImage]], pinned: list[StoredImage]) -> None:
         self.by_prompt = by_prompt
+        self._pinned = pinned
 
     def release(self) -> None:
-        for image in (image for images in self.by_prompt for image in images):
+        for image in self._pinned:
             image.unpin()
-        self.by_prompt = []
+        self.by_prompt, self._pinned = [], []
 
 
 class PromptImages:
@@ -44,7 +51,7 @@ class PromptImages:
         self._client = client
         self._store = store
         self._work_threads = work_threads
-        self._encoding: dict[bytes, asyncio.Task[StoredImage]] = {}
+        self._encoding: dict[bytes, asyncio.Task[None]] = {}
 
     @staticmethod
     def start(
@@ -67,53 +74,60 @@ class PromptImages:
         """
         by_prompt = images_by_prompt(request.image_data, len(request.prompts), is_batch=request.is_batch)
         request.image_data = None
-        tasks: list[list[asyncio.Task[StoredImage]]] = []
+        # One that all prompts of a batch have is decoded once.
+        tasks: dict[int, asyncio.Task[StoredImage]] = {}
         for prompt, sources in enumerate(by_prompt):
             item = f".{prompt}" if request.is_batch else ""
-            fields = [f"image_data{item}.{index}" for index in range(len(sources))]
-            tasks.append([asyncio.create_task(self._pin(*each)) for each in zip(sources, fields, strict=True)])
-        flat = [task for each in tasks for task in each]
+            for index, source in enumerate(sources):
+                if id(source) not in tasks:
+                    tasks[id(source)] = asyncio.create_task(self._pin(source, f"image_data{item}.{index}"))
         try:
-            await asyncio.gather(*flat)
+            pinned = await asyncio.gather(*tasks.values())
         except BaseException:
-            for task in flat:
+            for task in tasks.values():
                 task.cancel()
-            for result in await asyncio.gather(*flat, return_exceptions=True):
+            for result in await asyncio.gather(*tasks.values(), return_exceptions=True):
                 if isinstance(result, StoredImage):
                     result.unpin()
             raise
-        return PinnedImages([[task.result() for task in each] for each in tasks])
+        return PinnedImages([[tasks[id(source)].result() for source in sources] for sources in by_prompt], pinned)
 
     async def _pin(self, source: str, field: str) -> StoredImage:
         digest, file = await self._work_threads.run(CHAR_COST_US * len(source), partial(_read, source, field))
-        image = self._store.get(digest)
-        if image is None:
-            image = await self._encode(digest, file, field)
+        while (image := self._store.get(digest)) is None:
+            # One that nobody has pinned may have to go again before its turn here comes.
+            await self._encode(digest, file, field)
         image.pin()
         return image
 
-    async def _encode(self, digest: bytes, file: bytes, field: str) -> StoredImage:
+    async def _encode(self, digest: bytes, file: bytes, field: str) -> None:
+        """Have it encoded and stored."""
         task = self._encoding.get(digest)
         if task is None:
             task = self._encoding[digest] = asyncio.create_task(self._fetch(digest, file), name="encode an image")
             task.add_done_callback(partial(self._end, digest))
         try:
             # Others may wait for the same one.
-            return await asyncio.shield(task)
-        except ImageRefusedError as error:
+            await asyncio.shield(task)
+        except (ImageRefusedError, ImageTooLargeError) as error:
             raise FieldError(f"{field}: the image {error}", "image_data") from None
         except (EncoderError, OutdatedImageError) as error:
             raise UnavailableError(str(error)) from None
         except ImageMemoryFullError as error:
             raise OverloadedError(str(error)) from None
 
-    async def _fetch(self, digest: bytes, file: bytes) -> StoredImage:
+    async def _fetch(self, digest: bytes, file: bytes) -> None:
         features = await self._client.encode(digest, file)
-        filling = partial(fill_memory, features.data)
-        fd = await self._work_threads.run(BYTE_COST_US * features.data.nbytes, filling)
-        return self._store.add(digest, features, fd)
+        room = self._store.reserve(features.data.nbytes)
+        try:
+            writing = partial(self._store.arena.write, room.offset, features.data)
+            await self._work_threads.run(BYTE_COST_US * room.num_bytes, writing)
+        except OSError as error:
+            self._store.give_back(room)
+            raise ImageMemoryFullError(f"an image cannot be kept: {error}") from error
+        self._store.add(digest, features, room)
 
-    def _end(self, digest: bytes, task: asyncio.Task[StoredImage]) -> None:
+    def _end(self, digest: bytes, task: asyncio.Task[None]) -> None:
         del self._encoding[digest]
         if not task.cancelled():
             # Whoever waited has it; where nobody does any more, it is nobody's.

@@ -16,9 +16,11 @@ from .prompt_images import PinnedImages, PromptImages
 from .request_limits import EngineLimits
 from .request_observer import RequestObserver
 from .route_delivery import RouteDelivery
+from .sample_names import item_rids, name_samples
 from .sample_request import SampleRequest
 from .session_routes import SessionRoutes
 from .text_codec import TextCodec
+from .waiting_requests import WaitingRequest, WaitingRequests
 from .work_threads import WorkThreads
 
 
@@ -30,16 +32,13 @@ class PreparedRequest:
     request: GenerateReqInput
     samples: Sequence[SampleRequest]
     permits: Permits
+    waiting: WaitingRequest
     # Of a request whose session says where its rows begin.
     delivery: RouteDelivery | None = None
     images: PinnedImages | None = None
 
-    @property
-    def names(self) -> dict[str, str | None]:
-        """What the caller calls the request of each sample, if anything."""
-        return {sample.rid: self.request.name_of(sample.item) for sample in self.samples}
-
     def release(self) -> None:
+        self.waiting.end()
         self.permits.release()
         if self.images is not None:
             self.images.release()
@@ -61,6 +60,7 @@ class RequestPreparation:
         observer: RequestObserver,
         grammars: GrammarChecks,
         sessions: SessionRoutes,
+        waiting: WaitingRequests,
     ) -> None:
         self._text = text
         self._work_threads = work_threads
@@ -68,6 +68,7 @@ class RequestPreparation:
         self._observer = observer
         self._grammars = grammars
         self._sessions = sessions
+        self._waiting = waiting
         # Where there is an encoder, once it is known what for.
         self.images: PromptImages | None = None
 
@@ -84,19 +85,25 @@ class RequestPreparation:
         """
         try:
             permits = self._admission.take(request.num_samples)
-            images = None
+            waiting, images = None, None
             try:
-                images = await self._pin_images(request)
+                rids = item_rids(request)
+                waiting = self._waiting.begin(name_samples(request, rids))
+                if request.has_images:
+                    # Where all is aborted first, there is an answer without them.
+                    images = await waiting.unless_aborted(self._pin_images(request), PinnedImages.release)
                 encode = partial(
                     self._text.encode,
                     max_tokens=limits.context_length,
                     split_special_tokens=request.split_special_tokens,
                 )
                 by_prompt = () if images is None else images.by_prompt
-                expanding = partial(expand, request, limits, encode, self._sessions.num_delivered, by_prompt)
+                expanding = partial(expand, request, limits, encode, self._sessions.num_delivered, by_prompt, rids)
                 groups = await self._work_threads.run(request.cost_us, expanding)
                 await self._check_grammars(request, groups, limits)
             except BaseException:
+                if waiting is not None:
+                    waiting.end()
                 permits.release()
                 if images is not None:
                     images.release()
@@ -112,16 +119,13 @@ class RequestPreparation:
         if any(sample.is_auto for sample in samples):
             assert request.affinity is not None, "checked with the fields"
             delivery = RouteDelivery(self._sessions, request.affinity, samples)
-        return PreparedRequest(request, samples, permits, delivery, images)
+        return PreparedRequest(request, samples, permits, waiting, delivery, images)
 
-    async def _pin_images(self, request: GenerateReqInput) -> PinnedImages | None:
-        """None where there are none.
-
+    async def _pin_images(self, request: GenerateReqInput) -> PinnedImages:
+        """
         Raises:
             ValueError, OverloadedError, UnavailableError: as `PromptImages.pin`.
         """
-        if not request.has_images:
-            return None
         if self.images is None:
             raise FieldError("image_data: images need an engine that is started with --encoder HOST:PORT", "image_data")
         return await self.images.pin(request)

@@ -81,7 +81,7 @@ class TokenizerManager:
         self._grammars = GrammarChecks(config.tokenizer_path or config.model_path)
         self._sessions = SessionRoutes(config.route_sessions, config.route_session_tokens)
         self._preparation = RequestPreparation(
-            self.text, self.work_threads, admission, self._observer, self._grammars, self._sessions
+            self.text, self.work_threads, admission, self._observer, self._grammars, self._sessions, self._waiting
         )
         self.controls = EngineControls(config, link, replies, self._gate, dp_router, self._waiting)
         self.queries = EngineQueries(self._connection, queries, config.dp_size)
@@ -199,7 +199,7 @@ class TokenizerManager:
         """
         prepared = asked if isinstance(asked, PreparedRequest) else await self.prepare(asked)
         try:
-            aborted = await self._waiting.enter(prepared.names)
+            aborted = await self._waiting.enter(prepared.waiting)
             # Others may have come between `prepare` and here.
             self._check_rids(prepared.samples)
             async with aclosing(self._generate(prepared, form, aborted)) as results:

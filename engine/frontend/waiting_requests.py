@@ -1,42 +1,80 @@
-"""Requests that wait to be sent while weights change: an abort reaches them there, too."""
+"""Requests that the engine does not have yet: an abort reaches them, too, while their images are encoded, and while weights
+change."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 from ..io_struct import FinishReason, RequestOutput
 from .generation_gate import GenerationGate
 from .sample_request import SampleRequest
 
+T = TypeVar("T")
 # By a sample's rid, and by what the caller has called its request, if anything.
 Matches = Callable[[str, str | None], bool]
 NO_DP_RANK = -1
 
 
-class _Wait:
-    def __init__(self, names: Mapping[str, str | None]) -> None:
+class WaitingRequest:
+    """By the rid of each sample: `names` is what the caller calls its request, `aborted` the message of an abort."""
+
+    def __init__(self, names: Mapping[str, str | None], waiting: set[WaitingRequest]) -> None:
         self.names = names
         self.aborted: dict[str, str] = {}
-        self.all_aborted = asyncio.Event()
+        self._all_aborted = asyncio.Event()
+        self._waiting = waiting
+        waiting.add(self)
+
+    def end(self) -> None:
+        """It is sent, or given up; may be called again."""
+        self._waiting.discard(self)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether all of it is."""
+        return self._all_aborted.is_set()
 
     def abort(self, matches: Matches, message: str) -> int:
         found = [rid for rid, name in self.names.items() if rid not in self.aborted and matches(rid, name)]
         self.aborted |= dict.fromkeys(found, message)
-        if len(self.aborted) == len(self.names):
-            self.all_aborted.set()
+        if found and len(self.aborted) == len(self.names):
+            self._all_aborted.set()
         return len(found)
+
+    async def unless_aborted(self, work: Coroutine[Any, Any, T], drop: Callable[[T], None] | None = None) -> T | None:
+        """The result of `work`; None where all is aborted first: it is cancelled then, and `drop` gets a result that it has
+        all the same."""
+        working = asyncio.create_task(work)
+        aborting = asyncio.create_task(self._all_aborted.wait())
+        is_taken = False
+        try:
+            await asyncio.wait((working, aborting), return_when=asyncio.FIRST_COMPLETED)
+            is_taken = not self.is_aborted
+            return working.result() if is_taken else None
+        finally:
+            working.cancel()
+            aborting.cancel()
+            if not is_taken:
+                await asyncio.gather(working, return_exceptions=True)
+                if drop is not None and not working.cancelled() and working.exception() is None:
+                    drop(working.result())
 
 
 class WaitingRequests:
-    """Those at the gate. Lives on one event loop."""
+    """Lives on one event loop."""
 
     def __init__(self, gate: GenerationGate) -> None:
         self._gate = gate
-        self._waits: list[_Wait] = []
+        self._waiting: set[WaitingRequest] = set()
 
-    async def enter(self, names: Mapping[str, str | None]) -> dict[str, str]:
-        """Wait until the samples of a request may be sent; `names` has what the caller calls the request of each rid.
+    def begin(self, names: Mapping[str, str | None]) -> WaitingRequest:
+        """From here on aborts reach it, until `end`."""
+        return WaitingRequest(names, self._waiting)
+
+    async def enter(self, request: WaitingRequest) -> dict[str, str]:
+        """Wait until the samples of a request may be sent. It waits no longer then.
 
         Returns:
             The messages of the aborts that came first, by rid. Where all are aborted nothing more is waited for.
@@ -44,33 +82,20 @@ class WaitingRequests:
         Raises:
             UnavailableError: as `GenerationGate.enter`.
         """
-        wait = _Wait(names)
-        self._waits.append(wait)
         try:
-            while not self._gate.is_open and not wait.all_aborted.is_set():
-                await self._wait_once(wait)
-            if not wait.all_aborted.is_set():
+            while not self._gate.is_open and not request.is_aborted:
+                # When it lets enter, it may have closed again by now.
+                await request.unless_aborted(self._gate.enter())
+            if not request.is_aborted:
                 # At once, unless it refuses.
                 await self._gate.enter()
-            return wait.aborted
+            return request.aborted
         finally:
-            self._waits.remove(wait)
-
-    async def _wait_once(self, wait: _Wait) -> None:
-        """Until the gate lets enter, or all are aborted. When this returns the gate may have closed again."""
-        entering = asyncio.ensure_future(self._gate.enter())
-        aborting = asyncio.ensure_future(wait.all_aborted.wait())
-        try:
-            await asyncio.wait((entering, aborting), return_when=asyncio.FIRST_COMPLETED)
-            if not wait.all_aborted.is_set():
-                entering.result()
-        finally:
-            entering.cancel()
-            aborting.cancel()
+            request.end()
 
     def abort(self, matches: Matches, message: str) -> int:
         """How many samples that is."""
-        return sum(wait.abort(matches, message) for wait in self._waits)
+        return sum(request.abort(matches, message) for request in self._waiting)
 
 
 def aborted_output(sample: SampleRequest, message: str, weight_version: str) -> RequestOutput:

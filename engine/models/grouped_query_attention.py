@@ -17,7 +17,7 @@ from ..kv_cache.kv_store import KVTensorSpec
 from .forward_batch import ForwardBatch
 from .model_config import GroupedQueryConfig
 from .model_context import ModelContext
-from .norm_rope import HeadNorms, select_layer_ops
+from .norm_rope import HeadNorms, KVTarget, select_layer_ops
 from .rms_norm import RMSNorm
 from .wide_norm import WideNorms
 
@@ -71,7 +71,7 @@ class GroupedQueryAttention(nn.Module):
             qkv = self.wide_norms(qkv)
         if self._clip is not None:
             qkv = qkv.clamp(-self._clip, self._clip)
-        query = self._ops.norm_rope_store(qkv, self._head_norms, rope, batch.kv_slots, kv["k"], kv["v"])
+        query = self._ops.norm_rope_store(qkv, self._head_norms, rope, KVTarget(batch.kv_slots, kv["k"], kv["v"]))
         out = backend.forward(query, kv, batch.attention_plan, self._rule)
         return self.o_proj(out.flatten(1))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...parallel.cpu_ops.heads import absorb_native, extract_native, has_native_heads
 from ...parallel.linear import MergedColumnParallelLinear, RowParallelLinear, shard_size
 from ...parallel.weights import ShardedWeight
 from ..attention.backend import AttentionBackend, AttentionRule, CachedTensors
@@ -48,10 +49,14 @@ class ExpandedHeads(nn.Module):
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         keys = self.proj.matrix.rows_of_heads(self._width, slice(0, self.key_width))
+        if has_native_heads(query):
+            return absorb_native(query, keys)
         return torch.bmm(query.transpose(0, 1), keys).transpose(0, 1)
 
     def extract(self, attended: torch.Tensor) -> torch.Tensor:
         values = self.proj.matrix.rows_of_heads(self._width, slice(self.key_width, self._width))
+        if has_native_heads(attended):
+            return extract_native(attended, values)
         return torch.bmm(attended.transpose(0, 1), values.transpose(1, 2)).transpose(0, 1)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...parallel.cpu_ops.activation import sigmoid
 from ...parallel.dp_attention import TokenLayout
 from ...parallel.moe.experts import Experts
 from ...parallel.moe.layer import MoeLayer, RouteRecorder
@@ -36,7 +37,7 @@ class MoeNames:
 
 
 class SharedExpert(nn.Module):
-    """[T, D] -> partial sums [T, D]; where there is a gate its sigmoid weighs them, row by row."""
+    """A `SharedPart`: [T, D] -> partial sums [T, D]; where there is a gate its sigmoid weighs them, row by row."""
 
     def __init__(self, config: SharedExpertConfig, context: ModelContext) -> None:
         super().__init__()
@@ -45,8 +46,14 @@ class SharedExpert(nn.Module):
         self._linear = context.weight_format.linear()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weigh(hidden, self.unweighted(hidden))
+
+    def unweighted(self, hidden: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.mlp(hidden)
-        return out if self.gate is None else torch.sigmoid(self._linear(hidden, self.gate, None)) * out
+        return out
+
+    def weigh(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out if self.gate is None else sigmoid(self._linear(hidden, self.gate, None)) * out
 
     def sharded_weights(self, prefix: str) -> dict[str, ShardedWeight]:
         weights = self.mlp.sharded_weights(prefix)

@@ -12,13 +12,27 @@ columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from ...parallel.cpu_ops.activation import swiglu_native
 from ...parallel.cpu_ops.norm_rope import norm_rope_store_native
 from ...parallel.cpu_ops.rms_norm import add_rms_norm_native, has_native_rms_norm, rms_norm_native
+
+# Of norms in C++.
+NORM_WEIGHTS = (torch.bfloat16, torch.float32)
+# cos and sin.
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class KVTarget(NamedTuple):
+    """Where new keys and values go: slots [T] of the caches [S, G, d]."""
+
+    kv_slots: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,17 +72,9 @@ class LayerOps(Protocol):
         """Gates and what they weigh, side by side [T, 2 I] -> silu(gate) * up (Shazeer 2020), [T, I]."""
         ...
 
-    def norm_rope_store(
-        self,
-        qkv: torch.Tensor,
-        norms: HeadNorms | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        kv_slots: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-    ) -> torch.Tensor:
+    def norm_rope_store(self, qkv: torch.Tensor, norms: HeadNorms | None, rope: Rope, target: KVTarget) -> torch.Tensor:
         """Norm (where there are `norms`) and rotate queries and keys of `qkv` [T, (H + 2 G) d] by cos and sin [T, 1, r] (Su
-        et al. 2021), and write keys and values to the slots [T] of the caches [S, G, d]. Returns the queries [T, H, d]."""
+        et al. 2021), and write keys and values where they belong. Returns the queries [T, H, d]."""
         ...
 
     def latent_rope_store(
@@ -76,7 +82,7 @@ class LayerOps(Protocol):
         query: torch.Tensor,
         compressed: torch.Tensor,
         norm: LatentNorm,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         kv_slots: torch.Tensor,
         cache: torch.Tensor,
     ) -> torch.Tensor:
@@ -122,15 +128,8 @@ class TorchLayerOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def norm_rope_store(
-        self,
-        qkv: torch.Tensor,
-        norms: HeadNorms | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        kv_slots: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-    ) -> torch.Tensor:
+    def norm_rope_store(self, qkv: torch.Tensor, norms: HeadNorms | None, rope: Rope, target: KVTarget) -> torch.Tensor:
+        kv_slots, k_cache, v_cache = target
         num_kv_heads, width = k_cache.shape[1:]
         heads = qkv.view(qkv.shape[0], -1, width)
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -145,7 +144,7 @@ class TorchLayerOps:
         query: torch.Tensor,
         compressed: torch.Tensor,
         norm: LatentNorm,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         kv_slots: torch.Tensor,
         cache: torch.Tensor,
     ) -> torch.Tensor:
@@ -158,34 +157,29 @@ class TorchLayerOps:
 
 
 class NativeLayerOps(TorchLayerOps):
-    """Norms, rotary positions and stores in C++, of what is in bfloat16."""
+    """Norms, SwiGLU, rotary positions and stores in C++, of what is in bfloat16."""
 
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if hidden.dtype == weight.dtype == torch.bfloat16:
+        if hidden.dtype == torch.bfloat16 and weight.dtype in NORM_WEIGHTS:
             return rms_norm_native(hidden, weight, eps)
         return super().rms_norm(hidden, weight, eps)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if hidden.dtype == residual.dtype == weight.dtype == torch.bfloat16:
+        if hidden.dtype == residual.dtype == torch.bfloat16 and weight.dtype in NORM_WEIGHTS:
             return add_rms_norm_native(hidden, residual, weight, eps)
         return super().add_rms_norm(hidden, residual, weight, eps)
 
-    def norm_rope_store(
-        self,
-        qkv: torch.Tensor,
-        norms: HeadNorms | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        kv_slots: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-    ) -> torch.Tensor:
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu_native(gate_up) if gate_up.dtype == torch.bfloat16 else super().swiglu(gate_up)
+
+    def norm_rope_store(self, qkv: torch.Tensor, norms: HeadNorms | None, rope: Rope, target: KVTarget) -> torch.Tensor:
         weights = None if norms is None else (norms.query, norms.key)
-        if any(x.dtype != torch.bfloat16 for x in (qkv, k_cache, *rope, *(weights or ()))):
-            return super().norm_rope_store(qkv, norms, rope, kv_slots, k_cache, v_cache)
+        if any(x.dtype != torch.bfloat16 for x in (qkv, target.k_cache, *rope, *(weights or ()))):
+            return super().norm_rope_store(qkv, norms, rope, target)
         eps = 0.0 if norms is None else norms.eps
-        return norm_rope_store_native(qkv, weights, eps, rope, kv_slots, (k_cache, v_cache))
+        return norm_rope_store_native(qkv, weights, eps, rope, target.kv_slots, (target.k_cache, target.v_cache))
 
 
 def select_layer_ops(device: torch.device) -> LayerOps:

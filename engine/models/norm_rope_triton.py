@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...parallel.triton_launch import Kernel, ceil_div, launch_options, power_of_2_from, start_next, wait_for_previous
 from .latent_rope_triton import latent_rope_store_triton
-from .norm_rope import HeadNorms, LatentNorm
+from .norm_rope import HeadNorms, KVTarget, LatentNorm, Rope
 from .swiglu_triton import swiglu_triton
 
 # Heads that one program turns.
@@ -107,15 +107,8 @@ class TritonLayerOps:
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         return swiglu_triton(gate_up)
 
-    def norm_rope_store(
-        self,
-        qkv: torch.Tensor,
-        norms: HeadNorms | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        kv_slots: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-    ) -> torch.Tensor:
+    def norm_rope_store(self, qkv: torch.Tensor, norms: HeadNorms | None, rope: Rope, target: KVTarget) -> torch.Tensor:
+        kv_slots, k_cache, v_cache = target
         num_tokens, (num_kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
         num_heads = qkv.shape[1] // width - 2 * num_kv_heads
         out = qkv.new_empty(num_tokens, num_heads, width)
@@ -133,7 +126,7 @@ class TritonLayerOps:
         query: torch.Tensor,
         compressed: torch.Tensor,
         norm: LatentNorm,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         kv_slots: torch.Tensor,
         cache: torch.Tensor,
     ) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -35,24 +35,23 @@ def floating_point(model_path: str) -> Iterator[str]:
 
 def write_floats(folder: Path, out: Path) -> None:
     """Shard by shard; a matrix and its scales need not be in the same one."""
-    files = sorted(folder.glob("*.safetensors"))
-    place: dict[str, Path] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            place.update(dict.fromkeys(shard.keys(), file))
     weight_map: dict[str, str] = {}
-    for file in files:
-        tensors: dict[str, torch.Tensor] = {}
-        with safe_open(file, framework="pt") as shard:
+    with ExitStack() as opened:
+        # Each once: a file's header names all its tensors, and there may be a hundred thousand.
+        shards = {
+            file: opened.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("*.safetensors"))
+        }
+        holder = {name: shard for shard in shards.values() for name in shard.keys()}  # noqa: SIM118
+        for file, shard in shards.items():
+            tensors: dict[str, torch.Tensor] = {}
             for name in shard.keys():  # noqa: SIM118
                 tensor = shard.get_tensor(name)
                 if tensor.dtype == E4M3:
-                    with safe_open(place[scale_name(name)], framework="pt") as other:
-                        tensor = dequantise(tensor, other.get_tensor(scale_name(name)).float())
+                    tensor = dequantise(tensor, holder[scale_name(name)].get_tensor(scale_name(name)).float())
                 elif name.endswith(SCALE_ENDING):
                     continue
                 tensors[name] = tensor
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file.name))
+            save_file(tensors, out / file.name, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, file.name))
     if (folder / INDEX).is_file():
         (out / INDEX).write_text(json.dumps({"weight_map": weight_map}))

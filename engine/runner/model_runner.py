@@ -144,7 +144,7 @@ class ModelRunner:
             best_choice(scores, ids, self._mesh.tp)
         if self.is_leader:
             logits = torch.zeros(1, config.vocab_size, device=self._mesh.device)
-            sample_plain(logits, 0, draws, Axis.single(), self._choose)
+            sample_plain(logits, 0, config.vocab_size, draws, Axis.single(), self._choose)
 
     def drop_graphs(self) -> None:
         """They hold the addresses of weights and KV pool, and memory of their own."""
@@ -251,7 +251,8 @@ class ModelRunner:
         sampled: Sampled | None
         if draws:
             first, num_columns = self.model.logit_columns
-            sampled = sample_plain(logits[:, :num_columns], first, draws, self._mesh.tp, self._choose)
+            vocab_size = self.model.config.vocab_size
+            sampled = sample_plain(logits[:, :num_columns], first, vocab_size, draws, self._mesh.tp, self._choose)
             self._last_token_ids[req_rows] = sampled.token_ids
         else:
             sampled = self._sample_on_leader(self.model.gather_logits(logits), req_rows, sampling)

@@ -19,6 +19,12 @@ import numpy as np
 import torch
 
 from ...parallel.best_choice import NO_CHOICE, best_choice
+from ...parallel.cpu_ops.log_sum_exp import (
+    has_native_log_sum_exp,
+    log_of_sums,
+    partial_sums_native,
+    parts_of_columns,
+)
 from ...parallel.host_to_device import to_device
 from ...parallel.mesh import Axis
 from ..grammar.constraint import Constraint, Mask
@@ -106,7 +112,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], masks: Sequence[Ma
         if row.output_counts is not None and row.seen is not None:
             row.output_counts.index_add_(0, token_ids[i : i + 1], row.output_counts.new_ones(1))
             row.seen.index_fill_(0, token_ids[i : i + 1], True)
-    return _with_logprobs(scores, token_ids, outcomes, rows)
+    return _with_logprobs(scores, token_ids, outcomes, rows, is_native=has_native_log_sum_exp(logits))
 
 
 def allow(scores: torch.Tensor, masks: Sequence[Mask | None]) -> torch.Tensor:
@@ -211,7 +217,12 @@ def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 def _with_logprobs(
-    scores: torch.Tensor, token_ids: torch.Tensor, outcomes: torch.Tensor, rows: Sequence[SamplingRow]
+    scores: torch.Tensor,
+    token_ids: torch.Tensor,
+    outcomes: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    *,
+    is_native: bool,
 ) -> Sampled:
     """Log-probabilities of the model's own distribution, over the tokens that a grammar allows: before bias, penalties,
     temperature and filters."""
@@ -219,7 +230,7 @@ def _with_logprobs(
     if not asking:
         return Sampled(token_ids, outcomes)
     where = to_device(asking, scores.device)
-    logprobs = torch.log_softmax(scores[where], dim=-1).clamp_(min=MIN_LOGPROB)
+    logprobs = _log_softmax(scores[where], is_native=is_native).clamp_(min=MIN_LOGPROB)
     taken = torch.full((len(rows),), float("nan"), device=scores.device)
     taken[where] = logprobs.gather(1, token_ids[where, None]).squeeze(1)
     top: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(rows)
@@ -230,12 +241,20 @@ def _with_logprobs(
     return Sampled(token_ids, outcomes, taken, top)
 
 
+def _log_softmax(scores: torch.Tensor, *, is_native: bool) -> torch.Tensor:
+    """Of rows [B, V] in float32; natively with the bits that ranks find without gathering (`plain_sampling.py`)."""
+    if not is_native:
+        return torch.log_softmax(scores, dim=-1)
+    partial = partial_sums_native(scores, parts_of_columns(scores.shape[1], 1))
+    return scores - log_of_sums(partial[None])[:, None]
+
+
 def score_tokens(logits: torch.Tensor, token_ids: torch.Tensor, top_logprobs_num: int) -> PromptScores:
     """Log-probabilities of given tokens: logits [N, V], token_ids [N] -> N values, N lists of the top ones, N ranks.
 
     All values of a row whose logits are NaN or infinite are NaN. Equal ones share a rank, the best of theirs.
     """
-    logprobs = torch.log_softmax(logits.float(), dim=-1).clamp_(min=MIN_LOGPROB)
+    logprobs = _log_softmax(logits.float(), is_native=has_native_log_sum_exp(logits)).clamp_(min=MIN_LOGPROB)
     taken = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > taken).sum(dim=-1) + 1
     values, ids = (found.tolist() for found in logprobs.topk(top_logprobs_num, dim=-1))

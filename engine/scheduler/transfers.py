@@ -16,6 +16,7 @@ from .req import Req
 NO_COUNTERS = {
     "transferred_bytes": 0,
     "transferred_shared_bytes": 0,
+    "transferred_nixl_bytes": 0,
     "transfer_seconds": 0.0,
     "transfer_copy_seconds": 0.0,
 }

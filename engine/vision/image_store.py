@@ -1,17 +1,14 @@
-"""The frontend's encoded images, in shared memory that ranks map. Each is a memfd: it has no name, and is gone with the
-last process that has it."""
+"""The frontend's encoded images, in shared memory that ranks read."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .image_arena import ImageArena
 
 # Images whose numbers are remembered, longer than what was made of them: the prefix cache knows them by these.
 MAX_NUMBERS = 1 << 16
-# What a step that was launched may still be about to map.
-KEEP_S = 5.0
 
 
 class OutdatedImageError(RuntimeError):
@@ -20,6 +17,10 @@ class OutdatedImageError(RuntimeError):
 
 class ImageMemoryFullError(RuntimeError):
     """Images of requests that run take all of it."""
+
+
+class ImageTooLargeError(ValueError):
+    """It takes more than there is for all."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,12 @@ class Features:
     data: memoryview
 
 
-def fill_memory(data: memoryview) -> int:
-    """The descriptor of new shared memory that holds the bytes."""
-    fd = os.memfd_create("waybill-image", os.MFD_CLOEXEC)
-    written = 0
-    while written < data.nbytes:
-        written += os.write(fd, data[written:])
-    return fd
+@dataclass(frozen=True)
+class Room:
+    """A place in the arena."""
+
+    offset: int
+    num_bytes: int
 
 
 @dataclass(eq=False)
@@ -50,14 +50,9 @@ class StoredImage:
     height: int
     width: int
     dtype: str
-    num_bytes: int
-    fd: int
+    path: str
+    room: Room
     num_pins: int = 0
-    used_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self.fd}"
 
     @property
     def num_tokens(self) -> int:
@@ -69,18 +64,18 @@ class StoredImage:
     def unpin(self) -> None:
         assert self.num_pins > 0
         self.num_pins -= 1
-        self.used_at = time.monotonic()
-
-    @property
-    def can_go(self) -> bool:
-        return self.num_pins == 0 and time.monotonic() - self.used_at > KEEP_S
 
 
 class ImageStore:
-    """By the SHA-256 of their files; the least recently used ones go first. Lives on one event loop."""
+    """By the SHA-256 of their files; the least recently used ones go first. Lives on one event loop.
+
+    A request pins its images until its end is told. Every rank has read by then what it computed: the leader commits what
+    is in flight before it ends a request, and a step needs all ranks.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
+        self.arena = ImageArena()
         self._images: OrderedDict[bytes, StoredImage] = OrderedDict()
         # Of another encoder: nobody finds them any more.
         self._outdated: list[StoredImage] = []
@@ -96,28 +91,40 @@ class ImageStore:
         image = self._images.get(digest)
         if image is not None:
             self._images.move_to_end(digest)
-            image.used_at = time.monotonic()
         return image
 
-    def add(self, digest: bytes, features: Features, fd: int) -> StoredImage:
-        """`fd` is memory that has been filled, see `fill_memory`; it is the store's from here on.
+    def reserve(self, num_bytes: int) -> Room:
+        """Room for an image, to be filled, and then given to `add` or back.
+
+        Raises:
+            ImageMemoryFullError: there is none.
+            ImageTooLargeError: there never is.
+        """
+        size = self.arena.size_of(num_bytes)
+        if size > self._max_bytes:
+            raise ImageTooLargeError(
+                f"takes {size} bytes when encoded, must take at most {self._max_bytes} (--image-memory-bytes)"
+            )
+        self._make_room(size)
+        self.num_bytes += size
+        return Room(self.arena.allocate(num_bytes), num_bytes)
+
+    def give_back(self, room: Room) -> None:
+        self.arena.free(room.offset, room.num_bytes)
+        self.num_bytes -= self.arena.size_of(room.num_bytes)
+
+    def add(self, digest: bytes, features: Features, room: Room) -> StoredImage:
+        """`room` holds the image's features; it is the store's from here on.
 
         Raises:
             OutdatedImageError: there has come another encoder since.
-            ImageMemoryFullError: there is no room for it.
         """
-        num_bytes = features.data.nbytes
-        try:
-            if features.incarnation != self._incarnation:
-                raise OutdatedImageError("the encoder has been started anew")
-            self._make_room(num_bytes)
-        except BaseException:
-            os.close(fd)
-            raise
+        if features.incarnation != self._incarnation:
+            self.give_back(room)
+            raise OutdatedImageError("the encoder has been started anew")
         number = self._number_of(digest)
-        image = StoredImage(number, features.height, features.width, features.dtype, num_bytes, fd)
+        image = StoredImage(number, features.height, features.width, features.dtype, self.arena.path, room)
         self._images[digest] = image
-        self.num_bytes += num_bytes
         return image
 
     def _number_of(self, digest: bytes) -> int:
@@ -130,24 +137,24 @@ class ImageStore:
         return self._numbers[digest]
 
     def _make_room(self, num_bytes: int) -> None:
-        for image in [image for image in self._outdated if image.can_go]:
-            self._outdated.remove(image)
-            self._free(image)
-        for digest, image in list(self._images.items()):
+        self._free_outdated()
+        unused = [(digest, image) for digest, image in self._images.items() if image.num_pins == 0]
+        num_used = self.num_bytes - sum(self.arena.size_of(image.room.num_bytes) for _, image in unused)
+        if num_used + num_bytes > self._max_bytes:
+            raise ImageMemoryFullError(
+                f"{num_used} bytes of images are in use, and one needs {num_bytes} more: at most {self._max_bytes} may be "
+                "(--image-memory-bytes)"
+            )
+        for digest, image in unused:
             if self.num_bytes + num_bytes <= self._max_bytes:
                 return
-            if image.can_go:
-                del self._images[digest]
-                self._free(image)
-        if self.num_bytes + num_bytes > self._max_bytes:
-            raise ImageMemoryFullError(
-                f"{self.num_bytes} bytes of images are in use, and one needs {num_bytes} more: at most {self._max_bytes} "
-                "may be (--image-memory-bytes)"
-            )
+            del self._images[digest]
+            self.give_back(image.room)
 
-    def _free(self, image: StoredImage) -> None:
-        self.num_bytes -= image.num_bytes
-        os.close(image.fd)
+    def _free_outdated(self) -> None:
+        for image in [image for image in self._outdated if image.num_pins == 0]:
+            self._outdated.remove(image)
+            self.give_back(image.room)
 
     def forget_all(self, incarnation: str) -> None:
         """There is another encoder, of this name: images come again under other numbers."""
@@ -155,9 +162,7 @@ class ImageStore:
         self._images.clear()
         self._numbers.clear()
         self._incarnation = incarnation
+        self._free_outdated()
 
     def close(self) -> None:
-        for image in [*self._images.values(), *self._outdated]:
-            os.close(image.fd)
-        self._images.clear()
-        self._outdated.clear()
+        self.arena.close()

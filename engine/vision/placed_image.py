@@ -17,8 +17,8 @@ import numpy as np
 class PlacedImage(msgspec.Struct, frozen=True, array_like=True):
     """Tokens `[start, start + height * width)` of a prompt; the first is turned by `first_position`.
 
-    What the vision tower has made of them lies in the memory at `path`, [height * width, 1 + levels, D] of `dtype`. Equal
-    images have the same `number`, from 1 on, and others never.
+    What the vision tower has made of them lies in the memory at `path` from byte `offset` on, [height * width, 1 + levels,
+    D] of `dtype`. Equal images have the same `number`, from 1 on, and others never.
     """
 
     number: int
@@ -27,6 +27,7 @@ class PlacedImage(msgspec.Struct, frozen=True, array_like=True):
     width: int
     first_position: int
     path: str
+    offset: int
     dtype: str
 
     @property

@@ -6,10 +6,11 @@
 // what runs beside it, or on what of it the prefix cache had. A key beyond a token's own is never multiplied, since 0 * NaN is
 // NaN.
 //
-// Threads own pieces: some rows of one request, with the heads that share a kv head. A block's keys and values are prepared
-// once for all of these.
+// Threads own pieces: some rows of one request, with the heads that share a kv head, or with some of them where there would be
+// too few pieces. A block's keys and values are prepared once for all of these. Values may be the beginnings of keys: latents.
 //
-// Legend: T tokens, B requests, H query heads, G kv heads, P = H / G heads that share one, d head width, S slots of the pool.
+// Legend: T tokens, B requests, H query heads, G kv heads, P = H / G heads that share one, d head width, v width of values, S slots
+// of the pool.
 
 #include <cmath>
 #include <limits>
@@ -27,20 +28,21 @@ constexpr int64_t MAX_QUERIES = 128;  // of a piece, or one row's
 struct Problem {
     const bf16* query;      // [T, H, d]
     const bf16* keys;       // [S, G, d]
-    const bf16* values;     // [S, G, d]
+    const bf16* values;     // [S, G, v], heads v_step apart
     const int32_t* pages;   // [B, num_pages]
     const int64_t* firsts;  // [B]: rows of T
     const int64_t* q_lens;  // [B]: rows that a request brings, the last of
     const int64_t* kv_lens; // [B] positions
     const float* sinks;     // [H] or null
-    bf16* out;              // [T, H, d]
-    int64_t B, H, G, d, num_pages, page_size;
+    bf16* out;              // [T, H, v]
+    int64_t B, H, G, d, v, v_step, num_pages, page_size;
     int64_t window;         // 0: none
     float scale;
 };
 
 struct Piece {
     int64_t request, group, begin, end;  // rows [begin, end) of the request's
+    int64_t head, num_heads;             // of those that share the kv head
 };
 
 // Keys [first, last) that a row sees.
@@ -50,14 +52,14 @@ struct Visible {
 
 // Memory of one thread.
 struct Scratch {
-    const int64_t width, num_pairs;  // numbers of a row, whole vectors; pairs of a key
+    const int64_t width, v_width, num_pairs;  // numbers of a row, whole vectors; pairs of a key
     std::vector<bf16> queries, nothing;
     std::vector<float> sums, values, weights, most, total;
     std::vector<uint32_t> turned;
 
     Scratch(const Problem& m, int64_t n)
-        : width((m.d + WIDTH - 1) / WIDTH * WIDTH), num_pairs((m.d + 1) / 2), queries(n * width), nothing(m.d), sums(n * width),
-          values(KEYS * width), weights(n * KEYS), most(n), total(n), turned((num_pairs + 7) / 8 * 8 * KEYS) {}
+        : width((m.d + WIDTH - 1) / WIDTH * WIDTH), v_width((m.v + WIDTH - 1) / WIDTH * WIDTH), num_pairs((m.d + 1) / 2),
+          queries(n * width), nothing(m.d), sums(n * v_width), values(KEYS * v_width), weights(n * KEYS), most(n), total(n), turned((num_pairs + 7) / 8 * 8 * KEYS) {}
 };
 
 // function(size, first) for all of n, TILE at a time.
@@ -80,33 +82,32 @@ class Attention {
 
    public:
     Attention(const Problem& m, const Piece& piece, Scratch& own)
-        : m_(m), piece_(piece), own_(own), shared_(m.H / m.G),
+        : m_(m), piece_(piece), own_(own), shared_(piece.num_heads),
           num_before_(m.kv_lens[piece.request] - m.q_lens[piece.request]), n_((piece.end - piece.begin) * shared_) {}
 
     void run() {
         for (int64_t q = 0; q < n_; ++q) {
             // Behind an odd width is a zero.
-            std::copy_n(m_.query + place(q), m_.d, own_.queries.data() + q * own_.width);
+            std::copy_n(m_.query + place(q) * m_.d, m_.d, own_.queries.data() + q * own_.width);
             // A sink is a score without a value.
             own_.most[q] = m_.sinks == nullptr ? -std::numeric_limits<float>::infinity() : m_.sinks[head(q)];
             own_.total[q] = m_.sinks == nullptr ? 0.0f : 1.0f;
         }
-        std::fill_n(own_.sums.data(), n_ * own_.width, 0.0f);
+        std::fill_n(own_.sums.data(), n_ * own_.v_width, 0.0f);
         const int64_t last = visible(n_ - 1).last;
         for (int64_t block = visible(0).first / KEYS * KEYS; block < last; block += KEYS) {
             prepare(block, std::max(block, visible(0).first), std::min(block + KEYS, last));
             in_tiles(n_, [&](auto size, int64_t q) { attend<size()>(block, q); });
         }
         for (int64_t q = 0; q < n_; ++q)
-            for (int64_t i = 0; i < m_.d; i += WIDTH)
-                store(m_.out + place(q) + i, load(own_.sums.data() + q * own_.width + i) / all(own_.total[q]), m_.d - i);
+            for (int64_t i = 0; i < m_.v; i += WIDTH)
+                store(m_.out + place(q) * m_.v + i, load(own_.sums.data() + q * own_.v_width + i) / all(own_.total[q]), m_.v - i);
     }
 
    private:
-    int64_t head(int64_t q) const { return piece_.group * shared_ + q % shared_; }
-    int64_t place(int64_t q) const {
-        return ((m_.firsts[piece_.request] + piece_.begin + q / shared_) * m_.H + head(q)) * m_.d;
-    }
+    int64_t head(int64_t q) const { return piece_.group * (m_.H / m_.G) + piece_.head + q % shared_; }
+    // Row of [T * H].
+    int64_t place(int64_t q) const { return (m_.firsts[piece_.request] + piece_.begin + q / shared_) * m_.H + head(q); }
     Visible visible(int64_t q) const {
         const int64_t last = num_before_ + piece_.begin + q / shared_ + 1;
         return {m_.window == 0 ? 0 : std::max<int64_t>(0, last - m_.window), last};
@@ -121,10 +122,10 @@ class Attention {
         const bf16* keys[KEYS];
         std::fill_n(keys, KEYS, own_.nothing.data());
         for (int64_t k = begin; k < end; ++k) {
-            const int64_t at = (slot(k) * m_.G + piece_.group) * m_.d;
-            keys[k - block] = m_.keys + at;
-            for (int64_t i = 0; i < m_.d; i += WIDTH)
-                store(own_.values.data() + (k - block) * own_.width + i, load(m_.values + at + i, m_.d - i));
+            const int64_t at = slot(k) * m_.G + piece_.group;
+            keys[k - block] = m_.keys + at * m_.d;
+            for (int64_t i = 0; i < m_.v; i += WIDTH)
+                store(own_.values.data() + (k - block) * own_.v_width + i, load(m_.values + at * m_.v_step + i, m_.v - i));
         }
         for (int64_t k = 0; k < KEYS; k += 8)
             for (int64_t i = 0; i < own_.num_pairs; i += 8) turn_eight(keys + k, i, m_.d, own_.turned.data() + i * KEYS + k);
@@ -146,16 +147,16 @@ class Attention {
         }
         // What all see, and before and behind it each its own.
         const int64_t first = *std::max_element(begin, begin + N), last = *std::min_element(end, end + N);
-        float* sums = own_.sums.data() + q * own_.width;
+        float* sums = own_.sums.data() + q * own_.v_width;
         const auto alone = [&](int t, int64_t from, int64_t to) {
-            if (from < to) add_values<1>(weights + t * KEYS, own_.values.data(), from, to, own_.width, sums + t * own_.width);
+            if (from < to) add_values<1>(weights + t * KEYS, own_.values.data(), from, to, own_.v_width, sums + t * own_.v_width);
         };
         if (first >= last) {
             for (int t = 0; t < N; ++t) alone(t, begin[t], end[t]);
             return;
         }
         for (int t = 0; t < N; ++t) alone(t, begin[t], first);
-        add_values<N>(weights, own_.values.data(), first, last, own_.width, sums);
+        add_values<N>(weights, own_.values.data(), first, last, own_.v_width, sums);
         for (int t = 0; t < N; ++t) alone(t, last, end[t]);
     }
 
@@ -178,8 +179,8 @@ class Attention {
         if (now != before) {
             const Floats kept = exponential(all(before - now));
             own_.total[q] *= sum_of(only(0, 1, kept, all(0.0f)));
-            float* sums = own_.sums.data() + q * own_.width;
-            for (int64_t i = 0; i < own_.width; i += WIDTH) store(sums + i, load(sums + i) * kept);
+            float* sums = own_.sums.data() + q * own_.v_width;
+            for (int64_t i = 0; i < own_.v_width; i += WIDTH) store(sums + i, load(sums + i) * kept);
         }
         own_.most[q] = now;
         own_.total[q] += sum_of(weight_sum);
@@ -188,19 +189,27 @@ class Attention {
 
 }  // namespace
 
-// Tensors as in `Problem`, all contiguous.
+// Tensors as in `Problem`, all but the values contiguous.
 extern "C" void waybill_attention_bf16(const bf16* query, const bf16* keys, const bf16* values, const int32_t* pages,
                                        const int64_t* firsts, const int64_t* q_lens, const int64_t* kv_lens,
-                                       const float* sinks, bf16* out, int64_t B, int64_t H, int64_t G, int64_t d,
-                                       int64_t num_pages, int64_t page_size, int64_t window, float scale, int num_threads) {
-    const Problem m{query, keys,      values, pages, firsts, q_lens,    kv_lens, sinks,
-                    out,   B,         H,      G,     d,      num_pages, page_size, window, scale};
-    const int64_t rows = std::max<int64_t>(1, MAX_QUERIES / (H / G));
+                                       const float* sinks, bf16* out, int64_t B, int64_t H, int64_t G, int64_t d, int64_t v,
+                                       int64_t v_step, int64_t num_pages, int64_t page_size, int64_t window, float scale,
+                                       int num_threads) {
+    const Problem m{query, keys, values, pages,  firsts,    q_lens,    kv_lens, sinks, out,
+                    B,     H,    G,      d,      v,         v_step,    num_pages, page_size, window, scale};
+    const int64_t P = H / G, rows = std::max<int64_t>(1, MAX_QUERIES / P);
+    int64_t num_pieces = 0;
+    for (int64_t b = 0; b < B; ++b) num_pieces += (q_lens[b] + rows - 1) / rows * G;
+    // Tiles of heads, so many at a time.
+    const int64_t tiles = (P + TILE - 1) / TILE, wanted = std::min(tiles, num_threads / std::max<int64_t>(1, num_pieces));
+    const int64_t heads = wanted <= 1 ? P : (tiles + wanted - 1) / wanted * TILE;
     std::vector<Piece> pieces;
     for (int64_t b = 0; b < B; ++b)
         // The last rows see the most, so they come first.
         for (int64_t end = q_lens[b]; end > 0; end -= std::min(rows, end))
-            for (int64_t g = 0; g < G; ++g) pieces.push_back({b, g, std::max<int64_t>(0, end - rows), end});
+            for (int64_t g = 0; g < G; ++g)
+                for (int64_t h = 0; h < P; h += heads)
+                    pieces.push_back({b, g, std::max<int64_t>(0, end - rows), end, h, std::min(heads, P - h)});
 #pragma omp parallel num_threads(num_threads)
     {
         Scratch own(m, rows * (H / G));

@@ -91,6 +91,13 @@ inline Floats of_each_row(const float (&numbers)[TILE]) {
     return load(all_of_them);
 }
 
+// term(first) + ... + term(first + count - 1) as a balanced tree, for a power of two: half of the terms make a branch of it.
+template <class Term>
+Floats sum_of_terms(int64_t first, int64_t count, const Term& term) {
+    if (count == 1) return term(first);
+    return sum_of_terms(first, count / 2, term) + sum_of_terms(first + count / 2, count / 2, term);
+}
+
 struct Range {
     int64_t begin, end;
 };

@@ -5,20 +5,44 @@ Legend: T tokens, D hidden, F experts on this rank, K experts per token, I inter
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from .library import NUM_PARTS, has_operator, load_operators
+from .library import has_operator, load_operators, parts_of
 
 NAME = "waybill_experts_bf16"
-# The widths that the operator takes are multiples of the products of one instruction.
-WIDTH_MULTIPLE = 32
+# What the operator takes of hidden and intermediate widths: multiples of these.
+HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE = 32, 4
 
 
 def has_native_experts(dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> bool:
-    """Whether `experts_native` can run: bfloat16, widths that are multiples of 32, and a machine for the operator."""
-    if dtype != torch.bfloat16 or hidden_size % WIDTH_MULTIPLE or intermediate_size % WIDTH_MULTIPLE:
+    """Whether `experts_native` can run: bfloat16, widths that it takes, and a machine for the operator."""
+    if dtype != torch.bfloat16 or hidden_size % HIDDEN_MULTIPLE or intermediate_size % INTERMEDIATE_MULTIPLE:
         return False
     return has_operator(NAME)
+
+
+@dataclass(frozen=True)
+class ExpertsSplit:
+    """Over how many ranks experts are spread, and whether each has whole ones, or a slice of the intermediate width of
+    every one."""
+
+    num_ranks: int = 1
+    has_whole: bool = True
+
+
+ON_ONE_RANK = ExpertsSplit()
+
+
+@dataclass(frozen=True, eq=False)
+class NativeClamp:
+    """Of clamped experts: biases [F, 2I] and [F, D], and the numbers of `SwigluClamp`."""
+
+    gate_up_bias: torch.Tensor
+    down_bias: torch.Tensor
+    alpha: float
+    limit: float
 
 
 def experts_native(
@@ -28,21 +52,24 @@ def experts_native(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     *,
-    num_ranks: int = 1,
+    split: ExpertsSplit = ON_ONE_RANK,
+    clamp: NativeClamp | None = None,
 ) -> torch.Tensor:
     """One pass over the weights, no copy of tokens. A token's result does not depend on what it is computed with. Where the
-    experts are spread over ranks it is partial and in float32; that of one rank has the bits of the sum over two."""
+    experts are spread over ranks it is partial and in float32; that of one rank has the bits of the sum over two or four,
+    split alike."""
     (num_tokens, width), top_k, (num_local, _, intermediate) = hidden.shape, ids.shape[1], down.shape
     activated = hidden.new_empty(num_tokens * top_k, intermediate)
-    num_parts = NUM_PARTS if num_ranks == 1 and num_local % NUM_PARTS == 0 else 1
+    num_parts = parts_of(num_local if split.has_whole else intermediate, split.num_ranks)
     sums = torch.zeros(num_parts, num_tokens, width)
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if num_ranks == 1 else None
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if split.num_ranks == 1 else None
     # Bound to names: the tensors must live until the operator returns.
-    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)] + [activated, sums]
+    tensors = [x.contiguous() for x in (hidden, ids, weights.float(), gate_up, down)]
+    biases = [None, None] if clamp is None else [clamp.gate_up_bias.contiguous(), clamp.down_bias.contiguous()]
     load_operators()[NAME](
-        *(x.data_ptr() for x in tensors),
-        None if out is None else out.data_ptr(),
-        *(num_tokens, width, num_local, top_k, intermediate, num_parts),
+        *(None if x is None else x.data_ptr() for x in (*tensors, *biases, activated, sums, out)),
+        *(num_tokens, width, num_local, top_k, intermediate, num_parts, not split.has_whole),
+        *((0.0, 0.0) if clamp is None else (clamp.alpha, clamp.limit)),
         torch.get_num_threads(),
     )
     return sums[0] if out is None else out

@@ -1,4 +1,4 @@
-// The exponential function of the numbers of a vector.
+// The exponential function of the numbers of a vector, and what is made of it.
 
 #pragma once
 
@@ -16,5 +16,8 @@ inline Floats exponential(Floats x) {
         power = multiply_add(power, f, all(c));
     return scaled_by_power(power, n);
 }
+
+inline Floats sigmoid(Floats x) { return all(1.0f) / (all(1.0f) + exponential(all(0.0f) - x)); }
+inline Floats silu(Floats x) { return x / (all(1.0f) + exponential(all(0.0f) - x)); }
 
 }  // namespace waybill

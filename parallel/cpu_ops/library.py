@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from pathlib import Path
 
 import torch
@@ -48,15 +49,32 @@ INSTRUCTION_SETS = {
 }
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
-    "waybill_experts_bf16": [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 6 + [ctypes.c_int],
-    "waybill_attention_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7 + [ctypes.c_float, ctypes.c_int],
+    "waybill_experts_bf16": [
+        *[ctypes.c_void_p] * 10,
+        *[ctypes.c_int64] * 6,
+        *(ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_int),
+    ],
+    "waybill_attention_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 9 + [ctypes.c_float, ctypes.c_int],
+    "waybill_absorb_bf16": [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 8 + [ctypes.c_int],
+    "waybill_extract_bf16": [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 8 + [ctypes.c_int],
     "waybill_norm_rope_store_bf16": [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int],
-    "waybill_rms_norm_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
+    "waybill_rms_norm_bf16": [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int],
+    "waybill_sums_of_squares_bf16": [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4,
+    "waybill_swiglu_bf16": [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_int],
+    "waybill_log_sum_exp": [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5 + [ctypes.c_int],
+    "waybill_sigmoid": [ctypes.c_void_p] * 2 + [ctypes.c_int64],
     "waybill_linear_bf16": [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int],
 }
-# In which one rank sums what ranks would share: results of one and of two ranks have the same bits.
-NUM_PARTS = 2
+# In which what ranks may share is summed, as a tree: so many ranks, half or a quarter of them, and one give the same bits.
+NUM_PARTS = 4
 BUILD_TIMEOUT_S = 120.0
+
+
+def parts_of(size: int, num_ranks: int) -> int:
+    """In how many parts one of so many ranks sums its share, `size` terms: those of all ranks are `NUM_PARTS`, or the
+    largest power of two that divides their terms. Where ranks cannot share these each has one part."""
+    parts, left = divmod(gcd(size * num_ranks, NUM_PARTS), num_ranks)
+    return 1 if left else parts
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .library import NUM_PARTS, has_feature, has_operator, load_operators
+from .library import has_feature, has_operator, load_operators, parts_of
 
 NAME = "waybill_linear_bf16"
 # Where the processor has AMX, torch's product of more rows uses it; an estimate, measured on no such machine.
@@ -34,16 +34,24 @@ def row_parallel_native(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, num_ranks: int
 ) -> torch.Tensor:
     """The same of a matrix whose columns are sharded over ranks: the result is partial and in float32. That of one rank is
-    whole and in bfloat16, and has the bits of the sum over two."""
+    whole and in bfloat16, and has the bits of the sum over two or four."""
     if is_left_to_amx(x):
         return F.linear(x, weight, bias)
+    num_parts = parts_of(x.shape[1], num_ranks)
     if num_ranks == 1:
         out = x.new_empty(len(x), len(weight))
-        run(x, weight, bias, out, None, NUM_PARTS if x.shape[1] % NUM_PARTS == 0 else 1)
+        run(x, weight, bias, out, None, num_parts)
         return out
     partial = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    run(x, weight, bias, None, partial, 1)
+    run(x, weight, bias, None, partial, num_parts)
     return partial
+
+
+def wide_linear_native(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `linear_native`, not rounded: in float32. Also beside AMX."""
+    out = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    run(x, weight, None, None, out, 1)
+    return out
 
 
 def is_left_to_amx(x: torch.Tensor) -> bool:

@@ -3,9 +3,9 @@
 //
 // Threads own ranges of outputs: every weight is read once, by one thread, one row after the other.
 //
-// The sum of a row-parallel layer goes in parts of the columns, each complete before it is added to those before: the parts of
-// a whole matrix are those that ranks hold where it is sharded, whose partial results stay in float32. So both give the same
-// bits.
+// The sum of a row-parallel layer goes in parts of the columns, each complete before it is added to others, as a tree
+// (`sum_of_terms`): ranks that share the columns hold branches of it, whose results stay in float32. So any number of ranks
+// gives the same bits.
 //
 // Legend: T tokens, R rows (outputs) and C columns (inputs) of the matrix, P parts of the columns.
 
@@ -36,14 +36,14 @@ void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
             w[o] = m.weight + (first + std::min(o, num_outputs - 1)) * m.weight_stride + part * width;
         return tile(num_tokens, token == 0, x, w, width, TILE * m.weight_stride);
     };
-    Floats sums = sum_of_part(0);
-    if (m.bias != nullptr) {
-        // The first rank alone has it.
+    const Floats sums = sum_of_terms(0, m.P, [&](int64_t part) {
+        const Floats sum = sum_of_part(part);
+        // The first rank alone has a bias, and its first part.
+        if (m.bias == nullptr || part > 0) return sum;
         bf16 bias[WIDTH] = {};
         for (int t = 0; t < TILE; ++t) std::memcpy(bias + t * TILE, m.bias + first, num_outputs * sizeof(bf16));
-        sums = sums + load(bias);
-    }
-    for (int64_t part = 1; part < m.P; ++part) sums = sums + sum_of_part(part);
+        return sum + load(bias);
+    });
     float wide[WIDTH];
     bf16 values[WIDTH];
     store(wide, sums);
@@ -57,7 +57,7 @@ void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
 
 }  // namespace
 
-// Tensors as in `Problem`. P divides C.
+// Tensors as in `Problem`. P is a power of two and divides C.
 extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf16* bias, bf16* out, float* partial, int64_t T,
                                     int64_t R, int64_t C, int64_t P, int64_t x_stride, int64_t weight_stride,
                                     int num_threads) {

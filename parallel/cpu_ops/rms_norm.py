@@ -9,7 +9,7 @@ import torch
 
 from .library import has_operator, load_operators
 
-NAME = "waybill_rms_norm_bf16"
+NAME, SUMS = "waybill_rms_norm_bf16", "waybill_sums_of_squares_bf16"
 
 
 def has_native_rms_norm() -> bool:
@@ -18,7 +18,8 @@ def has_native_rms_norm() -> bool:
 
 
 def rms_norm_native(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Of the rows of [T, C] or [T, H, C], which may be further apart than they are long, by a weight [C]."""
+    """Of the rows of [T, C] or [T, H, C], which may be further apart than they are long, by a weight [C], in bfloat16 or in
+    float32."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     heads = x if x.dim() == 3 else x[:, None]
@@ -37,6 +38,14 @@ def add_rms_norm_native(
     return out, total
 
 
+def sums_of_squares_native(x: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """Of so many equal parts of each row of [T, C], in float32: [T, num_parts]."""
+    assert x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.shape[1] % num_parts == 0
+    out = torch.empty(len(x), num_parts)
+    load_operators()[SUMS](x.data_ptr(), out.data_ptr(), len(x), num_parts, x.shape[1] // num_parts, x.stride(0))
+    return out
+
+
 def run(
     heads: torch.Tensor,
     residual: torch.Tensor | None,
@@ -46,12 +55,14 @@ def run(
     eps: float,
 ) -> None:
     """The operator, for [T, H, C]."""
-    assert heads.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
+    assert heads.dtype == torch.bfloat16 and weight.is_contiguous()
+    is_wide = weight.dtype == torch.float32
+    assert is_wide or weight.dtype == torch.bfloat16
     load_operators()[NAME](
         heads.data_ptr(),
         None if residual is None else residual.data_ptr(),
         None if total is None else total.data_ptr(),
-        weight.data_ptr(),
+        *((None, weight.data_ptr()) if is_wide else (weight.data_ptr(), None)),
         out.data_ptr(),
         *heads.shape,
         heads.stride(0),

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..cpu_ops.experts import experts_native, has_native_experts
+from ..cpu_ops.experts import ON_ONE_RANK, ExpertsSplit, NativeClamp, experts_native, has_native_experts
 from ..linear import shard_size
 from ..mesh import Axis
 from ..weight_format import Fp8Matrix, Placed, Stack, WeightFormat, product_of_stack
@@ -25,7 +25,6 @@ from .activation import ClampedExperts, SwigluClamp, activate, add_down_bias
 
 # (hidden [T, D], ids [T, K], weights [T, K], gate_up [F, 2I, D], down [F, D, I]) -> [T, D]; ids of padding, and of experts
 # on other ranks, add nothing. Those of torch and C++ count from this rank's first expert, those of Triton from a `first`.
-# All but that of C++ take `clamped` experts, too.
 ExpertsFunction = Callable[..., torch.Tensor]
 # Up to so many tokens, sorting them does not pay on a GPU; of FP8.
 MAX_FEW_TOKENS, MAX_FEW_FP8_TOKENS = 4, 1
@@ -93,23 +92,30 @@ def select_experts_function(
     first: int,
     num_experts: int,
     clamped: ClampedExperts | None = None,
-    num_ranks: int = 1,
+    split: ExpertsSplit = ON_ONE_RANK,
 ) -> ExpertsFunction:
     """The reference where `backend` is "torch_reference", else the fastest for weights like `down` [F, D, I], which are of
     the experts from `first` on of `num_experts`. Where these are spread over ranks results may be in float32."""
     if backend != "torch_reference" and down.device.type != "cpu":
         return _experts_on_gpu(first, num_experts, clamped)
     function: ExpertsFunction = experts_torch_reference
-    if backend != "torch_reference":
-        is_native = clamped is None and has_native_experts(down.dtype, *down.shape[1:])
-        function = experts_native if is_native else experts_by_group
-        if is_native and num_ranks > 1:
-            function = partial(experts_native, num_ranks=num_ranks)
-    if clamped is not None:
-        function = partial(function, clamped=clamped)
+    if backend != "torch_reference" and has_native_experts(down.dtype, *down.shape[1:]):
+        function = _native_experts(split, clamped)
+    else:
+        if backend != "torch_reference":
+            function = experts_by_group
+        if clamped is not None:
+            function = partial(function, clamped=clamped)
     if first == 0:
         return function
     return lambda hidden, ids, *rest: function(hidden, ids - first, *rest)
+
+
+def _native_experts(split: ExpertsSplit, clamped: ClampedExperts | None) -> ExpertsFunction:
+    if clamped is None:
+        return experts_native if split == ON_ONE_RANK else partial(experts_native, split=split)
+    clamp = NativeClamp(clamped.gate_up_bias, clamped.down_bias, clamped.clamp.alpha, clamped.clamp.limit)
+    return partial(experts_native, split=split, clamp=clamp)
 
 
 def _experts_on_gpu(first: int, num_experts: int, clamped: ClampedExperts | None) -> ExpertsFunction:
@@ -173,9 +179,13 @@ class Experts(nn.Module):
             if not self._has_down_bias:
                 self.down_bias.data.zero_()
             self.clamped = ClampedExperts(self.gate_up_bias, self.down_bias, clamp)
-        num_ranks = axis.size if whole else 1
         self._function = select_experts_function(
-            backend, self.down.data, self._first_expert, num_experts, self.clamped, num_ranks
+            backend,
+            self.down.data,
+            self._first_expert,
+            num_experts,
+            self.clamped,
+            ExpertsSplit(axis.size, whole),
         )
 
     def sharded_weight(self, expert_id: int, part: str) -> ShardedWeight:

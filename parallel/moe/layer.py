@@ -26,6 +26,22 @@ class RouteRecorder(Protocol):
         ...
 
 
+class SharedPart(Protocol):
+    """Experts that all tokens share."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> partial sums [T, D] over the axis that dense parts are sharded over."""
+        ...
+
+    def unweighted(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same before a gate, if there is one, weighs them."""
+        ...
+
+    def weigh(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Rows of `out`, sums of `unweighted`, by the gate's weights."""
+        ...
+
+
 class MoeLayer(nn.Module):
     """[P, D] -> [P, D]."""
 
@@ -35,9 +51,9 @@ class MoeLayer(nn.Module):
         router: TopKRouter,
         dispatcher: Dispatcher,
         experts: Experts,
-        shared: nn.Module | None = None,
+        shared: SharedPart | None = None,
     ) -> None:
-        """`shared` runs on every token: rows to partial sums over the axis that dense parts are sharded over."""
+        """`shared` runs on every token."""
         super().__init__()
         self.moe_layer_index = moe_layer_index
         self.router = router
@@ -60,6 +76,13 @@ class MoeLayer(nn.Module):
         partial = self.experts(dispatched.hidden, dispatched.ids, dispatched.weights)
         if self.shared is None:
             return dispatcher.combine(partial, dispatched)
+        if partial.dtype != hidden.dtype:
+            # Each sum is rounded by itself, as that of one rank is.
+            sums = dispatcher.combine(partial, dispatched).complete_beside(
+                layout.run_sharded(self.shared.unweighted, hidden)
+            )
+            routed_sum, shared_sum = (each.to(hidden.dtype) for each in sums)
+            return PartialSum.of_one(routed_sum + self.shared.weigh(hidden, shared_sum))
         rows = dispatcher.rows_of_group(layout.axis, len(hidden))
         if rows is None:
             return dispatcher.combine(partial, dispatched).plus(layout.run_sharded(self.shared, hidden))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..cpu_ops.activation import sigmoid
+from ..cpu_ops.linear import has_native_linear, wide_linear_native
 from ..weight_format import WeightFormat
 from ..weights import ShardedWeight
 
@@ -124,6 +126,8 @@ def wide_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if hidden.device.type == "cuda" and hidden.dtype == weight.dtype != torch.float32:
         # Nothing is cast.
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    if hidden.device.type == "cpu" and hidden.dtype == weight.dtype and has_native_linear(weight.dtype):
+        return wide_linear_native(hidden, weight)
     return F.linear(hidden.float(), weight.float())
 
 
@@ -158,7 +162,7 @@ def scores_of(logits: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     """What weights are made of, [T, E]."""
     if config.scoring == "softmax":
         return torch.softmax(logits, dim=-1, dtype=torch.float32)
-    return logits.sigmoid() if config.scoring == "sigmoid" else logits
+    return sigmoid(logits) if config.scoring == "sigmoid" else logits
 
 
 def choice_scores(scores: torch.Tensor, config: RouterConfig, correction: torch.Tensor | None) -> torch.Tensor:

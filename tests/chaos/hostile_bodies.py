@@ -77,6 +77,7 @@ def large_body(choose: random.Random) -> tuple[str, str, bytes]:
     text = ("word " * (size // 5))[:size]
     wrong = choose.choice(('"a"', "[]", "{}", "null", "1.5", "true", "-1", "9e9"))
     items = "[" + ",".join([wrong] * (size // (len(wrong) + 1))) + "]"
+    image = "data:image/png;base64," + base64.b64encode(choose.randbytes(size)).decode()
     plain = '"sampling_params":{"max_new_tokens":1'
     bodies = {
         "wrong ids": ("/generate", f'{{"input_ids":{items},{plain}}}}}'),
@@ -98,6 +99,16 @@ def large_body(choose: random.Random) -> tuple[str, str, bytes]:
         "wrong messages": ("/v1/chat/completions", f'{{"messages":{items}}}'),
         "prompt": ("/v1/completions", json.dumps({"prompt": text * 2})),
         "wrong prompt": ("/v1/completions", f'{{"prompt":{items}}}'),
+        "image": ("/generate", json.dumps({"input_ids": [1, 2], "image_data": image})),
+        "image of many prompts": ("/generate", json.dumps({"input_ids": [[1, 2]] * 50, "image_data": image})),
+        "many images": ("/generate", f'{{"text":"a","image_data":{items}}}'),
+        "empty images": ("/generate", json.dumps({"text": ["a"] * 50, "image_data": [[""] * (many // 50)] * 50})),
+        "image of a chat": (
+            "/v1/chat/completions",
+            json.dumps(
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]}
+            ),
+        ),
         "text to tokenize": ("/tokenize", json.dumps({"prompt": text * 2})),
         "wrong tokens": ("/detokenize", f'{{"tokens":{items}}}'),
         "tokens": ("/detokenize", json.dumps({"tokens": [65] * many})),

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 from support.server_process import FEW_SHAPES
 
+from waybill.launch.supervisor import PROCESS
+
 MARK = "WAYBILL_CHAOS_RUN"
 SHARED_MEMORY = Path("/dev/shm")
 POLL_S = 0.05
@@ -145,7 +147,8 @@ def succeeds(*command: str) -> bool:
 
 def role_of(process: psutil.Process) -> str:
     words = process.cmdline()
-    module = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m"), "")
+    modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-m", PROCESS)]
+    module = modules[-1] if modules else ""
     if module == "waybill.launch.worker":
         return f"rank {process.environ()['RANK']}"
     return ROLES.get(module, f"{process.name()} {process.pid}")

@@ -183,7 +183,7 @@ def check_plain_sampling(local: torch.Tensor, first: int, logits: torch.Tensor, 
     spoilt[0][1, 8], spoilt[1][2] = float("nan"), -float("inf")
     for whole in (logits, *spoilt):
         mine = whole[:, first : first + local.shape[1]]
-        found = sample_plain(mine, first, draws, axis, choose_tokens_numpy)
+        found = sample_plain(mine, first, whole.shape[1], draws, axis, choose_tokens_numpy)
         rows = [
             SamplingRow(
                 SamplingParams(temperature=draw.temperature, sampling_seed=draw.seed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -62,6 +63,7 @@ def all_micro_batches(model: Any, step: int) -> list[list[MicroBatch]]:
     ]
 
 
+@cache
 def train_alone(family: str) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Gradients of every step and the weights at the end, of one process that sees the batches of all ranks."""
     model = make_model(family)

@@ -29,7 +29,7 @@ def check_shared_memory() -> None:
     assert mesh.ep.shared is mesh.world.shared is not None
     check_many_calls(mesh.world, plain.world)
     check_many_calls(mesh.tp, plain.tp)
-    check_bits(mesh.world)
+    check_bits(mesh.world, plain.world)
     check_late_rank(plain.world)
 
 
@@ -86,8 +86,9 @@ OPERATIONS: tuple[Callable[[torch.Tensor, Axis, float], torch.Tensor | None], ..
 )
 
 
-def check_bits(axis: Axis) -> None:
-    """A number's sum does not depend on its place, nor on the call that makes it, and is rounded once."""
+def check_bits(axis: Axis, plain: Axis) -> None:
+    """A number's sum does not depend on its place, nor on the call that makes it, and is rounded once; without shared
+    memory, too."""
     for dtype in (torch.float32, torch.bfloat16):
         terms = torch.randn(axis.size, 4 * axis.size, 1021, generator=torch.Generator().manual_seed(1)).to(dtype)
         own = terms[axis.rank]
@@ -95,10 +96,12 @@ def check_bits(axis: Axis) -> None:
         rows = torch.cat([all_reduce(row[None].clone(), axis) for row in own])
         assert torch.equal(total, rows)
         assert torch.equal(reduce_scatter(own, axis), total.chunk(axis.size)[axis.rank])
-        wide = terms[0].float()
-        for term in terms[1:]:
-            wide = wide + term.float()
-        assert torch.equal(total, wide.to(dtype))
+        # Pairs of neighbours first, so that two ranks of two terms each have the same sum as four.
+        wide = terms.float()
+        while len(wide) > 1:
+            wide = wide[0::2] + wide[1::2]
+        assert torch.equal(total, wide[0].to(dtype))
+        assert torch.equal(total, all_reduce(own.clone(), plain))
 
 
 def check_late_rank(plain: Axis) -> None:

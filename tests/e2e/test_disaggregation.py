@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ OPTIONS: dict[str, Any] = {
     "chunked_prefill_size": 32,
 }
 REST_S = 20.0
+NIXL = pytest.param(
+    "nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed: the extra `nixl`")
+)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +221,7 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("transport", ["shared", "tcp"])
+@pytest.mark.parametrize("transport", ["shared", "tcp", NIXL])
 @pytest.mark.parametrize(
     ("prefill", "decode"),
     [
@@ -239,13 +243,14 @@ def test_other_layouts(
             check(reference, prompt, answer)
         for engine in (pair.prefill, pair.decode):
             state = at_rest(engine)
-            assert state["transferred_shared_bytes"] == (state["transferred_bytes"] if transport == "shared" else 0)
+            for name in ("shared", "nixl"):
+                assert state[f"transferred_{name}_bytes"] == (state["transferred_bytes"] if transport == name else 0)
     finally:
         pair.shutdown()
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
+@pytest.mark.parametrize("transport", ["auto", "tcp", NIXL])
 def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(
     checkpoint: str, reference: Reference, transport: str
 ) -> None:
@@ -272,7 +277,7 @@ def check_nobody_can_tell(checkpoint: str, reference: Reference, transport: str,
         state = at_rest(pair.decode)
     finally:
         pair.shutdown()
-    assert state["transferred_shared_bytes"] == (0 if transport == "tcp" else state["transferred_bytes"])
+    assert state["transferred_shared_bytes"] == (state["transferred_bytes"] if transport in ("auto", "shared") else 0)
     for one, two in zip((*fields, *fields), both, strict=True):
         check(reference, one["input_ids"], two)
     with Engine(checkpoint, tp_size=1, **options) as engine:

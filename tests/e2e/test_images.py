@@ -255,7 +255,7 @@ def test_samples_and_batches(shared: Engine) -> None:
         ([1, IMAGE_PAD, 2], "data:text/plain;base64,aGk=", "text/plain is no image"),
         ([1, IMAGE_PAD, 2], "data:image/png,abc", "must be base64"),
         ([1, IMAGE_PAD, 2], "%%%", "is no base64"),
-        ([1, IMAGE_PAD, 2], "aGVsbG8=", "the image is in no format that Pillow reads"),
+        ([1, IMAGE_PAD, 2], "aGVsbG8=", "the image is in none of the formats PNG, JPEG"),
         ([1, IMAGE_PAD, 2], data_uri(PNGS[0][:200]), "the image cannot be read"),
     ],
 )

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from support.server_process import FEW_SHAPES, ServerProcess
 
+from waybill.launch.supervisor import PROCESS
+
 TP_SIZE = 2
 # Small, so that caching and eviction reach their steady state in the first half.
 KV_CACHE_TOKENS = 16384
@@ -153,10 +155,10 @@ class MemoryWatch:
 
 def name_of(process: psutil.Process) -> str:
     words = process.cmdline()
-    modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m"]
+    modules = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-m", PROCESS)]
     if not modules:
         return process.name()
-    name = modules[0].removeprefix("waybill.")
+    name = modules[-1].removeprefix("waybill.")
     return f"{name}, rank {process.environ()['RANK']}" if name == "launch.worker" else name
 
 

@@ -19,7 +19,14 @@ JSON = "application/json"
 
 PARAMS = {"max_new_tokens": 2, "temperature": 0.0}
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-# Valid and cheap, several per path.
+# Of one pixel.
+IMAGE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgZGIGAAAOAAfXb+R4AAAAAElFTkSuQmCC"
+)
+SHOWN = [
+    {"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": IMAGE}}]}
+]
+# Valid and cheap, several per path; those with images where there is an encoder.
 VALID: dict[str, list[dict[str, Any]]] = {
     "/inference/v1/generate": [
         {
@@ -50,6 +57,8 @@ VALID: dict[str, list[dict[str, Any]]] = {
         },
         {"input_ids": [[1], [2, 3]], "sampling_params": PARAMS, "priority": 1, "extra_key": "k", "session_id": "s"},
         {"text": "<|user|>", "split_special_tokens": True, "sampling_params": PARAMS},
+        {"text": "<|image_pad|> a <|image_pad|>", "image_data": [IMAGE, IMAGE], "sampling_params": PARAMS},
+        {"text": ["a", "<|image_pad|>"], "image_data": [None, [IMAGE]], "sampling_params": PARAMS, "stream": True},
     ],
     "/v1/completions": [
         {"prompt": "abc", "max_tokens": 2, "model": "m", "temperature": 0.5, "n": 2, "logprobs": 2, "echo": True},
@@ -69,6 +78,7 @@ VALID: dict[str, list[dict[str, Any]]] = {
         {"messages": MESSAGES, "max_completion_tokens": 2, "max_tokens": 2, "stream": True, "return_meta_info": True},
         {"input_ids": [1, 2], "max_tokens": 2, "n": 2, "seed": 3, "return_routed_experts": True},
         {"messages": MESSAGES, "max_tokens": 2, "split_special_tokens": True},
+        {"messages": SHOWN, "max_tokens": 2, "return_routed_experts": True},
     ],
     "/tokenize": [{"prompt": "abc"}, {"prompt": ["a", "b"], "add_special_tokens": False, "model": "m"}],
     "/detokenize": [{"tokens": [1, 2]}, {"tokens": [[1], [2]], "skip_special_tokens": False}],

@@ -18,6 +18,7 @@ from waybill.parallel.fp8 import (
     quantise_tokens,
     rows_of_heads_torch,
 )
+from waybill.parallel.fp8_split_triton import SplitTiling, linear_fp8_by_rows, linear_fp8_split, split_tiling
 from waybill.parallel.fp8_triton import linear_fp8_triton, quantise_tokens_triton, rows_of_heads_triton
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe import experts_few_fp8_triton as experts_few_fp8_triton_module
@@ -119,6 +120,43 @@ def test_linear_of_whole_blocks(dtype: torch.dtype, quantises: bool, num_tokens:
     expected = linear_fp8_torch(x, *matrix, Grid(), None, quantises=quantises)
     found = linear_fp8_triton(x, *matrix, Grid(), None, quantises=quantises)
     torch.testing.assert_close(found, expected, **tolerance(dtype, quantises=quantises))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_outputs", "width", "grid"),
+    [
+        (2, 64, 1024, Grid()),
+        (64, 128, 640, Grid()),
+        (70, 96, 512, Grid(64, 64)),
+        (20, 150, 200, Grid(8, 32)),
+    ],
+)
+def test_linear_split_over_programs(
+    dtype: torch.dtype, biased: bool, num_tokens: int, num_outputs: int, width: int, grid: Grid
+) -> None:
+    """Twice, so that the second finds what the first has left of its counts; tiles and groups may not be whole."""
+    x, weight = normal(num_tokens, width, dtype=dtype), normal(num_outputs, width, dtype=torch.float32, seed=1) / 30
+    bias = normal(num_outputs, dtype=dtype, seed=2) if biased else None
+    matrix = quantise_blocks(weight, grid)
+    expected = linear_fp8_torch(x, *matrix, grid, bias, quantises=True)
+    for num_splits in (1, 3, 4):
+        tiling = SplitTiling(16 if num_tokens <= 16 else 64, 32, num_splits)
+        found = [linear_fp8_split(x, *matrix, grid, bias, tiling) for _ in range(2)]
+        torch.testing.assert_close(found[0], expected, **tolerance(dtype, quantises=True))
+        assert torch.equal(found[0], found[1])
+    chosen = linear_fp8_by_rows(x, *matrix, grid, bias, quantises=True)
+    torch.testing.assert_close(chosen, expected, **tolerance(dtype, quantises=True))
+
+
+def test_tilings_of_split_products() -> None:
+    """Tokens, rows and groups of columns of the weight: those that were measured, and one that is too short to split."""
+    assert split_tiling(8, 2048, 32) == SplitTiling(16, 64, 8, num_stages=3)
+    assert split_tiling(16, 5120, 16) == SplitTiling(16, 32, 4, num_stages=3)
+    assert split_tiling(64, 2048, 32) == SplitTiling(64, 64, 8, num_stages=4)
+    assert split_tiling(33, 5120, 16) == SplitTiling(64, 64, 2, num_stages=4)
+    assert split_tiling(2, 2048, 3).num_splits == split_tiling(64, 2048, 3).num_splits == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ from waybill.engine.attention.torch_reference import TorchReferenceAttention
 from waybill.engine.attention.triton_paged import TritonPagedAttention
 from waybill.engine.disaggregation.row_copy import Heads, as_words, copy_rows_torch, select_heads
 from waybill.engine.disaggregation.row_copy_triton import copy_rows_triton
-from waybill.engine.models.norm_rope import HeadNorms, TorchLayerOps
+from waybill.engine.models.norm_rope import HeadNorms, KVTarget, TorchLayerOps
 from waybill.engine.models.norm_rope_triton import TritonLayerOps
 from waybill.engine.plan import Draw
 from waybill.engine.runner.gumbel import choose_tokens_numpy
@@ -68,9 +68,8 @@ def test_norm_rope_and_store(dtype: torch.dtype, turned: int, has_norms: bool) -
     results = []
     for ops in (TorchLayerOps(), TritonLayerOps()):
         keys, values = (torch.zeros(slots, kv_heads, width, dtype=dtype, device=DEVICE) for _ in range(2))
-        results.append(
-            (ops.norm_rope_store(qkv, norms if has_norms else None, rope, where, keys, values), keys, values)
-        )
+        target = KVTarget(where, keys, values)
+        results.append((ops.norm_rope_store(qkv, norms if has_norms else None, rope, target), keys, values))
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 

@@ -344,5 +344,7 @@ class ChatCompletionRequest(OpenAIRequest):
             "text": prompt,
             "input_ids": prompt,
             "top_logprobs_num": "top_logprobs",
+            # Counted over the parts of all messages.
+            "image_data": "image_url",
             **({"json_schema": "tools"} if self.must_call else {}),
         }

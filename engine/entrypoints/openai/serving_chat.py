@@ -17,6 +17,7 @@ from ...frontend.cumulative_answer import CumulativeAnswer
 from ...frontend.generate_request import CHAR_COST_US, GenerateReqInput, parse_generate_request
 from ...frontend.request_preparation import PreparedRequest
 from ...frontend.tokenizer_manager import TokenizerManager
+from ...validation.field_error import FieldError
 from ..responses import encode_json
 from . import extensions, serving
 from .chat_answer import ChatAnswer
@@ -72,7 +73,13 @@ class ChatServing:
         return await serving.respond(self._manager, body, http, endpoint)
 
     async def render(self, body: ChatCompletionRequest, http: Request) -> Response:
-        """The prompt's ids and the parameters in vLLM's words, as `/inference/v1/generate` takes them."""
+        """The prompt's ids and the parameters in vLLM's words, as `/inference/v1/generate` takes them.
+
+        Raises:
+            ValueError: as a chat of them, or it has images, which that endpoint does not take.
+        """
+        if any(message.images for message in body.messages):
+            raise FieldError("messages: a prompt that is rendered has no images; send the chat itself", "messages")
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         ids = body.input_ids
         if ids is None:

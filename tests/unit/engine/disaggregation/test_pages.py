@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from waybill.engine.disaggregation import mapped_pool
 from waybill.engine.disaggregation.head_plan import head_slices
-from waybill.engine.disaggregation.mapped_pool import DeviceMappedPool, MappedPool, PoolExport, map_pool
-from waybill.engine.disaggregation.page_copy import DevicePages, HostPages, PageCopy
+from waybill.engine.disaggregation.mapped_pool import MappedPool, SharedExport
+from waybill.engine.disaggregation.page_copy import DevicePages, HostPages, PageCopy, slots_of
+from waybill.engine.disaggregation.pool_export import PoolExport
+from waybill.engine.disaggregation.pool_writer import DeviceWriter
 from waybill.engine.disaggregation.row_copy import as_words, select_heads
-from waybill.engine.disaggregation.wire import DeviceMemory
 from waybill.engine.kv_cache.kv_store import KVStore, KVTensorSpec
 
 CPU = torch.device("cpu")
@@ -96,14 +97,12 @@ def test_positions_are_copied_from_mapped_pools(
     their_pages, pages = np.array([9, 3, 7, 1], dtype=np.int32), np.array([5, 2], dtype=np.int32)
     for one in head_slices(4, 2, 1, 0):
         store = there[one.rank]
-        place = PoolExport(store, 2).place("1.0", 1)
-        pool: MappedPool = map_pool(place, here, 4)
+        pool = MappedPool(PoolExport(store, 2, SharedExport(store)).place("1.0", 1), here, 4)
         if on_device:
-            monkeypatch.setattr(mapped_pool, "MappedMemory", lambda handle, device, store=store: FakeMemory(store))
             monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
             monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-            place = msgspec.structs.replace(place, memory=DeviceMemory(bytes(64), 0))
-            pool = DeviceMappedPool(place, store.stacks, here, 4)
+            pool._writer = DeviceWriter(here)
+            pool._sources = pool._writer.sources(store.stacks, store.memory)
         for start, end in ((0, 3), (3, 7)):
             on = their_pages[start // 2 : -(-end // 2)]
             num_bytes = pool.copy(on, pages, start, end, one.theirs, one.ours)
@@ -116,16 +115,6 @@ def test_positions_are_copied_from_mapped_pools(
 
 class Stream:
     def synchronize(self) -> None: ...
-
-
-class FakeMemory:
-    def __init__(self, store: KVStore) -> None:
-        self._store = store
-
-    def tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
-        return self._store.memory[offset : offset + num_bytes]
-
-    def close(self) -> None: ...
 
 
 def test_rows_as_words() -> None:
@@ -160,3 +149,14 @@ def test_memory_is_given_back_after_copies(is_shared: bool) -> None:
     assert not any(tensor.any() for tensor in store.tensors())
     HostPages(store, 2).scatter(pages, 0, 4, None, data)
     assert HostPages(store, 2).gather(pages, 0, 4, None) == data
+
+
+@given(page_size=st.integers(1, 5), num_pages=st.integers(0, 6), data=st.data())
+def test_slots_of_positions(page_size: int, num_pages: int, data: st.DataObject) -> None:
+    pages = np.array(data.draw(st.permutations(range(num_pages))), dtype=np.int32)
+    start = data.draw(st.integers(0, num_pages * page_size))
+    end = data.draw(st.integers(start, num_pages * page_size))
+    expected = [pages[position // page_size] * page_size + position % page_size for position in range(start, end)]
+    assert slots_of(pages, start, end, page_size).tolist() == expected
+    with pytest.raises(IndexError, match=f"{num_pages} pages"):
+        slots_of(pages, start, num_pages * page_size + 1, page_size)

@@ -19,14 +19,25 @@ import torch
 from support.engine_pair import HOST, free_port
 
 from waybill.engine.disaggregation import mapped_pool, transfer_client
-from waybill.engine.disaggregation.mapped_pool import NotMappableError, PoolExport, map_pool
-from waybill.engine.disaggregation.mapped_pools import MappedPools
+from waybill.engine.disaggregation.mapped_pool import MappedPool, SharedExport
 from waybill.engine.disaggregation.page_client import FetchedPrompts, RankShape
 from waybill.engine.disaggregation.page_copy import HostPages
 from waybill.engine.disaggregation.page_server import SharedPrompts
+from waybill.engine.disaggregation.pool_export import PoolExport
+from waybill.engine.disaggregation.remote_pool import NotMappableError, RemotePool
+from waybill.engine.disaggregation.remote_pools import RemotePools
 from waybill.engine.disaggregation.transfer_client import TransferClient
 from waybill.engine.disaggregation.transfer_server import TransferServer
-from waybill.engine.disaggregation.wire import DeviceMemory, Release, Welcome, difference
+from waybill.engine.disaggregation.wire import (
+    DeviceMemory,
+    HostMemory,
+    HostProof,
+    NixlMemory,
+    PoolPlace,
+    Release,
+    Welcome,
+    difference,
+)
 from waybill.engine.io_struct import FirstToken, TransferSource
 from waybill.engine.ipc.frontend_messages import TransferNotice
 from waybill.engine.ipc.sockets import CurveKeys, Endpoint
@@ -55,8 +66,8 @@ class Sides:
     server: TransferServer | None = None
 
     def serve(self, transport: str = "auto") -> SharedPrompts:
-        export = None if transport == "tcp" else PoolExport(self.there, 1)
-        prompts = SharedPrompts(HostPages(self.there, 1), self.releases.put, export, allows_bytes=transport != "shared")
+        export = None if transport == "tcp" else PoolExport(self.there, 1, SharedExport(self.there))
+        prompts = SharedPrompts(HostPages(self.there, 1), self.releases.put, export, transport)
         address = f"tcp://{HOST}:{self.port}"
         server = TransferServer(
             Endpoint(address, self.keys),
@@ -81,11 +92,14 @@ class Sides:
         transport: str = "auto",
         copy: HostPages | None = None,
     ) -> FetchedPrompts:
-        self.pools = MappedPools(self.here, 1, transport)
+        self.pools = RemotePools(self.open_pool, transport)
         client = TransferClient(keys or self.keys, facts, lambda welcome, source: welcome.pages[0][0], self.pools)
         client.start()
         copy = copy or HostPages(self.here, 1)
         return FetchedPrompts(client, RankShape(0, 1, 1), copy, self.pools, self.notices.put)
+
+    def open_pool(self, place: PoolPlace) -> RemotePool:
+        return MappedPool(place, self.here, 1)
 
     def ask(self, room: int = 1, end: int = 6) -> FetchPages:
         return FetchPages(TransferSource(HOST, self.port, room), 1, 2, end, PAGES.tobytes())
@@ -235,7 +249,7 @@ def test_who_is_stopped_with_the_memory_mapped_is_not_waited_for_without_end(
     sides: Sides, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mapped_pool, "UNMAP_WAIT_S", 0.05)
-    export = PoolExport(sides.there, 1)
+    export = PoolExport(sides.there, 1, SharedExport(sides.there))
     export.has_holders = lambda: True
     sides.there.before_release()
     assert "still has the KV cache mapped" in caplog.text
@@ -268,6 +282,35 @@ def assert_true(value: bool) -> None:
     assert value
 
 
+def test_who_drops_a_request_does_not_wait_until_a_pool_is_mapped(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver may take long to open a handle; the step thread drops."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def open_slowly(place: PoolPlace) -> RemotePool:
+        begun.set()
+        assert may_end.wait(20)
+        return MappedPool(place, sides.here, 1)
+
+    monkeypatch.setattr(sides, "open_pool", open_slowly)
+    shared, fetched = sides.serve(), sides.fetch()
+    shared.handle(SharePages("1.0", PAGES.tobytes(), 6, FirstToken([5], "w")))
+    fetched.handle(sides.ask())
+    assert begun.wait(20)
+    dropping = threading.Thread(target=fetched.handle, args=[DropPages("1.0", "aborted")])
+    dropping.start()
+    dropping.join(5)
+    was_waiting = dropping.is_alive()
+    may_end.set()
+    assert not was_waiting
+    # The next request finds the pool mapped.
+    shared.handle(SharePages("2.0", PAGES.tobytes(), 6, FirstToken([5], "w")))
+    fetched.handle(sides.ask(2))
+    assert sides.notice() == TransferNotice("2.0", "pages0", 1, "", FirstToken([5], "w"))
+    assert sides.notices.empty()
+
+
 def test_a_connection_that_ends_fails_who_waits_and_lets_go_of_the_pool(sides: Sides) -> None:
     """The other side is not asked whether it is dead: the next job says hello anew."""
     shared, fetched = mapped_sides(sides, 3)
@@ -285,28 +328,44 @@ def test_a_connection_that_ends_fails_who_waits_and_lets_go_of_the_pool(sides: S
     assert sides.notice().error == "" and sides.pools.is_needed
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"proof_path": "/etc/hostname"}, "no descriptor of a process"),
-        ({"proof_path": "/proc/1/fd/99999"}, "not on this host"),
-        ({"proof": bytes(32)}, "not on this host"),
-        ({"stacks": [(0, [2, 9, 1, 2])]}, "its tensors are others"),
-        ({"stacks": [(0, [1, 900, 1, 2])]}, "its tensors are not in it"),
-        ({"num_bytes": 1 << 30}, "mmap length is greater"),
-        ({"memory": DeviceMemory(bytes(64), 0)}, "one pool is on the host"),
-    ],
-)
-def test_a_pool_is_mapped_only_on_proof_of_the_same_host(sides: Sides, change: dict[str, Any], why: str) -> None:
-    place = PoolExport(sides.there, 1).place("1.0", 1)
+BAD_PLACES: list[tuple[Callable[[PoolPlace, HostMemory], PoolPlace], str]] = [
+    (lambda place, memory: with_proof(place, memory, path="/etc/hostname"), "no descriptor of a process"),
+    (lambda place, memory: with_proof(place, memory, path="/proc/1/fd/99999"), "not on this host"),
+    (lambda place, memory: with_proof(place, memory, content=bytes(32)), "not on this host"),
+    (lambda place, _: msgspec.structs.replace(place, stacks=[(0, [2, 9, 1, 2])]), "its tensors are others"),
+    (lambda place, _: msgspec.structs.replace(place, stacks=[(0, [1, 900, 1, 2])]), "its tensors are not in it"),
+    (lambda place, _: msgspec.structs.replace(place, num_bytes=1 << 30), "mmap length is greater"),
+    (
+        lambda place, memory: msgspec.structs.replace(place, memory=DeviceMemory(memory.proof, bytes(64), 0)),
+        "one pool is on the host",
+    ),
+    (
+        lambda place, _: msgspec.structs.replace(place, memory=NixlMemory("other", b"", 0, None)),
+        "the prefill's side has --disaggregation-transport nixl",
+    ),
+]
+
+
+def with_proof(place: PoolPlace, memory: HostMemory, **changes: Any) -> PoolPlace:
+    proof: HostProof = msgspec.structs.replace(memory.proof, **changes)
+    return msgspec.structs.replace(place, memory=HostMemory(proof, memory.path))
+
+
+@pytest.mark.parametrize(("change", "why"), BAD_PLACES)
+def test_a_pool_is_mapped_only_on_proof_of_the_same_host(
+    sides: Sides, change: Callable[[PoolPlace, HostMemory], PoolPlace], why: str
+) -> None:
+    place = PoolExport(sides.there, 1, SharedExport(sides.there)).place("1.0", 1)
+    assert isinstance(place.memory, HostMemory)
+    bad = change(place, place.memory)
     with pytest.raises(NotMappableError, match=why):
-        map_pool(msgspec.structs.replace(place, **change), sides.here, 1)
-    pools = MappedPools(sides.here, 1, "auto")
-    pools.map("there", msgspec.structs.replace(place, **change))
-    assert pools.generation("there") is None, "bytes are asked for"
+        MappedPool(bad, sides.here, 1)
+    pools = RemotePools(sides.open_pool, "auto")
+    pools.open("there", bad)
+    assert pools.transport("there") == "tcp", "bytes are asked for"
     pools.lost("there")
-    pools.map("there", place)
-    assert pools.generation("there") == 1
+    pools.open("there", place)
+    assert (pools.transport("there"), pools.held("there")) == ("shared", 1)
     with pytest.raises(ValueError, match="pages that the pool does not have"):
         pools.get("there").copy(np.array([9], np.int32), PAGES, 0, 1, None, None)
     with pytest.raises(ValueError, match="1 pages for positions 0"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,42 +13,13 @@ import psutil
 import pytest
 from chaos.sides import shut
 from support.engine_pair import free_port
+from support.fake_tower import FACTS, KEYS, FakeTower, features_of, serve
 
 from waybill.engine.encoder import encoder_client
 from waybill.engine.encoder.encoder_client import EncoderClient, EncoderError, ImageRefusedError
-from waybill.engine.encoder.encoder_server import EncodedCache, EncoderLimits, EncoderServer
-from waybill.engine.encoder.tower import BadImageError, EncodedImage
+from waybill.engine.encoder.encoder_server import EncodedCache
+from waybill.engine.encoder.tower import EncodedImage
 from waybill.engine.ipc.sockets import CurveKeys, Endpoint
-
-KEYS = CurveKeys.make()
-FACTS = {"hidden_size": "4"}
-
-
-class FakeTower:
-    """Gives the file back; waits where it is told to."""
-
-    facts = FACTS
-
-    def __init__(self) -> None:
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
-        self.num_encoded = 0
-
-    def encode(self, file: bytes) -> EncodedImage:
-        self.may_go_on.wait()
-        if file == b"bad":
-            raise BadImageError("is bad")
-        if file == b"fault":
-            raise MemoryError("no memory")
-        self.num_encoded += 1
-        return EncodedImage(1, len(file), "float32", file)
-
-
-def serve(tower: FakeTower, max_waiting: int = 8) -> Endpoint:
-    where = Endpoint(f"tcp://127.0.0.1:{free_port()}", KEYS)
-    server = EncoderServer(where, tower, EncoderLimits(max_waiting, 1 << 10, 100))
-    threading.Thread(target=server.run, daemon=True).start()
-    return where
 
 
 def use(where: Endpoint, talk: Callable[[EncoderClient], Any], timeout_s: float = 5.0, **facts: str) -> list[str]:
@@ -77,7 +47,7 @@ def test_answers_and_refusals() -> None:
 
     async def talk(client: EncoderClient) -> None:
         first, again = await ask(client, b"image"), await ask(client, b"image")
-        assert bytes(first.data) == bytes(again.data) == b"image" and first.width == 5
+        assert bytes(first.data) == bytes(again.data) == features_of(b"image") and first.width == 5
         assert tower.num_encoded == 1
         with pytest.raises(ImageRefusedError, match="is bad"):
             await ask(client, b"bad")
@@ -90,6 +60,32 @@ def test_answers_and_refusals() -> None:
         assert client.problem is None and client.num_waiting == 0
 
     assert len(use(serve(tower), talk)) == 1
+
+
+def test_a_question_for_an_encoder_that_is_gone_is_none_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come to the next one, which has other weights perhaps, before that is known."""
+    tower = FakeTower()
+
+    async def talk(client: EncoderClient) -> None:
+        await ask(client, b"image")
+        monkeypatch.setattr(client, "_incarnation", "the one before")
+        with pytest.raises(EncoderError, match="has been started anew"):
+            await ask(client, b"another")
+        assert tower.num_encoded == 1
+
+    use(serve(tower), talk)
+
+
+def test_features_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks would read what is not there, or another token's."""
+    tower = FakeTower()
+    monkeypatch.setattr(tower, "encode", lambda file: EncodedImage(1, len(file), "float32", features_of(file)[:-4]))
+
+    async def talk(client: EncoderClient) -> None:
+        with pytest.raises(EncoderError, match="has sent 76 bytes for Encoded"):
+            await ask(client, b"image")
+
+    use(serve(tower), talk)
 
 
 def test_a_slow_tower_and_a_full_queue() -> None:
@@ -106,13 +102,13 @@ def test_a_slow_tower_and_a_full_queue() -> None:
         with pytest.raises(EncoderError, match="1 images wait already"):
             await ask(client, b"more")
         # What is known is answered all the same.
-        assert bytes((await ask(client, b"first")).data) == b"first"
+        assert bytes((await ask(client, b"first")).data) == features_of(b"first")
         with pytest.raises(EncoderError, match=r"has not encoded an image within 2 s \(--encoder-timeout\)"):
             await running
         waiting.cancel()
         tower.may_go_on.set()
         await asyncio.sleep(0.3)
-        assert bytes((await ask(client, b"waiting")).data) == b"waiting"
+        assert bytes((await ask(client, b"waiting")).data) == features_of(b"waiting")
         assert client.num_waiting == 0
 
     use(where, talk, timeout_s=2.0)
@@ -137,7 +133,7 @@ def test_a_connection_that_is_cut() -> None:
             await waiting
         assert time.monotonic() - began < 2.0
         tower.may_go_on.set()
-        assert bytes((await ask(client, b"second")).data) == b"second"
+        assert bytes((await ask(client, b"second")).data) == features_of(b"second")
         assert client.problem is None and client.num_waiting == 0
 
     assert len(use(where, talk)) == 1
@@ -165,7 +161,7 @@ def test_another_model_and_another_key() -> None:
         with pytest.raises(EncoderError, match="hidden_size: 5 in the engine, 4 in the encoder"):
             await ask(client, b"image")
 
-    assert use(where, talk, hidden_size="5") == []
+    assert use(where, talk, **{**FACTS, "hidden_size": "5"}) == []
 
     async def is_refused(client: EncoderClient) -> None:
         with pytest.raises(EncoderError):

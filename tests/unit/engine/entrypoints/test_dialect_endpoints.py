@@ -26,6 +26,7 @@ STATE: dict[str, Any] = {
     "weight_version": "v",
     "transferred_bytes": 8,
     "transferred_shared_bytes": 3,
+    "transferred_nixl_bytes": 1,
     "dp_ranks": [RANK, RANK],
 }
 
@@ -102,7 +103,7 @@ def test_loads_in_both_forms() -> None:
 def test_server_info_has_what_slime_and_miles_read() -> None:
     """slime, slime/backends/sglang_utils/external.py and sglang_engine.py (`_init_external`); miles has the same."""
     info = client_of().get("/server_info").json()
-    assert info["disaggregation_transports"] == ["shared", "tcp"]
+    assert info["disaggregation_transports"] == ["shared", "nixl", "tcp"]
     assert info["num_gpus"] == 4 and info["pp_size"] == 1 and info["tp_size"] == 2 and info["ep_size"] == 4
     assert info["enable_memory_saver"] is False and info["enable_metrics"] is True
     assert info["enable_return_routed_experts"] is False and info["disaggregation_mode"] == "null"

@@ -242,7 +242,7 @@ def test_nobody_comes_in_between_into_the_second_of_two_operations(is_abortable:
                 under_way.clear()
 
         async def request() -> None:
-            await (waiting.enter({"rid": None}) if is_abortable else gate.enter())
+            await (waiting.enter(waiting.begin({"rid": None})) if is_abortable else gate.enter())
             assert not under_way.is_set()
 
         operations = [asyncio.ensure_future(operate(0.02)) for _ in range(3)]

@@ -273,7 +273,7 @@ def test_on_a_gpu_a_plain_request_gets_the_token_that_the_leader_would_sample() 
     ]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = sample_plain(logits, 0, draws, Axis.single(), select_choose_tokens(device))
+        found = sample_plain(logits, 0, logits.shape[1], draws, Axis.single(), select_choose_tokens(device))
         expected = sample(logits, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")

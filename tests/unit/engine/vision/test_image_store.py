@@ -2,70 +2,125 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import numpy as np
 import pytest
 import torch
 
-from waybill.engine.vision import image_store
 from waybill.engine.vision.image_memory import ImageMemory
 from waybill.engine.vision.image_store import (
     Features,
     ImageMemoryFullError,
     ImageStore,
+    ImageTooLargeError,
     OutdatedImageError,
     StoredImage,
-    fill_memory,
 )
 from waybill.engine.vision.placed_image import PlacedImage
 
+PAGE = mmap.ALLOCATIONGRANULARITY
+# Of one row of a grid that is 2 wide, with one level: 2 * 2 * 256 numbers.
+ROW_BYTES = 4096
+
+
+def values_of(height: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((height * 2, 2, 256)).astype(np.float32)
+
 
 def add(store: ImageStore, name: bytes, height: int, seed: int = 0, incarnation: str = "") -> StoredImage:
-    """Of width 2, with one level of 4 numbers: 64 bytes for each row of the grid."""
-    values = np.random.default_rng(seed).random((height * 2, 2, 4)).astype(np.float32)
-    features = Features(incarnation, height, 2, "float32", memoryview(values.tobytes()))
-    return store.add(name, features, fill_memory(features.data))
+    data = memoryview(values_of(height, seed).tobytes())
+    assert data.nbytes == height * ROW_BYTES
+    room = store.reserve(data.nbytes)
+    store.arena.write(room.offset, data)
+    return store.add(name, Features(incarnation, height, 2, "float32", data), room)
+
+
+def placed(image: StoredImage) -> PlacedImage:
+    return PlacedImage(image.number, 0, image.height, 2, 0, image.path, image.room.offset, image.dtype)
+
+
+def memory_of(store: ImageStore) -> int:
+    """Bytes that the system has given to it."""
+    return os.stat(store.arena.path).st_blocks * 512
 
 
 def test_ranks_read_what_was_written() -> None:
     store = ImageStore(1 << 20)
+    add(store, b"other", 2, seed=5)
     image = add(store, b"a", 3, seed=4)
-    expected = np.random.default_rng(4).random((6, 2, 4)).astype(np.float32)
-    placed = PlacedImage(image.number, 0, 3, 2, 0, image.path, image.dtype)
-    memory = ImageMemory(1, 4)
-    np.testing.assert_array_equal(memory.rows(placed, 1, 4).numpy(), expected[1:4])
-    # What is mapped outlasts the store.
+    memory = ImageMemory(1, 256)
+    np.testing.assert_array_equal(memory.rows(placed(image), 1, 4).numpy(), values_of(3, 4)[1:4])
+    # What a rank has open outlasts the store.
     store.close()
-    np.testing.assert_array_equal(memory.rows(placed, 4, 6).numpy(), expected[4:])
-    assert memory.rows(placed, 0, 1).dtype == torch.float32
+    np.testing.assert_array_equal(memory.rows(placed(image), 4, 6).numpy(), values_of(3, 4)[4:])
+    assert memory.rows(placed(image), 0, 1).dtype == torch.float32
+    memory.close()
 
 
-def test_the_least_recently_used_goes_and_what_is_pinned_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_store, "KEEP_S", -1.0)
-    store = ImageStore(3 * 128)
+def test_what_goes_takes_no_memory_and_nobody_reads_another_image_in_its_place() -> None:
+    """Whatever ranks have read, and however many images there were: one file is open."""
+    store = ImageStore(4 * ROW_BYTES)
+    memory = ImageMemory(1, 256)
+    first = add(store, b"first", 2)
+    memory.rows(placed(first), 0, 4)
+    num_open = len(os.listdir("/proc/self/fd"))
+    for seed in range(50):
+        image = add(store, b"%d" % seed, 3, seed)
+        np.testing.assert_array_equal(memory.rows(placed(image), 0, 6).numpy(), values_of(3, seed))
+    assert memory_of(store) == store.num_bytes == 3 * ROW_BYTES
+    assert not memory.rows(placed(first), 0, 4).any()
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_the_least_recently_used_goes_and_what_is_pinned_stays() -> None:
+    store = ImageStore(6 * ROW_BYTES)
     images = [add(store, name, 2) for name in (b"a", b"b", b"c")]
     assert [image.number for image in images] == [1, 2, 3]
     images[0].pin()
     assert store.get(b"b") is images[1]
     add(store, b"d", 2)
     assert store.get(b"c") is None and store.get(b"a") is images[0]
-    with pytest.raises(ImageMemoryFullError, match="image-memory-bytes"):
-        add(store, b"e", 5)
+    with pytest.raises(
+        ImageMemoryFullError, match=f"{2 * ROW_BYTES} bytes .* in use, .* needs {5 * ROW_BYTES} .*image-mem"
+    ):
+        store.reserve(5 * ROW_BYTES)
+    # What cannot be had costs nobody anything.
+    assert len(store) == 3
+    with pytest.raises(ImageTooLargeError, match=f"takes {7 * ROW_BYTES} bytes .* at most {6 * ROW_BYTES} "):
+        store.reserve(7 * ROW_BYTES)
     images[0].unpin()
     # Its number is remembered longer than it is.
     assert add(store, b"c", 6).number == 3 and len(store) == 1
-    assert store.num_bytes == 6 * 64
+    assert store.num_bytes == 6 * ROW_BYTES == memory_of(store)
+
+
+def test_memory_is_counted_in_pages() -> None:
+    store = ImageStore(2 * PAGE)
+    store.reserve(1)
+    room = store.reserve(1)
+    with pytest.raises(ImageMemoryFullError):
+        store.reserve(1)
+    store.give_back(room)
+    assert store.num_bytes == PAGE
+    store.reserve(1)
 
 
 def test_images_of_another_encoder_are_other_ones() -> None:
     store = ImageStore(1 << 20)
     store.forget_all("first")
-    image = add(store, b"a", 2, incarnation="first")
+    image = add(store, b"a", 2, seed=1, incarnation="first")
+    add(store, b"b", 1, incarnation="first")
+    image.pin()
     store.forget_all("second")
     assert store.get(b"a") is None
-    # Whoever has it pinned goes on with it.
-    assert os.path.exists(image.path)
+    # Whoever has it pinned goes on with it; the other one is gone.
+    np.testing.assert_array_equal(ImageMemory(1, 256).rows(placed(image), 0, 4).numpy(), values_of(2, 1))
+    assert store.num_bytes == 2 * ROW_BYTES
     with pytest.raises(OutdatedImageError):
         add(store, b"a", 2, incarnation="first")
-    assert add(store, b"a", 2, incarnation="second").number == 2
+    assert store.num_bytes == 2 * ROW_BYTES
+    image.unpin()
+    assert add(store, b"a", 2, incarnation="second").number == 3
+    assert store.num_bytes == memory_of(store) == 2 * ROW_BYTES

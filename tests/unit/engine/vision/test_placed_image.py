@@ -10,14 +10,14 @@ from support.replay_models import CONFIGS, IMAGE_PAD
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel
 
 from waybill.engine.frontend.image_placement import place_images
-from waybill.engine.vision.image_store import StoredImage
+from waybill.engine.vision.image_store import Room, StoredImage
 from waybill.engine.vision.placed_image import images_within, rope_positions
 
 GRIDS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4)), max_size=4)
 
 
 def stored(number: int, height: int, width: int) -> StoredImage:
-    return StoredImage(number, height, width, "float32", 0, fd=0)
+    return StoredImage(number, height, width, "float32", "/nowhere", Room(0, 0))
 
 
 @settings(max_examples=60, deadline=None)

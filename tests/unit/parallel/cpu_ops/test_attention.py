@@ -135,6 +135,22 @@ def test_the_definition_within_rounding(
         torch.testing.assert_close(found[case.rows(i)].double(), exact(case, i), rtol=2**-8, atol=2e-5)
 
 
+@pytest.mark.parametrize(("width", "value_width"), [(48, 32), (40, 23), (576, 512)])
+def test_values_may_be_the_beginnings_of_keys(width: int, value_width: int) -> None:
+    """Latents: one kv head for all, whose heads several threads share where there is one row."""
+    case, threads = make_case([(1, 70), (9, 3)], num_kv_heads=1, num_shared=6, width=width), torch.get_num_threads()
+    values = case.keys[..., :value_width]
+    expected = replace(case, values=case.keys).run()[..., :value_width]
+    found = replace(case, values=values).run()
+    assert torch.equal(found, expected)
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(replace(case.part(0, 0, 1), values=values).run(), found[:1])
+    finally:
+        torch.set_num_threads(threads)
+
+
 LENGTHS = [(1, 4), (150, 0), (1, 63), (1, 64), (70, 130), (1, 0), (1, 200), (5, 61)]
 
 

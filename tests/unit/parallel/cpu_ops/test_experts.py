@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waybill.parallel.collectives import sum_of_terms
 from waybill.parallel.cpu_ops.attention import has_native_attention
-from waybill.parallel.cpu_ops.experts import experts_native
+from waybill.parallel.cpu_ops.experts import ExpertsSplit, NativeClamp, experts_native
+from waybill.parallel.moe.activation import ClampedExperts, SwigluClamp
 from waybill.parallel.moe.experts import experts_torch_reference
 
 pytestmark = pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
@@ -74,14 +78,77 @@ def test_a_token_that_is_not_finite_stays_alone(value: float) -> None:
     assert torch.equal(found[others], expected[others])
 
 
-@pytest.mark.parametrize("num_experts", [2, 6])
-def test_one_rank_has_the_bits_of_two(num_experts: int) -> None:
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(2, 2), (6, 2), (8, 2), (8, 4)])
+def test_one_rank_has_the_bits_of_several(num_experts: int, num_ranks: int) -> None:
     """Experts spread over ranks; ids count from a rank's first."""
     hidden, ids, weights, gate_up, down = problem(50, num_experts, 2, 64, 32, seed=3)
-    whole, half = experts_native(hidden, ids, weights, gate_up, down), num_experts // 2
-    terms = [
-        experts_native(hidden, ids - first, weights, gate_up[first:last], down[first:last], num_ranks=2)
-        for first, last in ((0, half), (half, num_experts))
-    ]
-    assert all(term.dtype == torch.float32 for term in terms)
-    assert torch.equal((terms[0] + terms[1]).bfloat16(), whole)
+    whole, size = experts_native(hidden, ids, weights, gate_up, down), num_experts // num_ranks
+    terms = torch.stack(
+        [
+            experts_native(
+                hidden,
+                ids - first,
+                weights,
+                gate_up[first : first + size],
+                down[first : first + size],
+                split=ExpertsSplit(num_ranks),
+            )
+            for first in range(0, num_experts, size)
+        ]
+    )
+    assert terms.dtype == torch.float32
+    assert torch.equal(sum_of_terms(terms).bfloat16(), whole)
+
+
+@pytest.mark.parametrize("is_clamped", [False, True])
+@pytest.mark.parametrize(("width", "num_ranks"), [(40, 2), (32, 4), (24, 2)])
+def test_one_rank_has_the_bits_of_several_that_have_slices(width: int, num_ranks: int, is_clamped: bool) -> None:
+    hidden, ids, weights, gate_up, down = problem(50, 3, 2, 64, width, seed=4)
+    clamp = clamp_of(3, 64, width) if is_clamped else None
+    whole = experts_native(hidden, ids, weights, gate_up, down, split=ExpertsSplit(1, has_whole=False), clamp=clamp)
+    terms = []
+    for rank, columns in enumerate(torch.arange(width).chunk(num_ranks)):
+        own = (
+            (2 * columns[:, None] + torch.arange(2)).flatten() if is_clamped else torch.cat((columns, width + columns))
+        )
+        mine = None
+        if clamp is not None:
+            down_bias = clamp.down_bias if rank == 0 else torch.zeros_like(clamp.down_bias)
+            mine = replace(clamp, gate_up_bias=clamp.gate_up_bias[:, own], down_bias=down_bias)
+        split = ExpertsSplit(num_ranks, has_whole=False)
+        terms.append(
+            experts_native(hidden, ids, weights, gate_up[:, own], down[:, :, columns], split=split, clamp=mine)
+        )
+    assert torch.equal(sum_of_terms(torch.stack(terms)).bfloat16(), whole)
+    expected = experts_torch_reference(
+        hidden, ids, weights, gate_up, down, clamped=None if clamp is None else clamped_of(clamp)
+    )
+    assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("width", [32, 8])
+def test_clamped_experts_are_those_of_the_definition(width: int) -> None:
+    """Numbers beyond the clamp's bounds, and NaN, are among them."""
+    hidden, ids, weights, gate_up, down = problem(30, 3, 2, 64, width, seed=5)
+    hidden[3] *= 50
+    clamp = clamp_of(3, 64, width)
+    found = experts_native(hidden, ids, weights.float(), gate_up, down, clamp=clamp)
+    assert_close(found, experts_torch_reference(hidden, ids, weights, gate_up, down, clamped=clamped_of(clamp)))
+    hidden[7] = torch.nan
+    again = experts_native(hidden, ids, weights.float(), gate_up, down, clamp=clamp)
+    others = [row for row in range(30) if row != 7]
+    assert again[7].isnan().all() and torch.equal(again[others], found[others])
+
+
+def clamp_of(num_experts: int, hidden: int, width: int) -> NativeClamp:
+    generator = torch.Generator().manual_seed(6)
+    biases = (torch.randn(num_experts, size, generator=generator).bfloat16() for size in (2 * width, hidden))
+    return NativeClamp(*biases, 1.702, 1.0)
+
+
+def clamped_of(clamp: NativeClamp) -> ClampedExperts:
+    return ClampedExperts(clamp.gate_up_bias, clamp.down_bias, SwigluClamp(clamp.alpha, clamp.limit))
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6 * expected.float().abs().max().item())

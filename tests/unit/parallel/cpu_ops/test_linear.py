@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.parallel.cpu_ops.library import has_feature
-from waybill.parallel.cpu_ops.linear import MAX_ROWS_BESIDE_AMX, has_native_linear, linear_native, row_parallel_native
+from waybill.parallel.collectives import sum_of_terms
+from waybill.parallel.cpu_ops.library import has_feature, parts_of
+from waybill.parallel.cpu_ops.linear import (
+    MAX_ROWS_BESIDE_AMX,
+    has_native_linear,
+    linear_native,
+    row_parallel_native,
+    wide_linear_native,
+)
 
 pytestmark = pytest.mark.skipif(not has_native_linear(torch.bfloat16), reason="needs AVX2 and a C++ compiler")
 # Beside AMX the operator serves few rows.
@@ -129,17 +136,40 @@ def test_nothing_beyond_the_weight_is_used() -> None:
     with_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_one_rank_has_the_bits_of_two(num_tokens: int, num_outputs: int, half: int, with_bias: bool, seed: int) -> None:
+def test_one_rank_has_the_bits_of_two_and_of_four(
+    num_tokens: int, num_outputs: int, half: int, with_bias: bool, seed: int
+) -> None:
     """Of a matrix whose columns are sharded; the first rank has the bias."""
     x, weight, bias = problem(num_tokens, num_outputs, 2 * half, seed)
     whole = row_parallel_native(x, weight, bias if with_bias else None, num_ranks=1)
     assert_within_rounding(whole, x, weight, bias if with_bias else None)
-    terms = [
-        row_parallel_native(x[:, columns], weight[:, columns], own, num_ranks=2)
-        for columns, own in ((slice(half), bias if with_bias else None), (slice(half, None), None))
-    ]
-    assert all(term.dtype == torch.float32 for term in terms)
-    assert torch.equal((terms[0] + terms[1]).bfloat16(), whole)
+    for num_ranks in (2,) if half % 2 else (2, 4):
+        terms = torch.stack(
+            [
+                row_parallel_native(
+                    x.chunk(num_ranks, 1)[rank],
+                    weight.chunk(num_ranks, 1)[rank],
+                    bias if with_bias and rank == 0 else None,
+                    num_ranks=num_ranks,
+                )
+                for rank in range(num_ranks)
+            ]
+        )
+        assert terms.dtype == torch.float32
+        assert torch.equal(sum_of_terms(terms).bfloat16(), whole)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_ranks", "parts"),
+    [(64, 1, 4), (32, 2, 2), (16, 4, 1), (8, 8, 1), (6, 1, 2), (3, 2, 1), (7, 1, 1), (4, 3, 1)],
+)
+def test_ranks_share_four_parts_or_as_many_as_there_can_be(size: int, num_ranks: int, parts: int) -> None:
+    assert parts_of(size, num_ranks) == parts
+
+
+def test_a_wide_result_is_not_rounded() -> None:
+    x, weight, _ = problem(5, 9, 77)
+    assert torch.equal(wide_linear_native(x, weight).bfloat16(), linear_native(x, weight))
 
 
 def test_columns_that_two_ranks_cannot_share_are_one_sum() -> None:

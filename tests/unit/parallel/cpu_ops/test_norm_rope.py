@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waybill.engine.models.norm_rope import HeadNorms, NativeLayerOps, TorchLayerOps
+from waybill.engine.models.norm_rope import HeadNorms, KVTarget, NativeLayerOps, TorchLayerOps
 from waybill.parallel.cpu_ops.attention import has_native_attention
 
 pytestmark = pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
@@ -23,7 +23,7 @@ def run(
     caches = [torch.zeros(NUM_SLOTS, num_kv_heads, width).bfloat16() for _ in range(2)]
     slots = torch.randperm(NUM_SLOTS, generator=generator)[: len(qkv)]
     rope = (angles.cos().bfloat16(), angles.sin().bfloat16())
-    return [ops.norm_rope_store(qkv, norms, rope, slots, *caches), *caches]
+    return [ops.norm_rope_store(qkv, norms, rope, KVTarget(slots, *caches)), *caches]
 
 
 @settings(max_examples=60, deadline=None)

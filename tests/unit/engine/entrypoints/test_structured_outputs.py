@@ -95,8 +95,9 @@ TOKENIZER = from_tokenizer(PreTrainedTokenizerFast(tokenizer_file=str(CHECKPOINT
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=5), min_size=1))
 def test_a_choice_is_taken_and_nothing_else(choices: list[str]) -> None:
     regex = parse_structured_outputs({"choice": choices}).grammar["regex"]
+    compiled = LLMatcher(TOKENIZER, from_regex(regex))
+    assert not compiled.is_error(), compiled.get_error()
     for text in [*choices, choices[0] + "~"]:
-        matcher = LLMatcher(TOKENIZER, from_regex(regex))
-        assert not matcher.is_error(), matcher.get_error()
+        matcher = compiled.deep_copy()
         taken = all(matcher.consume_token(token) for token in text.encode()) and matcher.is_accepting()
         assert taken == (text in choices)

@@ -15,7 +15,7 @@ from support.hostile_bodies import JSON, PARAMS, VALID, Body, Fuzzer, fault_of
 from support.server_process import ServerProcess
 
 SEED = 20260
-NUM_BODIES = 3_000
+NUM_BODIES = 2_000
 NUM_BODIES_IN_MATRIX = 10_500
 CONCURRENCY = 16
 ANSWER_TIMEOUT_S = 20.0

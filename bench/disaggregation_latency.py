@@ -7,7 +7,9 @@ after a few tokens:
 
     none       nobody arrives
     short      as many arrive and finish, with prompts of two tokens: the larger batch alone
-    known      their prompts are in the prefill's prefix cache: the transfer alone
+    first      their prompts are in the prefill's prefix cache, and they finish with their first token, which comes with the
+               pages: a transfer and a finish alone, in a batch that stays as it is
+    known      the same, but they go on, so the batch is larger for some steps
     new        the prefill's engine computes them at the same time, on the other core
     inside     no second engine: the decode's engine computes the same prompts itself
 
@@ -40,7 +42,7 @@ from waybill import Engine
 from waybill.launch.node_options import RUN_SECRET_VARIABLE
 
 SHAPE = "T"
-VARIANTS = ("none", "short", "known", "new", "inside")
+VARIANTS = ("none", "first", "short", "known", "new", "inside")
 SHORT_TOKENS = 2
 NUM_STREAMS, NUM_ARRIVALS = 4, 6
 STREAM_TOKENS, ARRIVAL_TOKENS = 160, 4
@@ -98,14 +100,15 @@ class Bench:
         return engine.generate(input_ids=ids, sampling_params=params, return_routed_experts=True, **place)
 
     def arrive(self, variant: str, number: int) -> None:
-        ids = self.known[number] if variant == "known" else self.draw()
+        ids = self.known[number] if variant in ("first", "known") else self.draw()
         if variant in ("short", "inside"):
             self.ask(self.decode.engine, ids[:SHORT_TOKENS] if variant == "short" else ids, ARRIVAL_TOKENS)
             return
         self.room += 1
         place = {"bootstrap_host": HOST, "bootstrap_port": self.port, "bootstrap_room": self.room}
-        prompt = self.threads.submit(self.ask, self.prefill, ids, ARRIVAL_TOKENS, **place)
-        self.ask(self.decode.engine, ids, ARRIVAL_TOKENS, **place)
+        num_tokens = 1 if variant == "first" else ARRIVAL_TOKENS
+        prompt = self.threads.submit(self.ask, self.prefill, ids, num_tokens, **place)
+        self.ask(self.decode.engine, ids, num_tokens, **place)
         prompt.result()
 
     def segment(self, variant: str, *, kept: bool = True) -> None:
@@ -158,9 +161,10 @@ def report(bench: Bench, rounds: int, load: float, seconds: float) -> str:
     lines += [
         "",
         f"*none*: nobody. *short*: as many, with prompts of {SHORT_TOKENS} tokens, inside: what a larger batch "
-        "costs for some steps, without a transfer. *known*: their prompts are in the prefill's prefix cache: there is the "
-        "transfer alone. *new*: the prefill's engine computes them meanwhile. *inside*: the decode's computes the same "
-        "prompts itself.",
+        "costs for some steps, without a transfer. *first*: their prompts are in the prefill's prefix cache, and they "
+        "finish with their first token, which comes with the pages: a transfer and a finish alone, in a batch that stays as "
+        "it is. *known*: the same, but they go on. *new*: the prefill's engine computes them meanwhile. *inside*: the decode's "
+        "computes the same prompts itself.",
         "",
     ]
     return "\n".join(lines)

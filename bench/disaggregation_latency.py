@@ -162,9 +162,9 @@ def report(bench: Bench, rounds: int, load: float, seconds: float) -> str:
         "",
         f"*none*: nobody. *short*: as many, with prompts of {SHORT_TOKENS} tokens, inside: what a larger batch "
         "costs for some steps, without a transfer. *first*: their prompts are in the prefill's prefix cache, and they "
-        "finish with their first token, which comes with the pages: a transfer and a finish alone, in a batch that stays as "
-        "it is. *known*: the same, but they go on. *new*: the prefill's engine computes them meanwhile. *inside*: the decode's "
-        "computes the same prompts itself.",
+        "finish with their first token, which comes with the pages: a transfer and a finish alone, in a batch that stays "
+        "as it is. *known*: the same, but they go on. *new*: the prefill's engine computes them meanwhile. *inside*: the "
+        "decode's computes the same prompts itself.",
         "",
     ]
     return "\n".join(lines)

@@ -227,6 +227,7 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
     [
         ({"tp_size": 1}, {"tp_size": 1}),
         ({"tp_size": 1}, {"tp_size": 2, "overlap_depth": 0}),
+        ({"tp_size": 1}, {"tp_size": 1, "dp_size": 2}),
         ({"tp_size": 1, "dp_size": 2}, {"tp_size": 1, "dp_size": 2}),
         ({"tp_size": 2, "page_size": 3, "overlap_depth": 0}, {"tp_size": 2, "enable_prefix_cache": False}),
     ],

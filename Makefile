@@ -34,7 +34,8 @@ test-kernels: venv
 test-asan: venv
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 		WAYBILL_CPU_OPERATORS_FLAGS="-fsanitize=address -fno-omit-frame-pointer -g -O1" \
-		$(PYTEST) tests/unit/parallel/cpu_ops tests/unit/parallel/moe/test_experts.py -q --capture=sys -k "not library"
+		$(PYTEST) tests/unit/parallel/cpu_ops tests/unit/parallel/moe/test_experts.py \
+		tests/unit/engine/models/test_batch_invariance.py -m "not matrix" -q --capture=sys -k "not library"
 
 # On a machine with a CUDA device: the kernels, compiled, and the whole engine against transformers.
 test-gpu: venv

@@ -9,35 +9,27 @@ import triton.language as tl
 
 from ...parallel.triton_launch import Kernel, ceil_div, power_of_2_from
 
-# Words of one program. A link is slow to answer, so many reads must be under way; and few programs are fast to start.
-TILE_WORDS = 1024
 MAX_BLOCK = 512
-NUM_WARPS = 4
 
 
-# One kernel for any number of rows: each prompt has another one.
 @Kernel
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _copy_rows_kernel(
-    source, target, there, here, source_layer, source_slot, target_layer, target_slot, num_rows, num_words,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    layer = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    source, target, there, here, source_layer, source_slot, target_layer, target_slot, num_words, BLOCK: tl.constexpr
+):
+    row, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     words = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    is_row = rows < num_rows
-    kept = is_row[:, None] & (words < num_words)[None, :]
-    first = source + layer * source_layer + tl.load(there + rows, is_row, 0) * source_slot
-    last = target + layer * target_layer + tl.load(here + rows, is_row, 0) * target_slot
-    tl.store(last[:, None] + words[None, :], tl.load(first[:, None] + words[None, :], kept), kept)
+    kept = words < num_words
+    first = source + layer * source_layer + tl.load(there + row) * source_slot
+    values = tl.load(first + words, kept)
+    tl.store(target + layer * target_layer + tl.load(here + row) * target_slot + words, values, kept)
 
 
 def copy_rows_triton(source: torch.Tensor, target: torch.Tensor, there: torch.Tensor, here: torch.Tensor) -> None:
     """See `copy_rows_torch`."""
     num_layers, _, num_words = source.shape
     block = min(MAX_BLOCK, power_of_2_from(num_words))
-    rows = max(1, TILE_WORDS // block)
-    _copy_rows_kernel[(ceil_div(len(there), rows), num_layers, ceil_div(num_words, block))](
+    _copy_rows_kernel[(len(there), num_layers, ceil_div(num_words, block))](
         source,
         target,
         there,
@@ -46,9 +38,7 @@ def copy_rows_triton(source: torch.Tensor, target: torch.Tensor, there: torch.Te
         source.stride(1),
         target.stride(0),
         target.stride(1),
-        len(there),
         num_words,
-        ROWS=rows,
         BLOCK=block,
-        num_warps=NUM_WARPS,
+        num_warps=max(1, min(4, block // 128)),
     )

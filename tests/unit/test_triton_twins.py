@@ -310,7 +310,7 @@ def test_look_up_of_a_shard(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("theirs", "ours"), [((1, 3), (0, 2)), (None, None)])
 def test_rows_of_one_pool_to_another(dtype: torch.dtype, theirs: Heads, ours: Heads, width: int) -> None:
-    """Some rows in one program, a row in several, and rows that are no whole words."""
+    """A row in one program and in several, and rows that are no whole words."""
     source, results = normal(3, 10, 4, width, dtype=dtype), []
     there, here = (torch.tensor(slots, device=DEVICE) for slots in ([3, 9, 1], [0, 5, 2]))
     for copy_rows in (copy_rows_torch, copy_rows_triton):

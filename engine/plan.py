@@ -66,7 +66,7 @@ class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
     `num_rows` are the rows that every rank of the world holds between the layers; 0: every rank holds all tokens.
     `is_decode` says that all ranks decode - one token of each request, and another one sampled for it - or have nothing to
-    do.
+    do; `has_images` that a rank's part has tokens of images.
 
     `draws` are those of the requests that sample, in order, if each of them asks for a temperature alone: then every rank
     chooses among the logits that it holds, and nobody gathers them.
@@ -76,11 +76,29 @@ class ScheduleBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     reqs: list[ScheduledReq]
     num_rows: int = 0
     is_decode: bool = False
+    has_images: bool = False
     draws: list[Draw] = []
 
     @property
     def num_tokens(self) -> int:
         return sum(req.num_tokens for req in self.reqs)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What is the same on all ranks of the world; see `ScheduleBatch`."""
+
+    num_rows: int = 0
+    is_decode: bool = False
+    has_images: bool = False
+
+
+@dataclass(frozen=True)
+class GraphChoice:
+    """The CUDA graph of decodes, or of steps with prefills, that has `num_rows` rows of a rank between the layers."""
+
+    num_rows: int
+    is_decode: bool
 
 
 @dataclass(frozen=True)
@@ -90,26 +108,21 @@ class GraphSizes:
     decode: tuple[int, ...] = ()
     prefill: tuple[int, ...] = ()
 
-    def for_decode(self, num_rows: int) -> int | None:
-        """The smallest that holds a decode of so many rows."""
-        return next((size for size in self.decode if size >= num_rows), None)
+    def choose(self, num_rows: int, *, is_decode: bool, has_images: bool) -> GraphChoice | None:
+        """The smallest that serves a step of so many rows. None: it runs without one, as every step with tokens of images
+        does, since graphs take embeddings from ids alone."""
+        if has_images:
+            return None
+        decode = next((size for size in self.decode if size >= num_rows), None) if is_decode else None
+        if decode is not None:
+            return GraphChoice(decode, True)
+        prefill = next((size for size in self.prefill if size >= num_rows), None)
+        return None if prefill is None else GraphChoice(prefill, False)
 
-    def for_prefill(self, num_rows: int) -> int | None:
-        """Likewise of any step."""
-        return next((size for size in self.prefill if size >= num_rows), None)
-
-    def pad(self, num_rows: int, *, is_decode: bool) -> int:
+    def pad(self, num_rows: int, *, is_decode: bool, has_images: bool) -> int:
         """Rows to run a step of `num_rows` with: where a graph serves it, the graph's."""
-        size = self.for_decode(num_rows) if is_decode else None
-        return size or self.for_prefill(num_rows) or num_rows
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What is the same on all ranks of the world; see `ScheduleBatch`."""
-
-    num_rows: int = 0
-    is_decode: bool = False
+        chosen = self.choose(num_rows, is_decode=is_decode, has_images=has_images)
+        return num_rows if chosen is None else chosen.num_rows
 
 
 class StopPeers(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
@@ -213,6 +226,8 @@ class StepResult:
     prompt_scores: dict[int, PromptScores] = field(default_factory=dict)
     # Likewise: why a request cannot go on. What the step left of it in the cache must not be used.
     failures: dict[int, str] = field(default_factory=dict)
+    # What the step ran as.
+    graph: GraphChoice | None = None
 
 
 class Runner(Protocol[LaunchedT]):

@@ -172,8 +172,7 @@ def make_runner(
         context_length=context_length,
         attention_backend=config.attention_backend,
         # The reference looks at ids on the host, which no graph can hold.
-        # Nor does one hold an image's positions and features.
-        use_graphs=config.experts_backend != "torch_reference" and not is_uneven and config.encoder is None,
+        use_graphs=config.experts_backend != "torch_reference" and not is_uneven,
         # A process under a debugger is given time by the heartbeat's bound.
         step_timeout_s=max(BOUND_S, config.heartbeat_timeout_s),
         capturer=recorder,

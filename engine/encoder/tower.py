@@ -59,6 +59,8 @@ class VisionTower:
         self.dtype = config.dtype_name
         self.facts = config.vision_facts
         self._processor = load_processor(model_path)
+        # Else a device rounds the inputs of convolutions to 10 bits behind the point, also in float32.
+        torch.backends.cudnn.allow_tf32 = False
         self._model = load_tower(model_path, config.dtype).to(device)
         self._device = device
 

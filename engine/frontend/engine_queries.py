@@ -31,7 +31,16 @@ from .engine_controls import CONTROL_TIMEOUT_S
 # Claims fetched at once.
 MAX_FETCHES = 16
 # Of these the engine has the largest of its ranks'; texts are the same on all; the rest adds up.
-LARGEST = ("num_steps", "finish_max_s", "max_step_s", "is_paused", "is_blocked", "num_weight_updates")
+LARGEST = (
+    "num_steps",
+    "num_decode_graph_steps",
+    "num_prefill_graph_steps",
+    "finish_max_s",
+    "max_step_s",
+    "is_paused",
+    "is_blocked",
+    "num_weight_updates",
+)
 
 
 class EngineQueries:

@@ -48,5 +48,5 @@ class ForwardBatch(Generic[PlanT]):
     layout: TokenLayout
     sample_rows: torch.Tensor  # [N] int64, rows of the requests that sample
     sampling_req_rows: torch.Tensor  # [N] int64, their rows in the request pool
-    rope_positions: torch.Tensor | None = None  # [3, T] int64
+    rope_positions: torch.Tensor | None = None  # [3, T] int64, or [T] if they are the same in all three
     visual: VisualRows | None = None

@@ -66,7 +66,7 @@ class InterleavedRotary(RotaryEmbedding):
         self._by_height, self._by_width = axes == 1, axes == 2
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T], of text, or [3, T]."""
+        """[T], which are the same in all three, as of text, or [3, T]."""
         if positions.dim() == 1:
             return super().forward(positions)
         time, height, width = positions

@@ -2,8 +2,8 @@
 
 A graph is captured per number of rows that a rank holds between the layers - the batch size, unless data-parallel attention
 spreads a batch over tp ranks; a step runs on the smallest one that holds it, padded with rows that read and write a page
-nobody uses. Its inputs - ids, positions and pool rows - are one tensor at a fixed address; everything else it reads
-(page table, last sampled ids, KV pool, capture buffer) stays where it is, too.
+nobody uses. Its inputs - ids, positions, pool rows, and the positions that rows turn by behind images - are one tensor at a
+fixed address; everything else it reads (page table, last sampled ids, KV pool, capture buffer) stays where it is, too.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from .graph_parts import NUM_WARM_UPS, GraphParts
-from .step_tensors import HostBatch
+from .step_tensors import HostBatch, write_graph_inputs
 
 # Copies of the inputs on the host: a step's must not change before its transfer is done, one step later at most.
 NUM_STAGES = 4
@@ -31,7 +30,7 @@ def capture_sizes(max_rows: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class DecodeGraph:
     graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor  # [3, T] int64: ids, positions, pool rows
+    inputs: torch.Tensor  # [3 or 4, T] int64, see `write_graph_inputs`
     logits: torch.Tensor  # [T, V / n], this rank's columns
 
 
@@ -40,7 +39,8 @@ class DecodeGraphs:
 
     def __init__(self, parts: GraphParts, sizes: Sequence[int]) -> None:
         self._parts = parts
-        self._stages = torch.empty(NUM_STAGES, 3 * parts.num_tokens(sizes[-1]), dtype=torch.int64).pin_memory()
+        num_values = parts.num_inputs * parts.num_tokens(sizes[-1])
+        self._stages = torch.empty(NUM_STAGES, num_values, dtype=torch.int64).pin_memory()
         self._stage = 0
         memory = torch.cuda.graph_pool_handle()
         # The largest first: the others fit into its memory.
@@ -48,9 +48,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture(self, size: int, memory: Any) -> DecodeGraph:
-        num_tokens = self._parts.num_tokens(size)
-        inputs = torch.zeros(3, num_tokens, dtype=torch.int64, device=self._parts.device)
-        inputs[2] = self._parts.pool.scratch_row
+        inputs = self._parts.new_inputs(self._parts.num_tokens(size))
         for _ in range(NUM_WARM_UPS):
             self._forward(inputs)
         torch.cuda.synchronize()
@@ -70,12 +68,10 @@ class DecodeGraphs:
         """Replay: this rank's columns of the logits [B, V / n], valid until the next replay, and the requests' pool rows
         [B] on the device."""
         graph = self._graphs[size]
-        num_reqs, num_tokens = len(host.req_rows), graph.inputs.shape[1]
-        stage = self._stages[self._stage][: 3 * num_tokens].view(3, num_tokens)
+        num_reqs = len(host.req_rows)
+        stage = self._stages[self._stage][: graph.inputs.numel()].view(graph.inputs.shape)
         self._stage = (self._stage + 1) % NUM_STAGES
-        values = stage.numpy()
-        values[:, num_reqs:] = np.array([[0], [0], [self._parts.pool.scratch_row]])
-        values[:, :num_reqs] = host.input_ids, host.positions, host.req_rows
+        write_graph_inputs(stage.numpy(), host, host.req_rows, self._parts.pool.scratch_row)
         graph.inputs.copy_(stage, non_blocking=True)
         graph.graph.replay()
         return graph.logits[:num_reqs], graph.inputs[2, :num_reqs]

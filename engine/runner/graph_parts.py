@@ -46,6 +46,17 @@ class GraphParts:
         """The inverse."""
         return num_tokens if self.mesh.dp.size == 1 else num_tokens // self.mesh.tp.size
 
+    def new_inputs(self, num_tokens: int) -> torch.Tensor:
+        """[3 or 4, T] int64, see `write_graph_inputs`; all of it padding."""
+        inputs = torch.zeros(self.num_inputs, num_tokens, dtype=torch.int64, device=self.device)
+        inputs[2] = self.pool.scratch_row
+        return inputs
+
+    @property
+    def num_inputs(self) -> int:
+        """Of a token."""
+        return 3 if self.model.config.vision is None else 4
+
     def _layout(self, pool_rows: torch.Tensor) -> TokenLayout:
         tp = self.mesh.tp
         if self.mesh.dp.size == 1:
@@ -53,7 +64,7 @@ class GraphParts:
         return FixedTokens(self.num_rows(len(pool_rows)), tp, pool_rows == self.pool.scratch_row)
 
     def read(self, inputs: torch.Tensor) -> TokenInputs:
-        """Of a step whose ids, positions and pool rows are `inputs` [3, T] int64."""
+        """Of a step with these `inputs`."""
         read_inputs = select_read_inputs(self.device)
         return read_inputs(inputs, self.last_token_ids, self.pool.page_table, self.page_size)
 
@@ -61,7 +72,7 @@ class GraphParts:
         self, inputs: torch.Tensor, tokens: TokenInputs, attention: AttentionBackend[Any], plan: Any
     ) -> torch.Tensor:
         """Hidden states [T, D] of the step with these inputs."""
-        _, positions, rows = inputs
+        positions, rows = inputs[1], inputs[2]
         layout = self._layout(rows)
         if self.capturer is not None:
             self.capturer.begin_graph(self.num_rows(len(rows)))
@@ -73,6 +84,7 @@ class GraphParts:
             layout=layout,
             sample_rows=rows,
             sampling_req_rows=rows,
+            rope_positions=None if self.model.config.vision is None else inputs[3],
         )
         hidden = self.model(batch, attention, self.kv_store, self.capturer)
         if self.capturer is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..grammar.constraint import Constraint
-from ..plan import PromptScores
+from ..plan import GraphChoice, PromptScores
 from .sampler import Sampled
 
 # Why a request cannot go on.
@@ -71,3 +71,4 @@ class LaunchedStep:
     not_sampling: list[int]
     prompt_scores: dict[int, PromptScores]
     ring_seq: int
+    graph: GraphChoice | None  # what it is a replay of

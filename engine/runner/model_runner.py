@@ -25,7 +25,7 @@ from ..kv_cache.page_pool import pages_for
 from ..kv_cache.req_to_token_pool import ReqToTokenPool
 from ..models.causal_lm import CausalLM
 from ..models.forward_batch import VisualRows
-from ..plan import Draw, GraphSizes, NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
+from ..plan import Draw, GraphChoice, GraphSizes, NewReq, PromptScores, ScheduleBatch, ScheduledReq, StepResult
 from ..routing.capturer import RoutedExpertsCapturer
 from ..routing.late_gather import LateRouteGather
 from ..vision.image_memory import ImageMemory
@@ -161,10 +161,11 @@ class ModelRunner:
         if writes:
             self._pool.write(writes)
         host = lay_out(batch)
-        size = self.graph_sizes.for_decode(batch.num_rows or batch.num_tokens) if batch.is_decode else None
-        if self._graphs is not None and size is not None:
-            return self._replay(self._graphs, host, size, batch)
-        ring_seq, forwarded = self._forward(host, batch)
+        num_rows = batch.num_rows or batch.num_tokens
+        graph = self.graph_sizes.choose(num_rows, is_decode=batch.is_decode, has_images=batch.has_images)
+        if graph is not None and graph.is_decode:
+            return self._replay(host, graph, batch)
+        ring_seq, forwarded = self._forward(host, batch) if graph is None else self._replay_pieces(host, graph, batch)
         hidden = forwarded.hidden
         are_finite = self._check_chunks(hidden, host) if self.is_leader and host.not_sampling else None
         sampled = None
@@ -175,16 +176,10 @@ class ModelRunner:
         elif are_finite is not None:
             sampled = HostCopy(None, are_finite, self._mesh.device)
         scores = self._score_prompts(hidden, batch.reqs)
-        return LaunchedStep(sampled, host.sampling, host.not_sampling, scores, ring_seq)
+        return LaunchedStep(sampled, host.sampling, host.not_sampling, scores, ring_seq, graph)
 
     def _forward(self, host: HostBatch, batch: ScheduleBatch) -> tuple[int, Forwarded]:
-        """A step that is no replay of a decode: its routing's place in the ring, and hidden states."""
-        graphs, size = self._prefill_graphs, self.graph_sizes.for_prefill(batch.num_rows or batch.num_tokens)
-        if graphs is not None and size is not None:
-            ring_seq = self._begin_replay(size, batch)
-            forwarded = graphs.run(host, size)
-            self._finish_replay()
-            return ring_seq, forwarded
+        """A step without a graph: its routing's place in the ring, and hidden states."""
         layout = self._lay_out(batch)
         forward = make_forward_batch(
             host, self._pool, self._page_size, self._last_token_ids, self._attention, layout, self._visual(host, layout)
@@ -194,6 +189,14 @@ class ModelRunner:
         if self._capturer is not None:
             self._capturer.finish()
         return ring_seq, Forwarded(hidden, forward.sample_rows, forward.sampling_req_rows)
+
+    def _replay_pieces(self, host: HostBatch, graph: GraphChoice, batch: ScheduleBatch) -> tuple[int, Forwarded]:
+        """The same by a graph of steps with prefills."""
+        assert self._prefill_graphs is not None, "no step runs while memory is given back"
+        ring_seq = self._begin_replay(graph, batch)
+        forwarded = self._prefill_graphs.run(host, graph.num_rows)
+        self._finish_replay()
+        return ring_seq, forwarded
 
     def _visual(self, host: HostBatch, layout: TokenLayout) -> VisualRows | None:
         if not host.images:
@@ -218,8 +221,10 @@ class ModelRunner:
         assert self._capturer is not None
         return self._checked(self._capturer.begin(batch.num_rows or batch.num_tokens), batch)
 
-    def _begin_replay(self, size: int, batch: ScheduleBatch) -> int:
-        return -1 if self._graph_capturer is None else self._checked(self._graph_capturer.begin_replay(size), batch)
+    def _begin_replay(self, graph: GraphChoice, batch: ScheduleBatch) -> int:
+        if self._graph_capturer is None:
+            return -1
+        return self._checked(self._graph_capturer.begin_replay(graph.num_rows), batch)
 
     @staticmethod
     def _checked(ring_seq: int, batch: ScheduleBatch) -> int:
@@ -230,13 +235,14 @@ class ModelRunner:
         if self._graph_capturer is not None:
             self._graph_capturer.finish()
 
-    def _replay(self, graphs: DecodeGraphs, host: HostBatch, size: int, batch: ScheduleBatch) -> LaunchedStep:
-        ring_seq = self._begin_replay(size, batch)
-        logits, req_rows = graphs.run(host, size)
+    def _replay(self, host: HostBatch, graph: GraphChoice, batch: ScheduleBatch) -> LaunchedStep:
+        assert self._graphs is not None, "no step runs while memory is given back"
+        ring_seq = self._begin_replay(graph, batch)
+        logits, req_rows = self._graphs.run(host, graph.num_rows)
         self._finish_replay()
         # A dp rank without requests is here for its experts alone.
         sampled = self._sample(logits, req_rows, batch.reqs, batch.draws) if batch.reqs else None
-        return LaunchedStep(sampled, host.sampling, [], {}, ring_seq)
+        return LaunchedStep(sampled, host.sampling, [], {}, ring_seq, graph)
 
     def _sample(
         self,
@@ -333,4 +339,4 @@ class ModelRunner:
                 ]
         if self._capturer is not None:
             self._capturer.publish(launched.ring_seq)
-        return StepResult(token_ids, logprobs, top, launched.prompt_scores, failures)
+        return StepResult(token_ids, logprobs, top, launched.prompt_scores, failures, launched.graph)

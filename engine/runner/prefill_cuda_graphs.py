@@ -4,6 +4,7 @@ A forward pass is recorded as a chain of graphs that break where attention is ca
 layer, from behind it in one layer to before it in the next, and what follows the last. A step replays the chain and runs
 its own attention in between, so that the host launches a handful of kernels a layer and is ahead of the device from the
 first layer on. Steps are padded to a few sizes; beyond the largest the device takes so long that the host need not hurry.
+Steps with tokens of images run without: what takes the place of their embeddings is no input of a graph.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from ...parallel.host_to_device import copy_to, to_device
 from ..attention.backend import AttentionBackend, AttentionBatch, AttentionRule, CachedTensors, LatentProjection
 from .graph_parts import NUM_WARM_UPS, GraphParts
-from .step_tensors import Forwarded, HostBatch
+from .step_tensors import Forwarded, HostBatch, write_graph_inputs
 
 # The last one has room for a chunk of 2,048 tokens and as many decodes as there are graphs of decodes for.
 SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304)
@@ -52,7 +53,7 @@ class Piece:
 class PrefillGraph:
     """The chain for steps of up to T tokens."""
 
-    inputs: torch.Tensor  # [3, T] int64: ids, positions, pool rows
+    inputs: torch.Tensor  # [3 or 4, T] int64, see `write_graph_inputs`
     pieces: list[Piece]
     last: torch.cuda.CUDAGraph
     attended: torch.Tensor  # [T, H, d], what every layer's attention gives
@@ -113,8 +114,7 @@ class PrefillGraphs:
     @torch.inference_mode()
     def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> PrefillGraph:
         parts, num_tokens = self._parts, self._parts.num_tokens(size)
-        inputs = torch.zeros(3, num_tokens, dtype=torch.int64, device=parts.device)
-        inputs[2] = parts.pool.scratch_row
+        inputs = parts.new_inputs(num_tokens)
         shape = (num_tokens, *parts.model.attention_shape)
         attended = torch.zeros(shape, dtype=parts.model.config.dtype, device=parts.device)
         breaker = GraphBreaker(attended, memory)
@@ -131,9 +131,8 @@ class PrefillGraphs:
     def run(self, host: HostBatch, size: int) -> Forwarded:
         """Replay, with the step's own attention."""
         parts, graph, num_tokens = self._parts, self._graphs[size], len(host.input_ids)
-        values = np.zeros(graph.inputs.shape, dtype=np.int64)
-        values[2] = parts.pool.scratch_row
-        values[:, :num_tokens] = host.input_ids, host.positions, np.repeat(host.req_rows, host.q_lens)
+        values = np.empty(graph.inputs.shape, dtype=np.int64)
+        write_graph_inputs(values, host, np.repeat(host.req_rows, host.q_lens), parts.pool.scratch_row)
         copy_to(graph.inputs, values)
         # The device begins while the host plans.
         graph.pieces[0].graph.replay()

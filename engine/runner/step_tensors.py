@@ -92,18 +92,38 @@ def lay_out_images(reqs: Sequence[ScheduledReq], positions: np.ndarray) -> tuple
     """Positions [3, T] for the rotation, where they are others than those in the sequence [T], and the images' rows."""
     if not any(req.images or req.rope_delta for req in reqs):
         return None, []
-    rope = np.tile(positions, (3, 1))
+    # Of text, as in decodes of many requests, all at once.
+    deltas = np.array([req.rope_delta for req in reqs], dtype=np.int64)
+    rope = np.tile(positions + np.repeat(deltas, [req.num_tokens for req in reqs]), (3, 1))
     images: list[ImageRows] = []
     row = 0
     for req in reqs:
         end = req.start + req.num_tokens
-        if req.images or req.rope_delta:
+        if req.images:
             rope[:, row : row + req.num_tokens] = rope_positions(req.start, req.num_tokens, req.rope_delta, req.images)
         for image in req.images:
             first, last = max(image.start, req.start), min(image.end, end)
             images.append(ImageRows(image, row + first - req.start, first - image.start, last - image.start))
         row += req.num_tokens
     return rope, images
+
+
+def write_graph_inputs(values: np.ndarray, host: HostBatch, token_rows: np.ndarray, scratch_row: int) -> None:
+    """A step's part of what a CUDA graph reads.
+
+    Args:
+        values: [3 or 4, T'] int64, for ids, positions, pool rows and, of a model that takes images, positions for the
+            rotation, which are the same in time, height and width for all but images. What no token of the step needs is
+            padding, on the scratch row.
+        token_rows: [T], the pool rows of the tokens.
+    """
+    assert not host.images, "no graph has a place for what stands for an image's tokens"
+    num_tokens = len(host.input_ids)
+    values[:, num_tokens:] = 0
+    values[2, num_tokens:] = scratch_row
+    values[:3, :num_tokens] = host.input_ids, host.positions, token_rows
+    if len(values) > 3:
+        values[3, :num_tokens] = host.positions if host.rope_positions is None else host.rope_positions[0]
 
 
 def visual_rows(
@@ -142,10 +162,10 @@ def read_inputs_torch(
 ) -> TokenInputs:
     """
     Args:
-        inputs: [3, T] int64: ids, positions, pool rows.
+        inputs: [3 or 4, T] int64, as `write_graph_inputs` writes them.
         last_token_ids: [max_requests + 1] int64, the last token sampled per pool row.
     """
-    ids, positions, rows = inputs
+    ids, positions, rows = inputs[:3]
     return TokenInputs(
         known_ids(ids, rows, last_token_ids),
         slots_at(page_table, rows, positions, page_size),

@@ -19,11 +19,13 @@ from ...parallel.dp_attention import rows_per_rank
 
 
 class ForwardMode(IntEnum):
-    """What a leader's own part of a step is; a decode is one token of each request, and another one sampled for it."""
+    """What a leader's own part of a step is; a decode is one token of each request, and another one sampled for it. A part
+    with tokens of images is no decode, though its prompts may lack one token each."""
 
     IDLE = 0
     DECODE = 1
     PREFILL = 2
+    IMAGES = 3
 
 
 class Cause(IntEnum):
@@ -97,7 +99,12 @@ class Agreement(msgspec.Struct, frozen=True):
     @property
     def is_decode(self) -> bool:
         """Whether all leaders decode or have nothing to do."""
-        return all(proposal.mode != ForwardMode.PREFILL for proposal in self.proposals)
+        return all(proposal.mode <= ForwardMode.DECODE for proposal in self.proposals)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any leader has tokens of images."""
+        return any(proposal.mode == ForwardMode.IMAGES for proposal in self.proposals)
 
     def rows_per_rank(self, tp_size: int) -> int:
         """Rows of every rank's layers that this step needs."""

@@ -38,11 +38,12 @@ class DpRankInfo:
 
     def shape_of(self, agreement: Agreement) -> StepShape:
         """Of the step that was agreed on."""
-        is_decode = agreement.is_decode
+        is_decode, has_images = agreement.is_decode, agreement.has_images
         if self.dp_size == 1:
-            return StepShape(0, is_decode)
-        num_rows = self.graph_sizes.pad(agreement.rows_per_rank(self.tp_size), is_decode=is_decode)
-        return StepShape(num_rows, is_decode)
+            return StepShape(0, is_decode, has_images)
+        num_rows = agreement.rows_per_rank(self.tp_size)
+        padded = self.graph_sizes.pad(num_rows, is_decode=is_decode, has_images=has_images)
+        return StepShape(padded, is_decode, has_images)
 
     def first_row(self, num_rows: int) -> int:
         """In a step in which every rank has `num_rows` rows; 0 says that the tokens are replicated."""

@@ -244,6 +244,8 @@ class Scheduler(Generic[LaunchedT]):
             "num_running": len(self.queues.running),
             "num_waiting": self.queues.num_waiting,
             "num_steps": self.steps.num_steps,
+            "num_decode_graph_steps": self.steps.num_decode_graphs,
+            "num_prefill_graph_steps": self.steps.num_prefill_graphs,
             "num_retractions": self._planner.num_retractions,
             **self._pages.state(),
             **self.committer.finish_cost.state(),

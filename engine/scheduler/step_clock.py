@@ -41,7 +41,7 @@ class StepClock:
         """What the layers waited for others is not this leader's own."""
         self._forward_wait_s = self._forward.seconds - self._waited_before_launch_s
         own = time.perf_counter() - self._launch_began - self._forward_wait_s
-        self._turns.add(Cause.PREFILL if mode == ForwardMode.PREFILL else Cause.DECODE, own)
+        self._turns.add(Cause.PREFILL if mode >= ForwardMode.PREFILL else Cause.DECODE, own)
 
     def take(self) -> tuple[Cause, int, int]:
         """Since the last call: this leader's largest delay, its nanoseconds, and those its layers waited for others."""

@@ -53,6 +53,8 @@ class StepPipeline(Generic[LaunchedT]):
         self._overlap_depth = overlap_depth
         self._in_flight: deque[InFlight[LaunchedT]] = deque()
         self.num_steps = 0
+        # Those of them that ran as CUDA graphs: of decodes, and of steps with prefills.
+        self.num_decode_graphs = self.num_prefill_graphs = 0
         # The longest step so far, from its launch until its result was there.
         self.max_step_s = 0.0
 
@@ -100,5 +102,8 @@ class StepPipeline(Generic[LaunchedT]):
             step = self._in_flight.popleft()
             result = self._runner.result(step.launched)
             self.max_step_s = max(self.max_step_s, time.perf_counter() - step.began)
+            if result.graph is not None:
+                self.num_decode_graphs += result.graph.is_decode
+                self.num_prefill_graphs += not result.graph.is_decode
             committed = self._committer.commit(step.plan.planned, result)
             self._recorder.record_step(step.batch, committed)

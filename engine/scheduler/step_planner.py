@@ -51,12 +51,14 @@ class StepPlan:
     def mode(self) -> ForwardMode:
         if not self.planned:
             return ForwardMode.IDLE
+        if any(item.scheduled.images for item in self.planned):
+            return ForwardMode.IMAGES
         are_decodes = all(item.scheduled.num_tokens == 1 and item.scheduled.sample for item in self.planned)
         return ForwardMode.DECODE if are_decodes else ForwardMode.PREFILL
 
     def to_batch(self, step: int, shape: StepShape) -> ScheduleBatch:
         reqs = [item.scheduled for item in self.planned]
-        return ScheduleBatch(step, reqs, shape.num_rows, shape.is_decode, plain_draws(self.planned))
+        return ScheduleBatch(step, reqs, shape.num_rows, shape.is_decode, shape.has_images, plain_draws(self.planned))
 
 
 def plain_draws(planned: Sequence[PlannedReq]) -> list[Draw]:

@@ -103,7 +103,7 @@ class SyncStalls:
         self._lay_on(straggler, Cause(last[straggler].cause), waits[self.dp_rank] - waits[straggler])
         waits = [proposal.forward_wait_ns for proposal in proposals]
         straggler = waits.index(min(waits))
-        cause = Cause.PREFILL if last[straggler].mode == ForwardMode.PREFILL else Cause.DECODE
+        cause = Cause.PREFILL if last[straggler].mode >= ForwardMode.PREFILL else Cause.DECODE
         self._lay_on(straggler, cause, waits[self.dp_rank] - waits[straggler])
 
     def _lay_on(self, straggler: int, cause: Cause, wait_ns: int) -> None:

@@ -6,10 +6,8 @@ The engines ask an encoder in a process of its own, as a server does.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,16 @@ import numpy as np
 import pytest
 import torch
 from support.encoder_process import SECRET, VARIABLE, EncoderProcess, run_encoder
-from support.reference_equality import LONG_ANSWER_TOLERANCE, Setting, make_engine
-from support.tiny_families import IMAGE_PAD, VISION_END, VISION_START, write_family
+from support.image_equality import PNGS, Asked, ask, compare, expanded, make_requests, prompt_of, shown
+from support.reference_equality import Setting, make_engine
+from support.tiny_families import IMAGE_PAD, VISION_START, write_family
 from support.tiny_images import data_uri, make_png
 
 from waybill import Engine
-from waybill.engine.encoder.tower import ImageLimits, load_processor, open_image
 from waybill.engine.routing.hf_config import read_hf_config
 from waybill.engine.routing.replay import RoutedExpertsBatch, replay_routing, routes_from_answer
-from waybill.engine.routing.transformers_reference import Agreement, Reference, auto_class
+from waybill.engine.routing.transformers_reference import Reference, auto_class
 
-LIMITS = ImageLimits(1 << 20, 1 << 20)
-# Grids of 3 x 5, 4 x 4, 7 x 4 and 5 x 9 tokens.
-SIZES = [(40, 24), (32, 32), (32, 56), (72, 40)]
-PNGS = [make_png(*size, seed) for seed, size in enumerate(SIZES)]
 TP = Setting(2, "tp", 7, cache=True, retract=True, depth=1)
 DP = Setting(1, "ep", 16, cache=True, retract=False, depth=1, dp=2)
 MATRIX = [
@@ -42,37 +36,6 @@ MATRIX = [
     Setting(2, "ep", 16, cache=True, retract=False, depth=1, dp=2),
     Setting(2, "tp", 7, cache=True, retract=True, depth=1, dp=2),
 ]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt with one placeholder for each image."""
-
-    prompt: list[int]
-    images: list[bytes]
-    num_new_tokens: int = 8
-    dp_rank: int | None = None
-
-
-def prompt_of(images: int, rng: random.Random) -> list[int]:
-    """Text, images with text between them, text."""
-    ids = [rng.randrange(256) for _ in range(5)]
-    for _ in range(images):
-        ids += [VISION_START, IMAGE_PAD, VISION_END, *(rng.randrange(256) for _ in range(rng.randrange(1, 6)))]
-    return ids
-
-
-def make_requests(setting: Setting) -> list[Asked]:
-    rng = random.Random(1)
-    lengths = 40 if setting.retract else 8
-    shown = [[0], [1], [2], [0, 3], [3, 1, 2], []]
-    asked = [Asked(prompt_of(len(each), rng), [PNGS[i] for i in each], lengths) for each in shown]
-    # The same ids with another image of as many tokens, and the same image again.
-    twin = make_png(*SIZES[0], seed=77)
-    asked += [Asked(asked[0].prompt, [twin]), Asked(asked[0].prompt, [PNGS[0]])]
-    if setting.dp == 1:
-        return asked
-    return [Asked(each.prompt, each.images, each.num_new_tokens, int(i < 5)) for i, each in enumerate(asked)]
 
 
 @pytest.fixture(scope="module")
@@ -100,63 +63,6 @@ def start(checkpoint: Path, encoder: EncoderProcess, monkeypatch: pytest.MonkeyP
         return make_engine(checkpoint, setting, pool, context_length=180, encoder=encoder.place, **options)
 
     return made
-
-
-def ask(engine: Engine, requests: list[Asked]) -> list[dict[str, Any]]:
-    async def one(asked: Asked) -> dict[str, Any]:
-        answer = await engine.async_generate(
-            input_ids=asked.prompt,
-            image_data=[data_uri(png) for png in asked.images],
-            sampling_params={"temperature": 0, "max_new_tokens": asked.num_new_tokens, "ignore_eos": True},
-            routed_dp_rank=asked.dp_rank,
-            return_logprob=True,
-            logprob_start_len=0 if asked.num_new_tokens == 8 else -1,
-            return_routed_experts=True,
-            return_router_weights=True,
-        )
-        assert isinstance(answer, dict)
-        return answer
-
-    async def all_of_them() -> list[dict[str, Any]]:
-        return await asyncio.gather(*map(one, requests))
-
-    return asyncio.run(all_of_them())
-
-
-def shown(checkpoint: Path, images: list[bytes]) -> dict[str, torch.Tensor]:
-    if not images:
-        return {}
-    made = load_processor(str(checkpoint))(images=[open_image(png, LIMITS) for png in images], return_tensors="pt")
-    return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
-
-
-def expanded(prompt: list[int], images: dict[str, torch.Tensor]) -> list[int]:
-    """All placeholders."""
-    counts = iter((images["image_grid_thw"].prod(-1) // 4).tolist() if images else [])
-    return [one for token in prompt for one in ([token] * next(counts) if token == IMAGE_PAD else [token])]
-
-
-def compare(checkpoint: Path, reference: Reference, requests: list[Asked], answers: list[dict[str, Any]]) -> Agreement:
-    agreement = Agreement()
-    for asked, answer in zip(requests, answers, strict=True):
-        meta, images = answer["meta_info"], shown(checkpoint, asked.images)
-        prompt = expanded(asked.prompt, images)
-        assert meta["prompt_tokens"] == len(prompt)
-        assert asked.dp_rank in (None, meta["dp_rank"])
-        logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
-        with reference.showing(**images):
-            agreement += reference.check_generation(
-                prompt,
-                answer["output_ids"],
-                logprobs,
-                meta["routed_experts"],
-                LONG_ANSWER_TOLERANCE,
-                meta["router_weights"],
-            )
-        if meta.get("input_token_logprobs"):
-            # What callers see of a prompt has the placeholders.
-            assert [token for _, token, _ in meta["input_token_logprobs"]] == prompt
-    return agreement
 
 
 @pytest.mark.parametrize("setting", [pytest.param(each, marks=pytest.mark.matrix) for each in (TP, *MATRIX)], ids=str)
@@ -208,6 +114,16 @@ def test_a_prefix_is_found_by_its_image_and_no_other(shared: Engine) -> None:
     assert other["meta_info"]["cached_tokens"] == 6
     np.testing.assert_array_equal(first["meta_info"]["routed_experts"], again["meta_info"]["routed_experts"])
     assert not np.array_equal(first["meta_info"]["routed_experts"], other["meta_info"]["routed_experts"])
+
+
+def test_a_prompt_that_ends_in_an_image(shared: Engine, checkpoint: Path, reference: Reference) -> None:
+    """The second time all but its last token are found, and what is left, one token that a next one is sampled for, is
+    the image's."""
+    prompt = [*range(20, 26), VISION_START, IMAGE_PAD]
+    asked = Asked(prompt, [PNGS[0]], dp_rank=0, scores_prompt=False)
+    answers = [ask(shared, [asked])[0] for _ in range(2)]
+    compare(checkpoint, reference, [asked, asked], answers)
+    assert answers[1]["meta_info"]["cached_tokens"] == answers[1]["meta_info"]["prompt_tokens"] - 1
 
 
 def test_turns_have_all_placeholders_and_their_rows_from_a_start(shared: Engine) -> None:

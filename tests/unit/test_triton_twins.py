@@ -288,11 +288,13 @@ def test_choice_of_tokens(dtype: torch.dtype, num_columns: int, first: int) -> N
 def test_inputs_of_a_step(page_size: int) -> None:
     table = (torch.arange(6 * 9, dtype=torch.int32, device=DEVICE) * 7 % 54).view(6, 9)
     last = torch.tensor([3, 1, 4, 1, 5, 9], device=DEVICE)
-    inputs = torch.tensor([[-1, 8, -1, 0], [0, 7, 8, 3], [2, 0, 5, 4]], device=DEVICE)
-    expected = read_inputs_torch(inputs, last, table, page_size)
-    found = read_inputs_triton(inputs, last, table, page_size)
-    for name in ("ids", "kv_slots", "kv_lens"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    # With positions for the rotation and without.
+    values = torch.tensor([[-1, 8, -1, 0], [0, 7, 8, 3], [2, 0, 5, 4], [1, 1, 1, 1]], device=DEVICE)
+    for inputs in (values, values[:3]):
+        expected = read_inputs_torch(inputs, last, table, page_size)
+        found = read_inputs_triton(inputs, last, table, page_size)
+        for name in ("ids", "kv_slots", "kv_lens"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from waybill.engine.io_struct import OutputOptions, SamplingParams, Segment
 from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput
 from waybill.engine.plan import Draw, GraphSizes, ScheduledReq, StepShape
@@ -9,6 +11,7 @@ from waybill.engine.scheduler.agreement import Agreement, ForwardMode, Proposal
 from waybill.engine.scheduler.leader_setup import DpRankInfo
 from waybill.engine.scheduler.req import Req
 from waybill.engine.scheduler.step_planner import PlannedReq, StepPlan, plain_draws
+from waybill.engine.vision.placed_image import PlacedImage
 
 SIZES = GraphSizes(decode=(1, 2, 4), prefill=(64, 128))
 PROMPT = 6
@@ -30,10 +33,20 @@ def test_the_shape_of_a_step_follows_from_all_proposals() -> None:
     alone = DpRankInfo(graph_sizes=SIZES)
     assert alone.shape_of(agreed((3, ForwardMode.DECODE))) == StepShape(0, True)
     assert alone.shape_of(agreed((3, ForwardMode.PREFILL))) == StepShape(0, False)
+    # Tokens of images on any rank: no graph on any, so nothing is padded to one's size.
+    assert two_of_two.shape_of(agreed((3, ForwardMode.DECODE), (5, ForwardMode.IMAGES))) == StepShape(3, False, True)
+    assert alone.shape_of(agreed((1, ForwardMode.IMAGES))) == StepShape(0, False, True)
 
 
 def planned(
-    start: int, num_tokens: int, *, sample: bool, logprob: bool = False, top: int = 0, **params: object
+    start: int,
+    num_tokens: int,
+    *,
+    sample: bool,
+    logprob: bool = False,
+    top: int = 0,
+    images: Sequence[PlacedImage] = (),
+    **params: object,
 ) -> PlannedReq:
     """Of a request whose prompt has `PROMPT` tokens."""
     recv = TokenizedGenerateReqInput(
@@ -44,9 +57,8 @@ def planned(
         output_options=OutputOptions(return_logprob=logprob, top_logprobs_num=top),
     )
     req = Req(recv, tokens=bytearray(4 * PROMPT))
-    return PlannedReq(
-        req, Segment("r", start, num_tokens, b""), ScheduledReq(0, start, num_tokens, b"", 0, b"", sample)
-    )
+    scheduled = ScheduledReq(0, start, num_tokens, b"", 0, b"", sample, images=list(images))
+    return PlannedReq(req, Segment("r", start, num_tokens, b""), scheduled)
 
 
 def test_a_step_is_a_decode_if_each_request_brings_one_token_and_samples() -> None:
@@ -55,6 +67,17 @@ def test_a_step_is_a_decode_if_each_request_brings_one_token_and_samples() -> No
     assert StepPlan([decode, last]).mode == ForwardMode.DECODE
     assert StepPlan([decode, chunk]).mode == ForwardMode.PREFILL
     assert StepPlan([decode, planned(3, 3, sample=True)]).mode == ForwardMode.PREFILL
+
+
+def test_a_prompt_whose_last_token_is_an_images_is_no_decode() -> None:
+    """All but that token were found in the cache: it looks like a decode, whose graph knows nothing of images."""
+    image = PlacedImage(1, 4, 1, 2, 4, "/nowhere", 0, "float32")
+    last = planned(5, 1, sample=True, images=[image])
+    decode = planned(9, 1, sample=True)
+    assert StepPlan([decode, last]).mode == ForwardMode.IMAGES
+    batch = StepPlan([decode, last]).to_batch(3, DpRankInfo().shape_of(agreed((2, ForwardMode.IMAGES))))
+    assert batch.has_images and not batch.is_decode
+    assert SIZES.choose(2, is_decode=batch.is_decode, has_images=batch.has_images) is None
 
 
 def test_draws_are_of_requests_that_ask_for_a_temperature_alone() -> None:

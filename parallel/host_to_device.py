@@ -12,11 +12,16 @@ import torch
 
 
 def to_device(
-    values: Sequence[int] | Sequence[float] | np.ndarray, device: torch.device, dtype: torch.dtype | None = None
+    values: Sequence[int] | Sequence[float] | np.ndarray | torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """A tensor of `values`, which the device gets in the order of its stream. On CPU it shares an array's memory; an array
-    keeps its dtype."""
-    host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
+    """A tensor of `values`, which the device gets in the order of its stream. On CPU it shares the memory of an array or
+    tensor; these keep their dtype."""
+    if isinstance(values, torch.Tensor):
+        host = values
+    else:
+        host = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 

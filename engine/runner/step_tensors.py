@@ -145,7 +145,7 @@ def visual_rows(
         counted += count
     held = layout.scatter(places)
     rows = held.nonzero().flatten()
-    return VisualRows(rows.to(device), features[held[rows] - 1].to(device, dtype))
+    return VisualRows(to_device(rows, device), to_device(features[held[rows] - 1], device).to(dtype))
 
 
 @dataclass(frozen=True)

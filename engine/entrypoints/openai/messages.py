@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from ...validation.request_model import Items, RequestModel
 
@@ -15,10 +15,19 @@ class TextPart(RequestModel):
     text: str
 
 
+def refuse_low(detail: Any) -> Any:
+    if detail == "low":
+        raise ValueError(
+            "'low' is not served: how many tokens an image has follows from its size, as the checkpoint's processor says; "
+            "make it smaller, or leave this out"
+        )
+    return detail
+
+
 class ImageURL(RequestModel):
     url: str
-    # How closely to look: the checkpoint's processor decides that.
-    detail: Literal["auto"] = "auto"
+    # How closely to look: always as closely as the checkpoint's processor can.
+    detail: Annotated[Literal["auto", "high"], BeforeValidator(refuse_low)] = "auto"
 
 
 class ImagePart(RequestModel):

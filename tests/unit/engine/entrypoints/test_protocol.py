@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from waybill.engine.entrypoints.errors import error_body
 from waybill.engine.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from waybill.engine.entrypoints.openai.serving import usage_of
+from waybill.engine.validation.field_error import FieldError
+from waybill.engine.validation.request_model import validate
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -72,6 +74,22 @@ def test_refused(fields: dict[str, Any]) -> None:
 )
 def test_accepted(fields: dict[str, Any]) -> None:
     ChatCompletionRequest(**(CHAT | fields))
+
+
+def with_detail(detail: Any) -> ChatCompletionRequest:
+    part = {"type": "image_url", "image_url": {"url": "data:,", "detail": detail}}
+    return validate(ChatCompletionRequest, CHAT | {"messages": [{"role": "user", "content": [part]}]})
+
+
+def test_an_image_is_looked_at_as_closely_as_can_be_or_refused() -> None:
+    """Whoever asks for a few tokens gets the reason, not a prompt of thousands."""
+    for detail in ("auto", "high", None):
+        assert with_detail(detail).messages[0].images == ["data:,"]
+    with pytest.raises(FieldError, match=r"image_url.detail: 'low' is not served: how many tokens an image has"):
+        with_detail("low")
+    for detail in ("High", "", 1, ["low"], True):
+        with pytest.raises(FieldError, match="detail"):
+            with_detail(detail)
 
 
 def test_parts_are_joined_and_extras_reach_the_template() -> None:

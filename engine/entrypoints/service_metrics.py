@@ -73,6 +73,11 @@ STATE_COUNTERS = (
 IMAGE_GAUGES = (
     ("waybill_encoder_up", "Whether the encoder answers.", "is_encoder_up"),
     ("waybill_images_encoding", "Images that the encoder has been asked for.", "num_images_encoding"),
+    (
+        "waybill_image_room_waiting",
+        "Requests that wait for room for their images.",
+        "num_waiting_for_image_room",
+    ),
     ("waybill_images_kept", "Encoded images in shared memory.", "num_images_kept"),
     ("waybill_image_memory_used_bytes", "Bytes of shared memory that they take.", "image_memory_used_bytes"),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .image_arena import ImageArena
@@ -16,7 +18,11 @@ class OutdatedImageError(RuntimeError):
 
 
 class ImageMemoryFullError(RuntimeError):
-    """Images of requests that run take all of it."""
+    """Images that are in use take all of it, and one more would take `num_bytes`."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(f"no room for {num_bytes} bytes of an image")
+        self.num_bytes = num_bytes
 
 
 class ImageTooLargeError(ValueError):
@@ -53,6 +59,7 @@ class StoredImage:
     path: str
     room: Room
     num_pins: int = 0
+    on_unused: Callable[[], object] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +71,8 @@ class StoredImage:
     def unpin(self) -> None:
         assert self.num_pins > 0
         self.num_pins -= 1
+        if self.num_pins == 0 and self.on_unused is not None:
+            self.on_unused()
 
 
 class ImageStore:
@@ -74,7 +83,9 @@ class ImageStore:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        # Set whenever there may be room that was not there before.
+        self.room_made = asyncio.Event()
         self.arena = ImageArena()
         self._images: OrderedDict[bytes, StoredImage] = OrderedDict()
         # Of another encoder: nobody finds them any more.
@@ -101,9 +112,9 @@ class ImageStore:
             ImageTooLargeError: there never is.
         """
         size = self.arena.size_of(num_bytes)
-        if size > self._max_bytes:
+        if size > self.max_bytes:
             raise ImageTooLargeError(
-                f"takes {size} bytes when encoded, must take at most {self._max_bytes} (--image-memory-bytes)"
+                f"takes {size} bytes when encoded, must take at most {self.max_bytes} (--image-memory-bytes)"
             )
         self._make_room(size)
         self.num_bytes += size
@@ -112,6 +123,11 @@ class ImageStore:
     def give_back(self, room: Room) -> None:
         self.arena.free(room.offset, room.num_bytes)
         self.num_bytes -= self.arena.size_of(room.num_bytes)
+        self.room_made.set()
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many could be taken, if what nobody has pinned goes."""
+        return self._num_used() + num_bytes <= self.max_bytes
 
     def add(self, digest: bytes, features: Features, room: Room) -> StoredImage:
         """`room` holds the image's features; it is the store's from here on.
@@ -123,7 +139,17 @@ class ImageStore:
             self.give_back(room)
             raise OutdatedImageError("the encoder has been started anew")
         number = self._number_of(digest)
-        image = StoredImage(number, features.height, features.width, features.dtype, self.arena.path, room)
+        image = StoredImage(
+            number,
+            features.height,
+            features.width,
+            features.dtype,
+            self.arena.path,
+            room,
+            on_unused=self.room_made.set,
+        )
+        # Until it is pinned it may go for another one.
+        self.room_made.set()
         self._images[digest] = image
         return image
 
@@ -138,18 +164,18 @@ class ImageStore:
 
     def _make_room(self, num_bytes: int) -> None:
         self._free_outdated()
-        unused = [(digest, image) for digest, image in self._images.items() if image.num_pins == 0]
-        num_used = self.num_bytes - sum(self.arena.size_of(image.room.num_bytes) for _, image in unused)
-        if num_used + num_bytes > self._max_bytes:
-            raise ImageMemoryFullError(
-                f"{num_used} bytes of images are in use, and one needs {num_bytes} more: at most {self._max_bytes} may be "
-                "(--image-memory-bytes)"
-            )
-        for digest, image in unused:
-            if self.num_bytes + num_bytes <= self._max_bytes:
+        if not self.has_room(num_bytes):
+            raise ImageMemoryFullError(num_bytes)
+        for digest, image in [(digest, image) for digest, image in self._images.items() if image.num_pins == 0]:
+            if self.num_bytes + num_bytes <= self.max_bytes:
                 return
             del self._images[digest]
             self.give_back(image.room)
+
+    def _num_used(self) -> int:
+        """Bytes that have to stay."""
+        unused = [image for image in (*self._images.values(), *self._outdated) if image.num_pins == 0]
+        return self.num_bytes - sum(self.arena.size_of(image.room.num_bytes) for image in unused)
 
     def _free_outdated(self) -> None:
         for image in [image for image in self._outdated if image.num_pins == 0]:

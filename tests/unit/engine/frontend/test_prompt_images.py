@@ -225,19 +225,108 @@ def test_an_image_of_a_whole_batch_is_decoded_once(tmp_path: Path, monkeypatch: 
     run(tmp_path, check)
 
 
+def end(wiring: Wiring, *rids: str) -> None:
+    """The engine has told it."""
+    for rid in rids:
+        wiring.manager._at_engine.end(rid)
+
+
+async def leave(*asked: asyncio.Task[Any]) -> None:
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+
+
 def test_images_take_turns_where_there_is_room_for_one(tmp_path: Path) -> None:
+    """In the order in which they came, as their predecessors end; one that is known waits behind those before it."""
+
     async def check(wiring: Wiring) -> None:
-        for name in (b"a", b"b", b"c"):
-            asked = wiring.ask(image(name), rid=name.decode(), input_ids=[1, PLACEHOLDER], sampling_params={"n": 1})
-            await wiring.arrived(1)
-            with pytest.raises(OverloadedError, match="--image-memory-bytes"):
-                await wiring.ask(image(b"another"))
-            asked.cancel()
-            await asyncio.gather(asked, return_exceptions=True)
-            wiring.manager._at_engine.end(name.decode())
-        assert wiring.state["image_memory_used_bytes"] == PAGE
+        asked = [wiring.ask(image(b"a"), rid="0")]
+        await wiring.arrived(1)
+        for number, file in enumerate((b"b", b"c", b"a", b"d"), start=1):
+            asked.append(wiring.ask(image(file), rid=str(number)))
+            while wiring.state["num_waiting_for_image_room"] != number:
+                await asyncio.sleep(0.01)
+        assert await wiring.arrived(0) == []
+        # One that leaves is no hindrance.
+        await leave(asked[2])
+        for last, following in (("0", "1"), ("1", "3"), ("3", "4")):
+            await leave(asked[int(last)])
+            end(wiring, last)
+            assert [sent.rid for sent in await wiring.arrived(1)] == [following]
+            assert wiring.state["image_memory_used_bytes"] == PAGE
+        assert wiring.state["num_waiting_for_image_room"] == 0
+        await leave(*asked)
+        end(wiring, "4")
+        assert wiring.num_pins() == 0
 
     run(tmp_path, check, image_memory_bytes=PAGE)
+
+
+def test_requests_with_several_images_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Each of two has one of its images, and there is room for no more: neither may keep it and wait."""
+
+    async def check(wiring: Wiring) -> None:
+        wiring.tower.may_go_on.clear()
+        asked = [wiring.ask([image(b"%d" % i) for i in (n, n + 1)], rid=str(n), input_ids=TWO) for n in (1, 3, 5)]
+        await wiring.are_encoding(6)
+        wiring.tower.may_go_on.set()
+        arrived = await wiring.arrived(1)
+        while len(arrived) < 3:
+            end(wiring, arrived[-1].rid)
+            await leave(asked[int(arrived[-1].rid) // 2])
+            arrived += await wiring.arrived(1)
+        assert {sent.rid for sent in arrived} == {"1", "3", "5"}
+        await leave(*asked)
+
+    run(tmp_path, check, image_memory_bytes=2 * PAGE)
+
+
+TWO = [1, PLACEHOLDER, 2, PLACEHOLDER]
+
+
+def test_nobody_waits_for_room_for_ever(tmp_path: Path) -> None:
+    async def check(wiring: Wiring) -> None:
+        asked = wiring.ask(image(b"a"), rid="a")
+        await wiring.arrived(1)
+        with pytest.raises(
+            OverloadedError, match=r"no room for the request's images within 0.5 s .*--image-memory-bytes"
+        ):
+            await wiring.ask(image(b"b"))
+        # And an abort ends it at once.
+        waiting = wiring.ask(image(b"b"), rid="b")
+        while not wiring.state["num_waiting_for_image_room"]:
+            await asyncio.sleep(0.01)
+        wiring.manager.abort_request("b", message="enough")
+        assert (await waiting)["meta_info"]["finish_reason"]["type"] == "abort"
+        assert wiring.state["num_waiting_for_image_room"] == 0 and wiring.num_pins() == 2
+        await leave(asked)
+
+    run(tmp_path, check, image_memory_bytes=PAGE, encoder_timeout_s=0.5)
+
+
+def test_images_that_never_fit_together_are_the_callers_mistake(tmp_path: Path) -> None:
+    """At once, or when its turn comes; the same image twice takes room for one."""
+
+    async def check(wiring: Wiring) -> None:
+        three = [image(b"%d" % i) for i in range(3)]
+        with pytest.raises(
+            ValueError, match=rf"image_data: .* {3 * PAGE} bytes or more .* at most {2 * PAGE} together"
+        ):
+            await wiring.ask(three, input_ids=[*TWO, PLACEHOLDER])
+        assert wiring.num_pins() == 0
+        running = wiring.ask(image(b"a"), rid="a")
+        await wiring.arrived(1)
+        waiting = wiring.ask(three, input_ids=[*TWO, 3, PLACEHOLDER])
+        behind = wiring.ask([image(b"b")] * 2 + [image(b"c")], input_ids=[*TWO, 3, PLACEHOLDER], rid="b")
+        await leave(running)
+        end(wiring, "a")
+        with pytest.raises(ValueError, match="bytes or more when encoded"):
+            await waiting
+        assert [sent.rid for sent in await wiring.arrived(1)] == ["b"]
+        await leave(behind)
+
+    run(tmp_path, check, image_memory_bytes=2 * PAGE)
 
 
 def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ class RoomLine:
             OverloadedError: there was no room in time.
             And what else `attempt` raises.
         """
+        # Of all of it: what the first attempt has taken is no more to be waited for.
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
         if not self.num_waiting:
             try:
                 return await attempt()
@@ -38,7 +40,7 @@ class RoomLine:
                 pass
         self.num_waiting += 1
         try:
-            async with asyncio.timeout(self._timeout_s), self._turn:
+            async with asyncio.timeout_at(deadline), self._turn:
                 return await self._persist(attempt)
         except TimeoutError:
             raise OverloadedError(

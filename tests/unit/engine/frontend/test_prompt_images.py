@@ -318,6 +318,8 @@ def test_images_that_never_fit_together_are_the_callers_mistake(tmp_path: Path) 
         running = wiring.ask(image(b"a"), rid="a")
         await wiring.arrived(1)
         waiting = wiring.ask(three, input_ids=[*TWO, 3, PLACEHOLDER])
+        while not wiring.state["num_waiting_for_image_room"]:
+            await asyncio.sleep(0.01)
         behind = wiring.ask([image(b"b")] * 2 + [image(b"c")], input_ids=[*TWO, 3, PLACEHOLDER], rid="b")
         await leave(running)
         end(wiring, "a")

@@ -10,7 +10,7 @@ the ids (r, k, i), so that a row that is shipped names the forward that it must 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +51,7 @@ from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.scheduler import Scheduler
 from waybill.engine.scheduler.step_limits import StepLimits
 from waybill.engine.scheduler.stop_checker import StopChecker
+from waybill.engine.vision.placed_image import PlacedImage
 from waybill.parallel.dp_attention import rows_per_rank
 from waybill.parallel.mesh import Axis, ParallelMesh
 
@@ -142,7 +143,19 @@ class Frontend:
         self.link = LeaderLink(wires)
         self.answers: dict[str, Answer] = {}
 
-    def submit(self, dp_rank: int, rid: str, prompt: list[int], start: int = 0, **params: object) -> None:
+    def submit(
+        self,
+        dp_rank: int,
+        rid: str,
+        prompt: list[int],
+        start: int = 0,
+        images: Sequence[PlacedImage] = (),
+        **params: object,
+    ) -> None:
+        ids = np.array(prompt, dtype="<i4")
+        keys = ids.copy()
+        for image in images:
+            keys[image.start : image.end] = -image.number
         self.answers[rid] = Answer(dp_rank, prompt, start)
         stream = bool(params.pop("stream_routes", False))
         self.link.send(
@@ -150,7 +163,7 @@ class Frontend:
             lambda number: TokenizedGenerateReqInput(
                 number,
                 rid,
-                np.array(prompt, dtype="<i4").tobytes(),
+                ids.tobytes(),
                 SamplingParams(**params),
                 OutputOptions(
                     stream=stream,
@@ -160,6 +173,8 @@ class Frontend:
                     routed_experts_format="compact",
                     stream_routed_experts=stream,
                 ),
+                images=list(images),
+                cache_ids=keys.tobytes() if images else b"",
             ),
         )
 

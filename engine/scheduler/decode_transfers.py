@@ -60,7 +60,7 @@ class DecodeTransfers:
         self._awaited[source.key] = _Awaited(req, self._clock())
         return ""
 
-    def arrive(self, reqs: Sequence[Req]) -> None:
+    def admitted(self, reqs: Sequence[Req]) -> None:
         for req in reqs:
             source = req.recv.transfer
             assert source is not None

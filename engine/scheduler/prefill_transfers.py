@@ -53,14 +53,16 @@ class PrefillTransfers:
         self._lent[source.key] = _Lent(req)
         return ""
 
-    def arrive(self, reqs: Sequence[Req]) -> None:
-        assert not reqs, "this side fetches nothing"
+    def admitted(self, reqs: Sequence[Req]) -> None:
+        """What the prefix cache has was committed by earlier requests: it goes while the rest is computed."""
+        for req in reqs:
+            if req.num_cached:
+                self._share(self._lent_of(req), req.num_cached)
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
         if not req.is_lent:
             return False
-        assert req.recv.transfer is not None
-        lent, held = self._lent[req.recv.transfer.key], req.held.pages
+        lent = self._lent_of(req)
         if output is not None and output.logprobs is not None:
             lent.logprobs.extend(output.logprobs)
         first = None
@@ -68,10 +70,19 @@ class PrefillTransfers:
             logprobs = lent.logprobs if req.options.return_logprob else None
             first = FirstToken(req.output_ids[:], self._weight_version(), logprobs)
             lent.done_at = self._clock()
+        self._share(lent, req.num_committed, first)
+        return True
+
+    def _lent_of(self, req: Req) -> _Lent:
+        assert req.recv.transfer is not None
+        return self._lent[req.recv.transfer.key]
+
+    def _share(self, lent: _Lent, num_ready: int, first: FirstToken | None = None) -> None:
+        req, held = lent.req, lent.req.held.pages
+        assert req.recv.transfer is not None
         new_pages = held[lent.num_pages :].tobytes()
         lent.num_pages = len(held)
-        self._tell(SharePages(req.recv.transfer.key, new_pages, req.num_committed, first))
-        return True
+        self._tell(SharePages(req.recv.transfer.key, new_pages, num_ready, first))
 
     def left(self, req: Req) -> None:
         if not req.is_lent:

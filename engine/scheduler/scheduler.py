@@ -44,8 +44,10 @@ from .transfer_ends import TransferEnds
 from .transfer_sides import make_transfers
 
 IDLE_WAIT_S = 5.0
-# Between two looks at a grammar that is being compiled, or at what is on its way from another engine.
+# Between two looks at a grammar that is being compiled, or of a leader that others may wait for.
 POLL_S = 0.001
+# What is on its way from another engine ends with a message; or, without one, by its time limit.
+TRANSFER_WAIT_S = 0.05
 
 
 class Scheduler(Generic[LaunchedT]):
@@ -174,14 +176,16 @@ class Scheduler(Generic[LaunchedT]):
             self.steps.commit_all()
             plan = self._planner.plan(in_flight=False)
             self.recorder.note_all(plan.before)
-        if plan.arriving:
+        if plan.transferring:
             planned = time.perf_counter()
-            self._transfers.arrive(plan.arriving)
+            self._transfers.admitted(plan.transferring)
             self._clock.add(Cause.TRANSFER, time.perf_counter() - planned)
-        is_at_rest = self.steps.is_empty and not self.lockstep.agreement.num_tokens
+        # What was noted is sent first.
+        is_at_rest = self.steps.is_empty and not (self.lockstep.agreement.num_tokens or self.recorder.has_events)
         if not plan.planned and is_at_rest and (self.queues.is_compiling or self._transfers.is_waiting):
             # Nobody has anything to do, on other dp ranks either: no reason to ask for the processor that others need.
-            self._mailbox.wait(POLL_S)
+            has_to_look = self.queues.is_compiling or self._dp.dp_size > 1
+            self._mailbox.wait(POLL_S if has_to_look else TRANSFER_WAIT_S)
         if any(isinstance(event, ReqRetracted) for event in plan.before):
             self._clock.add(Cause.RETRACTION, time.perf_counter() - began)
         return plan

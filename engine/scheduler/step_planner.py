@@ -39,8 +39,8 @@ class StepPlan:
 
     planned: list[PlannedReq] = field(default_factory=list)
     before: list[BeforeEvent] = field(default_factory=list)
-    # Admitted without a part in the step: their prompts are to be fetched.
-    arriving: list[Req] = field(default_factory=list)
+    # Admitted with all pages of their prompts: another engine reads those, or this one fetches them.
+    transferring: list[Req] = field(default_factory=list)
     starved: bool = False
 
     @property
@@ -169,10 +169,11 @@ class StepPlanner:
                 return
             self._queues.start(req)
             plan.before.append(ReqAdmitted(req.rid, req.held.pages.tobytes()))
+            if req.is_awaited or req.is_lent:
+                plan.transferring.append(req)
             if req.is_awaited:
                 req.held.pages.extend(self._take(num_pages))
                 req.num_scheduled += reserved
-                plan.arriving.append(req)
                 continue
             self._schedule(req, num_tokens, plan, num_pages)
             budget.spend(num_tokens)

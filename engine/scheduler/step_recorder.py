@@ -38,6 +38,15 @@ class StepRecorder:
         """The next record begins with it."""
         self._events.append(event)
 
+    def note_soon(self, event: BeforeEvent) -> None:
+        """Of a request that no step in flight has a part in, and that was admitted before: sent with the youngest of these
+        steps, at once where there is none."""
+        if self._launched:
+            self._launched[-1].append(event)
+        else:
+            self.note(event)
+            self.record_idle([])
+
     def note_finished(self, finished: ReqFinished) -> None:
         """The next record that is sent ends with it: for a request that no step in flight has a part in."""
         self._finished.append(finished)

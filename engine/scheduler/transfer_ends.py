@@ -74,7 +74,8 @@ class TransferEnds:
             self._mask_maker.advance([(req.constraint, token_id) for token_id in first.token_ids])
         reason = self._committer.check_stop(req)
         output = TokenOutput(req.rid, first.token_ids, first.logprobs)
-        self._recorder.note(ReqTransferred(req.rid, new_pages, first.weight_version, output, reason))
+        # The caller has not to wait for the next step with its first token.
+        self._recorder.note_soon(ReqTransferred(req.rid, new_pages, first.weight_version, output, reason))
         if reason is None:
             self._pages.offer_full_pages(req)
         else:

@@ -38,8 +38,8 @@ class Transfers(Protocol):
         """A request has come; why it cannot be served, or empty."""
         ...
 
-    def arrive(self, reqs: Sequence[Req]) -> None:
-        """Decode's side: their pages are reserved."""
+    def admitted(self, reqs: Sequence[Req]) -> None:
+        """All pages of their prompts are reserved, and what the prefix cache has is on the first of them."""
         ...
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
@@ -73,7 +73,7 @@ class NoTransfers:
     def begin(self, req: Req) -> str:
         return ""
 
-    def arrive(self, reqs: Sequence[Req]) -> None: ...
+    def admitted(self, reqs: Sequence[Req]) -> None: ...
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
         return False

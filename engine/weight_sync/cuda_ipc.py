@@ -54,7 +54,15 @@ def call(name: str, *arguments: Any) -> None:
     Raises:
         RuntimeError: the driver refuses.
     """
-    status = getattr(driver(), name)(*arguments)
+    check_status(name, getattr(driver(), name)(*arguments))
+
+
+def check_status(name: str, status: int) -> None:
+    """Of a call of the driver.
+
+    Raises:
+        RuntimeError: it was refused.
+    """
     if status:
         text = ctypes.c_char_p()
         driver().cuGetErrorName(status, ctypes.byref(text))

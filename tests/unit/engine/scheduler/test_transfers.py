@@ -45,12 +45,12 @@ def test_a_decode_waits_for_all_parts_of_its_own_attempt() -> None:
     req = make_req()
     assert transfers.begin(req) == "" and req.is_awaited and transfers.is_waiting
     assert "another request has it" in transfers.begin(make_req())
-    transfers.arrive([req])
+    transfers.admitted([req])
     assert told.pop() == FetchPages(TransferSource("h", 1, 1), 1, 2, 6, req.held.pages.tobytes())
     # Retracted and admitted again: what the first attempt brings counts for nothing.
     transfers.left(req)
     assert told.pop() == DropPages("1.0", again=True) and req.is_awaited
-    transfers.arrive([req])
+    transfers.admitted([req])
     for attempt in (1, 2):
         for part in ("pages1", "routes", "pages0"):
             assert transfers.settle() == []
@@ -68,7 +68,7 @@ def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> N
     without_rows, without_pages, late, lost = (make_req(room, f"r{room}") for room in (1, 2, 3, 4))
     for req in (without_rows, without_pages, late, lost):
         transfers.begin(req)
-    transfers.arrive([without_rows, without_pages, lost])
+    transfers.admitted([without_rows, without_pages, lost])
     # Pages without rows would be cached.
     transfers.on_notice(TransferNotice("4.0", "pages0", 1, first=FIRST))
     transfers.on_notice(TransferNotice("4.0", "routes", 1, "cut off", is_lost=True))
@@ -104,10 +104,13 @@ def test_a_prefill_lends_chunk_by_chunk_until_it_is_released() -> None:
     req = make_req()
     assert transfers.begin(req) == "" and req.is_lent
     assert "another request has it" in transfers.begin(make_req())
+    # What is cached goes before anything is computed; without it nothing does.
+    transfers.admitted([req])
     commit(transfers, req, 4)
     assert not transfers.is_waiting
     commit(transfers, req, 6, token=9)
-    assert told == [SharePages("1.0", req.held.pages.tobytes(), 4), SharePages("1.0", b"", 6, FIRST)]
+    pages = req.held.pages.tobytes()
+    assert told == [SharePages("1.0", pages, 2), SharePages("1.0", b"", 4), SharePages("1.0", b"", 6, FIRST)]
     assert transfers.is_waiting and transfers.settle() == []
     transfers.on_notice(TransferNotice("1.0", "released"))
     (settled,) = transfers.settle()
@@ -123,7 +126,10 @@ def test_a_prefill_that_nobody_fetches_ends() -> None:
     transfers = PrefillTransfers(told.append, 60.0, lambda: "w", clock)
     kept, gone, queued = (make_req(room, f"r{room}") for room in (1, 2, 3))
     for req in (kept, gone, queued):
+        req.num_cached = 0
         transfers.begin(req)
+    transfers.admitted([kept, gone])
+    assert told == []
     commit(transfers, kept, 6, token=9)
     transfers.on_notice(TransferNotice("2.0", "released", error="the caller has left"))
     (settled,) = transfers.settle()

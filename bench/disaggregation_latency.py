@@ -48,8 +48,9 @@ NUM_STREAMS, NUM_ARRIVALS = 4, 6
 STREAM_TOKENS, ARRIVAL_TOKENS = 160, 4
 PROMPT_TOKENS, CHUNK, VOCAB = 512, 128, 500
 # Between two arrivals.
-PAUSE_S = 0.25
+PAUSE_S = 0.07
 MILLI = 1e3
+NUM_RESAMPLES, CONFIDENCE = 2000, 95
 
 
 def on_core(number: int, make: Any) -> Any:
@@ -68,10 +69,25 @@ def latencies(steps: list[StepEntry]) -> list[float]:
     return [later - earlier for earlier, later in zip(times[4:], times[5:], strict=False)]
 
 
+def ratio_interval(segments: list[list[float]], others: list[list[float]]) -> tuple[float, float]:
+    """Between which values the ratio of two p99s is, by resampling rounds, which have a segment of each."""
+    rng, ratios = np.random.default_rng(0), []
+    for _ in range(NUM_RESAMPLES):
+        rounds = rng.integers(0, len(segments), len(segments))
+        p99, other = (
+            np.percentile(np.concatenate([part[index] for index in rounds]), 99) for part in (segments, others)
+        )
+        ratios.append(p99 / other)
+    low, high = np.percentile(ratios, (50 - CONFIDENCE / 2, 50 + CONFIDENCE / 2))
+    return float(low), float(high)
+
+
 @dataclass
 class Bench:
+    """`seconds` are the latencies of each segment, by variant."""
+
     model: str
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[str, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         self.port, self.room = free_port(), 0
@@ -128,7 +144,7 @@ class Bench:
             future.result()
         (steps,) = self.decode.take_steps()
         if kept:
-            self.seconds[variant] += latencies(steps)
+            self.seconds[variant].append(latencies(steps))
 
     def close(self) -> None:
         self.decode.close()
@@ -136,7 +152,8 @@ class Bench:
 
 
 def report(bench: Bench, rounds: int, load: float, seconds: float) -> str:
-    base = np.percentile(bench.seconds["none"], (50, 99)) * MILLI
+    seconds_of = {variant: np.concatenate(bench.seconds[variant]) for variant in VARIANTS}
+    base, short = (np.percentile(seconds_of[name], (50, 99)) * MILLI for name in ("none", "short"))
     lines = [
         "# Arriving transfers and the requests that run",
         "",
@@ -147,16 +164,18 @@ def report(bench: Bench, rounds: int, load: float, seconds: float) -> str:
         f"of {PROMPT_TOKENS} tokens in chunks of {CHUNK}, and finish after {ARRIVAL_TOKENS}. Load average when "
         f"it began: {load:.1f}; shared memory. Other work on the machine makes tails in all variants, which take turns.",
         "",
-        "| who arrives | latencies | p50, ms | p99, ms | p50 of none | p99 of none | p99 of short |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| who arrives | latencies | p50, ms | p99, ms | p50 of none | p99 of none "
+        f"| between ({CONFIDENCE} %) | p99 of short |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in VARIANTS:
-        values = np.array(bench.seconds[variant]) * MILLI
+        values = seconds_of[variant] * MILLI
         found = np.percentile(values, (50, 99))
-        ratios, of_short = found / base, found[1] / (np.percentile(bench.seconds["short"], 99) * MILLI)
+        ratios = found / base
+        low, high = ratio_interval(bench.seconds[variant], bench.seconds["none"])
         lines.append(
             f"| {variant} | {len(values)} | {found[0]:.2f} | {found[1]:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} "
-            f"| {of_short:.2f} |"
+            f"| {low:.2f} - {high:.2f} | {found[1] / short[1]:.2f} |"
         )
     lines += [
         "",

@@ -47,6 +47,8 @@ def slots_of(pages: np.ndarray, start: int, end: int, page_size: int) -> np.ndar
     first, last = start // page_size, -(-end // page_size)
     if last > len(pages):
         raise IndexError(f"{len(pages)} pages for positions {start} .. {end}")
+    if page_size == 1:
+        return pages[start:end].astype(np.int64)
     slots = pages[first:last, None].astype(np.int64) * page_size + np.arange(page_size)
     return slots.reshape(-1)[start - first * page_size : end - first * page_size]
 

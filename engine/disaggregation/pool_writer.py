@@ -10,14 +10,15 @@ import torch
 
 from ...parallel.host_to_device import to_device
 from ..kv_cache.kv_store import KVStore, StackPlace
-from .page_copy import Heads, as_rows, host_bytes
+from .page_copy import Heads, as_rows, entry_bytes, host_bytes
 from .row_copy import as_words, select_copy_rows, select_heads
-from .run_copy import has_whole_rows, select_copy_runs
+from .run_copy import is_whole, select_copy_runs
 from .slot_runs import slot_runs
 
-# Fewest slots that a run has on average where a copy of each run is faster than one of each row: on the host and, where
-# it costs the host some microseconds to have it done, on a device.
-HOST_RUN, DEVICE_RUN = 8, 64
+# Fewest slots that a run has on average where numpy copies it faster than rows one by one.
+HOST_RUN = 8
+# Each costs the host some ten microseconds to have it done by a device's copy engine; for more, a kernel is faster.
+MAX_RUNS = 32
 
 
 class PoolWriter(Protocol):
@@ -61,8 +62,8 @@ class DeviceWriter:
     """By the device, on a stream of its own: rows go straight from the one memory to the other."""
 
     def __init__(self, kv_store: KVStore) -> None:
-        self._kv_store = kv_store
         self._device = kv_store.memory.device
+        self._targets = [stack.of(kv_store.memory) for stack in kv_store.stacks]
         self._copy_rows = select_copy_rows(self._device)
         self._copy_runs = select_copy_runs(self._device)
         self._stream = torch.cuda.Stream(self._device)
@@ -70,23 +71,28 @@ class DeviceWriter:
     def sources(self, stacks: Sequence[StackPlace], memory: Any) -> list[Any]:
         return [stack.of(memory) for stack in stacks]
 
-    @torch.inference_mode()
     def write(self, sources: Sequence[Any], there: np.ndarray, here: np.ndarray, theirs: Heads, ours: Heads) -> int:
-        num_bytes, runs, slots = 0, slot_runs(there, here), None
-        with torch.cuda.stream(self._stream):
-            for source, stack in zip(sources, self._kv_store.stacks, strict=True):
-                target = stack.of(self._kv_store.memory)
-                rows, others = as_words(select_heads(source, theirs), select_heads(target, ours))
-                if len(there) >= DEVICE_RUN * len(runs) and has_whole_rows(rows) and has_whole_rows(others):
-                    self._copy_runs(rows, others, runs)
-                else:
-                    if slots is None:
-                        slots = to_device(np.stack((there, here)), self._device)
-                    self._copy_rows(rows, others, slots[0], slots[1])
-                num_bytes += len(there) * rows.shape[0] * rows.shape[2] * rows.itemsize
+        pairs, runs = list(zip(sources, self._targets, strict=True)), slot_runs(there, here)
+        if len(runs) <= MAX_RUNS and all(is_whole(one, theirs) and is_whole(other, ours) for one, other in pairs):
+            torch.cuda.set_device(self._device)
+            for source, target in pairs:
+                self._copy_runs(source, target, runs, self._stream.cuda_stream)
+        else:
+            self._write_rows(pairs, there, here, theirs, ours)
+        num_bytes = len(there) * sum(source.shape[0] * entry_bytes(source[0], theirs) for source in sources)
         # The memory there may be given away as soon as this returns.
         self._stream.synchronize()
         return num_bytes
+
+    @torch.inference_mode()
+    def _write_rows(
+        self, pairs: Sequence[tuple[Any, Any]], there: np.ndarray, here: np.ndarray, theirs: Heads, ours: Heads
+    ) -> None:
+        with torch.cuda.stream(self._stream):
+            slots = to_device(np.stack((there, here)), self._device)
+            for source, target in pairs:
+                rows, others = as_words(select_heads(source, theirs), select_heads(target, ours))
+                self._copy_rows(rows, others, slots[0], slots[1])
 
 
 def make_pool_writer(kv_store: KVStore) -> PoolWriter:

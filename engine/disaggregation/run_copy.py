@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from ..weight_sync.cuda_ipc import check_status
+from .page_copy import Heads
 from .slot_runs import SlotRun
 
-# (source, target, runs): [layers, slots, n] both, see `has_whole_rows`.
-CopyRuns = Callable[[torch.Tensor, torch.Tensor, Sequence[SlotRun]], None]
+# (source, target, runs, stream): all heads of both, [layers, slots, (heads,) width]; the handle of a stream of the current
+# device.
+CopyRuns = Callable[[torch.Tensor, torch.Tensor, Sequence[SlotRun], int], None]
 
 # Of a driver's strided copy, in bytes from one piece to the next.
 MAX_PITCH = 2**31 - 1
@@ -40,25 +42,25 @@ class StridedCopy(ctypes.Structure):
     )
 
 
-def has_whole_rows(stack: torch.Tensor) -> bool:
-    """Whether the slots of a layer, [layers, slots, n], lie beside each other, and layers not too far from each other."""
-    return stack.stride(1) == stack.shape[2] and stack.stride(0) * stack.itemsize <= MAX_PITCH
+def is_whole(stack: torch.Tensor, heads: Heads) -> bool:
+    """Whether these are all heads, so that slots lie beside each other, and layers are not too far from each other."""
+    has_all = heads is None or stack.dim() == 3 or heads == (0, stack.shape[2])
+    return has_all and stack.stride(0) * stack.itemsize <= MAX_PITCH
 
 
-def copy_runs_torch(source: torch.Tensor, target: torch.Tensor, runs: Sequence[SlotRun]) -> None:
+def copy_runs_torch(source: torch.Tensor, target: torch.Tensor, runs: Sequence[SlotRun], stream: int) -> None:
     for there, here, num_slots in runs:
         target[:, here : here + num_slots] = source[:, there : there + num_slots]
 
 
-def copy_runs_cuda(source: torch.Tensor, target: torch.Tensor, runs: Sequence[SlotRun]) -> None:
-    """Twin of `copy_runs_torch`, by a copy engine of the current stream's device: it reads a peer at the rate of the link,
-    and no step has to share a processor with it.
+def copy_runs_cuda(source: torch.Tensor, target: torch.Tensor, runs: Sequence[SlotRun], stream: int) -> None:
+    """Twin of `copy_runs_torch`, by a copy engine of the device: it reads a peer at the rate of the link, and no step has
+    to share a processor with it. No tensor is made: each view would cost as much as the copy of a position.
 
     Raises:
         RuntimeError: the driver refuses.
     """
-    stream = ctypes.c_void_p(torch.cuda.current_stream(target.device).cuda_stream)
-    row_bytes = source.shape[2] * source.itemsize
+    row_bytes, queue = source.stride(1) * source.itemsize, ctypes.c_void_p(stream)
     copy = StridedCopy(num_pieces=source.shape[0])
     copy.source_kind = copy.target_kind = DEVICE_MEMORY
     copy.source_pitch, copy.target_pitch = (stack.stride(0) * stack.itemsize for stack in (source, target))
@@ -66,7 +68,7 @@ def copy_runs_cuda(source: torch.Tensor, target: torch.Tensor, runs: Sequence[Sl
         copy.source_device = source.data_ptr() + there * row_bytes
         copy.target_device = target.data_ptr() + here * row_bytes
         copy.piece_bytes = num_slots * row_bytes
-        check_status("cuMemcpy2DAsync", enqueuer().cuMemcpy2DAsync_v2(ctypes.byref(copy), stream))
+        check_status("cuMemcpy2DAsync", enqueuer().cuMemcpy2DAsync_v2(ctypes.byref(copy), queue))
 
 
 @cache

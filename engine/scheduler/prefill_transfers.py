@@ -13,6 +13,9 @@ from ..plan import DropPages, SharePages
 from .req import Req
 from .transfers import Settled, Tell
 
+# Cached positions that go before a chunk is computed: fewer are copied sooner than the further question is answered.
+MIN_EARLY = 1024
+
 
 @dataclass
 class _Lent:
@@ -56,7 +59,7 @@ class PrefillTransfers:
     def admitted(self, reqs: Sequence[Req]) -> None:
         """What the prefix cache has was committed by earlier requests: it goes while the rest is computed."""
         for req in reqs:
-            if req.num_cached:
+            if req.num_cached >= MIN_EARLY:
                 self._share(self._lent_of(req), req.num_cached)
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:

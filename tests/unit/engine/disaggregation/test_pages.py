@@ -100,6 +100,7 @@ def test_positions_are_copied_from_mapped_pools(
         pool = MappedPool(PoolExport(store, 2, SharedExport(store)).place("1.0", 1), here, 4)
         if on_device:
             monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+            monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
             monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
             pool._writer = DeviceWriter(here)
             pool._sources = pool._writer.sources(store.stacks, store.memory)
@@ -114,6 +115,8 @@ def test_positions_are_copied_from_mapped_pools(
 
 
 class Stream:
+    cuda_stream = 0
+
     def synchronize(self) -> None: ...
 
 

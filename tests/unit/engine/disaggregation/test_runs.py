@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from waybill.engine.disaggregation.pool_writer import HostWriter
-from waybill.engine.disaggregation.run_copy import copy_runs_cuda, copy_runs_torch, has_whole_rows
+from waybill.engine.disaggregation.run_copy import copy_runs_cuda, copy_runs_torch, is_whole
 from waybill.engine.disaggregation.slot_runs import slot_runs
 from waybill.engine.kv_cache.kv_store import KVStore, KVTensorSpec
 
@@ -70,16 +70,18 @@ def test_runs_and_rows_are_the_same_copy(slots: tuple[np.ndarray, np.ndarray], a
         assert torch.equal(found, expected)
 
 
-def test_rows_that_are_a_part_of_each_slot_are_no_runs() -> None:
-    whole = torch.zeros(2, 5, 6)
-    assert has_whole_rows(whole) and not has_whole_rows(whole[:, :, 2:])
-    assert not has_whole_rows(torch.empty(2, 2**20, 2**10, device="meta"))
+def test_a_part_of_the_heads_is_no_run() -> None:
+    keys, latents = torch.zeros(2, 5, 4, 6), torch.zeros(2, 5, 6)
+    assert is_whole(keys, None) and is_whole(keys, (0, 4)) and is_whole(latents, (1, 2))
+    assert not is_whole(keys, (0, 3)) and not is_whole(keys, (1, 4))
+    # The driver counts a layer's bytes in 31 bits.
+    assert not is_whole(torch.empty(2, 2**20, 2**10, device="meta"), None)
 
 
 @pytest.mark.gpu
 def test_the_device_copies_runs_as_torch_does() -> None:
-    source = torch.randn(3, 10, 8, device="cuda")
-    results = [torch.zeros(3, 12, 8, device="cuda") for _ in range(2)]
+    source = torch.randn(3, 10, 2, 4, device="cuda")
+    results = [torch.zeros(3, 12, 2, 4, device="cuda") for _ in range(2)]
     for copy_runs, target in zip((copy_runs_torch, copy_runs_cuda), results, strict=True):
-        copy_runs(source, target, [(2, 5, 3), (0, 1, 2), (9, 0, 1)])
+        copy_runs(source, target, [(2, 5, 3), (0, 1, 2), (9, 0, 1)], torch.cuda.current_stream().cuda_stream)
     assert torch.equal(*results) and results[0].any()

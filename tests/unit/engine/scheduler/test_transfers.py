@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from waybill.engine.io_struct import FinishReason, FirstToken, SamplingParams, TokenOutput, TransferSource
 from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput, TransferNotice
 from waybill.engine.kv_cache.page_pool import Pages
@@ -98,13 +100,14 @@ def commit(transfers: PrefillTransfers, req: Req, num: int, token: int | None = 
     assert transfers.committed(req, None if token is None else TokenOutput(req.rid, [token]))
 
 
-def test_a_prefill_lends_chunk_by_chunk_until_it_is_released() -> None:
+def test_a_prefill_lends_chunk_by_chunk_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("waybill.engine.scheduler.prefill_transfers.MIN_EARLY", 2)
     told: list[PageMessage] = []
     transfers = PrefillTransfers(told.append, 60.0, lambda: "w", Clock())
     req = make_req()
     assert transfers.begin(req) == "" and req.is_lent
     assert "another request has it" in transfers.begin(make_req())
-    # What is cached goes before anything is computed; without it nothing does.
+    # Much that is cached goes before anything is computed.
     transfers.admitted([req])
     commit(transfers, req, 4)
     assert not transfers.is_waiting
@@ -126,7 +129,6 @@ def test_a_prefill_that_nobody_fetches_ends() -> None:
     transfers = PrefillTransfers(told.append, 60.0, lambda: "w", clock)
     kept, gone, queued = (make_req(room, f"r{room}") for room in (1, 2, 3))
     for req in (kept, gone, queued):
-        req.num_cached = 0
         transfers.begin(req)
     transfers.admitted([kept, gone])
     assert told == []

@@ -62,10 +62,10 @@ def check_rooms(sources: Sequence[TransferSource | None]) -> None:
     Raises:
         FieldError: two prompts have one room, so that one would get the other's pages, or none.
     """
-    taken: dict[TransferSource, int] = {}
+    taken: dict[str, int] = {}
     for index, source in enumerate(sources):
-        if source is not None and taken.setdefault(source, index) != index:
-            message = f"bootstrap_room={source.room}: item {taken[source]} has it"
+        if source is not None and taken.setdefault(source.key, index) != index:
+            message = f"bootstrap_room={source.room}: item {taken[source.key]} has it"
             raise FieldError(message, "bootstrap_room").of_item(index)
 
 

@@ -95,12 +95,14 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TransferSource(msgspec.Struct, frozen=True, array_like=True):
-    """Where a request's prefill is, if another engine than that decodes it, and what both call one `sample` of it."""
+    """Where a request's prefill is, if another engine than that decodes it, and what both call one `sample` of it.
+    `digest` is of what both must have been asked, for a room says nothing of that."""
 
     host: str
     port: int
     room: int
     sample: int = 0
+    digest: bytes = b""
 
     @property
     def key(self) -> str:
@@ -237,11 +239,13 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FirstToken(msgspec.Struct, frozen=True, array_like=True):
-    """What a prefill has come to, for the engine that goes on: a token, or none, and log-probabilities."""
+    """What a prefill has come to, for the engine that goes on: a token, or none, log-probabilities, and the digest of what
+    it was asked (`TransferSource`)."""
 
     token_ids: list[int]
     weight_version: str
     logprobs: Logprobs | None = None
+    digest: bytes = b""
 
 
 class RingPlace(msgspec.Struct, frozen=True, array_like=True):

@@ -27,6 +27,7 @@ from ..engine.entrypoints.responses import wait_for_disconnect
 from .run_dir import EXIT_USAGE
 
 GENERATES = ("/generate", "/v1/completions", "/v1/chat/completions")
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # The dialect's rooms have 63 bits.
 ROOM_BITS = 63
 CONNECT_TIMEOUT_S = 5.0
@@ -62,13 +63,13 @@ def passed_on(headers: Any) -> dict[str, str]:
 
 
 def bad_request(message: str) -> Response:
-    body = {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+    body = {"error": {"message": message, "type": "BadRequestError", "param": "body", "code": 400}}
     return Response(msgspec.json.encode(body), 400, media_type="application/json")
 
 
 def unreachable(side: str, error: Exception) -> Response:
     message = f"the {side}'s side cannot be reached: {error}"
-    body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
+    body = {"error": {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}}
     return Response(msgspec.json.encode(body), 503, media_type="application/json")
 
 
@@ -78,19 +79,28 @@ async def generate(pair: Pair, http: Request) -> Response:
         body = msgspec.json.decode(await http.body(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return bad_request(f"body: must be a JSON object: {error}")
-    return Relay(pair, http.url.path, msgspec.json.encode(pair.with_room(body)), passed_on(http.headers))
+    content = msgspec.json.encode(pair.with_room(body))
+    return Relay(pair.client, {"prefill": pair.prefill, "decode": pair.decode}, http, content)
+
+
+async def forward(pair: Pair, http: Request) -> Response:
+    """Anything else is for the decode's side."""
+    return Relay(pair.client, {"decode": pair.decode}, http, await http.body())
 
 
 class Relay(Response):
-    """The answer to a request that both sides are sent. When it ends, or its caller leaves, so do theirs: what still runs
-    there is aborted."""
+    """The answer to a request that one side or both are sent, piece by piece. When it ends, or its caller leaves, so do
+    theirs: what still runs there is aborted."""
 
-    def __init__(self, pair: Pair, path: str, content: bytes, headers: dict[str, str]) -> None:
+    def __init__(self, client: httpx.AsyncClient, urls: dict[str, str], http: Request, content: bytes) -> None:
         super().__init__()
-        self._pair = pair
-        self._path = path
-        self._content = content
-        self._sent_headers = headers
+        query = f"?{http.url.query}" if http.url.query else ""
+        headers = passed_on(http.headers)
+        self._client = client
+        self._requests = {
+            side: client.build_request(http.method, url + http.url.path + query, content=content, headers=headers)
+            for side, url in urls.items()
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.create_task(wait_for_disconnect(receive))
@@ -104,29 +114,36 @@ class Relay(Response):
         if isinstance(results[0], Exception):
             raise results[0]
 
-    def _ask(self, url: str) -> asyncio.Task[httpx.Response]:
-        client = self._pair.client
-        request = client.build_request("POST", url + self._path, content=self._content, headers=self._sent_headers)
-        return asyncio.create_task(client.send(request, stream=True))
-
     async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
-        prefill, decode = self._ask(self._pair.prefill), self._ask(self._pair.decode)
+        asked = {
+            side: asyncio.create_task(self._client.send(request, stream=True))
+            for side, request in self._requests.items()
+        }
         try:
-            await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
-            side, asking = ("prefill", prefill) if has_failed(prefill) else ("decode", decode)
+            await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
+            side = next((side for side, asking in asked.items() if has_failed(asking)), "decode")
             try:
-                answer = await asking
+                answer = await asked[side]
             except httpx.HTTPError as error:
                 await unreachable(side, error)(scope, receive, send)
                 return
-            head = Response(status_code=answer.status_code, headers=passed_on(answer.headers))
-            del head.headers["content-length"]
-            await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
-            async for piece in answer.aiter_raw():
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            try:
+                await send_pieces(answer, send)
+            except httpx.HTTPError as error:
+                # The answer has begun: the server cuts the connection, as it does for a response without an end.
+                message = f"the {side}'s side ended in the middle of an answer: {error}"
+                print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
         finally:
-            await asyncio.gather(end(prefill), end(decode))
+            await asyncio.gather(*map(end, asked.values()))
+
+
+async def send_pieces(answer: httpx.Response, send: Send) -> None:
+    head = Response(status_code=answer.status_code, headers=passed_on(answer.headers))
+    del head.headers["content-length"]
+    await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
+    async for piece in answer.aiter_raw():
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def has_failed(asking: asyncio.Task[httpx.Response]) -> bool:
@@ -141,23 +158,6 @@ async def end(asking: asyncio.Task[httpx.Response]) -> None:
     except (asyncio.CancelledError, httpx.HTTPError):
         return
     await answer.aclose()
-
-
-async def whole(asking: asyncio.Task[httpx.Response], side: str) -> Response:
-    try:
-        answer = await asking
-        return Response(await answer.aread(), answer.status_code, passed_on(answer.headers))
-    except httpx.HTTPError as error:
-        return unreachable(side, error)
-
-
-async def forward(pair: Pair, http: Request) -> Response:
-    """Anything else is for the decode's side."""
-    query = f"?{http.url.query}" if http.url.query else ""
-    request = pair.client.build_request(
-        http.method, f"{pair.decode}{http.url.path}{query}", content=await http.body(), headers=passed_on(http.headers)
-    )
-    return await whole(asyncio.create_task(pair.client.send(request, stream=True)), "decode")
 
 
 async def health(pair: Pair) -> Response:
@@ -190,9 +190,9 @@ def make_router(pair: Pair) -> FastAPI:
         return await forward(pair, http)
 
     for path in GENERATES:
-        app.add_api_route(path, on_generate, methods=["POST"])
+        app.add_api_route(path, on_generate, methods=["POST", "PUT"])
     app.add_api_route("/health", on_health, methods=["GET"])
-    app.add_api_route("/{path:path}", on_other, methods=["GET", "POST"])
+    app.add_api_route("/{path:path}", on_other, methods=METHODS)
     return app
 
 

@@ -53,9 +53,13 @@ def printable(message: str) -> str:
 
 
 def error_body(refusal: str | Exception, status: int) -> dict[str, Any]:
-    """`param` is the field that is wrong: the one that a `FieldError` has, or that a message begins with, if it does."""
+    """`param` is the field that is wrong: the one that a `FieldError` has, or that a message begins with, if it does.
+    Failures of the server (5xx) are no field's fault, whatever part of it their message begins with."""
     message = printable(str(refusal))
-    field = refusal.field if isinstance(refusal, FieldError) else message.split(":", 1)[0].split("=", 1)[0]
+    if isinstance(refusal, FieldError):
+        field = refusal.field
+    else:
+        field = message.split(":", 1)[0].split("=", 1)[0] if status < 500 else ""
     return {
         "error": {
             "message": message,

@@ -31,7 +31,7 @@ from .request_limits import (
     resolve_max_new_tokens,
 )
 from .sample_names import item_rids, per_item, sample_rids
-from .sample_request import SampleRequest, SharedPrefix, with_grammar, with_transfer
+from .sample_request import SampleRequest, SharedPrefix, check_rooms, with_grammar, with_transfer
 from .sampling_params import SamplingParamsInput, make_sampling_params
 
 # What a sample costs to make, beside its prompt's length.
@@ -247,6 +247,7 @@ def expand(
         if sample.rid in taken:
             raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
+    check_rooms([group[0].transfer for group in samples])
     return samples
 
 

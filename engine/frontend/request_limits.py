@@ -138,8 +138,8 @@ def check_transfer(host: str | None, port: int | None, room: int | None, limits:
         )
     if room is None:
         raise FieldError(f"{name}: needs bootstrap_room", name, mentions=("bootstrap_room",))
-    if room < 0:
-        raise FieldError(f"bootstrap_room={room}: must be at least 0", "bootstrap_room")
+    if not 0 <= room < 2**63:
+        raise FieldError(f"bootstrap_room={room}: must lie in 0 .. 2**63 - 1", "bootstrap_room")
     if port is not None and not 0 < port < 2**16:
         raise FieldError(f"bootstrap_port={port}: must lie in 1 .. {2**16 - 1}", "bootstrap_port")
     if host is None and limits.disaggregation == "decode":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from ..io_struct import OutputOptions, SamplingParams, TransferSource
 from ..validation.field_error import FieldError
@@ -53,6 +56,27 @@ class SampleRequest:
         return self.input_ids if self.cache_ids is None else self.cache_ids
 
 
+def check_rooms(sources: Sequence[TransferSource | None]) -> None:
+    """`sources`: one for each prompt of a batch, None where it stays on this engine.
+
+    Raises:
+        FieldError: two prompts have one room, so that one would get the other's pages, or none.
+    """
+    taken: dict[str, int] = {}
+    for index, source in enumerate(sources):
+        if source is not None and taken.setdefault(source.key, index) != index:
+            message = f"bootstrap_room={source.room}: item {taken[source.key]} has it"
+            raise FieldError(message, "bootstrap_room").of_item(index)
+
+
+def _digest(sample: SampleRequest) -> bytes:
+    """Of what an answer that two engines make must be asked of both."""
+    options = sample.output_options
+    asked = (options.return_logprob, options.logprob_start_len, options.top_logprobs_num)
+    ids = np.ascontiguousarray(sample.input_ids, dtype="<i8")
+    return hashlib.blake2b(msgspec.json.encode(asked) + ids.tobytes(), digest_size=16).digest()
+
+
 def with_transfer(samples: list[SampleRequest], place: list[Any], limits: EngineLimits) -> list[SampleRequest]:
     """Samples of one prompt, with where the other side is (host, port and room); on a prefill's side they end with their
     first token, and only the other one has rows and the prompt's log-probabilities to return."""
@@ -60,7 +84,8 @@ def with_transfer(samples: list[SampleRequest], place: list[Any], limits: Engine
     if host is None and port is None and room is None:
         return samples
     check_transfer(host, port, room, limits)
-    source = TransferSource(host or "", limits.bootstrap_port if port is None else port, room)
+    port = limits.bootstrap_port if port is None else port
+    source = TransferSource(host or "", port, room, digest=_digest(samples[0]))
     moved = [replace(one, transfer=msgspec.structs.replace(source, sample=i)) for i, one in enumerate(samples)]
     if limits.disaggregation == "decode":
         return moved

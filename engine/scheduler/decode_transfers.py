@@ -30,6 +30,16 @@ class _Awaited:
     error: str = ""
 
 
+def difference(awaited: _Awaited) -> str:
+    """Pages of another prompt must not be cached as those of this one, however many there are."""
+    source = awaited.req.recv.transfer
+    assert source is not None
+    if awaited.first is None or awaited.first.digest == source.digest:
+        return ""
+    fields = "prompt, return_logprob, logprob_start_len and top_logprobs_num"
+    return f"bootstrap_room={source.room} is another request there: {fields} must be the same on both sides"
+
+
 class DecodeTransfers:
     """`has_routes`: rows are waited for, too."""
 
@@ -106,8 +116,10 @@ class DecodeTransfers:
         settled: list[Settled] = []
         oldest = self._clock() - self._timeout_s
         for key, awaited in list(self._awaited.items()):
-            if awaited.error:
-                settled.append(Settled(awaited.req, reason=FinishReason.failed(f"prefill: {awaited.error}")))
+            # Of a difference the error of a transfer is but a symptom.
+            error = difference(awaited) or awaited.error
+            if error:
+                settled.append(Settled(awaited.req, reason=FinishReason.failed(f"prefill: {error}")))
             elif awaited.is_fetching and not awaited.missing and awaited.first is not None:
                 del self._awaited[key]
                 awaited.req.is_awaited = False

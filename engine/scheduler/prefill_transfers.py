@@ -71,7 +71,7 @@ class PrefillTransfers:
         first = None
         if req.num_committed == req.num_prompt_tokens:
             logprobs = lent.logprobs if req.options.return_logprob else None
-            first = FirstToken(req.output_ids[:], self._weight_version(), logprobs)
+            first = FirstToken(req.output_ids[:], self._weight_version(), logprobs, req.recv.transfer.digest)
             lent.done_at = self._clock()
         self._share(lent, req.num_committed, first)
         return True

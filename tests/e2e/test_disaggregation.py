@@ -91,6 +91,22 @@ def test_single_chunked_cached_and_scored_prompts(pair: EnginePair, reference: R
     assert all(state["transferred_shared_bytes"] == state["transferred_bytes"] for state in states)
 
 
+def test_a_room_of_another_request_brings_no_pages(pair: EnginePair, reference: Reference) -> None:
+    """As many tokens, but others: pages that came would be cached as those of a prompt that they are not of."""
+    here, there = ids("asked of the decode"), ids("asked of prefill's")
+    for other in ({"input_ids": [*there, 1]}, {"input_ids": here}):
+        place = pair.place()
+        lent = pair.submit(pair.prefill, sampling_params=greedy(4), **other, **place)
+        with pytest.raises(GenerationError, match="is another request there: prompt, return_logprob"):
+            pair.decode.generate(input_ids=here, sampling_params=greedy(4), logprob_start_len=0, **ALL, **place)
+        lent.result()
+    answer = pair.generate(input_ids=here, sampling_params=greedy(4), **ALL)
+    assert answer["meta_info"]["cached_tokens"] == 0
+    check(reference, here, answer)
+    for engine in (pair.prefill, pair.decode):
+        at_rest(engine)
+
+
 def test_samples_streams_and_what_follows_the_first_token(pair: EnginePair, reference: Reference) -> None:
     """A sample's seed, penalties and grammar go on where the prefill has stopped."""
     prompt = ids("samples of one prompt: ")

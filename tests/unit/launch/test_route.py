@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ class Side:
         self.asked: list[dict[str, Any]] = []
         self.app = FastAPI()
 
-        @self.app.post("/generate")
+        @self.app.api_route("/generate", methods=["POST", "PUT"])
         async def generate(http: Request) -> Response:
             self.asked.append(await http.json())
             await asyncio.sleep(delay_s)
@@ -79,6 +80,85 @@ def test_health_is_that_of_both_and_the_rest_is_the_decodes() -> None:
     assert json.loads(ask(good, good, "GET", "/nothing").content) == {"detail": "Not Found"}
 
 
+class Caller:
+    """One that reads an answer's pieces and leaves after the first."""
+
+    def __init__(self, path: str) -> None:
+        self.scope = {
+            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": [],
+            "scheme": "http", "server": ("r", 80), "http_version": "1.1", "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        self.pieces: list[bytes] = []
+        self._left = asyncio.Event()
+        self._sent_body = False
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._sent_body:
+            self._sent_body = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if message.get("body"):
+            self.pieces.append(message["body"])
+            self._left.set()
+
+
+class Endless(httpx.AsyncByteStream):
+    """A feed that never ends."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+        await asyncio.Event().wait()
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+def test_a_feed_of_the_decodes_comes_piece_by_piece_and_ends_with_its_caller() -> None:
+    feed, caller = Endless(), Caller("/events")
+
+    async def run() -> None:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=feed))
+        async with httpx.AsyncClient(transport=transport) as client:
+            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
+            await asyncio.wait_for(router(caller.scope, caller.receive, caller.send), 5)
+
+    asyncio.run(run())
+    assert caller.pieces == [b"data: 1\n\n"] and feed.is_closed
+
+
+class Torn(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+        raise httpx.ReadError("gone")
+
+
+def test_a_side_that_dies_in_the_middle_is_one_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    async def run() -> httpx.Response:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Torn()))
+        async with httpx.AsyncClient(transport=transport) as client:
+            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
+            caller = httpx.ASGITransport(router, raise_app_exceptions=True)
+            async with httpx.AsyncClient(transport=caller, base_url="http://r") as http:
+                return await http.post("/generate", json={})
+
+    with pytest.raises(AssertionError):  # httpx's transport: the response has no end
+        asyncio.run(run())
+    assert capsys.readouterr().err == "torchrun.sh: the decode's side ended in the middle of an answer: gone\n"
+
+
+def test_a_put_generates_as_a_post_does() -> None:
+    prefill, decode = Side(answer("first")), Side(answer("all"), delay_s=0.01)
+    assert ask(prefill, decode, "PUT", json={}).json() == {"text": "all"}
+    assert prefill.asked == decode.asked != []
+    assert ask(prefill, decode, "DELETE").status_code == 405
+
+
 def test_a_side_that_is_not_there_is_named() -> None:
     async def run() -> httpx.Response:
         router = make_router(Pair("http://127.0.0.1:9", "http://127.0.0.1:9", "127.0.0.1", 8998))
@@ -86,7 +166,9 @@ def test_a_side_that_is_not_there_is_named() -> None:
             return await caller.post("/generate", json={})
 
     reply = asyncio.run(run())
-    assert reply.status_code == 503 and "side cannot be reached" in reply.json()["error"]["message"]
+    error = reply.json()["error"]
+    assert reply.status_code == 503 and "side cannot be reached" in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
 
 
 def test_a_wrong_address_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

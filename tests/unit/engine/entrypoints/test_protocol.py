@@ -117,3 +117,4 @@ def test_an_error_names_its_field() -> None:
     assert error_body("stop: must not be empty", 400)["error"]["param"] == "stop"
     assert error_body("routed_experts_start_len=7 is higher", 400)["error"]["param"] == "routed_experts_start_len"
     assert error_body("the prompt is empty: no", 400)["error"]["param"] is None
+    assert error_body("prefill: the other side has died", 500)["error"]["param"] is None, "no field of a request"

@@ -385,6 +385,29 @@ def test_the_decode_answers_with_what_is_known_of_the_prompt(side: str) -> None:
     assert take(limits, **fields)[0][0].returns_prompt
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_prompts_of_a_batch_have_rooms_of_their_own(side: str) -> None:
+    limits = replace(LIMITS, disaggregation=side)
+    fields = {"input_ids": [[1], [2]], "bootstrap_host": "127.0.0.1"}
+    with pytest.raises(ValueError, match="item 1: bootstrap_room=5: item 0 has it"):
+        take(limits, **fields, bootstrap_room=[5, 5])
+    with pytest.raises(ValueError, match=r"item 1: bootstrap_room=9223372036854775808: must lie in 0 .. 2\*\*63 - 1"):
+        take(limits, **fields, bootstrap_room=2**63 - 1)
+    groups = take(limits, **fields, bootstrap_room=5, sampling_params={"n": 2})
+    assert [sample.transfer.key for group in groups for sample in group] == ["5.0", "5.1", "6.0", "6.1"]
+
+
+def test_a_digest_is_of_what_both_sides_must_be_asked() -> None:
+    def digest(side: str, **fields: Any) -> bytes:
+        fields = {"input_ids": [1, 2], "bootstrap_room": 5, "bootstrap_host": "127.0.0.1", **fields}
+        return take(replace(LIMITS, disaggregation=side), **fields)[0][0].transfer.digest
+
+    same = digest("prefill")
+    assert same == digest("decode") == digest("decode", sampling_params={"temperature": 0, "max_new_tokens": 2})
+    others = [{"input_ids": [1, 3]}, {"return_logprob": True}, {"return_logprob": True, "logprob_start_len": 0}]
+    assert len({same, *(digest("decode", **other) for other in others)}) == 4
+
+
 @pytest.mark.parametrize(
     ("host", "allowed", "is_refused"),
     [

@@ -26,10 +26,9 @@ class Clock:
         return self.now
 
 
-def make_req(room: int = 1, rid: str = "r") -> Req:
-    recv = TokenizedGenerateReqInput(
-        1, rid, PROMPT, SamplingParams(max_new_tokens=1), transfer=TransferSource("h", 1, room)
-    )
+def make_req(room: int = 1, rid: str = "r", digest: bytes = b"") -> Req:
+    source = TransferSource("h", 1, room, digest=digest)
+    recv = TokenizedGenerateReqInput(1, rid, PROMPT, SamplingParams(max_new_tokens=1), transfer=source)
     req = Req(recv, tokens=bytearray(PROMPT))
     req.held.pages = Pages("i", [4, 5, 6, 7, 8, 9])
     req.num_cached = 2
@@ -61,6 +60,23 @@ def test_a_decode_waits_for_all_parts_of_its_own_attempt() -> None:
     assert settled.first == FIRST and not req.is_awaited and not transfers.is_waiting
     assert told.pop() == DropPages("1.0")
     assert transfers.state()["num_transfers"] == 1
+
+
+def test_a_decode_refuses_pages_of_another_request() -> None:
+    """A room that both sides know need not be one request: its pages would be cached as another prompt's."""
+    told: list[PageMessage] = []
+    transfers = DecodeTransfers(told.append, 60.0, 1, has_routes=False)
+    for room, error in ((1, ""), (2, "bytes of rows are missing")):
+        req = make_req(room, digest=b"asked here")
+        transfers.begin(req)
+        transfers.arrive([req])
+        first = FirstToken([9], "w", digest=b"asked there")
+        transfers.on_notice(TransferNotice(f"{room}.0", "pages0", 1, error, first=first))
+        (settled,) = transfers.settle()
+        assert settled.first is None and settled.reason is not None
+        assert f"bootstrap_room={room} is another request there: prompt, return_logprob" in str(settled.reason.message)
+        finish(transfers, req, settled.reason)
+    assert not transfers.is_waiting and transfers.state()["num_transfers_failed"] == 2
 
 
 def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> None:

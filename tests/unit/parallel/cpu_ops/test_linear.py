@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from waybill.parallel.collectives import sum_of_terms
 from waybill.parallel.cpu_ops.library import has_feature, parts_of
 from waybill.parallel.cpu_ops.linear import (
-    MAX_ROWS_BESIDE_AMX,
+
     has_native_linear,
     linear_native,
     row_parallel_native,
@@ -22,7 +22,7 @@ from waybill.parallel.cpu_ops.linear import (
 
 pytestmark = pytest.mark.skipif(not has_native_linear(torch.bfloat16), reason="needs AVX2 and a C++ compiler")
 # Beside AMX the operator serves few rows.
-MAX_ROWS = MAX_ROWS_BESIDE_AMX if has_feature("amx_bf16") else 64
+MAX_ROWS = 64
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ class Scratch {
 };
 
 // Rows and columns of 16 x 16 numbers of 32 bits.
-inline void transpose(__m512i (&rows)[SIDE]) {
+__attribute__((always_inline)) inline void transpose(__m512i (&rows)[SIDE]) {
     __m512i other[SIDE];
     for (int i = 0; i < SIDE; i += 2) {
         other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
@@ -87,7 +87,7 @@ inline void transpose(__m512i (&rows)[SIDE]) {
     }
 }
 
-inline void transpose(Floats (&rows)[SIDE]) {
+__attribute__((always_inline)) inline void transpose(Floats (&rows)[SIDE]) {
     __m512i bits[SIDE];
     for (int i = 0; i < SIDE; ++i) bits[i] = _mm512_castps_si512(rows[i].v);
     transpose(bits);
@@ -112,46 +112,84 @@ inline __m512i pairs_of(Floats even, Floats odd) {
 
 using Sums = float[SIDE][SIDE];  // of outputs and tokens
 
-// sums[i][j] = weights w[i], 16 rows that are `row_length` apart, times the panel x[j], for NUM_W and NUM_X of them. Where the
-// weights come from memory, asking early for those that follow, `ahead` of these, keeps it busy across page borders.
-template <int NUM_W, int NUM_X>
-void multiply_tiles(const bf16* const (&w)[2], int64_t row_length, const uint32_t* const (&x)[2], int64_t width,
-                    int64_t ahead, Sums (&sums)[2][2]) {
+constexpr int MAX_PANELS = 16;   // whose sums stay in a cache
+constexpr int64_t BLOCK_WIDTH = 256;  // of weights that stay in the first cache level while several panels pass
+
+// 2 x 16 rows of weights, `first` of each 16, that are `row_length` apart.
+struct WeightTiles {
+    const bf16* first[2];
+    int64_t row_length;
+};
+
+// Steps of one or two panels x with tiles of weights: `step` numbers lie between those of one step and of the next.
+template <int NUM_X>
+void multiply_steps(const bf16* const (&w)[2], int64_t row_length, int64_t step, const uint32_t* const (&x)[2],
+                    int64_t num_steps, bool is_begin, Sums (*sums)[2]) {
     const int64_t row_bytes = row_length * sizeof(bf16);
-    _tile_zero(0);
-    if constexpr (NUM_X == 2) _tile_zero(1);
-    if constexpr (NUM_W == 2) _tile_zero(2);
-    if constexpr (NUM_W == 2 && NUM_X == 2) _tile_zero(3);
-    for (int64_t k = 0; k < width; k += LANES) {
-        if (ahead > 0)
-            for (int i = 0; i < NUM_W; ++i)
-                for (int row = 0; row < SIDE; ++row)
-                    _mm_prefetch((const char*)(w[i] + row * row_length + ahead + k), _MM_HINT_T1);
-        const int64_t pair = k / LANES * STEP_PAIRS;
-        _tile_loadd(4, w[0] + k, row_bytes);
-        _tile_loadd(6, x[0] + pair, 64);
-        _tile_dpbf16ps(0, 4, 6);
+    if (is_begin) {
+        _tile_zero(0);
+        _tile_zero(2);
         if constexpr (NUM_X == 2) {
-            _tile_loadd(7, x[1] + pair, 64);
-            _tile_dpbf16ps(1, 4, 7);
+            _tile_zero(1);
+            _tile_zero(3);
         }
-        if constexpr (NUM_W == 2) {
-            _tile_loadd(5, w[1] + k, row_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            if constexpr (NUM_X == 2) _tile_dpbf16ps(3, 5, 7);
+    } else {
+        _tile_loadd(0, sums[0][0], 64);
+        _tile_loadd(2, sums[0][1], 64);
+        if constexpr (NUM_X == 2) {
+            _tile_loadd(1, sums[1][0], 64);
+            _tile_loadd(3, sums[1][1], 64);
+        }
+    }
+    for (int64_t i = 0; i < num_steps; ++i) {
+        _tile_loadd(4, w[0] + i * step, row_bytes);
+        _tile_loadd(6, x[0] + i * STEP_PAIRS, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, w[1] + i * step, row_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (NUM_X == 2) {
+            _tile_loadd(7, x[1] + i * STEP_PAIRS, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
     }
     _tile_stored(0, sums[0][0], 64);
-    if constexpr (NUM_X == 2) _tile_stored(1, sums[0][1], 64);
-    if constexpr (NUM_W == 2) _tile_stored(2, sums[1][0], 64);
-    if constexpr (NUM_W == 2 && NUM_X == 2) _tile_stored(3, sums[1][1], 64);
+    _tile_stored(2, sums[0][1], 64);
+    if constexpr (NUM_X == 2) {
+        _tile_stored(1, sums[1][0], 64);
+        _tile_stored(3, sums[1][1], 64);
+    }
 }
 
-// Two tiles of weights, and one or two panels.
-inline void multiply_tiles(int num_panels, const bf16* const (&w)[2], int64_t row_length, const uint32_t* const (&x)[2],
-                           int64_t width, int64_t ahead, Sums (&sums)[2][2]) {
-    if (num_panels == 2) multiply_tiles<2, 2>(w, row_length, x, width, ahead, sums);
-    else multiply_tiles<2, 1>(w, row_length, x, width, ahead, sums);
+// sums[p][i] = columns [begin, begin + width) of tile i of the weights, times those of panel p of up to `MAX_PANELS`, which are
+// `panel_pairs` apart from `x` on.
+inline void multiply_tiles(const WeightTiles& w, int64_t begin, int64_t width, const uint32_t* x, int64_t panel_pairs,
+                           int num_panels, Sums (*sums)[2]) {
+    constexpr int64_t STEP = 2 * SIDE * LANES;
+    const bool is_copied = num_panels > 2;
+    alignas(64) bf16 copy[BLOCK_WIDTH / LANES * STEP];
+    // What several panels need is copied: rows whose length is a power of two have conflicts in a cache.
+    const int64_t block = is_copied ? BLOCK_WIDTH : width;
+    for (int64_t k = 0; k < width; k += block) {
+        const int64_t num_steps = std::min(block, width - k) / LANES;
+        const bf16* tiles[2] = {w.first[0] + begin + k, w.first[1] + begin + k};
+        int64_t row_length = w.row_length, step = LANES;
+        if (is_copied) {
+            for (int row = 0; row < 2 * SIDE; ++row)
+                for (int64_t i = 0; i < num_steps; ++i)
+                    _mm512_store_si512(copy + i * STEP + row * LANES,
+                                       _mm512_loadu_si512(tiles[row / SIDE] + row % SIDE * row_length + i * LANES));
+            tiles[0] = copy;
+            tiles[1] = copy + SIDE * LANES;
+            row_length = LANES;
+            step = STEP;
+        }
+        for (int p = 0; p < num_panels; p += 2) {
+            const uint32_t* panels[2] = {x + p * panel_pairs + k / 2 * SIDE, x + (p + 1) * panel_pairs + k / 2 * SIDE};
+            if (p + 1 < num_panels) multiply_steps<2>(tiles, row_length, step, panels, num_steps, k == 0, sums + p);
+            else multiply_steps<1>(tiles, row_length, step, panels, num_steps, k == 0, sums + p);
+        }
+    }
 }
 
 }  // namespace waybill

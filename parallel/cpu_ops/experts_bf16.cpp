@@ -177,7 +177,8 @@ Floats activated(const Problem& m, Floats gate, Floats up, const bf16* bias) {
 }
 
 // As `activate`, with tiles; x is memory for the panels of this thread.
-void activate_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns, uint32_t* x) {
+void activate_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns, uint32_t* x,
+                       Sums (*sums)[2]) {
     const bf16 *gate = m.gate_up + e * 2 * m.I * m.D, *bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + e * 2 * m.I;
     const int64_t step = bias == nullptr ? 1 : 2, to_up = bias == nullptr ? m.I : 1;
     const int64_t num_panels = panels.first[e + 1] - panels.first[e], panel_pairs = m.D / 2 * SIDE;
@@ -188,27 +189,28 @@ void activate_by_tiles(const Problem& m, const Groups& groups, const Panels& pan
         pack_rows(rows, num_rows, m.D, x + p * panel_pairs);
     }
     uint32_t* to = (uint32_t*)m.activated + panels.first[e] * m.I / 2 * SIDE;
-    for (int64_t i = columns.begin; i < columns.end && num_panels > 0; i += SIDE)
-        for (int64_t p = 0; p < num_panels; p += 2) {
-            const int num = std::min<int64_t>(2, num_panels - p);
-            Sums sums[2][2];
-            const bf16* first = gate + step * i * m.D;
-            multiply_tiles(num, {first, first + to_up * m.D}, step * m.D,
-                           {x + p * panel_pairs, x + (p + 1) * panel_pairs}, m.D, p == 0 ? SIDE * step * m.D : 0, sums);
+    for (int64_t i = columns.begin; i < columns.end && num_panels > 0; i += SIDE) {
+        const bf16* rows = gate + step * i * m.D;
+        const WeightTiles weights{{rows, rows + to_up * m.D}, step * m.D};
+        for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
+            const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
+            multiply_tiles(weights, 0, m.D, x + p * panel_pairs, panel_pairs, num, sums);
             for (int j = 0; j < num; ++j)
                 for (int row = 0; row < SIDE; row += 2) {
                     Floats values[2];
                     for (int odd = 0; odd < 2; ++odd)
-                        values[odd] = activated(m, load(sums[0][j][row + odd]), load(sums[1][j][row + odd]),
+                        values[odd] = activated(m, load(sums[j][0][row + odd]), load(sums[j][1][row + odd]),
                                                 bias == nullptr ? nullptr : bias + 2 * (i + row + odd));
                     _mm512_store_si512(to + ((p + j) * m.I + i + row) / 2 * SIDE, pairs_of(values[0], values[1]));
                 }
         }
+    }
 }
 
 // As `project`, with tiles.
 template <bool ARE_SLICES>
-void project_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns) {
+void project_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns,
+                      Sums (*sums)[2]) {
     const int64_t num_slices = ARE_SLICES ? m.P : 1, width = m.I / num_slices, part = ARE_SLICES ? 0 : e / (m.F / m.P);
     const int64_t num_panels = panels.first[e + 1] - panels.first[e], panel_pairs = m.I / 2 * SIDE;
     const bf16* bias = m.down_bias == nullptr ? nullptr : m.down_bias + e * m.D;
@@ -231,18 +233,17 @@ void project_by_tiles(const Problem& m, const Groups& groups, const Panels& pane
         }
     };
     const uint32_t* x = (const uint32_t*)m.activated + panels.first[e] * panel_pairs;
-    for (int64_t d = columns.begin; d < columns.end && num_panels > 0; d += 2 * SIDE)
-        for (int64_t p = 0; p < num_panels; p += 2)
+    for (int64_t d = columns.begin; d < columns.end && num_panels > 0; d += 2 * SIDE) {
+        const bf16* rows = m.down + (e * m.D + d) * m.I;
+        const WeightTiles tiles{{rows, rows + SIDE * m.I}, m.I};
+        for (int64_t p = 0; p < num_panels; p += MAX_PANELS)
             for (int64_t slice = 0; slice < num_slices; ++slice) {
-                const int num = std::min<int64_t>(2, num_panels - p);
-                Sums sums[2][2];
-                const bf16* first = m.down + (e * m.D + d) * m.I + slice * width;
-                const uint32_t* of_slice = x + p * panel_pairs + slice * width / 2 * SIDE;
-                multiply_tiles(num, {first, first + SIDE * m.I}, m.I, {of_slice, of_slice + panel_pairs}, width,
-                               p == 0 ? 2 * SIDE * m.I : 0, sums);
-                for (int i = 0; i < 2; ++i)
-                    for (int j = 0; j < num; ++j) add(sums[i][j], d + i * SIDE, p + j, slice);
+                const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
+                multiply_tiles(tiles, slice * width, width, x + p * panel_pairs + slice * width / 2 * SIDE, panel_pairs, num, sums);
+                for (int j = 0; j < num; ++j)
+                    for (int i = 0; i < 2; ++i) add(sums[j][i], d + i * SIDE, p + j, slice);
             }
+    }
 }
 
 // By all threads together.
@@ -252,12 +253,13 @@ void compute_by_tiles(const Problem& m, const Groups& groups, const Panels& pane
     for (int64_t e = 0; e < m.F; ++e) most = std::max(most, panels.first[e + 1] - panels.first[e]);
     static thread_local Scratch scratch;
     uint32_t* x = scratch.of(most * m.D / 2 * SIDE);
-    for (int64_t e = 0; e < m.F; ++e) activate_by_tiles(m, groups, panels, e, own_part(m.I, LANES), x);
+    alignas(64) Sums sums[MAX_PANELS][2];
+    for (int64_t e = 0; e < m.F; ++e) activate_by_tiles(m, groups, panels, e, own_part(m.I, LANES), x, sums);
 #pragma omp barrier
     const Range own = own_part(m.D, LANES);
     for (int64_t e = 0; e < m.F; ++e) {
-        if (m.are_slices) project_by_tiles<true>(m, groups, panels, e, own);
-        else project_by_tiles<false>(m, groups, panels, e, own);
+        if (m.are_slices) project_by_tiles<true>(m, groups, panels, e, own, sums);
+        else project_by_tiles<false>(m, groups, panels, e, own, sums);
     }
     finish(m, own);
 }

@@ -12,8 +12,6 @@
 #include "amx_tiles.h"
 #include "dot_products.h"
 
-#include <vector>
-
 using namespace waybill;
 
 namespace {
@@ -74,51 +72,45 @@ constexpr int64_t CHUNK = 512;     // tokens whose panels stay in a cache while 
 // What all ranks know: they share rows of the matrix, or have as many parts together.
 bool fits_tiles(const Problem& m) { return m.C / m.P % LANES == 0; }
 
-// Outputs first .. first + 32 of the matrix, zeros for those beyond its end.
-struct Weights {
-    const bf16* rows;
-    int64_t row_length;
-    std::vector<bf16> copy;
-
-    Weights(const Problem& m, int64_t first) : rows(m.weight + first * m.weight_stride), row_length(m.weight_stride) {
-        if (first + OUTPUTS <= m.R) return;
-        copy.resize(OUTPUTS * m.C);
-        for (int64_t r = first; r < m.R; ++r)
-            std::memcpy(copy.data() + (r - first) * m.C, rows + (r - first) * row_length, m.C * sizeof(bf16));
-        rows = copy.data();
-        row_length = m.C;
-    }
-};
-
-// sums[i][j]: tiles of the outputs of `weights`, and of the tokens of panels x.
-void multiply(const Problem& m, const Weights& weights, const uint32_t* const (&x)[2], int num_panels, bool is_first,
-              Sums (&sums)[2][2]) {
-    const int64_t width = m.C / m.P, ahead = is_first && weights.copy.empty() ? OUTPUTS * weights.row_length : 0;
-    std::vector<Sums[2][2]> parts(m.P);
-    for (int64_t part = 0; part < m.P; ++part) {
-        const bf16* first = weights.rows + part * width;
-        const int64_t pair = part * width / 2 * SIDE;
-        multiply_tiles(num_panels, {first, first + SIDE * weights.row_length}, weights.row_length,
-                       {x[0] + pair, x[1] + pair}, width, ahead, parts[part]);
-    }
-    for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < num_panels; ++j)
-            for (int row = 0; row < SIDE; ++row)
-                store(sums[i][j][row], sum_of_terms(0, m.P, [&](int64_t part) { return load(parts[part][i][j][row]); }));
+// The last outputs from `first` on, fewer than 32, and rows of zeros.
+WeightTiles with_zeros(const Problem& m, int64_t first, uint32_t* memory) {
+    bf16* rows = (bf16*)memory;
+    std::fill(rows, rows + OUTPUTS * m.C, 0);
+    for (int64_t r = first; r < m.R; ++r)
+        std::memcpy(rows + (r - first) * m.C, m.weight + r * m.weight_stride, m.C * sizeof(bf16));
+    return {{rows, rows + SIDE * m.C}, m.C};
 }
 
-// Of a tile: outputs from `first` on, tokens from `token` on up to `end`.
-void put(const Problem& m, const Sums& sums, int64_t first, int64_t token, int64_t end) {
-    const int64_t num_outputs = std::min<int64_t>(SIDE, m.R - first);
-    Floats rows[SIDE];
-    for (int o = 0; o < SIDE; ++o) {
-        rows[o] = load(sums[o]);
-        if (m.bias != nullptr && o < num_outputs) rows[o] = rows[o] + all(as_float(m.bias[first + o]));
+// sums[p][i] of tiles of outputs i and panels p, the parts of all added up; they have room for all parts.
+void multiply(const Problem& m, const WeightTiles& weights, const uint32_t* x, int num_panels, Sums (*sums)[2]) {
+    const int64_t width = m.C / m.P;
+    for (int64_t part = 0; part < m.P; ++part)
+        multiply_tiles(weights, part * width, width, x + part * width / 2 * SIDE, m.C / 2 * SIDE, num_panels,
+                       sums + part * MAX_PANELS);
+    if (m.P == 1) return;
+    for (int p = 0; p < num_panels; ++p)
+        for (int i = 0; i < 2; ++i)
+            for (int row = 0; row < SIDE; ++row)
+                store(sums[p][i][row],
+                      sum_of_terms(0, m.P, [&](int64_t part) { return load(sums[part * MAX_PANELS + p][i][row]); }));
+}
+
+// Of two tiles: outputs from `first` on, tokens from `token` on up to `end`.
+void put(const Problem& m, const Sums (&sums)[2], int64_t first, int64_t token, int64_t end) {
+    Floats rows[2][SIDE];
+    for (int i = 0; i < 2; ++i) {
+        for (int o = 0; o < SIDE; ++o) {
+            const int64_t output = first + i * SIDE + o;
+            rows[i][o] = load(sums[i][o]);
+            if (m.bias != nullptr && output < m.R) rows[i][o] = rows[i][o] + all(as_float(m.bias[output]));
+        }
+        transpose(rows[i]);
     }
-    transpose(rows);
-    for (int64_t t = token; t < std::min(token + SIDE, end); ++t) {
-        if (m.partial != nullptr) store(m.partial + t * m.R + first, rows[t - token], num_outputs);
-        else store(m.out + t * m.R + first, rows[t - token], num_outputs);
+    const int64_t num_outputs = std::min<int64_t>(OUTPUTS, m.R - first), num_tokens = std::min<int64_t>(SIDE, end - token);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+        const int64_t at = (token + t) * m.R + first;
+        if (m.partial == nullptr) store(m.out + at, rows[0][t], rows[1][t], num_outputs);
+        else for (int i = 0; i < 2; ++i) store(m.partial + at + i * SIDE, rows[i][t], std::max<int64_t>(num_outputs - i * SIDE, 0));
     }
 }
 
@@ -127,6 +119,8 @@ void multiply_by_tiles(const Problem& m, uint32_t* panels) {
     const Tiles tiles;
     const Range own = own_part(m.R, OUTPUTS);
     const int64_t panel_pairs = m.C / 2 * SIDE;
+    static thread_local Scratch scratch, scratch_of_sums;
+    Sums(*sums)[2] = (Sums(*)[2])scratch_of_sums.of(m.P * MAX_PANELS * 2 * SIDE * SIDE);
     for (int64_t begin = 0; begin < m.T; begin += CHUNK) {
         const int64_t end = std::min(begin + CHUNK, m.T), num_panels = (end - begin + SIDE - 1) / SIDE;
 #pragma omp for schedule(static)
@@ -137,15 +131,13 @@ void multiply_by_tiles(const Problem& m, uint32_t* panels) {
             pack_rows(rows, num_rows, m.C, panels + p * panel_pairs);
         }
         for (int64_t first = own.begin; first < own.end; first += OUTPUTS) {
-            const Weights weights(m, first);
-            for (int64_t p = 0; p < num_panels; p += 2) {
-                const int num = std::min<int64_t>(2, num_panels - p);
-                Sums sums[2][2];
-                const uint32_t* x = panels + p * panel_pairs;
-                multiply(m, weights, {x, x + panel_pairs}, num, begin == 0 && p == 0, sums);
-                for (int i = 0; i < 2; ++i)
-                    for (int j = 0; j < num; ++j)
-                        if (first + i * SIDE < m.R) put(m, sums[i][j], first + i * SIDE, begin + (p + j) * SIDE, end);
+            const bf16* rows = m.weight + first * m.weight_stride;
+            WeightTiles weights{{rows, rows + SIDE * m.weight_stride}, m.weight_stride};
+            if (first + OUTPUTS > m.R) weights = with_zeros(m, first, scratch.of(OUTPUTS * m.C / 2));
+            for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
+                const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
+                multiply(m, weights, panels + p * panel_pairs, num, sums);
+                for (int j = 0; j < num; ++j) put(m, sums[j], first, begin + (p + j) * SIDE, end);
             }
         }
 #pragma omp barrier

@@ -17,6 +17,7 @@ from torch import nn
 
 from .cpu_ops.linear import has_native_linear, linear_native, row_parallel_native
 from .fp8 import BLOCK, E4M3, Grid, QuantisedWeight, linear_fp8_torch, rows_of_heads_torch, sharded_scale
+from .huge_pages import prefer_huge_pages
 from .weights import Piece, ShardedWeight
 
 # (x [T, C], weight [R, C], bias [R] or None) -> [T, R]
@@ -159,7 +160,9 @@ class WeightFormat:
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised weight that is not trained."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+        data = torch.empty(shape, dtype=self.dtype, device=self.device)
+        prefer_huge_pages(data)
+        return nn.Parameter(data, requires_grad=False)
 
     def matrix(self, *shape: int, row_cuts: tuple[int, ...] = (), column_cuts: tuple[int, ...] = ()) -> Matrix:
         """An uninitialised matrix, or a stack of them. It is put together of parts of a checkpoint's; the cuts are all rows

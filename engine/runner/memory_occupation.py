@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ...parallel.huge_pages import prefer_huge_pages
 from ..control.blocked import Blocked, BlockedKind
 from ..control.operations import MEMORY_TAGS
 from ..kv_cache.kv_store import KVStore
@@ -56,6 +57,7 @@ class MemoryOccupation:
                 continue
             for weight, num_bytes in zip(self._weights, self._num_bytes, strict=True):
                 weight.untyped_storage().resize_(num_bytes)
+                prefer_huge_pages(weight)
                 weight.zero_()
         self.released -= resumed
         return resumed

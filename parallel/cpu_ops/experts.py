@@ -14,6 +14,8 @@ from .library import has_operator, load_operators, parts_of
 NAME = "waybill_experts_bf16"
 # What the operator takes of hidden and intermediate widths: multiples of these.
 HIDDEN_MULTIPLE, INTERMEDIATE_MULTIPLE = 32, 4
+# Tokens of an expert that AMX takes at once.
+PANEL_ROWS = 16
 
 
 def has_native_experts(dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> bool:
@@ -59,7 +61,9 @@ def experts_native(
     experts are spread over ranks it is partial and in float32; that of one rank has the bits of the sum over two or four,
     split alike."""
     (num_tokens, width), top_k, (num_local, _, intermediate) = hidden.shape, ids.shape[1], down.shape
-    activated = hidden.new_empty(num_tokens * top_k, intermediate)
+    # A panel of an expert may have one token alone.
+    num_rows = num_tokens * top_k + (PANEL_ROWS - 1) * min(num_local, num_tokens * top_k)
+    activated = hidden.new_empty(num_rows, intermediate)
     num_parts = parts_of(num_local if split.has_whole else intermediate, split.num_ranks)
     sums = torch.zeros(num_parts, num_tokens, width)
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if split.num_ranks == 1 else None

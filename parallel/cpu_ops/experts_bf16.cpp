@@ -12,6 +12,7 @@
 // Legend: T tokens, D hidden, F experts on this rank, K experts per token, I intermediate width on this rank, P parts, p pair of a
 // token and one of its experts, sorted by expert.
 
+#include "amx_tiles.h"
 #include "dot_products.h"
 #include "exponential.h"
 
@@ -29,7 +30,7 @@ struct Problem {
     const bf16* down;          // [F, D, I]
     const bf16* gate_up_bias;  // [F, 2I], of clamped experts, whose gate_up rows are gate and up in turn; or null
     const bf16* down_bias;     // [F, D], or null
-    bf16* activated;           // [pairs, I], scratch
+    bf16* activated;           // scratch: [pairs, I], or with tiles a panel [I / 2, 16, 2] for each 16 pairs of an expert
     float* sums;               // [P, T, D], zero; where `out` is null the result is in the first of them
     bf16* out;                 // [T, D], or null
     int64_t T, D, F, K, I, P;
@@ -154,6 +155,117 @@ void finish(const Problem& m, Range columns) {
         }
 }
 
+#if defined(__AMX_BF16__)
+
+// What all ranks know: the widths of the sums.
+bool fits_tiles(const Problem& m) { return m.D % LANES == 0 && m.I / (m.are_slices ? m.P : 1) % LANES == 0; }
+
+// The pairs of an expert in panels of 16: of what is activated, these begin at first_panel[e].
+struct Panels {
+    std::vector<int64_t> first;
+
+    Panels(const Problem& m, const Groups& groups) : first(m.F + 1) {
+        for (int64_t e = 0; e < m.F; ++e) first[e + 1] = first[e] + (groups.first[e + 1] - groups.first[e] + SIDE - 1) / SIDE;
+    }
+};
+
+Floats activated(const Problem& m, Floats gate, Floats up, const bf16* bias) {
+    gate = rounded(gate);
+    up = rounded(up);
+    if (bias == nullptr) return rounded(silu(gate)) * up;
+    return clamped(m, rounded(gate + all(as_float(bias[0]))), rounded(up + all(as_float(bias[1]))));
+}
+
+// As `activate`, with tiles; x is memory for the panels of this thread.
+void activate_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns, uint32_t* x,
+                       Sums (*sums)[2]) {
+    const bf16 *gate = m.gate_up + e * 2 * m.I * m.D, *bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + e * 2 * m.I;
+    const int64_t step = bias == nullptr ? 1 : 2, to_up = bias == nullptr ? m.I : 1;
+    const int64_t num_panels = panels.first[e + 1] - panels.first[e], panel_pairs = m.D / 2 * SIDE;
+    for (int64_t p = 0; p < num_panels; ++p) {
+        const bf16* rows[SIDE];
+        const int64_t begin = groups.first[e] + p * SIDE, num_rows = std::min<int64_t>(SIDE, groups.first[e + 1] - begin);
+        for (int64_t i = 0; i < num_rows; ++i) rows[i] = m.hidden + groups.choice[begin + i] / m.K * m.D;
+        pack_rows(rows, num_rows, m.D, x + p * panel_pairs);
+    }
+    uint32_t* to = (uint32_t*)m.activated + panels.first[e] * m.I / 2 * SIDE;
+    for (int64_t i = columns.begin; i < columns.end && num_panels > 0; i += SIDE) {
+        const bf16* rows = gate + step * i * m.D;
+        const WeightTiles weights{{rows, rows + to_up * m.D}, step * m.D};
+        for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
+            const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
+            multiply_tiles(weights, 0, m.D, x + p * panel_pairs, panel_pairs, num, sums);
+            for (int j = 0; j < num; ++j)
+                for (int row = 0; row < SIDE; row += 2) {
+                    Floats values[2];
+                    for (int odd = 0; odd < 2; ++odd)
+                        values[odd] = activated(m, load(sums[j][0][row + odd]), load(sums[j][1][row + odd]),
+                                                bias == nullptr ? nullptr : bias + 2 * (i + row + odd));
+                    _mm512_store_si512(to + ((p + j) * m.I + i + row) / 2 * SIDE, pairs_of(values[0], values[1]));
+                }
+        }
+    }
+}
+
+// As `project`, with tiles.
+template <bool ARE_SLICES>
+void project_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns,
+                      Sums (*sums)[2]) {
+    const int64_t num_slices = ARE_SLICES ? m.P : 1, width = m.I / num_slices, part = ARE_SLICES ? 0 : e / (m.F / m.P);
+    const int64_t num_panels = panels.first[e + 1] - panels.first[e], panel_pairs = m.I / 2 * SIDE;
+    const bf16* bias = m.down_bias == nullptr ? nullptr : m.down_bias + e * m.D;
+    const auto round = [](Floats value) { return ARE_SLICES ? value : rounded(value); };
+    // Of a tile: outputs from d on, the pairs of panel p.
+    const auto add = [&](const Sums& sums, int64_t d, int64_t p, int64_t slice) {
+        const int64_t begin = groups.first[e] + p * SIDE, num_pairs = std::min<int64_t>(SIDE, groups.first[e + 1] - begin);
+        float weights[SIDE] = {};
+        for (int64_t i = 0; i < num_pairs; ++i) weights[i] = m.weights[groups.choice[begin + i]];
+        Floats rows[SIDE];
+        for (int o = 0; o < SIDE; ++o) {
+            Floats value = round(load(sums[o]));
+            if (bias != nullptr && slice == 0) value = round(value + all(as_float(bias[d + o])));
+            rows[o] = round(value * load(weights));
+        }
+        transpose(rows);
+        for (int64_t i = 0; i < num_pairs; ++i) {
+            float* sum = m.sums + ((part + slice) * m.T + groups.choice[begin + i] / m.K) * m.D + d;
+            store(sum, load(sum) + rows[i]);
+        }
+    };
+    const uint32_t* x = (const uint32_t*)m.activated + panels.first[e] * panel_pairs;
+    for (int64_t d = columns.begin; d < columns.end && num_panels > 0; d += 2 * SIDE) {
+        const bf16* rows = m.down + (e * m.D + d) * m.I;
+        const WeightTiles tiles{{rows, rows + SIDE * m.I}, m.I};
+        for (int64_t p = 0; p < num_panels; p += MAX_PANELS)
+            for (int64_t slice = 0; slice < num_slices; ++slice) {
+                const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
+                multiply_tiles(tiles, slice * width, width, x + p * panel_pairs + slice * width / 2 * SIDE, panel_pairs, num, sums);
+                for (int j = 0; j < num; ++j)
+                    for (int i = 0; i < 2; ++i) add(sums[j][i], d + i * SIDE, p + j, slice);
+            }
+    }
+}
+
+// By all threads together.
+void compute_by_tiles(const Problem& m, const Groups& groups, const Panels& panels) {
+    const Tiles tiles;
+    int64_t most = 0;
+    for (int64_t e = 0; e < m.F; ++e) most = std::max(most, panels.first[e + 1] - panels.first[e]);
+    static thread_local Scratch scratch;
+    uint32_t* x = scratch.of(most * m.D / 2 * SIDE);
+    alignas(64) Sums sums[MAX_PANELS][2];
+    for (int64_t e = 0; e < m.F; ++e) activate_by_tiles(m, groups, panels, e, own_part(m.I, LANES), x, sums);
+#pragma omp barrier
+    const Range own = own_part(m.D, LANES);
+    for (int64_t e = 0; e < m.F; ++e) {
+        if (m.are_slices) project_by_tiles<true>(m, groups, panels, e, own, sums);
+        else project_by_tiles<false>(m, groups, panels, e, own, sums);
+    }
+    finish(m, own);
+}
+
+#endif
+
 }  // namespace
 
 // Tensors as in `Problem`, all contiguous. D is a multiple of 32, I of 4; P is a power of two and divides F, or I.
@@ -164,6 +276,14 @@ extern "C" void waybill_experts_bf16(const bf16* hidden, const int64_t* ids, con
     const Problem m{hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activated, sums, out,
                     T, D, F, K, I, P, are_slices != 0, alpha, limit};
     const Groups groups(m);
+#if defined(__AMX_BF16__)
+    if (fits_tiles(m)) {
+        const Panels panels(m, groups);
+#pragma omp parallel num_threads(num_threads)
+        compute_by_tiles(m, groups, panels);
+        return;
+    }
+#endif
 #pragma omp parallel num_threads(num_threads)
     {
         for_each_block(m, own_part(I, LANES), [&](int64_t e, Range columns) { activate(m, groups, e, columns); });

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -41,9 +42,13 @@ class InstructionSet:
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_FEATURES = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+AVX512_BF16, AVX512_BF16_FEATURES = (*AVX512, "-mavx512bf16"), (*AVX512_FEATURES, "avx512_bf16")
 # The best first.
 INSTRUCTION_SETS = {
-    "avx512_bf16": InstructionSet((*AVX512_FEATURES, "avx512_bf16"), (*AVX512, "-mavx512bf16")),
+    "amx_bf16": InstructionSet(
+        (*AVX512_BF16_FEATURES, "amx_tile", "amx_bf16"), (*AVX512_BF16, "-mamx-tile", "-mamx-bf16")
+    ),
+    "avx512_bf16": InstructionSet(AVX512_BF16_FEATURES, AVX512_BF16),
     "avx512": InstructionSet(AVX512_FEATURES, AVX512),
     "avx2": InstructionSet(("avx2", "fma3"), ()),
 }
@@ -106,7 +111,15 @@ def build(sources: Path, folder: Path, compiler: str, more_flags: tuple[str, ...
 
 def supported_sets() -> tuple[str, ...]:
     """Names of `INSTRUCTION_SETS` that this processor has, the best first."""
-    return tuple(name for name, one in INSTRUCTION_SETS.items() if all(map(has_feature, one.features)))
+    names = (name for name, one in INSTRUCTION_SETS.items() if all(map(has_feature, one.features)))
+    return tuple(name for name in names if not name.startswith("amx") or may_use_tiles())
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Ask the kernel (Linux, x86-64) for the registers of AMX, for this process and its children."""
+    arch_prctl, request_component, tile_data = 158, 0x1023, 18
+    return sys.platform == "linux" and ctypes.CDLL(None).syscall(arch_prctl, request_component, tile_data) == 0
 
 
 def chosen_set(switch: str) -> str | None:

@@ -6,13 +6,10 @@ Legend: T tokens, R rows (outputs) and C columns (inputs) of a matrix.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from .library import has_feature, has_operator, load_operators, parts_of
+from .library import has_operator, load_operators, parts_of
 
 NAME = "waybill_linear_bf16"
-# Where the processor has AMX, torch's product of more rows uses it; an estimate, measured on no such machine.
-MAX_ROWS_BESIDE_AMX = 8
 
 
 def has_native_linear(dtype: torch.dtype) -> bool:
@@ -23,8 +20,6 @@ def has_native_linear(dtype: torch.dtype) -> bool:
 def linear_native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Twin of `torch.nn.functional.linear` for x [T, C] in bfloat16; sums and bias are in float32, rounded once. A row's
     result has the same bits whatever rows it is computed with, and by however many threads."""
-    if is_left_to_amx(x):
-        return F.linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
     run(x, weight, bias, out, None, 1)
     return out
@@ -35,8 +30,6 @@ def row_parallel_native(
 ) -> torch.Tensor:
     """The same of a matrix whose columns are sharded over ranks: the result is partial and in float32. That of one rank is
     whole and in bfloat16, and has the bits of the sum over two or four."""
-    if is_left_to_amx(x):
-        return F.linear(x, weight, bias)
     num_parts = parts_of(x.shape[1], num_ranks)
     if num_ranks == 1:
         out = x.new_empty(len(x), len(weight))
@@ -48,14 +41,10 @@ def row_parallel_native(
 
 
 def wide_linear_native(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `linear_native`, not rounded: in float32. Also beside AMX."""
+    """As `linear_native`, not rounded: in float32."""
     out = x.new_empty(len(x), len(weight), dtype=torch.float32)
     run(x, weight, None, None, out, 1)
     return out
-
-
-def is_left_to_amx(x: torch.Tensor) -> bool:
-    return x.shape[0] > MAX_ROWS_BESIDE_AMX and has_feature("amx_bf16")
 
 
 def run(

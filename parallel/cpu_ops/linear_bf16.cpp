@@ -9,6 +9,7 @@
 //
 // Legend: T tokens, R rows (outputs) and C columns (inputs) of the matrix, P parts of the columns.
 
+#include "amx_tiles.h"
 #include "dot_products.h"
 
 using namespace waybill;
@@ -55,6 +56,96 @@ void multiply(const Problem& m, int64_t token, int num_tokens, int64_t first) {
     }
 }
 
+void multiply(const Problem& m) {
+    const Range own = own_part(m.R, TILE);
+    for (int64_t begin = own.begin; begin < own.end; begin += BLOCK)
+        for (int64_t t = 0; t < m.T; t += TILE)
+            for (int64_t o = begin; o < std::min(begin + BLOCK, own.end); o += TILE)
+                multiply(m, t, std::min<int64_t>(TILE, m.T - t), o);
+}
+
+#if defined(__AMX_BF16__)
+
+constexpr int OUTPUTS = 2 * SIDE;  // of two tiles
+constexpr int64_t CHUNK = 512;     // tokens whose panels stay in a cache while all weights pass
+
+// What all ranks know: they share rows of the matrix, or have as many parts together.
+bool fits_tiles(const Problem& m) { return m.C / m.P % LANES == 0; }
+
+// The last outputs from `first` on, fewer than 32, and rows of zeros.
+WeightTiles with_zeros(const Problem& m, int64_t first, uint32_t* memory) {
+    bf16* rows = (bf16*)memory;
+    std::fill(rows, rows + OUTPUTS * m.C, 0);
+    for (int64_t r = first; r < m.R; ++r)
+        std::memcpy(rows + (r - first) * m.C, m.weight + r * m.weight_stride, m.C * sizeof(bf16));
+    return {{rows, rows + SIDE * m.C}, m.C};
+}
+
+// sums[p][i] of tiles of outputs i and panels p, the parts of all added up; they have room for all parts.
+void multiply(const Problem& m, const WeightTiles& weights, const uint32_t* x, int num_panels, Sums (*sums)[2]) {
+    const int64_t width = m.C / m.P;
+    for (int64_t part = 0; part < m.P; ++part)
+        multiply_tiles(weights, part * width, width, x + part * width / 2 * SIDE, m.C / 2 * SIDE, num_panels,
+                       sums + part * MAX_PANELS);
+    if (m.P == 1) return;
+    for (int p = 0; p < num_panels; ++p)
+        for (int i = 0; i < 2; ++i)
+            for (int row = 0; row < SIDE; ++row)
+                store(sums[p][i][row],
+                      sum_of_terms(0, m.P, [&](int64_t part) { return load(sums[part * MAX_PANELS + p][i][row]); }));
+}
+
+// Of two tiles: outputs from `first` on, tokens from `token` on up to `end`.
+void put(const Problem& m, const Sums (&sums)[2], int64_t first, int64_t token, int64_t end) {
+    Floats rows[2][SIDE];
+    for (int i = 0; i < 2; ++i) {
+        for (int o = 0; o < SIDE; ++o) {
+            const int64_t output = first + i * SIDE + o;
+            rows[i][o] = load(sums[i][o]);
+            if (m.bias != nullptr && output < m.R) rows[i][o] = rows[i][o] + all(as_float(m.bias[output]));
+        }
+        transpose(rows[i]);
+    }
+    const int64_t num_outputs = std::min<int64_t>(OUTPUTS, m.R - first), num_tokens = std::min<int64_t>(SIDE, end - token);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+        const int64_t at = (token + t) * m.R + first;
+        if (m.partial == nullptr) store(m.out + at, rows[0][t], rows[1][t], num_outputs);
+        else for (int i = 0; i < 2; ++i) store(m.partial + at + i * SIDE, rows[i][t], std::max<int64_t>(num_outputs - i * SIDE, 0));
+    }
+}
+
+// By all threads together.
+void multiply_by_tiles(const Problem& m, uint32_t* panels) {
+    const Tiles tiles;
+    const Range own = own_part(m.R, OUTPUTS);
+    const int64_t panel_pairs = m.C / 2 * SIDE;
+    static thread_local Scratch scratch, scratch_of_sums;
+    Sums(*sums)[2] = (Sums(*)[2])scratch_of_sums.of(m.P * MAX_PANELS * 2 * SIDE * SIDE);
+    for (int64_t begin = 0; begin < m.T; begin += CHUNK) {
+        const int64_t end = std::min(begin + CHUNK, m.T), num_panels = (end - begin + SIDE - 1) / SIDE;
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < num_panels; ++p) {
+            const bf16* rows[SIDE];
+            const int64_t token = begin + p * SIDE, num_rows = std::min<int64_t>(SIDE, end - token);
+            for (int64_t i = 0; i < num_rows; ++i) rows[i] = m.x + (token + i) * m.x_stride;
+            pack_rows(rows, num_rows, m.C, panels + p * panel_pairs);
+        }
+        for (int64_t first = own.begin; first < own.end; first += OUTPUTS) {
+            const bf16* rows = m.weight + first * m.weight_stride;
+            WeightTiles weights{{rows, rows + SIDE * m.weight_stride}, m.weight_stride};
+            if (first + OUTPUTS > m.R) weights = with_zeros(m, first, scratch.of(OUTPUTS * m.C / 2));
+            for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
+                const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
+                multiply(m, weights, panels + p * panel_pairs, num, sums);
+                for (int j = 0; j < num; ++j) put(m, sums[j], first, begin + (p + j) * SIDE, end);
+            }
+        }
+#pragma omp barrier
+    }
+}
+
+#endif
+
 }  // namespace
 
 // Tensors as in `Problem`. P is a power of two and divides C.
@@ -62,12 +153,15 @@ extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf1
                                     int64_t R, int64_t C, int64_t P, int64_t x_stride, int64_t weight_stride,
                                     int num_threads) {
     const Problem m{x, weight, bias, out, partial, T, R, C, P, x_stride, weight_stride};
+#if defined(__AMX_BF16__)
+    if (fits_tiles(m)) {
+        static thread_local Scratch scratch;
+        uint32_t* panels = scratch.of((std::min(T, CHUNK) + SIDE - 1) / SIDE * SIDE * C / 2);
 #pragma omp parallel num_threads(num_threads)
-    {
-        const Range own = own_part(R, TILE);
-        for (int64_t begin = own.begin; begin < own.end; begin += BLOCK)
-            for (int64_t t = 0; t < T; t += TILE)
-                for (int64_t o = begin; o < std::min(begin + BLOCK, own.end); o += TILE)
-                    multiply(m, t, std::min<int64_t>(TILE, T - t), o);
+        multiply_by_tiles(m, panels);
+        return;
     }
+#endif
+#pragma omp parallel num_threads(num_threads)
+    multiply(m);
 }

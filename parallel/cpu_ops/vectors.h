@@ -60,6 +60,11 @@ inline Floats widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_
 
 #if defined(__AVX512BF16__)
 inline __m256i narrow(Floats x) { return (__m256i)_mm512_cvtneps_pbh(x.v); }
+// The first n numbers of two vectors.
+inline void store(bf16* to, Floats low, Floats high, int64_t n) {
+    const __mmask32 first = n >= LANES ? ~__mmask32(0) : (__mmask32(1) << n) - 1;
+    _mm512_mask_storeu_epi16(to, first, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+}
 #else
 // To the nearest, ties to even; NaN stays NaN.
 inline __m256i narrow(Floats x) {
@@ -75,6 +80,7 @@ inline __m256i narrow(Floats x) {
 // The first n numbers, zeros behind them; n may be more than there is room for.
 inline Floats load(const bf16* from, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first_of(n), from)); }
 inline void store(bf16* to, Floats x, int64_t n) { _mm256_mask_storeu_epi16(to, first_of(n), narrow(x)); }
+inline void store(float* to, Floats x, int64_t n) { _mm512_mask_storeu_ps(to, first_of(n), x.v); }
 inline Floats load(const bf16* from) { return widen(_mm256_loadu_si256((const __m256i*)from)); }
 inline void store(bf16* to, Floats x) { _mm256_storeu_si256((__m256i*)to, narrow(x)); }
 
@@ -178,10 +184,17 @@ inline void store(bf16* to, Floats x, int64_t n) {
 
 #endif
 
-inline Floats rounded(Floats x) {
-    bf16 numbers[WIDTH];
-    store(numbers, x);
-    return load(numbers);
+#if defined(__AVX512F__)
+inline Floats rounded(Floats x) { return widen(narrow(x)); }
+#else
+inline Floats rounded(Floats x) { return {widen(narrow(x.low)), widen(narrow(x.high))}; }
+#endif
+
+inline float as_float(bf16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
 }
 
 // LANES numbers of a row, ready to be multiplied with as many of another.
@@ -230,11 +243,7 @@ inline Step step_at(const bf16* from, int64_t n) {
 
 // One pair of numbers, over and over.
 inline Step step_of_pair(const bf16* from) {
-    uint32_t even = uint32_t(from[0]) << 16, odd = uint32_t(from[1]) << 16;
-    float numbers[2];
-    std::memcpy(numbers, &even, sizeof even);
-    std::memcpy(numbers + 1, &odd, sizeof odd);
-    return {all(numbers[0]), all(numbers[1])};
+    return {all(as_float(from[0])), all(as_float(from[1]))};
 }
 
 inline Floats add_products(Floats sum, Step a, Step b) {

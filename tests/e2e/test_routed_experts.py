@@ -15,7 +15,6 @@ import pytest
 from waybill import Engine
 from waybill.engine.routing.wire import checksum, stitch, weight_bits
 from waybill.parallel.cpu_ops.attention import has_native_attention
-from waybill.parallel.cpu_ops.library import has_feature
 
 DIALOGUE = "<|user|>start with 12<|assistant|>12<|end|><|user|>add 30<|assistant|>"
 NUM_LAYERS, NUM_MOE_LAYERS, TOP_K, NUM_EXPERTS = 7, 6, 4, 16
@@ -209,7 +208,6 @@ def test_one_bad_item_refuses_the_list_with_its_index(engine: Engine) -> None:
 
 
 @pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
-@pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows")
 def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: Engine) -> None:
     """Tokens, log-probabilities and routes. Prompts differ from the first token on, so that nobody hits another's pages."""
     prompts = [ids(f"{chr(97 + i)} is how number {i} begins" + " and goes on" * (i % 4)) for i in range(12)]
@@ -232,7 +230,6 @@ def test_in_bfloat16_a_request_has_the_same_bits_alone_and_in_any_batch(engine: 
 
 
 @pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler")
-@pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows")
 def test_in_bfloat16_one_rank_gives_the_same_bits_as_two(engine: Engine, checkpoint: str) -> None:
     """Tokens, log-probabilities and routes; greedy and sampled."""
     prompts = [ids(f"{chr(97 + i)} prompt of some words" + " and more" * i) for i in range(6)]

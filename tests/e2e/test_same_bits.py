@@ -12,12 +12,10 @@ from support.tiny_families import write_family
 
 from waybill import Engine
 from waybill.parallel.cpu_ops.attention import has_native_attention
-from waybill.parallel.cpu_ops.library import has_feature
 
 pytestmark = [
     pytest.mark.matrix,
     pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler"),
-    pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows"),
 ]
 # Norms of a head; shared experts with a gate and windows; latents; clamps and sinks.
 SOME_FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss")

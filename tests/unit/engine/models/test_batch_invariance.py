@@ -14,11 +14,9 @@ from support.thread_ranks import Computed, Segment, ThreadRanks
 from support.tiny_families import FAMILIES
 
 from waybill.parallel.cpu_ops.attention import has_native_attention
-from waybill.parallel.cpu_ops.library import has_feature
 
 pytestmark = [
     pytest.mark.skipif(not has_native_attention(), reason="needs AVX2 and a C++ compiler"),
-    pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes linear layers of more than a few rows"),
 ]
 LENGTH, PROMPT, MAX_BATCH = 40, 20, 64
 # Wide enough that a part of a sum is more than one step of an operator's; what a vision tower gives keeps its width.

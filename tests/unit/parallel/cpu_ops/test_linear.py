@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waybill.parallel.collectives import sum_of_terms
-from waybill.parallel.cpu_ops.library import has_feature, parts_of
+from waybill.parallel.cpu_ops.library import parts_of
 from waybill.parallel.cpu_ops.linear import (
-    MAX_ROWS_BESIDE_AMX,
     has_native_linear,
     linear_native,
     row_parallel_native,
@@ -21,8 +20,8 @@ from waybill.parallel.cpu_ops.linear import (
 )
 
 pytestmark = pytest.mark.skipif(not has_native_linear(torch.bfloat16), reason="needs AVX2 and a C++ compiler")
-# Beside AMX the operator serves few rows.
-MAX_ROWS = MAX_ROWS_BESIDE_AMX if has_feature("amx_bf16") else 64
+
+MAX_ROWS = 64
 
 
 @pytest.fixture
@@ -86,8 +85,6 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(
 
 
 def test_rows_of_a_prefill_have_the_bits_that_they_have_alone() -> None:
-    if MAX_ROWS == MAX_ROWS_BESIDE_AMX:
-        pytest.skip("torch serves them")
     x, weight, bias = problem(515, 40, 160)
     together = linear_native(x, weight, bias)
     for first, last in ((0, 1), (3, 4), (511, 515), (100, 300)):

@@ -15,7 +15,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from waybill.parallel.cpu_ops.experts import has_native_experts
-from waybill.parallel.cpu_ops.library import has_feature
 from waybill.parallel.dp_attention import ReplicatedTokens
 from waybill.parallel.mesh import Axis
 from waybill.parallel.moe.dispatch import RecordedRows, ReplicatedDispatcher
@@ -186,7 +185,6 @@ def test_layer_in_bfloat16_rounds_where_transformers_does() -> None:
 
 
 @pytest.mark.skipif(not has_native_experts(torch.bfloat16, 64, 32), reason="needs AVX2 and a C++ compiler")
-@pytest.mark.skipif(has_feature("amx_bf16"), reason="torch computes a router of more than a few tokens")
 def test_a_token_has_the_same_bits_and_experts_alone_and_in_any_batch() -> None:
     """Router and experts in bfloat16, through the CPU operators."""
     torch.manual_seed(3)

@@ -48,7 +48,7 @@ class Plan:
     vocab: int
 
 
-FULL = Plan("30b", (2048, 8192), 5, 2048, GIB, 150000)
+FULL = Plan("30b", (2048, 8192, 32768), 5, 2048, GIB, 150000)
 QUICK = Plan("toy30b", (64, 256), 2, 64, GIB // 64, 256)
 
 
@@ -196,9 +196,9 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="waybill-") as model:
         write_config(plan.shape, Path(model))
         # A prompt is known for as long as one other takes.
-        room = 6 * max(plan.prompts)
+        room = 3 * max(plan.prompts)
         flags = ["--model", model, "--load-format", "dummy", "--device", options.device, "--tp", "1"]
-        flags += ["--kv-cache-tokens", str(room), "--context-length", str(2 * max(plan.prompts))]
+        flags += ["--kv-cache-tokens", str(room), "--context-length", str(max(plan.prompts) + plan.chunk)]
         flags += ["--chunked-prefill-size", str(plan.chunk), "--max-running-requests", "8"]
         flags += ["--enable-return-routed-experts", "--disaggregation-transport", options.transport]
         flags += ["--num-threads", "1"] if options.device == "cpu" else []

@@ -143,10 +143,10 @@ class Bench:
         found: dict[str, Any] = {"tokens": length, "new_ms": new.row(), "known_ms": known.row()}
         for name, counted in (("new", of_new), ("known", of_known)):
             num_bytes = sum(each["transferred_bytes"] for each in counted)
-            copy_s = sum(each["transfer_copy_seconds"] for each in counted)
+            rates = [each["transferred_bytes"] / each["transfer_copy_seconds"] for each in counted]
             transfer_s = sum(each["transfer_seconds"] for each in counted)
             found[f"{name}_bytes"] = num_bytes / len(counted)
-            found[f"{name}_copy_rate"] = num_bytes / copy_s
+            found[f"{name}_copy_rate"] = statistics.median(rates)
             found[f"{name}_transfer_ms"] = transfer_s / len(counted) * MILLI
             found[f"{name}_shared"] = sum(each["transferred_shared_bytes"] for each in counted) / num_bytes
         say("prompts", **found)

@@ -65,13 +65,14 @@ class PrefillTransfers:
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
         if not req.is_lent:
             return False
-        lent = self._lent_of(req)
+        lent, source = self._lent_of(req), req.recv.transfer
+        assert source is not None
         if output is not None and output.logprobs is not None:
             lent.logprobs.extend(output.logprobs)
         first = None
         if req.num_committed == req.num_prompt_tokens:
             logprobs = lent.logprobs if req.options.return_logprob else None
-            first = FirstToken(req.output_ids[:], self._weight_version(), logprobs, req.recv.transfer.digest)
+            first = FirstToken(req.output_ids[:], self._weight_version(), logprobs, source.digest)
             lent.done_at = self._clock()
         self._share(lent, req.num_committed, first)
         return True

@@ -41,7 +41,7 @@ class Tiles {
 };
 
 // Memory of a thread that stays for its next call, at the border of a cache line.
-class Scratch {
+class ThreadMemory {
    public:
     uint32_t* of(int64_t size) {
         if (size > size_) {

@@ -6,6 +6,9 @@
 // what runs beside it, or on what of it the prefix cache had. A key beyond a token's own is never multiplied, since 0 * NaN is
 // NaN.
 //
+// With AMX scores are products of tiles, and so is what a row adds up of a block of which it sees all keys; there its weights are
+// rounded to bfloat16. That a row sees all is a matter of its position alone.
+//
 // Threads own pieces: some rows of one request, with the heads that share a kv head, or with some of them where there would be
 // too few pieces. A block's keys and values are prepared once for all of these. Values may be the beginnings of keys: latents.
 //
@@ -16,6 +19,7 @@
 #include <limits>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "attention_scores.h"
 #include "exponential.h"
 
@@ -55,12 +59,23 @@ struct Scratch {
     const int64_t width, v_width, num_pairs;  // numbers of a row, whole vectors; pairs of a key
     std::vector<bf16> queries, nothing;
     std::vector<float> sums, values, weights, most, total;
-    std::vector<uint32_t> turned;
+    std::vector<uint32_t> turned, value_pairs;  // the latter of values at keys 2i and 2i + 1, for tiles
 
+    // Of up to n queries, which a multiple of 16 is.
     Scratch(const Problem& m, int64_t n)
         : width((m.d + WIDTH - 1) / WIDTH * WIDTH), v_width((m.v + WIDTH - 1) / WIDTH * WIDTH), num_pairs((m.d + 1) / 2),
-          queries(n * width), nothing(m.d), sums(n * v_width), values(KEYS * v_width), weights(n * KEYS), most(n), total(n), turned((num_pairs + 7) / 8 * 8 * KEYS) {}
+          queries(n * width), nothing(m.d), sums(n * v_width), values(KEYS * v_width), weights(n * KEYS), most(n), total(n),
+          turned((num_pairs + 7) / 8 * 8 * KEYS), value_pairs(KEYS / 2 * v_width) {}
 };
+
+// Whether scores, and the values of blocks of which a row sees every key, are products of tiles: by the model alone.
+bool fits_tiles(const Problem& m) {
+#if defined(__AMX_BF16__)
+    return m.d % LANES == 0;
+#else
+    return false;
+#endif
+}
 
 // function(size, first) for all of n, TILE at a time.
 template <class Function>
@@ -97,6 +112,12 @@ class Attention {
         const int64_t last = visible(n_ - 1).last;
         for (int64_t block = visible(0).first / KEYS * KEYS; block < last; block += KEYS) {
             prepare(block, std::max(block, visible(0).first), std::min(block + KEYS, last));
+#if defined(__AMX_BF16__)
+            if (fits_tiles(m_)) {
+                for (int64_t q = 0; q < n_; q += SIDE) attend_by_tiles(block, q);
+                continue;
+            }
+#endif
             in_tiles(n_, [&](auto size, int64_t q) { attend<size()>(block, q); });
         }
         for (int64_t q = 0; q < n_; ++q)
@@ -119,17 +140,62 @@ class Attention {
 
     // Keys [begin, end) of a block, turned, and their values, widened. Of other keys zeros, and nothing.
     void prepare(int64_t block, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+        if (fits_tiles(m_) && end - begin == KEYS) pair_values(block);
+#endif
+        const bool is_whole = visible(0).last >= block + KEYS && visible(n_ - 1).first <= block;
         const bf16* keys[KEYS];
         std::fill_n(keys, KEYS, own_.nothing.data());
         for (int64_t k = begin; k < end; ++k) {
             const int64_t at = slot(k) * m_.G + piece_.group;
             keys[k - block] = m_.keys + at * m_.d;
-            for (int64_t i = 0; i < m_.v; i += WIDTH)
+            // Tiles have all that they need.
+            for (int64_t i = 0; i < m_.v && !(fits_tiles(m_) && is_whole); i += WIDTH)
                 store(own_.values.data() + (k - block) * own_.v_width + i, load(m_.values + at * m_.v_step + i, m_.v - i));
         }
         for (int64_t k = 0; k < KEYS; k += 8)
             for (int64_t i = 0; i < own_.num_pairs; i += 8) turn_eight(keys + k, i, m_.d, own_.turned.data() + i * KEYS + k);
     }
+
+#if defined(__AMX_BF16__)
+    // Pairs of values at neighbouring keys of a block, [KEYS / 2, v].
+    void pair_values(int64_t block) {
+        for (int64_t k = 0; k < KEYS; k += 2) {
+            const bf16 *even = m_.values + (slot(block + k) * m_.G + piece_.group) * m_.v_step,
+                       *odd = m_.values + (slot(block + k + 1) * m_.G + piece_.group) * m_.v_step;
+            for (int64_t i = 0; i < m_.v; i += WIDTH)
+                _mm512_storeu_si512(own_.value_pairs.data() + k / 2 * own_.v_width + i,
+                                    pairs_of(load(even + i, m_.v - i), load(odd + i, m_.v - i)));
+        }
+    }
+
+    // Up to 16 queries from q on. What a row sees all keys of a block of is a product of tiles, with weights in bfloat16; of other
+    // blocks it adds up what it sees by itself, as 0 * NaN is NaN.
+    void attend_by_tiles(int64_t block, int64_t q) {
+        float *weights = own_.weights.data() + q * KEYS, *sums = own_.sums.data() + q * own_.v_width;
+        const int n = std::min<int64_t>(SIDE, n_ - q);
+        score_by_tiles(own_.queries.data() + q * own_.width, own_.width, own_.turned.data(), m_.d, weights);
+        bf16 rounded_weights[SIDE][KEYS] = {};
+        bool is_whole[SIDE] = {};
+        for (int t = 0; t < n; ++t) {
+            const Visible keys = visible(q + t);
+            const int64_t end = std::clamp<int64_t>(keys.last - block, 0, KEYS), begin = std::clamp<int64_t>(keys.first - block, 0, end);
+            if (begin == end) continue;
+            weigh(q + t, begin, end);
+            is_whole[t] = end - begin == KEYS;
+            if (!is_whole[t]) add_values<1>(weights + t * KEYS, own_.values.data(), begin, end, own_.v_width, sums + t * own_.v_width);
+            else
+                for (int64_t k = 0; k < KEYS; k += WIDTH) store(rounded_weights[t] + k, load(weights + t * KEYS + k));
+        }
+        if (std::find(is_whole, is_whole + SIDE, true) == is_whole + SIDE) return;
+        for (int64_t i = 0; i < own_.v_width; i += SIDE) {
+            float products[SIDE][SIDE];
+            add_values_by_tiles(rounded_weights, own_.value_pairs.data() + i, own_.v_width, sums + i, products);
+            for (int t = 0; t < n; ++t)
+                if (is_whole[t]) store(sums + t * own_.v_width + i, load(products[t]));
+        }
+    }
+#endif
 
     // Queries [q, q + N) over the block.
     template <int N>
@@ -212,7 +278,10 @@ extern "C" void waybill_attention_bf16(const bf16* query, const bf16* keys, cons
                     pieces.push_back({b, g, std::max<int64_t>(0, end - rows), end, h, std::min(heads, P - h)});
 #pragma omp parallel num_threads(num_threads)
     {
-        Scratch own(m, rows * (H / G));
+        Scratch own(m, (rows * (H / G) + WIDTH - 1) / WIDTH * WIDTH);
+#if defined(__AMX_BF16__)
+        const Tiles tiles;
+#endif
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < pieces.size(); ++i) Attention(m, pieces[i], own).run();
     }

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "amx_tiles.h"
 #include "dot_products.h"
 
 namespace waybill {
@@ -86,5 +87,42 @@ void add_values(const float* weights, const float* values, int64_t begin, int64_
     for (; first + AT_ONCE * WIDTH <= width; first += AT_ONCE * WIDTH) add(std::integral_constant<int, AT_ONCE>(), first);
     for (; first < width; first += WIDTH) add(std::integral_constant<int, 1>(), first);
 }
+
+#if defined(__AMX_BF16__)
+
+// As `score`, of 16 queries, rows of `row_length` numbers of which `width` count, a multiple of LANES.
+inline void score_by_tiles(const bf16* queries, int64_t row_length, const uint32_t* turned, int64_t width, float* scores) {
+    constexpr int64_t row_bytes = KEYS * sizeof(float);
+    for (int64_t first = 0; first < KEYS; first += 2 * SIDE) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t i = 0; i < width; i += LANES) {
+            const uint32_t* keys = turned + i / 2 * KEYS + first;
+            _tile_loadd(2, queries + i, row_length * sizeof(bf16));
+            _tile_loadd(3, keys, row_bytes);
+            _tile_loadd(4, keys + SIDE, row_bytes);
+            _tile_dpbf16ps(0, 2, 3);
+            _tile_dpbf16ps(1, 2, 4);
+        }
+        _tile_stored(0, scores + first, row_bytes);
+        _tile_stored(1, scores + first + SIDE, row_bytes);
+    }
+}
+
+// totals = sums + weights . values, of 16 queries and 16 numbers of the values of a block: pairs of these, and sums, are in rows of
+// `width`.
+inline void add_values_by_tiles(const bf16 (&weights)[SIDE][KEYS], const uint32_t* value_pairs, int64_t width, const float* sums,
+                                float (&totals)[SIDE][SIDE]) {
+    const int64_t row_bytes = width * sizeof(float);
+    _tile_loadd(0, sums, row_bytes);
+    for (int64_t k = 0; k < KEYS; k += LANES) {
+        _tile_loadd(1, weights[0] + k, KEYS * sizeof(bf16));
+        _tile_loadd(2, value_pairs + k / 2 * width, row_bytes);
+        _tile_dpbf16ps(0, 1, 2);
+    }
+    _tile_stored(0, totals, SIDE * sizeof(float));
+}
+
+#endif
 
 }  // namespace waybill

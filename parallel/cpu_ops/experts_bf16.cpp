@@ -251,7 +251,7 @@ void compute_by_tiles(const Problem& m, const Groups& groups, const Panels& pane
     const Tiles tiles;
     int64_t most = 0;
     for (int64_t e = 0; e < m.F; ++e) most = std::max(most, panels.first[e + 1] - panels.first[e]);
-    static thread_local Scratch scratch;
+    static thread_local ThreadMemory scratch;
     uint32_t* x = scratch.of(most * m.D / 2 * SIDE);
     alignas(64) Sums sums[MAX_PANELS][2];
     for (int64_t e = 0; e < m.F; ++e) activate_by_tiles(m, groups, panels, e, own_part(m.I, LANES), x, sums);

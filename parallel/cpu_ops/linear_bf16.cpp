@@ -119,7 +119,7 @@ void multiply_by_tiles(const Problem& m, uint32_t* panels) {
     const Tiles tiles;
     const Range own = own_part(m.R, OUTPUTS);
     const int64_t panel_pairs = m.C / 2 * SIDE;
-    static thread_local Scratch scratch, scratch_of_sums;
+    static thread_local ThreadMemory scratch, scratch_of_sums;
     Sums(*sums)[2] = (Sums(*)[2])scratch_of_sums.of(m.P * MAX_PANELS * 2 * SIDE * SIDE);
     for (int64_t begin = 0; begin < m.T; begin += CHUNK) {
         const int64_t end = std::min(begin + CHUNK, m.T), num_panels = (end - begin + SIDE - 1) / SIDE;
@@ -155,7 +155,7 @@ extern "C" void waybill_linear_bf16(const bf16* x, const bf16* weight, const bf1
     const Problem m{x, weight, bias, out, partial, T, R, C, P, x_stride, weight_stride};
 #if defined(__AMX_BF16__)
     if (fits_tiles(m)) {
-        static thread_local Scratch scratch;
+        static thread_local ThreadMemory scratch;
         uint32_t* panels = scratch.of((std::min(T, CHUNK) + SIDE - 1) / SIDE * SIDE * C / 2);
 #pragma omp parallel num_threads(num_threads)
         multiply_by_tiles(m, panels);

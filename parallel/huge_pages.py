@@ -1,5 +1,5 @@
 """Pages of 2 MiB for weights on the host: one entry of the page tables in place of 512, so a virtual machine reads them
-up to 40 % faster (`bench/results/peers.md`)."""
+up to 1.5 times as fast (`bench/results/peers.md`)."""
 
 from __future__ import annotations
 

@@ -29,10 +29,11 @@ def huge_bytes_of(address: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs madvise")
 @pytest.mark.skipif(not SWITCH.is_file() or "[never]" in SWITCH.read_text(), reason="the kernel has none")
 def test_a_weight_is_on_huge_pages_when_it_is_written() -> None:
-    weight = torch.empty(8 * HUGE_PAGE_BYTES, dtype=torch.uint8)
+    """Larger than what the allocator would take of memory that was in use; and a kernel short of huge pages has fewer."""
+    weight = torch.empty(32 * HUGE_PAGE_BYTES, dtype=torch.uint8)
     prefer_huge_pages(weight)
     weight.fill_(1)
-    assert huge_bytes_of(weight.data_ptr() + HUGE_PAGE_BYTES) >= 6 * HUGE_PAGE_BYTES
+    assert huge_bytes_of(weight.data_ptr() + HUGE_PAGE_BYTES) >= 16 * HUGE_PAGE_BYTES
 
 
 def test_small_tensors_and_those_without_memory_are_left_alone() -> None:

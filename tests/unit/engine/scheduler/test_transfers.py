@@ -69,7 +69,7 @@ def test_a_decode_refuses_pages_of_another_request() -> None:
     for room, error in ((1, ""), (2, "bytes of rows are missing")):
         req = make_req(room, digest=b"asked here")
         transfers.begin(req)
-        transfers.arrive([req])
+        transfers.admitted([req])
         first = FirstToken([9], "w", digest=b"asked there")
         transfers.on_notice(TransferNotice(f"{room}.0", "pages0", 1, error, first=first))
         (settled,) = transfers.settle()

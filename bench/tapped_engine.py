@@ -54,7 +54,11 @@ class TappedEngine:
 def find_process(run_dir: str, module: str) -> psutil.Process:
     """The engine's process that runs a module."""
     for process in psutil.Process().children(recursive=True):
-        command = process.cmdline()
+        try:
+            command = process.cmdline()
+        except psutil.NoSuchProcess:
+            # It has ended meanwhile, as zombies have.
+            continue
         if module in command and any(run_dir in argument for argument in command):
             return process
     raise RuntimeError(f"no process of {run_dir} runs {module}")

@@ -218,9 +218,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Waybill's HTTP frontend; started by rank 0")
     parser.add_argument("--run-dir", required=True)
     run_dir = parser.parse_args().run_dir
-    # The ranks ignore these, and children inherit that; until `Frontend` has its own handlers they end the process.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    # Until `Frontend` has its own handlers a signal ends the process; Python's for this one would raise.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Else texts are tokenised on one pool of the library, in which short ones wait for long ones.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     addresses = read_struct(run_dir, ADDRESSES, Addresses)

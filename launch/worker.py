@@ -62,11 +62,8 @@ FAREWELL_S = 2.0
 def main() -> int:
     command = parse_worker_args(sys.argv[1:])
     world = TorchrunWorld.from_environment()
-    if command.serve is not None and world.node == 0:
-        ignore_termination()
-    else:
-        # Ends at once and without a traceback, as at SIGTERM.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ends at once and without a traceback, as at SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir = command.run_dir
     watch_lifeline(agent_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
     if command.config is None:
@@ -78,6 +75,9 @@ def main() -> int:
     if world_size != config.world_size:
         raise ValueError(f"torchrun started {world_size} ranks; tp_size * dp_size = {config.world_size}")
     node = meet(command, config, world, store, rank)
+    if command.serve is not None and world.node == 0:
+        # Not before: until there is a frontend nobody else would hear them.
+        set_termination(signal.SIG_IGN)
     addresses = node.addresses
     children = None
     try:
@@ -167,11 +167,11 @@ def meet(command: WorkerCommand, config: EngineConfig, world: TorchrunWorld, sto
     return Node(world.node, layout, addresses, lifeline)
 
 
-def ignore_termination() -> None:
+def set_termination(action: signal.Handlers) -> None:
     """A server stops in order: the frontend hears the signal, as all processes of the group do, finishes or aborts what
-    runs, and tells the ranks. Children inherit this."""
+    runs, and tells the ranks, which ignore it. Children inherit what is set."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, action)
 
 
 def start_children(
@@ -191,7 +191,11 @@ def start_children(
         write_struct(addresses.run_dir, ROLLOUT_OPTIONS, command.rollout)
     if command.serve is not None:
         write_struct(addresses.run_dir, SERVE_OPTIONS, command.serve)
+        # A signal ends it from its first moment on, while it imports, too.
+        set_termination(signal.SIG_DFL)
     children.start(FRONTEND, [module, "--run-dir", addresses.run_dir], [addresses.frontend])
+    if command.serve is not None:
+        set_termination(signal.SIG_IGN)
     return children
 
 

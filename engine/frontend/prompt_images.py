@@ -125,7 +125,10 @@ class PromptImages:
                 # Together with those that find room it may be more than there ever is.
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self._check_together(pinned, error.num_bytes)
-                raise
+                # What this request alone has pinned may go for that one, and would lack room itself then. A new error: all
+                # who wait for the image have that one.
+                own = [self._store.arena.size_of(image.room.num_bytes) for image in pinned if image.num_pins == 1]
+                raise ImageMemoryFullError(error.num_bytes + sum(own)) from error
         except BaseException:
             for task in tasks:
                 task.cancel()

@@ -81,18 +81,23 @@ WeightTiles with_zeros(const Problem& m, int64_t first, uint32_t* memory) {
     return {{rows, rows + SIDE * m.C}, m.C};
 }
 
-// sums[p][i] of tiles of outputs i and panels p, the parts of all added up; they have room for all parts.
-void multiply(const Problem& m, const WeightTiles& weights, const uint32_t* x, int num_panels, Sums (*sums)[2]) {
+// sums[p][i] of tiles of outputs i, from `first` on, and panels p: the parts of all added up, and the bias, which is the first
+// part's. They have room for all parts.
+void multiply(const Problem& m, const WeightTiles& weights, int64_t first, const uint32_t* x, int num_panels, Sums (*sums)[2]) {
     const int64_t width = m.C / m.P;
     for (int64_t part = 0; part < m.P; ++part)
         multiply_tiles(weights, part * width, width, x + part * width / 2 * SIDE, m.C / 2 * SIDE, num_panels,
                        sums + part * MAX_PANELS);
-    if (m.P == 1) return;
+    if (m.P == 1 && m.bias == nullptr) return;
     for (int p = 0; p < num_panels; ++p)
         for (int i = 0; i < 2; ++i)
-            for (int row = 0; row < SIDE; ++row)
-                store(sums[p][i][row],
-                      sum_of_terms(0, m.P, [&](int64_t part) { return load(sums[part * MAX_PANELS + p][i][row]); }));
+            for (int row = 0; row < SIDE; ++row) {
+                const int64_t output = first + i * SIDE + row;
+                store(sums[p][i][row], sum_of_terms(0, m.P, [&](int64_t part) {
+                    const Floats sum = load(sums[part * MAX_PANELS + p][i][row]);
+                    return m.bias == nullptr || part > 0 || output >= m.R ? sum : sum + all(as_float(m.bias[output]));
+                }));
+            }
 }
 
 // Of two tiles: outputs from `first` on, tokens from `token` on up to `end`.
@@ -100,9 +105,7 @@ void put(const Problem& m, const Sums (&sums)[2], int64_t first, int64_t token, 
     Floats rows[2][SIDE];
     for (int i = 0; i < 2; ++i) {
         for (int o = 0; o < SIDE; ++o) {
-            const int64_t output = first + i * SIDE + o;
             rows[i][o] = load(sums[i][o]);
-            if (m.bias != nullptr && output < m.R) rows[i][o] = rows[i][o] + all(as_float(m.bias[output]));
         }
         transpose(rows[i]);
     }
@@ -136,7 +139,7 @@ void multiply_by_tiles(const Problem& m, uint32_t* panels) {
             if (first + OUTPUTS > m.R) weights = with_zeros(m, first, scratch.of(OUTPUTS * m.C / 2));
             for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
                 const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
-                multiply(m, weights, panels + p * panel_pairs, num, sums);
+                multiply(m, weights, first, panels + p * panel_pairs, num, sums);
                 for (int j = 0; j < num; ++j) put(m, sums[j], first, begin + (p + j) * SIDE, end);
             }
         }

@@ -285,6 +285,26 @@ def test_requests_with_several_images_do_not_wait_for_each_other(tmp_path: Path)
 TWO = [1, PLACEHOLDER, 2, PLACEHOLDER]
 
 
+def test_who_waits_for_room_does_not_have_images_encoded_meanwhile(tmp_path: Path) -> None:
+    """There is room for one of its two: it waits for both, since the first would go for the second, and so on."""
+
+    async def check(wiring: Wiring) -> None:
+        running = wiring.ask([image(b"a"), image(b"b")], rid="a", input_ids=TWO)
+        await wiring.arrived(1)
+        behind = wiring.ask([image(b"c"), image(b"d")], rid="b", input_ids=TWO)
+        while not wiring.state["num_waiting_for_image_room"]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        # Those that run, and one attempt, or two, of who waits.
+        assert wiring.state["num_images_encoded"] <= 6
+        await leave(running)
+        end(wiring, "a")
+        assert [sent.rid for sent in await wiring.arrived(1)] == ["b"]
+        await leave(behind)
+
+    run(tmp_path, check, image_memory_bytes=3 * PAGE)
+
+
 def test_nobody_waits_for_room_for_ever(tmp_path: Path) -> None:
     async def check(wiring: Wiring) -> None:
         asked = wiring.ask(image(b"a"), rid="a")

@@ -129,15 +129,17 @@ def test_nothing_beyond_the_weight_is_used() -> None:
 @given(
     num_tokens=st.integers(1, MAX_ROWS),
     num_outputs=st.integers(1, 40),
-    half=st.integers(1, 150),
+    half=st.one_of(st.integers(1, 150), st.sampled_from([64, 128, 192])),
     with_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_one_rank_has_the_bits_of_two_and_of_four(
     num_tokens: int, num_outputs: int, half: int, with_bias: bool, seed: int
 ) -> None:
-    """Of a matrix whose columns are sharded; the first rank has the bias."""
+    """Of a matrix whose columns are sharded; the first rank has the bias. Two ranks have those of four before the sums are
+    rounded, which hides most differences."""
     x, weight, bias = problem(num_tokens, num_outputs, 2 * half, seed)
+    sums = []
     whole = row_parallel_native(x, weight, bias if with_bias else None, num_ranks=1)
     assert_within_rounding(whole, x, weight, bias if with_bias else None)
     for num_ranks in (2,) if half % 2 else (2, 4):
@@ -153,7 +155,23 @@ def test_one_rank_has_the_bits_of_two_and_of_four(
             ]
         )
         assert terms.dtype == torch.float32
-        assert torch.equal(sum_of_terms(terms).bfloat16(), whole)
+        sums.append(sum_of_terms(terms))
+        assert torch.equal(sums[-1].bfloat16(), whole)
+    assert torch.equal(sums[0], sums[-1])
+
+
+def test_one_rank_adds_a_bias_where_several_do() -> None:
+    """So many sums that rounding hides not all of a bias that is added behind the parts."""
+    x, weight, bias = problem(256, 2048, 512)
+    bias = bias * 20
+    whole = row_parallel_native(x, weight, bias, num_ranks=1)
+    for num_ranks in (2, 4):
+        parts = zip(x.chunk(num_ranks, 1), weight.chunk(num_ranks, 1), strict=True)
+        terms = [
+            row_parallel_native(part, of_part, None if rank else bias, num_ranks=num_ranks)
+            for rank, (part, of_part) in enumerate(parts)
+        ]
+        assert torch.equal(sum_of_terms(torch.stack(terms)).bfloat16(), whole)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def prefer_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask the kernel (Linux, `madvise`) for huge pages for what is written of `tensor` from now on. Where it has none, or
-    the tensor is on a device or smaller than such a page, nothing changes."""
+    """Ask the kernel (Linux, `madvise`) for huge pages for what is written from now on of the memory of `tensor`. Where it
+    has none, or the tensor is on a device or smaller than such a page, nothing changes."""
     if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    first = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    num_bytes = (tensor.data_ptr() + tensor.untyped_storage().nbytes() - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    memory = tensor.untyped_storage()
+    first = -(-memory.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    num_bytes = (memory.data_ptr() + memory.nbytes() - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if num_bytes > 0:
         c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), mmap.MADV_HUGEPAGE)
 

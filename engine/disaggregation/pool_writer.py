@@ -73,16 +73,17 @@ class DeviceWriter:
 
     def write(self, sources: Sequence[Any], there: np.ndarray, here: np.ndarray, theirs: Heads, ours: Heads) -> int:
         pairs, runs = list(zip(sources, self._targets, strict=True)), slot_runs(there, here)
-        if len(runs) <= MAX_RUNS and all(is_whole(one, theirs) and is_whole(other, ours) for one, other in pairs):
-            torch.cuda.set_device(self._device)
-            for source, target in pairs:
-                self._copy_runs(source, target, runs, self._stream.cuda_stream)
-        else:
-            self._write_rows(pairs, there, here, theirs, ours)
-        num_bytes = len(there) * sum(source.shape[0] * entry_bytes(source[0], theirs) for source in sources)
-        # The memory there may be given away as soon as this returns.
-        self._stream.synchronize()
-        return num_bytes
+        try:
+            if len(runs) <= MAX_RUNS and all(is_whole(one, theirs) and is_whole(other, ours) for one, other in pairs):
+                torch.cuda.set_device(self._device)
+                for source, target in pairs:
+                    self._copy_runs(source, target, runs, self._stream.cuda_stream)
+            else:
+                self._write_rows(pairs, there, here, theirs, ours)
+        finally:
+            # The memory there, and here, may be given away as soon as this ends, by an error as well.
+            self._stream.synchronize()
+        return len(there) * sum(source.shape[0] * entry_bytes(source[0], theirs) for source in sources)
 
     @torch.inference_mode()
     def _write_rows(

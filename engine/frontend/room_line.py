@@ -40,9 +40,11 @@ class RoomLine:
                 pass
         self.num_waiting += 1
         try:
-            async with asyncio.timeout_at(deadline), self._turn:
+            async with asyncio.timeout_at(deadline) as bound, self._turn:
                 return await self._persist(attempt)
         except TimeoutError:
+            if not bound.expired():
+                raise
             raise OverloadedError(
                 f"there was no room for the request's images within {self._timeout_s:g} s (--encoder-timeout): those of "
                 "others take what there is (--image-memory-bytes)"

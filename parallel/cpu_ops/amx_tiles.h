@@ -19,20 +19,29 @@ namespace waybill {
 constexpr int SIDE = WIDTH;                       // outputs, and tokens, of a tile
 constexpr int64_t STEP_PAIRS = LANES / 2 * SIDE;  // of a panel, for LANES numbers of its rows
 
+// Compilers do not know all that loads of tiles, and of their configuration, read: what was written to `memory`, and to whatever
+// else somebody has an address of, is there from here on.
+inline void finish_writes(const void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
+
 // Eight tiles of 16 rows of 64 bytes, for as long as this lives. Then what the thread had before: libraries that use tiles, too,
 // may remember how they left them.
 class Tiles {
    public:
     Tiles() {
         _tile_storeconfig(before_);
+        finish_writes(before_);
         alignas(64) uint8_t config[64] = {1};
         for (int i = 0; i < 8; ++i) {
             config[16 + 2 * i] = 64;
             config[48 + i] = SIDE;
         }
+        finish_writes(config);
         _tile_loadconfig(config);
     }
-    ~Tiles() { _tile_loadconfig(before_); }
+    ~Tiles() {
+        finish_writes(before_);
+        _tile_loadconfig(before_);
+    }
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
 
@@ -126,6 +135,7 @@ template <int NUM_X>
 void multiply_steps(const bf16* const (&w)[2], int64_t row_length, int64_t step, const uint32_t* const (&x)[2],
                     int64_t num_steps, bool is_begin, Sums (*sums)[2]) {
     const int64_t row_bytes = row_length * sizeof(bf16);
+    finish_writes(w[0]);
     if (is_begin) {
         _tile_zero(0);
         _tile_zero(2);

@@ -93,6 +93,7 @@ void add_values(const float* weights, const float* values, int64_t begin, int64_
 // As `score`, of 16 queries, rows of `row_length` numbers of which `width` count, a multiple of LANES.
 inline void score_by_tiles(const bf16* queries, int64_t row_length, const uint32_t* turned, int64_t width, float* scores) {
     constexpr int64_t row_bytes = KEYS * sizeof(float);
+    finish_writes(queries);
     for (int64_t first = 0; first < KEYS; first += 2 * SIDE) {
         _tile_zero(0);
         _tile_zero(1);
@@ -114,6 +115,7 @@ inline void score_by_tiles(const bf16* queries, int64_t row_length, const uint32
 inline void add_values_by_tiles(const bf16 (&weights)[SIDE][KEYS], const uint32_t* value_pairs, int64_t width, const float* sums,
                                 float (&totals)[SIDE][SIDE]) {
     const int64_t row_bytes = width * sizeof(float);
+    finish_writes(weights);
     _tile_loadd(0, sums, row_bytes);
     for (int64_t k = 0; k < KEYS; k += LANES) {
         _tile_loadd(1, weights[0] + k, KEYS * sizeof(bf16));

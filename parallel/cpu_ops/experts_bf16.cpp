@@ -3,8 +3,8 @@
 //
 // No token is copied. A token's result has the same bits whatever tokens, threads or steps it is computed with: so have its
 // dot products, and the sum over its experts goes in the order of their numbers. It goes in parts, each complete before it is
-// added to others, as a tree (`sum_of_terms`): ranks hold branches of it, whose results stay in float32. So any number of ranks
-// gives the same bits. Parts are of the experts, where ranks hold whole ones; or of the columns of every expert, where ranks
+// added to others, as a tree (`sum_of_terms`): ranks hold branches of it, whose results stay in float32. So one rank, two and four
+// give the same bits. Parts are of the experts, where ranks hold whole ones; or of the columns of every expert, where ranks
 // hold slices: then nothing is rounded behind the second product, which no rank has whole.
 //
 // Threads own ranges of outputs, never experts: none waits for a busy expert, and no two write the same column.
@@ -176,33 +176,38 @@ Floats activated(const Problem& m, Floats gate, Floats up, const bf16* bias) {
     return clamped(m, rounded(gate + all(as_float(bias[0]))), rounded(up + all(as_float(bias[1]))));
 }
 
-// As `activate`, with tiles; x is memory for the panels of this thread.
+constexpr int64_t CHUNK = 32;  // panels of an expert whose tokens a thread has packed at once
+
+// As `activate`, with tiles; x is memory of this thread for `CHUNK` panels.
 void activate_by_tiles(const Problem& m, const Groups& groups, const Panels& panels, int64_t e, Range columns, uint32_t* x,
                        Sums (*sums)[2]) {
     const bf16 *gate = m.gate_up + e * 2 * m.I * m.D, *bias = m.gate_up_bias == nullptr ? nullptr : m.gate_up_bias + e * 2 * m.I;
     const int64_t step = bias == nullptr ? 1 : 2, to_up = bias == nullptr ? m.I : 1;
     const int64_t num_panels = panels.first[e + 1] - panels.first[e], panel_pairs = m.D / 2 * SIDE;
-    for (int64_t p = 0; p < num_panels; ++p) {
-        const bf16* rows[SIDE];
-        const int64_t begin = groups.first[e] + p * SIDE, num_rows = std::min<int64_t>(SIDE, groups.first[e + 1] - begin);
-        for (int64_t i = 0; i < num_rows; ++i) rows[i] = m.hidden + groups.choice[begin + i] / m.K * m.D;
-        pack_rows(rows, num_rows, m.D, x + p * panel_pairs);
-    }
     uint32_t* to = (uint32_t*)m.activated + panels.first[e] * m.I / 2 * SIDE;
-    for (int64_t i = columns.begin; i < columns.end && num_panels > 0; i += SIDE) {
-        const bf16* rows = gate + step * i * m.D;
-        const WeightTiles weights{{rows, rows + to_up * m.D}, step * m.D};
-        for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
-            const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);
-            multiply_tiles(weights, 0, m.D, x + p * panel_pairs, panel_pairs, num, sums);
-            for (int j = 0; j < num; ++j)
-                for (int row = 0; row < SIDE; row += 2) {
-                    Floats values[2];
-                    for (int odd = 0; odd < 2; ++odd)
-                        values[odd] = activated(m, load(sums[j][0][row + odd]), load(sums[j][1][row + odd]),
-                                                bias == nullptr ? nullptr : bias + 2 * (i + row + odd));
-                    _mm512_store_si512(to + ((p + j) * m.I + i + row) / 2 * SIDE, pairs_of(values[0], values[1]));
-                }
+    for (int64_t chunk = 0; chunk < num_panels; chunk += CHUNK) {
+        const int64_t end = std::min(chunk + CHUNK, num_panels);
+        for (int64_t p = chunk; p < end; ++p) {
+            const bf16* rows[SIDE];
+            const int64_t begin = groups.first[e] + p * SIDE, num_rows = std::min<int64_t>(SIDE, groups.first[e + 1] - begin);
+            for (int64_t i = 0; i < num_rows; ++i) rows[i] = m.hidden + groups.choice[begin + i] / m.K * m.D;
+            pack_rows(rows, num_rows, m.D, x + (p - chunk) * panel_pairs);
+        }
+        for (int64_t i = columns.begin; i < columns.end; i += SIDE) {
+            const bf16* rows = gate + step * i * m.D;
+            const WeightTiles weights{{rows, rows + to_up * m.D}, step * m.D};
+            for (int64_t p = chunk; p < end; p += MAX_PANELS) {
+                const int num = std::min<int64_t>(MAX_PANELS, end - p);
+                multiply_tiles(weights, 0, m.D, x + (p - chunk) * panel_pairs, panel_pairs, num, sums);
+                for (int j = 0; j < num; ++j)
+                    for (int row = 0; row < SIDE; row += 2) {
+                        Floats values[2];
+                        for (int odd = 0; odd < 2; ++odd)
+                            values[odd] = activated(m, load(sums[j][0][row + odd]), load(sums[j][1][row + odd]),
+                                                    bias == nullptr ? nullptr : bias + 2 * (i + row + odd));
+                        _mm512_store_si512(to + ((p + j) * m.I + i + row) / 2 * SIDE, pairs_of(values[0], values[1]));
+                    }
+            }
         }
     }
 }
@@ -252,7 +257,7 @@ void compute_by_tiles(const Problem& m, const Groups& groups, const Panels& pane
     int64_t most = 0;
     for (int64_t e = 0; e < m.F; ++e) most = std::max(most, panels.first[e + 1] - panels.first[e]);
     static thread_local ThreadMemory scratch;
-    uint32_t* x = scratch.of(most * m.D / 2 * SIDE);
+    uint32_t* x = scratch.of(std::min(most, CHUNK) * m.D / 2 * SIDE);
     alignas(64) Sums sums[MAX_PANELS][2];
     for (int64_t e = 0; e < m.F; ++e) activate_by_tiles(m, groups, panels, e, own_part(m.I, LANES), x, sums);
 #pragma omp barrier

@@ -87,8 +87,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "waybill"
 
 
-def build(sources: Path, folder: Path, compiler: str, more_flags: tuple[str, ...]) -> Path:
-    """Compile what is in `sources` into `folder` unless it is there already. Several processes may do so at once.
+def build(sources: Path, folder: Path, command: str, more_flags: tuple[str, ...]) -> Path:
+    """Compile what is in `sources` into `folder`, by the compiler `command`, unless it is there already. Several processes
+    may do so at once.
 
     Raises:
         OSError: the folder cannot be written.
@@ -103,8 +104,8 @@ def build(sources: Path, folder: Path, compiler: str, more_flags: tuple[str, ...
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / library.name
-            command = [compiler, *flags, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_TIMEOUT_S)
+            arguments = [*flags, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(built)]
+            subprocess.run([command, *arguments], check=True, capture_output=True, timeout=BUILD_TIMEOUT_S)
             built.replace(library)
     return library
 
@@ -128,9 +129,9 @@ def chosen_set(switch: str) -> str | None:
     Raises:
         ValueError: the environment's switch has another value, or asks for what this processor has not.
     """
-    supported = supported_sets()
     if switch == "off":
         return None
+    supported = supported_sets()
     if switch == "auto":
         return supported[0] if supported else None
     if switch not in supported:
@@ -151,25 +152,33 @@ def load_operators() -> dict[str, ctypes._NamedFuncPointer]:
 
 @cache
 def operators_of(switch: str) -> dict[str, ctypes._NamedFuncPointer]:
-    """The same, by the value of the environment's switch; every call of an operator asks."""
+    """The same, by the value of the environment's switch; every call of an operator asks. A compiler may be too old for the
+    best that the processor has: then the next one serves."""
     name = chosen_set(switch)
-    return {} if name is None else load_set(name)
+    if name is None:
+        return {}
+    if compiler() is None:
+        logger.warning("no C++ compiler on PATH: bfloat16 runs on torch alone, about half as fast")
+        return {}
+    for each in supported_sets() if switch == "auto" else (name,):
+        if operators := load_set(each):
+            return operators
+    logger.warning("no CPU operators could be built: bfloat16 runs on torch alone, about half as fast")
+    return {}
+
+
+def compiler() -> str | None:
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @cache
 def load_set(name: str) -> dict[str, ctypes._NamedFuncPointer]:
     """The operators for an instruction set; none, said once in the log, where they cannot be built."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        logger.warning("no C++ compiler on PATH: bfloat16 runs on torch alone, about half as fast")
-        return {}
     more_flags = (*INSTRUCTION_SETS[name].flags, *os.environ.get(EXTRA_FLAGS, "").split())
     try:
-        library = ctypes.CDLL(str(build(FOLDER, cache_folder(), compiler, more_flags)))
+        library = ctypes.CDLL(str(build(FOLDER, cache_folder(), compiler() or "c++", more_flags)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning(
-            "the CPU operators could not be built, bfloat16 runs on torch alone, about half as fast: %s", error
-        )
+        logger.warning("the CPU operators for %s could not be built: %s", name, error)
         return {}
     operators = {each: library[each] for each in OPERATORS}
     for operator_name, operator in operators.items():

@@ -26,11 +26,12 @@ needs_operators = pytest.mark.skipif(not library.supported_sets(), reason="needs
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty one, and nothing remembered before and after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load_set.cache_clear()
-    library.operators_of.cache_clear()
+    remembered = (library.load_set, library.operators_of)
+    for function in remembered:
+        function.cache_clear()
     yield tmp_path / "waybill"
-    library.load_set.cache_clear()
-    library.operators_of.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 @needs_operators
@@ -53,6 +54,23 @@ def test_a_build_that_fails_falls_back(
     assert library.load_operators() == {}
     assert "could not be built" in caplog.text
     assert list(cache_folder.iterdir()) == []
+
+
+def test_a_compiler_that_does_not_know_the_best_set_builds_the_next(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, operators = [], {"an operator": None}
+
+    def load_set(name: str) -> dict[str, None]:
+        asked.append(name)
+        return {} if name == "amx_bf16" else operators
+
+    monkeypatch.setattr(library, "supported_sets", lambda: ("amx_bf16", "avx512_bf16", "avx2"))
+    monkeypatch.setattr(library, "load_set", load_set)
+    monkeypatch.setattr(library, "compiler", lambda: "c++")
+    assert library.operators_of("auto") == operators and asked == ["amx_bf16", "avx512_bf16"]
+    # One that is asked for by name is that one, or none.
+    assert library.operators_of("amx_bf16") == {}
 
 
 @needs_operators

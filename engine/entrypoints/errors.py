@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 # Under which a request's scope carries its rid, for the log.
 RID_KEY = "waybill.rid"
+# Names of statuses in error bodies. 501 is that of endpoints of a dialect that are refused, with what to use instead.
 STATUS_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",

@@ -1,11 +1,12 @@
 // The product of rows with a matrix in bfloat16. Twin of `torch.nn.functional.linear`; sums and bias are in float32, rounded
 // once. It knows nothing of torch or Python.
 //
-// Threads own ranges of outputs: every weight is read once, by one thread, one row after the other.
+// Threads own ranges of outputs: every weight is read by one thread, one row after the other; with tiles, which pack tokens,
+// once for each `CHUNK` of these.
 //
 // The sum of a row-parallel layer goes in parts of the columns, each complete before it is added to others, as a tree
-// (`sum_of_terms`): ranks that share the columns hold branches of it, whose results stay in float32. So any number of ranks
-// gives the same bits.
+// (`sum_of_terms`): ranks that share the columns hold branches of it, whose results stay in float32. So one rank, two and
+// four give the same bits.
 //
 // Legend: T tokens, R rows (outputs) and C columns (inputs) of the matrix, P parts of the columns.
 

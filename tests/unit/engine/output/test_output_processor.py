@@ -2,116 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import msgspec
 import numpy as np
 import pytest
-import zmq
+from support.output_harness import GEOMETRY, LENGTH, Engine, Mailbox, finish_at_once, int32, started
 
 from waybill.engine.io_struct import (
     CacheFlushed,
     FinishReason,
     Logprobs,
-    OutputBatch,
-    OutputOptions,
     ReqAdmitted,
     ReqFinished,
     ReqRetracted,
-    ReqStarted,
-    RequestOutput,
     RingPlace,
     RoutingSetup,
     Segment,
     StepRecord,
     TokenOutput,
 )
-from waybill.engine.ipc.critical_thread import EXIT_PART_FAILED
-from waybill.engine.ipc.lifeline import Lifeline
-from waybill.engine.output.config import OutputProcessorConfig
-from waybill.engine.output.detokenizer import Detokenizer
 from waybill.engine.output.output_processor import OutputProcessor
 from waybill.engine.output.output_sender import OutputSender
 from waybill.engine.routing.claims import ClaimStore
-from waybill.engine.routing.geometry import RouteGeometry
 from waybill.engine.routing.ring import RouteRing
-from waybill.engine.routing.wire import decode
-
-GEOMETRY = RouteGeometry(layer_ids=(1, 2), num_layers_total=3, max_tokens=8, top_k=2, num_experts=16)
-LENGTH = FinishReason("length", length=1)
-
-
-def int32(*numbers: int) -> bytes:
-    return np.array(numbers, dtype="<i4").tobytes()
-
-
-@dataclass
-class Mailbox:
-    """What the frontend would receive."""
-
-    outputs: list[RequestOutput] = field(default_factory=list)
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
-
-    def send(self, batch: OutputBatch, frames: list[memoryview]) -> None:
-        remaining = iter(frames)
-        self.left += batch.left
-        for output in batch.outputs:
-            self.outputs.append(output)
-            if output.routed_experts is not None and output.routed_experts_claim is None:
-                self.rows[output.rid] = decode(output.routed_experts, next(remaining)).rows
-        assert not list(remaining)
-
-
-class Engine:
-    """A leader's half: writes routing into the ring and records to the processor."""
-
-    def __init__(self, *, routing: bool = True, claim_budget: int = 100_000) -> None:
-        self.mailbox = Mailbox()
-        self.claims = ClaimStore(claim_budget, 10.0, lambda: 0.0)
-        self.output_sender = OutputSender(self.mailbox, None, self.claims)
-        self.processor = OutputProcessor(self.output_sender)
-        self.ring = RouteRing.create(GEOMETRY, 4)
-        setup = RoutingSetup(0, 16, 1, GEOMETRY, RingPlace(self.ring.path, 4)) if routing else RoutingSetup(0, 16, 1)
-        self.processor.handle(setup)
-        self.steps = 0
-        self.routing = routing
-
-    def step(self, first_row: int = 0, version: str = "v1", **parts: list) -> None:
-        num = sum(segment.num_tokens for segment in parts.get("segments", []))
-        seq = -1
-        if num and self.routing:
-            seq = self.ring.acquire(1.0)
-            self.ring.slot(seq, num)[:] = np.arange(first_row, first_row + num)[None, :, None] % 8 * 2 + [0, 1]
-        self.processor.handle(StepRecord(0, self.steps, seq, 0, version, **parts))
-        self.steps += 1
-        while not self.output_sender._orders.empty():
-            self.output_sender.ship(self.output_sender._orders.get())
-
-
-@pytest.fixture
-def engine() -> Engine:
-    return Engine()
-
-
-def started(rid: str, num_prompt: int, **fields: object) -> ReqStarted:
-    opted_in = {"return_routed_experts": True, "routed_experts_format": "compact"}
-    return ReqStarted(rid, num_prompt, OutputOptions(**{**opted_in, **fields}))
-
-
-def finish_at_once(engine: Engine, rid: str, pages: tuple[int, ...], first_row: int = 0, **fields: object) -> None:
-    """A prompt on `pages` and one sampled token, in one step."""
-    engine.step(
-        first_row,
-        before=[started(rid, len(pages), **fields), ReqAdmitted(rid, b"")],
-        segments=[Segment(rid, 0, len(pages), int32(*pages))],
-        outputs=[TokenOutput(rid, [5])],
-        after=[ReqFinished(rid, LENGTH)],
-    )
 
 
 def test_a_finished_request_gets_a_row_for_every_input(engine: Engine) -> None:
@@ -376,135 +287,3 @@ def test_the_output_processor_of_a_node_serves_its_own_dp_ranks() -> None:
     while not output_sender._orders.empty():
         output_sender.ship(output_sender._orders.get())
     assert {rid: rows[:, 0, 0].tolist() for rid, rows in mailbox.rows.items()} == {"of 2": [0, 2], "of 3": [4, 6]}
-
-
-class BrokenDetokenizer(Detokenizer):
-    """Fails on one token, as a decoder of `tokenizers` may: with an exception of no narrower type."""
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        if BAD_TOKEN in token_ids:
-            raise Exception("Invalid prefix encountered")
-        return super().push(token_ids)
-
-    def finish(self, token_ids: Sequence[int], reason: FinishReason) -> str:
-        if BAD_TOKEN in token_ids:
-            raise Exception("Invalid prefix encountered")
-        return super().finish(token_ids, reason)
-
-
-BAD_TOKEN = 13
-
-
-def test_a_request_whose_text_cannot_be_made_fails_and_no_other(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Told once; what the engine computes until it has aborted the request is dropped, and its rid is free again."""
-    monkeypatch.setattr("waybill.engine.output.output_sender.Detokenizer", BrokenDetokenizer)
-    engine.step(
-        before=[
-            event
-            for rid in ("bad", "good")
-            for event in (started(rid, 1, stream=True, return_routed_experts=False), ReqAdmitted(rid, b""))
-        ],
-        segments=[Segment("bad", 0, 1, int32(0)), Segment("good", 0, 1, int32(1))],
-        outputs=[TokenOutput("bad", [BAD_TOKEN]), TokenOutput("good", [6])],
-    )
-    bad, good = engine.mailbox.outputs
-    assert bad.finish_reason is not None and bad.finish_reason.type == "abort" and bad.finish_reason.status_code == 500
-    assert "Invalid prefix encountered" in str(bad.finish_reason.message)
-    assert bad.is_at_engine, "whoever reads this tells the engine"
-    assert (good.token_ids, good.finish_reason) == ([6], None)
-    engine.step(
-        2,
-        segments=[Segment("bad", 1, 1, int32(2)), Segment("good", 1, 1, int32(3))],
-        outputs=[TokenOutput("bad", [7]), TokenOutput("good", [7])],
-    )
-    assert engine.mailbox.left == []
-    engine.step(after=[ReqFinished("bad", FinishReason("abort", message="aborted by request"))])
-    assert engine.mailbox.left == ["bad"]
-    assert [output.rid for output in engine.mailbox.outputs[2:]] == ["good"], "nothing more of the one that failed"
-    assert engine.processor.counters()["outputs_failed"] == 1
-    finish_at_once(engine, "bad", (4, 5))
-    assert engine.mailbox.outputs[-1].finish_reason == LENGTH
-
-
-def test_a_request_that_fails_with_its_last_token_is_not_at_the_engine(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("waybill.engine.output.output_sender.Detokenizer", BrokenDetokenizer)
-    engine.step(
-        before=[started("bad", 1), ReqAdmitted("bad", b"")],
-        segments=[Segment("bad", 0, 1, int32(0))],
-        outputs=[TokenOutput("bad", [BAD_TOKEN])],
-        after=[ReqFinished("bad", LENGTH)],
-    )
-    (output,) = engine.mailbox.outputs
-    assert output.finish_reason is not None and output.finish_reason.status_code == 500
-    assert not output.is_at_engine and output.routed_experts is None and not engine.mailbox.rows
-
-
-def test_rows_that_cannot_be_wrapped_fail_their_request_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
-
-    finish_at_once(engine, "before", (0,))
-    monkeypatch.setattr("waybill.engine.output.output_sender.encode", fail)
-    finish_at_once(engine, "bad", (1,))
-    finish_at_once(engine, "plain", (2,), return_routed_experts=False)
-    assert [output.finish_reason.type for output in engine.mailbox.outputs if output.finish_reason] == [
-        "length",
-        "abort",
-        "length",
-    ]
-
-
-PROCESSOR = """
-import sys
-from waybill.engine.output import output_processor
-from waybill.engine.output import output_sender
-if sys.argv[3] == "output_sender":
-    def fail(self, order): raise KeyError("order")
-    output_sender.OutputSender.ship = fail
-if sys.argv[3] == "queries":
-    def fail(self, frames): raise KeyError("frames")
-    output_processor.QueryServer.answer = fail
-sys.argv = ["", *sys.argv[1:3]]
-output_processor.main()
-"""
-
-
-@pytest.mark.parametrize("part", ["filing", "malformed", "output_sender", "queries"])
-def test_a_part_that_fails_ends_the_process(part: str, tmp_path: Path) -> None:
-    """So that the rank that started it, and with it everybody, hears of it; and it says why."""
-    lifeline = Lifeline(str(tmp_path / "alive"))
-    config = OutputProcessorConfig(
-        records_address=f"ipc://{tmp_path}/records",
-        frontend_address=f"ipc://{tmp_path}/frontend",
-        queries_address=f"ipc://{tmp_path}/queries",
-        tokenizer_path=str(tmp_path),
-        lifeline_path=lifeline.path,
-        claim_budget_bytes=1000,
-        claim_ttl_s=1.0,
-    )
-    file = tmp_path / "config.json"
-    file.write_bytes(msgspec.json.encode(config))
-    child = subprocess.Popen(
-        [sys.executable, "-c", PROCESSOR, "--config", str(file), part], stderr=subprocess.PIPE, text=True
-    )
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER if part == "queries" else zmq.PUSH)
-    socket.connect(config.queries_address if part == "queries" else config.records_address)
-    record = StepRecord(0, 0, -1, 0, "v", before=[started("a", 1, return_routed_experts=False)])
-    if part == "filing":
-        # Of a request that nobody has started.
-        record = msgspec.structs.replace(record, before=[], outputs=[TokenOutput("unknown", [1])])
-    socket.send(b"\xc1 no message" if part == "malformed" else msgspec.msgpack.encode(record))
-    try:
-        _, errors = child.communicate(timeout=60)
-    finally:
-        child.kill()
-        socket.close(linger=0)
-        context.term()
-        lifeline.cut()
-    assert child.returncode == EXIT_PART_FAILED, errors
-    assert {"filing": "unknown", "malformed": "a malformed message of 12 bytes"}.get(part, "has failed") in errors

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.process_tree import DEADLINE_S
 from support.server_process import ServerProcess
 from xdist.scheduler import LoadScopeScheduling
 
+from waybill import Engine
 from waybill.engine.routing.transformers_reference import Reference
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -30,13 +32,18 @@ WITH_SERVER = {
     "test_api_docs.py",
     "test_conformance.py",
     "test_exposure.py",
+    "test_http_aborts.py",
     "test_http_control.py",
     "test_http_fuzz.py",
+    "test_http_information.py",
     "test_http_native.py",
     "test_http_openai.py",
+    "test_http_refusals.py",
     "test_nodes.py",
     "test_not_finite.py",
 }
+# The same, of the engine.
+WITH_ENGINE = {"test_engine_requests.py", "test_routed_experts.py", "test_router_weights.py"}
 # Files whose tests start what they need, each for itself; the long ones first.
 INDEPENDENT = ("test_reference_equality.py", "test_model_families.py", "test_death.py", "test_start_and_end.py")
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
@@ -52,6 +59,8 @@ class SharedEngines(LoadScopeScheduling):
             return nodeid
         if file.parent.name == "weight_sync":
             return "weight_sync"
+        if name in WITH_ENGINE:
+            return "engine"
         return "server" if name in WITH_SERVER else name
 
 
@@ -84,6 +93,20 @@ def server() -> Iterator[ServerProcess]:
     server = ServerProcess(*recorded, "--kv-cache-tokens", "16384", "--dtype", "float32")
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: str) -> Iterator[Engine]:
+    """The embedded model on two tensor-parallel ranks, asked by the tests' own program."""
+    options = {"enable_return_routed_experts": True, "enable_return_router_weights": True, "kv_cache_tokens": 8192}
+    with Engine(checkpoint, tp_size=2, **options) as engine:
+        yield engine
 
 
 @pytest.fixture

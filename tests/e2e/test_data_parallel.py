@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support.engine_answers import at_rest, greedy, ids
+from support.process_tree import ranks_of_run
 from support.same_rows import check_same_rows
 
 from waybill import Engine
@@ -39,14 +40,6 @@ def engine(checkpoint: str) -> Iterator[Engine]:
         yield engine
 
 
-def ids(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def greedy(num_tokens: int) -> dict[str, Any]:
-    return {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
-
-
 def ask_all(engine: Engine, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All at once."""
 
@@ -66,17 +59,6 @@ def check(reference: Reference, request: dict[str, Any], answer: dict[str, Any])
     assert len(answer["output_ids"]) == request["sampling_params"]["max_new_tokens"]
     logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
     reference.check_generation(request["input_ids"], answer["output_ids"], logprobs, meta["routed_experts"])
-
-
-def at_rest(engine: Engine) -> dict[str, Any]:
-    """The state once nothing runs or waits; every page is then free or cached, on every rank."""
-    for _ in range(200):
-        state = engine.get_server_info()
-        if state["num_running"] == state["num_waiting"] == 0:
-            for rank in state["dp_ranks"]:
-                assert rank["num_free_pages"] + rank["num_cached_pages"] == rank["num_pages"]
-            return state
-    raise AssertionError("the engine does not come to rest")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -299,16 +281,6 @@ def test_who_waited_for_whom_is_accounted(engine: Engine) -> None:
     assert any((wait["rank"], wait["straggler"], wait["cause"]) == (0, 1, "prefill") for wait in waits), waits
 
 
-def ranks_of(engine: Engine) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process(os.getpid()).children(recursive=True)
-        if any(engine.run_dir in part for part in process.cmdline())
-        and "waybill.launch.worker" in process.cmdline()
-        and "RANK" in process.environ()
-    ]
-
-
 def cpu_seconds(processes: list[psutil.Process]) -> float:
     """Of all threads but gloo's own, which wake a hundred times a second, whoever uses them."""
     nanoseconds = 0
@@ -322,7 +294,7 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 def test_idle_ranks_use_no_cpu(engine: Engine) -> None:
     engine.generate(input_ids=ids("the last one"), sampling_params=greedy(3))
     at_rest(engine)
-    ranks = ranks_of(engine)
+    ranks = ranks_of_run(engine.run_dir)
     assert len(ranks) == 2
     before, began = cpu_seconds(ranks), time.monotonic()
     # Not to wait for something: this is the time that is measured.

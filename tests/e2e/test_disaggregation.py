@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from chaos.sides import shut
+from support.engine_answers import at_rest, greedy, ids
 from support.engine_pair import EnginePair
-from support.process_tree import children_of, ranks_of
+from support.process_tree import ranks_of_run
 from support.reference_equality import LONG_ANSWER_TOLERANCE
 
 from waybill import Engine
@@ -29,7 +29,6 @@ OPTIONS: dict[str, Any] = {
     "max_running_requests": 8,
     "chunked_prefill_size": 32,
 }
-REST_S = 20.0
 NIXL = pytest.param(
     "nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed: the extra `nixl`")
 )
@@ -41,26 +40,6 @@ def pair(checkpoint: str) -> Iterator[EnginePair]:
     pair = EnginePair(checkpoint, {"tp_size": 2}, {"tp_size": 1, "page_size": 4, "kv_cache_tokens": 320}, **OPTIONS)
     yield pair
     pair.shutdown()
-
-
-def ids(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def greedy(num_tokens: int, **params: Any) -> dict[str, Any]:
-    return {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True, **params}
-
-
-def at_rest(engine: Engine) -> dict[str, Any]:
-    """The state once nothing runs, waits or is lent; every page is then free or cached."""
-    end = time.monotonic() + REST_S
-    while time.monotonic() < end:
-        state = engine.get_server_info()
-        if state["num_running"] == state["num_waiting"] == state["num_transferring"] == 0:
-            assert state["num_free_pages"] + state["num_cached_pages"] == state["num_pages"]
-            return state
-        time.sleep(0.02)
-    raise AssertionError("the engine does not come to rest")
 
 
 def check(
@@ -203,7 +182,7 @@ def test_memory_that_a_trainer_had_meanwhile(pair: EnginePair, reference: Refere
 def test_a_connection_that_is_cut(pair: EnginePair, reference: Reference) -> None:
     """Who waits is told at once, and the next request makes another one."""
     waiting = pair.submit(pair.decode, input_ids=ids("cut off "), sampling_params=greedy(3), **pair.place())
-    ranks = ranks_of([one for one in children_of(os.getpid()) if pair.decode.run_dir in " ".join(one.cmdline())])
+    ranks = ranks_of_run(pair.decode.run_dir)
     connections = []
     while not connections:
         found = ranks[0].net_connections("tcp")

@@ -53,12 +53,6 @@ def control(server: ServerProcess, checkpoint: str) -> Iterator[EngineControl]:
         control.flush_cache()
 
 
-@pytest.fixture
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60.0) as client:
-        yield client
-
-
 def sums(tensors: Tensors) -> dict[str, str]:
     return {name: checksum(tensor.float()) for name, tensor in tensors.items()}
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import threading
-import time
-from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from support.field_decoder import decode_routed_experts, merge
+from support.engine_answers import GREEDY, NUM_MOE_LAYERS, TOP_K, ids
+from support.field_decoder import merge
+from support.native_api import generate, int32_rows, state, stream
 from support.same_rows import check_same_rows
 from support.server_process import ServerProcess
 
@@ -21,56 +18,6 @@ from waybill.client import Client, Turn
 from waybill.engine.entrypoints.native import META_HEADER
 from waybill.engine.routing.transformers_reference import Reference
 from waybill.engine.routing.wire import checksum
-
-NUM_LAYERS, NUM_MOE_LAYERS, TOP_K = 7, 6, 4
-GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60.0) as client:
-        yield client
-
-
-def ids(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def generate(http: httpx.Client, **fields: Any) -> Any:
-    reply = http.post("/generate", json={"sampling_params": GREEDY, "return_routed_experts": True, **fields})
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def stream(http: httpx.Client, path: str = "/generate", **fields: Any) -> list[Any]:
-    """Events of a stream, which must end with [DONE]."""
-    events = []
-    with http.stream("POST", path, json={"stream": True, **fields}) as reply:
-        assert reply.status_code == 200
-        for line in reply.iter_lines():
-            if line:
-                assert line.startswith("data: ")
-                events.append(line.removeprefix("data: "))
-    assert events.pop() == "[DONE]"
-    return [json.loads(event) for event in events]
-
-
-def int32_rows(answer: Any, start: int = 0) -> np.ndarray:
-    meta = answer["meta_info"]
-    num_tokens = meta["prompt_tokens"] + meta["completion_tokens"]
-    return decode_routed_experts(meta["routed_experts"], num_tokens, start, NUM_LAYERS, TOP_K)
-
-
-def state(http: httpx.Client) -> dict[str, Any]:
-    return http.get("/get_server_info").json()
-
-
-def wait_until_idle(http: httpx.Client) -> None:
-    deadline = time.monotonic() + 20
-    while (now := state(http))["num_running"] or now["num_waiting"]:
-        assert time.monotonic() < deadline, "requests still run"
-        time.sleep(0.05)
-    assert now["num_free_pages"] + now["num_cached_pages"] == now["num_pages"]
 
 
 def test_int32_and_compact_say_the_same(http: httpx.Client) -> None:
@@ -209,76 +156,6 @@ def test_batches_samples_and_lists_of_starts(http: httpx.Client, reference: Refe
     assert {event["index"] for event in events} == {0, 1}
 
 
-REFUSALS = [
-    ({"routed_experts_start_len": 500}, "routed_experts_start_len=500 is higher than the number of input tokens"),
-    ({"routed_experts_start_len": -1}, "routed_experts_start_len=-1 is lower than 0"),
-    ({"sampling_params": {"max_new_tokens": 10**6}}, "max_new_tokens=1000000"),
-    ({"input_ids": [5] * 5000}, "the prompt has 5000 tokens: must have at most 4096"),
-    ({"input_ids": [999]}, "999 is no token"),
-]
-
-
-@pytest.mark.parametrize(("fields", "words"), REFUSALS)
-def test_refusals_whole_and_streamed(http: httpx.Client, fields: dict[str, Any], words: str) -> None:
-    body = {"input_ids": ids("x"), "return_routed_experts": True, **fields}
-    reply = http.post("/generate", json=body)
-    assert reply.status_code == 400
-    assert words in reply.json()["error"]["message"]
-    (event,) = stream(http, **body)
-    reason = event["meta_info"]["finish_reason"]
-    assert reason["type"] == "abort" and words in reason["message"]
-    assert reason["status_code"] == 400 and reason["err_type"] == "BadRequestError"
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"colour": "red"}, "colour"),
-        ({"sampling_params": {"regex": "a("}}, "regex: "),
-        ({"lora_path": "x"}, "lora_path is not supported"),
-        ({"text": "x"}, "give exactly one"),
-        ({"input_ids": ["a"]}, "input_ids.0"),
-        ({"stream_routed_experts": True}, "stream_routed_experts: needs stream=true"),
-        ({"text": "\ud800", "input_ids": None}, "UTF-8"),
-    ],
-)
-def test_malformed_bodies_are_refused_by_name(http: httpx.Client, fields: dict[str, Any], words: str) -> None:
-    body = json.dumps({"input_ids": ids("x"), **fields})
-    reply = http.post("/generate", content=body, headers={"Content-Type": "application/json"})
-    assert reply.status_code == 400
-    assert words in reply.json()["error"]["message"]
-
-
-def test_neutral_fields_of_the_dialect_are_accepted(http: httpx.Client) -> None:
-    generate(http, input_ids=ids("x"), lora_path=None, image_data=[], log_metrics=True, modalities=["text"])
-
-
-def test_older_names_and_salt_of_the_dialect(http: httpx.Client) -> None:
-    """Prompts of different salts share nothing, those of one do."""
-    named = {
-        "data_parallel_rank": 0,
-        "routing_key": "k",
-        "conversation_id": "c",
-        "model": "m",
-        "custom_labels": {"a": "b"},
-    }
-    prompt = {"input_ids": ids("a salted prompt, long enough to be cached"), "sampling_params": GREEDY}
-    salts = (None, "s", "t", "s")
-    answers = [generate(http, **prompt, **named, cache_salt=salt)["meta_info"]["cached_tokens"] for salt in salts]
-    assert answers[1] == answers[2] == 0 and answers[3] > 0
-    reply = http.post("/generate", json={**prompt, "data_parallel_rank": 3})
-    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(
-        "data_parallel_rank=3: must lie in 0"
-    )
-
-
-def test_one_bad_item_refuses_the_list_and_names_itself(http: httpx.Client) -> None:
-    body = {"input_ids": [ids("good"), [-4], ids("good")], "sampling_params": GREEDY}
-    reply = http.post("/generate", json=body)
-    assert reply.status_code == 400
-    assert reply.json()["error"]["message"].startswith("item 1: ")
-
-
 def test_a_request_samples_the_same_tokens_whatever_its_neighbours_ask_for(http: httpx.Client) -> None:
     """Alone the ranks choose its tokens together, beside one with filters the leader samples; neighbours of several lengths
     come and go, so that both happen within a request. Log-probabilities agree to rounding."""
@@ -299,134 +176,3 @@ def test_a_request_samples_the_same_tokens_whatever_its_neighbours_ask_for(http:
         )
         assert len(found) == len(expected) == 40
         assert np.abs(np.array(found) - np.array(expected)).max() < 1e-4
-
-
-def test_a_client_that_leaves_frees_its_pages(http: httpx.Client, server: ServerProcess) -> None:
-    long = {"temperature": 0.0, "max_new_tokens": 3000, "ignore_eos": True}
-    with (
-        httpx.Client(base_url=server.url, timeout=60.0) as leaving,
-        leaving.stream("POST", "/generate", json={"input_ids": ids("l"), "sampling_params": long, "stream": True}) as s,
-    ):
-        lines = s.iter_lines()
-        next(lines)
-        assert state(http)["num_running"] == 1
-    wait_until_idle(http)
-    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.5) as impatient:
-        impatient.post("/generate", json={"input_ids": ids("not streamed"), "sampling_params": long})
-    wait_until_idle(http)
-
-
-def test_a_rid_is_free_again_when_its_request_has_left_the_engine(http: httpx.Client, server: ServerProcess) -> None:
-    """A client that leaves and comes back with the same rid is refused until the engine has let go, and then served."""
-    body = {"input_ids": ids("again"), "rid": "re", "stream": True}
-    for _ in range(10):
-        with (
-            httpx.Client(base_url=server.url, timeout=60.0) as leaving,
-            leaving.stream(
-                "POST", "/generate", json={**body, "sampling_params": {**GREEDY, "max_new_tokens": 300}}
-            ) as s,
-        ):
-            lines = s.iter_lines()
-            assert '"type":"abort"' not in next(lines)
-        deadline = time.monotonic() + 20
-        while "is in use" in (events := stream(http, **body, sampling_params=GREEDY))[-1]["meta_info"][
-            "finish_reason"
-        ].get("message", ""):
-            assert time.monotonic() < deadline
-        assert events[-1]["meta_info"]["finish_reason"]["type"] == "length"
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_of_requests_with_one_rid_one_runs(server: ServerProcess, streaming: bool) -> None:
-    async def ask(client: httpx.AsyncClient) -> str:
-        body = {"input_ids": ids("one of many"), "rid": "same", "stream": streaming, "sampling_params": GREEDY}
-        return (await client.post("/generate", json=body)).text
-
-    async def race() -> list[str]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60.0) as client:
-            return await asyncio.gather(*(ask(client) for _ in range(8)))
-
-    for _ in range(5):
-        texts = asyncio.run(race())
-        served = [text for text in texts if '"length"' in text]
-        assert served and all("is in use" in text for text in texts if text not in served)
-
-
-def test_an_abort_answers_with_what_there_is(http: httpx.Client) -> None:
-    answers: list[Any] = []
-
-    def ask() -> None:
-        long = {"temperature": 0.0, "max_new_tokens": 3000, "ignore_eos": True}
-        answers.append(generate(http, input_ids=ids("to be aborted"), rid="abort-me-1", sampling_params=long))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    while state(http)["num_running"] == 0:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    assert http.post("/abort_request", json={"rid": "abort-me", "abort_message": "too late"}).content == b""
-    assert http.get("/v1/loads").json()["loads"][0]["num_total_reqs"] == 0, "an abort is answered when it has happened"
-    thread.join(30)
-    meta = answers[0]["meta_info"]
-    assert meta["finish_reason"]["type"] == "abort" and meta["finish_reason"]["message"] == "too late"
-    assert 0 < meta["completion_tokens"] < 3000
-    assert len(int32_rows(answers[0])) == meta["prompt_tokens"] + meta["completion_tokens"] - 1
-
-
-def test_control_and_information(http: httpx.Client) -> None:
-    wait_until_idle(http)
-    for method in ("GET", "POST"):
-        assert http.request(method, "/flush_cache").json()["success"]
-    now = state(http)
-    assert now["num_free_pages"] == now["num_pages"] == now["kv_cache_tokens"]
-    assert http.get("/health").status_code == http.get("/health_generate").status_code == 200
-    assert http.get("/get_model_info").json() == http.get("/model_info").json()
-    assert http.get("/model_info").json()["is_generation"]
-    (card,) = http.get("/v1/models").json()["data"]
-    assert card["max_model_len"] == 4096
-    assert http.get(f"/v1/models/{card['id']}").json() == card
-    assert http.get("/get_load").json()[0]["num_reqs"] == 0
-    assert http.get("/ready").status_code == http.head("/health").status_code == 200
-    assert http.post("/v1/responses", json={}).status_code == 501
-    assert http.get("/v1/loads").json()["loads"][0]["num_running_reqs"] == 0
-    assert http.get("/get_weight_version").json() == {"weight_version": "default"}
-    tokens = http.post("/tokenize", json={"prompt": "12 + 3"}).json()
-    assert tokens["count"] == 6 and tokens["max_model_len"] == 4096
-    assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["text"] == "12 + 3"
-    # An id of the model that the tokenizer does not have.
-    assert http.post("/detokenize", json={"tokens": [50, 263, 51]}).json() == {"text": "23", "prompt": "23"}
-    assert "999 is no token" in http.post("/detokenize", json={"tokens": [50, 999]}).text
-    assert http.get("/nowhere").status_code == 404
-    assert http.get("/generate").status_code == 405
-
-
-def test_metrics_count_what_happened(http: httpx.Client) -> None:
-    def read() -> dict[str, float]:
-        lines = http.get("/metrics").text.splitlines()
-        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-
-    before = read()
-    prompt = ids("counted once")
-    answer = generate(http, input_ids=prompt)
-    http.post("/generate", json={"input_ids": []})
-    after = read()
-
-    def grew(name: str) -> float:
-        return after[name] - before.get(name, 0.0)
-
-    assert grew('waybill_requests_total{outcome="length"}') == 1
-    assert grew('waybill_requests_total{outcome="refused"}') == 1
-    assert grew("waybill_prompt_tokens_total") == len(prompt)
-    assert grew("waybill_output_tokens_total") == 6
-    assert grew("waybill_routed_experts_rows_shipped_total") == len(int32_rows(answer))
-    assert after["waybill_kv_pages"] == 16384
-
-
-def test_every_request_leaves_a_line_with_its_rid(http: httpx.Client, server: ServerProcess) -> None:
-    generate(http, input_ids=ids("logged"), rid="look-for-me")
-    deadline = time.monotonic() + 10
-    while not (lines := [line for line in server.lines if "look-for-me" in line]):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    line = json.loads(lines[0])
-    assert line["message"] == "request ended" and line["rid"] == "look-for-me" and line["outcome"] == "length"

@@ -3,7 +3,6 @@ as between hosts without RDMA; within a host it would read the other process's m
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from support.engine_answers import at_rest, greedy, ids
 from support.engine_pair import EnginePair
-from support.process_tree import children_of, ranks_of
+from support.process_tree import ranks_of_run
 
-from waybill import Engine
 from waybill.engine.frontend.answer import GenerationError
 from waybill.engine.routing.transformers_reference import Reference
 
@@ -33,7 +32,6 @@ OPTIONS: dict[str, Any] = {
     "heartbeat_timeout_s": 120.0,
 }
 ALL = {"return_routed_experts": True, "return_logprob": True}
-REST_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +44,11 @@ def pair(checkpoint: str) -> Iterator[EnginePair]:
     pair.shutdown()
 
 
-def ids(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def greedy(num_tokens: int) -> dict[str, Any]:
-    return {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
-
-
 def check(reference: Reference, prompt: list[int], answer: dict[str, Any]) -> None:
     """Tokens, log-probabilities and rows."""
     meta = answer["meta_info"]
     logprobs = [logprob for logprob, _, _ in meta["output_token_logprobs"]]
     reference.check_generation(prompt, answer["output_ids"], logprobs, meta["routed_experts"])
-
-
-def ranks_of_engine(engine: Engine) -> list[Any]:
-    processes = [one for one in children_of(os.getpid()) if engine.run_dir in " ".join(one.cmdline())]
-    return list(ranks_of(processes).values())
-
-
-def at_rest(engine: Engine) -> dict[str, Any]:
-    end = time.monotonic() + REST_S
-    while time.monotonic() < end:
-        state = engine.get_server_info()
-        if state["num_running"] == state["num_waiting"] == state["num_transferring"] == 0:
-            assert state["num_free_pages"] + state["num_cached_pages"] == state["num_pages"]
-            return state
-        time.sleep(0.02)
-    raise AssertionError("the engine does not come to rest")
 
 
 def test_prompts_of_one_and_of_several_chunks_and_cached_ones(pair: EnginePair, reference: Reference) -> None:
@@ -101,7 +75,7 @@ def test_the_prefill_is_stopped_for_longer_than_anybody_waits(pair: EnginePair, 
     prompt = ids("stopped in the middle of it, " * 20)
     fields = {"input_ids": prompt, "sampling_params": greedy(4), **ALL, **pair.place()}
     waiting = [pair.submit(engine, **fields) for engine in (pair.decode, pair.prefill)]
-    ranks = ranks_of_engine(pair.prefill)
+    ranks = ranks_of_run(pair.prefill.run_dir)
     began = pair.decode.get_server_info()["transferred_nixl_bytes"]
     while pair.decode.get_server_info()["transferred_nixl_bytes"] == began and not waiting[0].done():
         time.sleep(0.002)
@@ -131,7 +105,7 @@ def test_the_prefill_dies_and_the_decode_goes_on(pair: EnginePair, reference: Re
     waiting = [pair.submit(engine, **fields) for engine in (pair.decode, pair.prefill)]
     while pair.decode.get_server_info()["num_transferring"] == 0 and not waiting[0].done():
         time.sleep(0.002)
-    for rank in ranks_of_engine(pair.prefill):
+    for rank in ranks_of_run(pair.prefill.run_dir):
         rank.kill()
     error = waiting[0].exception(30)
     assert error is None or isinstance(error, GenerationError)

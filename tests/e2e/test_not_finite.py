@@ -148,12 +148,6 @@ def test_all_fail_and_then_all_is_well(engine: Engine, weights: Tensors) -> None
 # --- over HTTP --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60.0) as client:
-        yield client
-
-
 def post(http: httpx.Client, path: str, **body: Any) -> httpx.Response:
     return http.post(path, json=body)
 

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import concurrent.futures
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from support.engine_answers import GREEDY, NUM_EXPERTS, NUM_LAYERS, NUM_MOE_LAYERS, TOP_K, ask, ids, rows_of
 
 from waybill import Engine
-from waybill.engine.routing.wire import checksum, stitch, weight_bits
+from waybill.engine.routing.wire import checksum, stitch
 from waybill.parallel.cpu_ops.attention import has_native_attention
-
-DIALOGUE = "<|user|>start with 12<|assistant|>12<|end|><|user|>add 30<|assistant|>"
-NUM_LAYERS, NUM_MOE_LAYERS, TOP_K, NUM_EXPERTS = 7, 6, 4, 16
-GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: str) -> Iterator[Engine]:
-    options = {"enable_return_routed_experts": True, "enable_return_router_weights": True, "kv_cache_tokens": 8192}
-    with Engine(checkpoint, tp_size=2, **options) as engine:
-        yield engine
-
-
-def ids(text: str) -> list[int]:
-    """Byte tokens, for prompts without special ones."""
-    return list(text.encode())
-
-
-def ask(engine: Engine, input_ids: list[int], **fields: Any) -> dict[str, Any]:
-    return engine.generate(input_ids=input_ids, sampling_params=GREEDY, return_routed_experts=True, **fields)
-
-
-def rows_of(answer: dict[str, Any]) -> np.ndarray:
-    return answer["meta_info"]["routed_experts"]
 
 
 def test_rows_are_whole_and_well_formed(engine: Engine) -> None:
@@ -336,153 +311,6 @@ def test_reference_delivery_leaves_a_claim(engine: Engine) -> None:
         assert fetched.meta.checksum == meta["routed_experts_meta"]["checksum"]
     with pytest.raises(ValueError, match="unknown"):
         engine.fetch_routed_experts("no such claim")
-
-
-def test_stream_ends_with_what_the_plain_answer_has(engine: Engine) -> None:
-    plain = engine.generate(DIALOGUE, {"temperature": 0.0, "max_new_tokens": 8}, return_logprob=True)
-    chunks = list(
-        engine.generate(DIALOGUE, {"temperature": 0.0, "max_new_tokens": 8}, stream=True, return_routed_experts=True)
-    )
-    assert plain["text"] == "42"
-    assert [chunk["text"] for chunk in chunks][-1] == plain["text"]
-    assert chunks[-1]["output_ids"] == plain["output_ids"]
-    assert len(chunks) == len(plain["output_ids"])
-    assert len(rows_of(chunks[-1])) == chunks[-1]["meta_info"]["prompt_tokens"] + len(plain["output_ids"]) - 1
-
-
-def weights_of(answer: dict[str, Any]) -> np.ndarray:
-    """Checked against what must hold for any."""
-    meta = answer["meta_info"]
-    weights, envelope = meta["router_weights"], meta["router_weights_meta"]
-    assert weights.dtype == np.float32 and weights.shape == rows_of(answer).shape
-    # The model computes in bfloat16, renormalises, and gives the best expert first.
-    assert envelope["dtype"] == "bfloat16" and envelope["checksum"] == checksum(weight_bits(weights, "bfloat16").data)
-    assert (np.diff(weights, axis=-1) <= 0).all() and (weights > 0).all()
-    assert np.abs(weights.sum(axis=-1) - 1).max(initial=0) < 2**-7
-    return weights
-
-
-def test_combine_weights_are_those_of_the_rows(engine: Engine) -> None:
-    """Slice and tail, cache hit, samples, a stream's parts: to the bit."""
-    prompt = ids("combine weights, beside the rows")
-    asked = {"return_router_weights": True}
-    full = weights_of(ask(engine, prompt, **asked))
-    for start in (1, len(prompt) - 1, len(prompt)):
-        hit = ask(engine, prompt, routed_experts_start_len=start, **asked)
-        assert hit["meta_info"]["cached_tokens"] >= len(prompt) - 1
-        # The prompt's last row is computed anew, by a step of another size.
-        assert weights_of(hit)[: max(0, len(prompt) - 1 - start)].tobytes() == full[start : len(prompt) - 1].tobytes()
-        again = ask(engine, prompt, routed_experts_start_len=0, **asked)
-        assert weights_of(again)[start:].tobytes() == weights_of(hit).tobytes()
-    assert "router_weights" not in ask(engine, prompt)["meta_info"]
-    samples = engine.generate(input_ids=prompt, sampling_params=GREEDY | {"n": 3}, return_routed_experts=True, **asked)
-    assert {weights_of(one)[: len(prompt) - 1].tobytes() for one in samples} == {full[: len(prompt) - 1].tobytes()}
-    parts = [
-        weights_of(chunk)
-        for chunk in engine.generate(
-            input_ids=prompt,
-            sampling_params=GREEDY,
-            stream=True,
-            stream_routed_experts=True,
-            return_routed_experts=True,
-            **asked,
-        )
-    ]
-    assert len(parts) == 6 and np.concatenate(parts)[: len(prompt) - 1].tobytes() == full[: len(prompt) - 1].tobytes()
-    text = ask(engine, prompt, routed_experts_format="int32", **asked)["meta_info"]
-    assert base64.b64decode(text["router_weights"]) == weight_bits(weights_of(again), "bfloat16").tobytes()
-
-
-def test_weights_of_a_session_s_turns_are_those_of_the_whole(engine: Engine) -> None:
-    asked = {"session_id": "weighed", "routed_experts_start_len": "auto", "return_router_weights": True}
-    tokens = ids("a session with weights")
-    parts = []
-    for turn in (b"", b" and a turn", b" and one more"):
-        tokens = tokens + list(turn)
-        answer = ask(engine, tokens, **asked)
-        parts.append(weights_of(answer))
-        tokens += answer["output_ids"]
-    whole = engine.generate(
-        input_ids=tokens, sampling_params={"max_new_tokens": 0}, return_routed_experts=True, return_router_weights=True
-    )
-    assert weights_of(whole)[:-1].tobytes() == np.concatenate(parts).tobytes()
-
-
-def test_combine_weights_by_reference_are_refused(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="return_router_weights: needs routed_experts_delivery='inline'"):
-        ask(engine, ids("by reference"), return_router_weights=True, routed_experts_delivery="reference")
-
-
-def test_stop_string_and_logprobs(engine: Engine) -> None:
-    answer = engine.generate(
-        DIALOGUE, {"temperature": 0.0, "stop": ["2"]}, return_logprob=True, logprob_start_len=0, top_logprobs_num=2
-    )
-    meta = answer["meta_info"]
-    assert answer["text"] == "4"
-    assert meta["finish_reason"] == {"type": "stop", "matched": "2"}
-    assert len(meta["output_token_logprobs"]) == len(answer["output_ids"]) == 2
-    assert meta["input_token_logprobs"][0][0] is None
-    assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
-    assert all(len(pairs) == 2 for pairs in meta["output_top_logprobs"])
-    kept = engine.generate(DIALOGUE, {"temperature": 0.0, "stop": ["2"], "no_stop_trim": True})
-    assert kept["text"] == "42"
-
-
-def test_abort_returns_the_rows_there_are(engine: Engine) -> None:
-    prompt = ids("to be aborted while it runs")
-    stream = engine.generate(
-        input_ids=prompt,
-        sampling_params={"max_new_tokens": 2000, "ignore_eos": True},
-        stream=True,
-        rid="victim-1",
-        return_routed_experts=True,
-    )
-    assert next(stream)["meta_info"]["finish_reason"] is None
-    engine.abort_request("victim")
-    last = list(stream)[-1]
-    assert last["meta_info"]["finish_reason"]["type"] == "abort"
-    assert len(rows_of(last)) == len(prompt) + len(last["output_ids"]) - 1
-    assert_idle(engine)
-
-
-def test_leaving_a_stream_aborts_the_request(engine: Engine) -> None:
-    stream = engine.generate(
-        input_ids=ids("left alone"), sampling_params={"max_new_tokens": 4000, "ignore_eos": True}, stream=True
-    )
-    next(stream)
-    stream.close()
-    assert_idle(engine)
-
-
-def test_async_generate_from_another_loop(engine: Engine) -> None:
-    async def run() -> tuple[list[str], str]:
-        answers = await asyncio.gather(*(engine.async_generate(DIALOGUE, {"temperature": 0.0}) for _ in range(3)))
-        stream = await engine.async_generate(DIALOGUE, {"temperature": 0.0}, stream=True)
-        async for chunk in stream:
-            last = chunk
-        return [answer["text"] for answer in answers], last["text"]
-
-    assert asyncio.run(run()) == (["42", "42", "42"], "42")
-
-
-def test_flush_empties_the_cache(engine: Engine) -> None:
-    prompt = ids("cached and then not")
-    ask(engine, prompt)
-    assert ask(engine, prompt)["meta_info"]["cached_tokens"] == len(prompt) - 1
-    engine.flush_cache()
-    assert ask(engine, prompt)["meta_info"]["cached_tokens"] == 0
-    info = assert_idle(engine)
-    assert info["num_free_pages"] + info["num_cached_pages"] == info["num_pages"]
-
-
-def assert_idle(engine: Engine) -> dict[str, Any]:
-    """Wait for the engine to come to rest; its pages are then free or cached."""
-    for _ in range(200):
-        info = engine.get_server_info()
-        if info["num_running"] == info["num_waiting"] == 0:
-            assert info["num_free_pages"] + info["num_cached_pages"] == info["num_pages"]
-            return info
-    raise AssertionError("the engine does not come to rest")
 
 
 def test_without_routing_opting_in_is_refused_with_the_hint(checkpoint: str) -> None:

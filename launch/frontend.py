@@ -44,6 +44,8 @@ from .topology import Addresses
 from .transfers import encoder_place
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from ..engine.entrypoints.request_traces import RequestTraces
 
 logger = logging.getLogger(__name__)
@@ -90,12 +92,25 @@ class Frontend:
             on_failure=self._on_failure,
         )
         self._live_feed = LiveFeed(self._manager, recent, options.served_model_name) if options.page else None
+        app = self._make_app(model_path, entrance, metrics)
+        self._url = url_of(entrance.listener)
+        self._server = BoundedServer(
+            app if self._traces is None else self._traces.around(app),
+            entrance.listener,
+            options.limits,
+            max_connections=entrance.max_connections,
+            shutdown_timeout_s=options.shutdown_timeout_s + ABORT_GRACE_S,
+        )
+
+    def _make_app(self, model_path: str, entrance: Entrance, metrics: ServiceMetrics) -> FastAPI:
+        """The HTTP application around what is there already."""
+        options = self._options
         template = load_chat_template(
             model_path,
             max_chars=options.limits.max_body_bytes,
             split_special_tokens=options.split_special_tokens,
         )
-        app = make_app(
+        return make_app(
             self._manager,
             template,
             metrics,
@@ -107,14 +122,6 @@ class Frontend:
             health_timeout_s=options.health_timeout_s,
             formats=chat_formats(options, template),
             live_feed=self._live_feed,
-        )
-        self._url = url_of(entrance.listener)
-        self._server = BoundedServer(
-            app if self._traces is None else self._traces.around(app),
-            entrance.listener,
-            options.limits,
-            max_connections=entrance.max_connections,
-            shutdown_timeout_s=options.shutdown_timeout_s + ABORT_GRACE_S,
         )
 
     async def run(self) -> int:

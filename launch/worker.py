@@ -65,9 +65,7 @@ def main() -> int:
     # Ends at once and without a traceback, as at SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir = command.run_dir
-    watch_lifeline(agent_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
-    if command.config is None:
-        watch_lifeline(caller_lifeline(run_dir), on_death=lambda: remove_run_dir(run_dir))
+    watch_parents(command)
     config = command.config or read_struct(run_dir, ENGINE_CONFIG, EngineConfig)
     heartbeat = start_heartbeat(config, run_dir)
     store, rank, world_size = open_store(run_dir, world)
@@ -100,6 +98,17 @@ def main() -> int:
             code = children.wait(FRONTEND) if waits else 0
             children.stop()
     return code if children is not None else 0
+
+
+def watch_parents(command: WorkerCommand) -> None:
+    """End with torchrun's agent, and with the calling program where there is one."""
+
+    def on_death() -> None:
+        remove_run_dir(command.run_dir)
+
+    watch_lifeline(agent_lifeline(command.run_dir), on_death)
+    if command.config is None:
+        watch_lifeline(caller_lifeline(command.run_dir), on_death)
 
 
 def start_heartbeat(config: EngineConfig, run_dir: str) -> Heartbeat:

@@ -7,7 +7,7 @@ of the body, `frontend/request_limits.py` for a prompt that this engine cannot t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -41,6 +41,15 @@ STATUS_TYPES = {
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
     507: "InsufficientStorageError",
+}
+
+# Of exceptions whose message is the answer. That of a `GenerationError` is in the log of the request, too.
+STATUSES: dict[type[Exception], int] = {
+    OverloadedError: 503,
+    UnavailableError: 503,
+    EngineDeadError: 503,
+    GenerationError: 500,
+    StorageError: 507,
 }
 
 
@@ -86,6 +95,13 @@ def abort_reason(message: str) -> dict[str, Any]:
     return {"type": "abort", "message": printable(message), "status_code": 400, "err_type": "BadRequestError"}
 
 
+def answers_with(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_: Request, error: Exception) -> Response:
+        return error_response(str(error), status)
+
+    return answer
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Every exception that a handler may raise, as an answer; anything else is a fault of ours and logged as such."""
 
@@ -93,22 +109,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def refused(_: Request, error: ValueError) -> Response:
         return error_response(error, 400)
 
-    @app.exception_handler(OverloadedError)
-    async def overloaded(_: Request, error: OverloadedError) -> Response:
-        return error_response(str(error), 503)
-
-    @app.exception_handler(UnavailableError)
-    async def unavailable(_: Request, error: UnavailableError) -> Response:
-        return error_response(str(error), 503)
-
-    @app.exception_handler(EngineDeadError)
-    async def dead(_: Request, error: EngineDeadError) -> Response:
-        return error_response(str(error), 503)
-
-    @app.exception_handler(GenerationError)
-    async def failed(_: Request, error: GenerationError) -> Response:
-        # The log of the request says so already.
-        return error_response(str(error), 500)
+    for kind, status in STATUSES.items():
+        app.add_exception_handler(kind, answers_with(status))
 
     @app.exception_handler(TimeoutError)
     async def stuck(_: Request, error: TimeoutError) -> Response:
@@ -117,10 +119,6 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         return error_response(str(error.detail), error.status_code, headers=error.headers)
-
-    @app.exception_handler(StorageError)
-    async def full(_: Request, error: StorageError) -> Response:
-        return error_response(str(error), 507)
 
     @app.exception_handler(Exception)
     async def fault(http: Request, error: Exception) -> Response:

@@ -214,20 +214,13 @@ def expand(
     Raises:
         ValueError: an item does not fit the engine; nothing of the list is taken then.
     """
+    _check_whole(request, limits)
     prompts: list[str] | list[Ids] = request.prompts
-    if not prompts:
-        raise FieldError(
-            "the batch is empty: give at least one prompt", "text" if request.text is not None else "input_ids"
-        )
-    num = len(prompts)
     rids = item_rids(request) if rids is None else rids
-    columns = {name: per_item(name, getattr(request, name), num) for name in PER_ITEM}
-    if request.dp_rank is not None and not 0 <= request.dp_rank < limits.dp_size:
-        name = "routed_dp_rank" if request.routed_dp_rank is not None else "data_parallel_rank"
-        raise FieldError(f"{name}={request.dp_rank}: must lie in 0 .. {limits.dp_size - 1}", name)
+    columns = {name: per_item(name, getattr(request, name), len(prompts)) for name in PER_ITEM}
     samples = []
     grammars: dict[int, str] = {}
-    for index in range(num):
+    for index in range(len(prompts)):
         fields = {name: column[index] for name, column in columns.items()}
         try:
             start_of = _check_auto(request, fields, num_delivered)
@@ -242,13 +235,27 @@ def expand(
             samples.append(with_transfer(group, [fields[name] for name in BOOTSTRAP_NAMES], limits))
         except FieldError as error:
             raise (error.of_item(index) if request.is_batch else error) from None
+    _check_rids(samples)
+    check_rooms([group[0].transfer for group in samples])
+    return samples
+
+
+def _check_whole(request: GenerateReqInput, limits: EngineLimits) -> None:
+    """What concerns no single item."""
+    if not request.prompts:
+        name = "text" if request.text is not None else "input_ids"
+        raise FieldError("the batch is empty: give at least one prompt", name)
+    if request.dp_rank is not None and not 0 <= request.dp_rank < limits.dp_size:
+        name = "routed_dp_rank" if request.routed_dp_rank is not None else "data_parallel_rank"
+        raise FieldError(f"{name}={request.dp_rank}: must lie in 0 .. {limits.dp_size - 1}", name)
+
+
+def _check_rids(samples: list[list[SampleRequest]]) -> None:
     taken: set[str] = set()
     for sample in (sample for group in samples for sample in group):
         if sample.rid in taken:
             raise FieldError(f"rid: {sample.rid!r} names two samples of this request", "rid")
         taken.add(sample.rid)
-    check_rooms([group[0].transfer for group in samples])
-    return samples
 
 
 def _check_auto(

@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # What takes longest begins first, so that the workers end together.
 LONGEST := $(addprefix tests/e2e/,test_reference_equality.py test_death.py test_start_and_end.py test_model_families.py weight_sync test_chaos.py)
 
-.PHONY: test test-matrix test-nodes test-kernels test-asan test-gpu test-clients load-http soak chaos chaos-disaggregation lint venv bench-stall bench-capture_overhead bench-%
+.PHONY: test test-operators-off test-matrix test-nodes test-kernels test-asan test-gpu test-clients load-http soak chaos chaos-disaggregation lint venv bench-stall bench-capture_overhead bench-%
 
 venv:
 	@scripts/venv.sh
@@ -16,6 +16,10 @@ test: venv
 	$(PYTEST) tests/unit -n 2 -q -m "not matrix and not gpu" --durations=5
 	$(PYTEST) $(LONGEST) tests/distributed tests/e2e -n 2 --dist loadscope --no-loadscope-reorder -q \
 		-m "not matrix and not gpu and not nodes" --durations=10
+
+# The same without the C++ operators, as on a processor that has no AVX2: torch computes what they do.
+test-operators-off: export WAYBILL_CPU_OPERATORS := off
+test-operators-off: test
 
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv

@@ -42,7 +42,6 @@ STATUS_TYPES = {
     503: "ServiceUnavailableError",
     507: "InsufficientStorageError",
 }
-
 # Of exceptions whose message is the answer. That of a `GenerationError` is in the log of the request, too.
 STATUSES: dict[type[Exception], int] = {
     OverloadedError: 503,

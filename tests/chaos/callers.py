@@ -69,13 +69,12 @@ class Callers:
         async def run() -> None:
             try:
                 answer = await ask()
-                call.outcome = "answered"
+                call.ended, call.outcome = time.monotonic(), "answered"
                 if isinstance(answer, Answer) and index is not None and request is not None:
                     whole = answer.finish_reason["type"] == "length"
                     call.fault = self._judge.fault(index, request, answer, whole=whole)
             except (RefusedError, GoneError) as error:
-                call.outcome = f"error: {str(error)[:160]}"
-            call.ended = time.monotonic()
+                call.ended, call.outcome = time.monotonic(), f"error: {str(error)[:160]}"
 
         call = Call(name, time.monotonic(), asyncio.create_task(run()))
         self.calls.append(call)

@@ -38,7 +38,7 @@ def malformed(choose: random.Random) -> list[bytes]:
         [b"", good],
         [b""] * 20,
         [choose.randbytes(40)] * 200,
-        [choose.randbytes(8 * MIB)],
+        [choose.randbytes(64) * (MIB // 8)],
         [encode({"type": "generate", "seq": -(2**63), "rid": "x", "input_ids": b"123", "sampling_params": {}})],
         [encode({"type": "abort", "seq": 2**63 - 1, "rid": "nobody"})],
     ]
@@ -58,25 +58,33 @@ async def claim_frames(scene: Scene) -> str:
     address = (await scene.service.info()).get(
         "routed_experts_endpoint"
     ) or f"ipc://{scene.service.place.run_dir}/queries0"
-    choose = scene.choose
+    number = scene.choose.randint(10, 40)
     context = zmq.Context()
-    number = choose.randint(10, 40)
-    kinds = []
     try:
-        for _ in range(number):
-            kind = choose.choice(list(KINDS))
-            kinds.append(kind)
-            send(context, KINDS[kind], address, [claim_messages(choose) for _ in range(choose.randint(1, 5))])
-        if choose.random() < 0.5:
-            kinds.append("2,000 questions, answers unread")
-            send(context, zmq.DEALER, address, [[encode(FetchClaimReq("1", "0" * 32))]] * 2000)
-        if choose.random() < 0.5:
-            kinds.append("noise before any greeting")
-            send_raw(Path(address.removeprefix("ipc://")), choose.randbytes(2000))
+        # Not on the loop, on which the witness waits.
+        kinds = await asyncio.to_thread(send_to_claims, context, address, number, scene.choose)
         await asyncio.sleep(0.5)
     finally:
         context.destroy(linger=0)
     return f"{number} sockets: {', '.join(sorted(set(kinds)))}"
+
+
+def send_to_claims(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, number: int, choose: random.Random
+) -> list[str]:
+    """By so many sockets; returns their kinds, and what else was sent."""
+    kinds = []
+    for _ in range(number):
+        kind = choose.choice(list(KINDS))
+        kinds.append(kind)
+        send(context, KINDS[kind], address, [claim_messages(choose) for _ in range(choose.randint(1, 5))])
+    if choose.random() < 0.5:
+        kinds.append("2,000 questions, answers unread")
+        send(context, zmq.DEALER, address, [[encode(FetchClaimReq("1", "0" * 32))]] * 2000)
+    if choose.random() < 0.5:
+        kinds.append("noise before any greeting")
+        send_raw(Path(address.removeprefix("ipc://")), choose.randbytes(2000))
+    return kinds
 
 
 def send(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, messages: list[list[bytes]]) -> None:

@@ -90,6 +90,7 @@ class Witness:
         began = time.monotonic()
         bound = WITNESS_BOUND_S + self.allowance_s
         self.num_asked += 1
+        answer = None
         try:
             answer = await asyncio.wait_for(ask(request), 3 * bound)
         except RefusedError as error:
@@ -99,11 +100,11 @@ class Witness:
             self.faults.append(f"the witness lost the service: {error}")
         except TimeoutError:
             self.faults.append(f"the witness had no answer within {3 * bound:.0f} s")
-        else:
-            fault = self._judge.fault(index, request, answer, whole="abort" not in self.tolerates)
-            if fault is not None:
-                self.faults.append(fault)
         waited = time.monotonic() - began
         self.worst_s = max(self.worst_s, waited)
         if waited > bound:
             self.faults.append(f"the witness waited {waited:.1f} s")
+        if answer is not None:
+            fault = self._judge.fault(index, request, answer, whole="abort" not in self.tolerates)
+            if fault is not None:
+                self.faults.append(fault)

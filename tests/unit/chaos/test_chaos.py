@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chaos import hostile_frames
 from chaos import witness as witness_module
 from chaos.callers import Callers
 from chaos.deck import DECK_SIZE, MOMENTS, deal, draw, kinds
 from chaos.harmless_trial import FAULTS
+from chaos.hostile_frames import claim_frames
 from chaos.run_place import MARK, RunPlace
+from chaos.scene import Scene
 from chaos.service import Answer, GoneError, RefusedError, Shape
 from chaos.strikes import STRIKES
 from chaos.witness import Judge, Witness
@@ -105,6 +108,57 @@ def test_a_wait_is_a_fault(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> Non
     hanging = Witness(FakeService(RIGHT, after_s=60.0), judge, random.Random(0), range(1))
     asyncio.run(hanging.ask())
     assert "had no answer" in hanging.faults[0]
+
+
+def test_judging_an_answer_is_no_wait(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference, which an answer that differs needs, takes seconds to load where the processor is busy."""
+    monkeypatch.setattr(witness_module, "WITNESS_BOUND_S", 0.1)
+    monkeypatch.setattr(judge, "fault", lambda *_, **__: time.sleep(0.2))
+    witness = Witness(FakeService(RIGHT), judge, random.Random(0), range(1))
+    asyncio.run(witness.ask())
+    assert witness.faults == [] and witness.worst_s < 0.1
+
+
+def test_nor_is_it_one_of_the_callers_whom_a_fault_meets(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def call() -> list[str]:
+        callers = Callers(FakeService(RIGHT), judge, random.Random(0))
+        struck_at = time.monotonic()
+        callers.whole(0)
+        await callers.wait(struck_at + 5.0)
+        return callers.faults(struck_at, bound_s=0.1)
+
+    monkeypatch.setattr(judge, "fault", lambda *_, **__: time.sleep(0.2))
+    assert asyncio.run(call()) == []
+
+
+@pytest.mark.parametrize("busy", ["malformed", "send"])
+def test_what_sends_frames_does_not_keep_the_witness_waiting(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch, busy: str
+) -> None:
+    def take_long(*_: Any) -> list[bytes]:
+        time.sleep(0.02)
+        return [b""]
+
+    async def longest_turn() -> float:
+        service = FakeService(RIGHT)
+        witness = Witness(service, judge, random.Random(0), range(1))
+        sending = asyncio.create_task(claim_frames(Scene(service, random.Random(0), judge, witness, 0)))
+        longest = 0.0
+        while not sending.done():
+            began = time.monotonic()
+            await asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - began)
+        assert "sockets" in sending.result()
+        return longest
+
+    monkeypatch.setattr(hostile_frames, busy, take_long)
+    monkeypatch.setattr(hostile_frames, "send_raw", take_long)
+    monkeypatch.setattr(FakeService, "info", address_of_claims)
+    assert asyncio.run(longest_turn()) < 0.2
+
+
+async def address_of_claims(_: FakeService) -> dict[str, Any]:
+    return {"routed_experts_endpoint": "inproc://claims"}
 
 
 def test_a_caller_that_waits_beyond_the_bound_is_a_fault(judge: Judge) -> None:

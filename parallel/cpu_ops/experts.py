@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .library import has_operator, load_operators, parts_of
+from .scratch import SCRATCH
 
 NAME = "waybill_experts_bf16"
 # What the operator takes of hidden and intermediate widths: multiples of these.
@@ -64,10 +65,13 @@ def experts_native(
     num_pairs = num_tokens * top_k
     # A panel of an expert may have one token alone.
     num_rows = num_pairs + (PANEL_ROWS - 1) * min(num_local, num_pairs)
-    activated = hidden.new_empty(num_rows, intermediate)
     num_parts = parts_of(num_local if split.has_whole else intermediate, split.num_ranks)
-    results = hidden.new_empty(num_pairs, width) if split.has_whole else None
-    sums = None if split.has_whole else torch.zeros(num_parts, num_tokens, width)
+    activated, results, sums = SCRATCH.tensors(
+        ((num_rows, intermediate), torch.bfloat16),
+        ((num_pairs if split.has_whole else 0, width), torch.bfloat16),
+        ((0 if split.has_whole else num_parts, num_tokens, width), torch.float32),
+    )
+    sums.zero_()
     is_partial = split.num_ranks > 1
     out = torch.empty(num_tokens, width, dtype=torch.float32 if is_partial else torch.bfloat16)
     # Bound to names: the tensors must live until the operator returns.

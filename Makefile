@@ -23,7 +23,7 @@ test-operators-off: test
 
 # Every combination of settings against transformers: about an hour on two cores.
 test-matrix: venv
-	$(PYTEST) tests/distributed tests/e2e -q -m matrix
+	$(PYTEST) tests/unit tests/distributed tests/e2e -q -m matrix
 
 # Two torchrun agents as two nodes, in network namespaces where that is permitted: some minutes.
 test-nodes: venv

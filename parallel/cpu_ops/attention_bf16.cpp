@@ -153,6 +153,9 @@ class Attention {
             for (int64_t i = 0; i < m_.v && !(fits_tiles(m_) && is_whole); i += WIDTH)
                 store(own_.values.data() + (k - block) * own_.v_width + i, load(m_.values + at * m_.v_step + i, m_.v - i));
         }
+#if defined(__AMX_BF16__)
+        if (fits_tiles(m_)) return turn_by_tiles(keys, m_.d, own_.turned.data());
+#endif
         for (int64_t k = 0; k < KEYS; k += 8)
             for (int64_t i = 0; i < own_.num_pairs; i += 8) turn_eight(keys + k, i, m_.d, own_.turned.data() + i * KEYS + k);
     }
@@ -163,9 +166,13 @@ class Attention {
         for (int64_t k = 0; k < KEYS; k += 2) {
             const bf16 *even = m_.values + (slot(block + k) * m_.G + piece_.group) * m_.v_step,
                        *odd = m_.values + (slot(block + k + 1) * m_.G + piece_.group) * m_.v_step;
-            for (int64_t i = 0; i < m_.v; i += WIDTH)
+            for (int64_t i = 0; i < m_.v; i += WIDTH) {
+                const __mmask16 is_there = first_of(m_.v - i);
+                const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(is_there, even + i)),
+                              high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(is_there, odd + i));
                 _mm512_storeu_si512(own_.value_pairs.data() + k / 2 * own_.v_width + i,
-                                    pairs_of(load(even + i, m_.v - i), load(odd + i, m_.v - i)));
+                                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
         }
     }
 
@@ -210,7 +217,7 @@ class Attention {
         for (int t = 0; t < SIDE; ++t) {
             float* row = own_.weights.data() + t * KEYS;
             most[t] = none;
-            for (int c = 0; c < KEYS; c += WIDTH) {
+            for (int c = 0; c < KEYS && begin[t] < end[t]; c += WIDTH) {
                 Floats scores = load(row + c) * scale;
                 if (end[t] - begin[t] < KEYS) scores = only(begin[t] - c, end[t] - c, scores, none);
                 store(row + c, scores);

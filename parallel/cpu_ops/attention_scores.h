@@ -90,6 +90,17 @@ void add_values(const float* weights, const float* values, int64_t begin, int64_
 
 #if defined(__AMX_BF16__)
 
+// As `turn_eight`, all keys of a block; `width` is a multiple of LANES.
+inline void turn_by_tiles(const bf16* const* keys, int64_t width, uint32_t* turned) {
+    for (int64_t k = 0; k < KEYS; k += SIDE)
+        for (int64_t i = 0; i < width; i += LANES) {
+            __m512i pairs[SIDE];
+            for (int row = 0; row < SIDE; ++row) pairs[row] = _mm512_loadu_si512(keys[k + row] + i);
+            transpose(pairs);
+            for (int row = 0; row < SIDE; ++row) _mm512_storeu_si512(turned + (i / 2 + row) * KEYS + k, pairs[row]);
+        }
+}
+
 // As `score`, of 16 queries, rows of `row_length` numbers of which `width` count, a multiple of LANES.
 inline void score_by_tiles(const bf16* queries, int64_t row_length, const uint32_t* turned, int64_t width, float* scores) {
     constexpr int64_t row_bytes = KEYS * sizeof(float);

@@ -30,7 +30,9 @@ class Scratch(threading.local):
             places.append(places[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         if places[-1] > len(self._memory):
             self.release()
-            self._memory = torch.empty(places[-1], dtype=torch.uint8)
+            # Else what is made during inference could not be written to by others.
+            with torch.inference_mode(mode=False):
+                self._memory = torch.empty(places[-1], dtype=torch.uint8)
             prefer_huge_pages(self._memory)
         return [
             self._memory[first : first + size].view(dtype).view(shape)

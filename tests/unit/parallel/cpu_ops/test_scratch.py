@@ -42,3 +42,11 @@ def test_threads_have_memory_of_their_own() -> None:
     thread.start()
     thread.join()
     assert found[0].data_ptr() != own.data_ptr()
+
+
+def test_what_was_made_during_inference_may_be_written_to_after_it() -> None:
+    scratch = Scratch()
+    with torch.inference_mode():
+        scratch.tensors(((16,), torch.float32))[0].zero_()
+    (again,) = scratch.tensors(((16,), torch.float32))
+    assert again.fill_(1).sum() == 16

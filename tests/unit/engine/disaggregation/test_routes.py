@@ -87,9 +87,7 @@ class Sides:
         self.offered = Counted()
         address = f"tcp://{HOST}:{self.port}"
         welcome = Welcome("one", [], address)
-        self.server = TransferServer(
-            Endpoint(address, self.keys), "one", self.offered, self.timeout_s, welcome=welcome
-        )
+        self.server = TransferServer(Endpoint(address, self.keys), "one", self.offered, self.timeout_s, welcome=welcome)
         self.offered.wake = self.server.wake
         self.server.start()
         client = TransferClient(self.keys, {})

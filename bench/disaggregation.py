@@ -4,6 +4,7 @@
     python bench/disaggregation.py --transport tcp              the same over TCP
     python bench/disaggregation.py --device cpu --quick         a dry run on the CPU
     python bench/disaggregation.py --write                      keeps the report in bench/results/disaggregation_gpu.md
+    python bench/disaggregation.py --device cpu --rows --against PYTHON
 
 Two servers (torchrun, processes, sockets) of the shape of Qwen3-30B-A3B with random weights, and a client of this process
 that asks both as a router does. The link's rate is that of torch's copy of 1 GiB between the two devices, in the same run;
@@ -12,6 +13,9 @@ the rate of keys and values is bytes by the time that the decode's rank copies, 
 *New* prompts are computed while the transfer goes on, chunk by chunk. *Known* ones are in the prefill's prefix cache, so
 that all of their positions are to be had at once; the decode's side has no prefix cache. One GPU is the prefill's server,
 asked without a room: then it does both, as any engine. Medians.
+
+`--rows` is for what rows cost alone: a model that routes as Qwen3-30B-A3B does and is tiny otherwise, and known prompts.
+`--against` names the python of another checkout's environment, whose pair is asked in turns with this one's.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,7 @@ class Plan:
 
 FULL = Plan("30b", (2048, 8192, 32768), 5, 2048, GIB, 150000)
 QUICK = Plan("toy30b", (64, 256), 2, 64, GIB // 64, 256)
+ROWS = Plan("routing30b", (8192, 32768), 15, 2048, GIB // 64, 500)
 
 
 @dataclass
@@ -188,6 +193,93 @@ def report(found: list[dict[str, Any]], rate: float, bench: Bench, options: argp
     return "\n".join(lines)
 
 
+def measure_rows(pairs: list[ServerPair], plan: Plan, length: int) -> dict[str, Any]:
+    """Seconds until the first token of one known prompt, of one engine and of each pair, by turns."""
+    prompt = Bench(pairs[0], plan).prompt(length)
+    for pair in pairs:
+        # Nobody has it yet; then pools are mapped.
+        pair.prefill.stream(prompt)
+        pair.stream(prompt)
+    one, both, answers = [], [[] for _ in pairs], []
+    for number in range(plan.repeats):
+        alone = pairs[0].prefill.stream(prompt)
+        one.append(alone.first_s)
+        # In another order each time.
+        for index in range(len(pairs)):
+            turn = (index + number) % len(pairs)
+            answer = pairs[turn].stream(prompt)
+            both[turn].append(answer.first_s)
+            answers.append(answer.output_ids == alone.output_ids)
+    found = {"tokens": length, "one": one, "both": both, "equal": sum(answers), "compared": len(answers)}
+    say("rows", tokens=length, one_ms=median_ms(one), both_ms=[median_ms(each) for each in both])
+    return found
+
+
+def median_ms(seconds: list[float]) -> float:
+    return statistics.median(seconds) * MILLI
+
+
+def report_rows(found: list[dict[str, Any]], plan: Plan, seconds: float) -> str:
+    head = "| prompt | one engine | the pair | beyond one engine |"
+    if len(found[0]["both"]) > 1:
+        head += " the other's pair | beyond one engine | now / other, of pairs (all repeats) |"
+    lines = [
+        f"{describe()}. Shape `{plan.shape}`, random weights; first token of a known prompt, medians of {plan.repeats} "
+        f"(least .. most), by turns. {seconds:.0f} s in all. Answers that are those of one engine, token by token: "
+        f"{sum(each['equal'] for each in found)} of {sum(each['compared'] for each in found)}.",
+        "",
+        head,
+        "| --- " * (head.count("|") - 1) + "|",
+    ]
+    for each in found:
+        one = each["one"]
+        cells = [str(each["tokens"]), of_times(one)]
+        for both in each["both"]:
+            cells += [of_times(both), f"{median_ms(both) - median_ms(one):.1f} ms"]
+        if len(each["both"]) > 1:
+            ratios = sorted(now / other for now, other in zip(*each["both"], strict=True))
+            low, high = ratios[0], ratios[-1]
+            cells.append(f"{statistics.median(ratios):.2f} ({low:.2f} .. {high:.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def of_times(seconds: list[float]) -> str:
+    return f"{median_ms(seconds):.1f} ms ({min(seconds) * MILLI:.1f} .. {max(seconds) * MILLI:.1f})"
+
+
+def run_rows(options: argparse.Namespace) -> int:
+    plan, began, pairs = ROWS, time.monotonic(), []
+    if options.quick:
+        plan = replace(plan, prompts=(256, 2048), repeats=3)
+    with tempfile.TemporaryDirectory(prefix="waybill-") as model:
+        write_config(plan.shape, Path(model))
+        pythons = [sys.executable, *([options.against] if options.against else [])]
+        try:
+            for python in pythons:
+                pairs.append(
+                    ServerPair(flags_of(plan, model, options), ["--disable-prefix-cache"], options.device, python)
+                )
+            say("started", seconds=time.monotonic() - began)
+            found = [measure_rows(pairs, plan, length) for length in plan.prompts]
+        finally:
+            for pair in pairs:
+                pair.close()
+    print(report_rows(found, plan, time.monotonic() - began), flush=True)
+    say("done")
+    return 0
+
+
+def flags_of(plan: Plan, model: str, options: argparse.Namespace) -> list[str]:
+    """Of both servers. A prompt is known for as long as one other takes."""
+    room = 3 * max(plan.prompts)
+    flags = ["--model", model, "--load-format", "dummy", "--device", options.device, "--tp", "1"]
+    flags += ["--kv-cache-tokens", str(room), "--context-length", str(max(plan.prompts) + plan.chunk)]
+    flags += ["--chunked-prefill-size", str(plan.chunk), "--max-running-requests", "8"]
+    flags += ["--enable-return-routed-experts", "--disaggregation-transport", options.transport]
+    return flags + (["--num-threads", "1"] if options.device == "cpu" else [])
+
+
 def run(options: argparse.Namespace) -> int:
     plan = QUICK if options.quick else FULL
     began = time.monotonic()
@@ -195,14 +287,7 @@ def run(options: argparse.Namespace) -> int:
     say("link", bytes_per_s=rate)
     with tempfile.TemporaryDirectory(prefix="waybill-") as model:
         write_config(plan.shape, Path(model))
-        # A prompt is known for as long as one other takes.
-        room = 3 * max(plan.prompts)
-        flags = ["--model", model, "--load-format", "dummy", "--device", options.device, "--tp", "1"]
-        flags += ["--kv-cache-tokens", str(room), "--context-length", str(max(plan.prompts) + plan.chunk)]
-        flags += ["--chunked-prefill-size", str(plan.chunk), "--max-running-requests", "8"]
-        flags += ["--enable-return-routed-experts", "--disaggregation-transport", options.transport]
-        flags += ["--num-threads", "1"] if options.device == "cpu" else []
-        pair = ServerPair(flags, ["--disable-prefix-cache"], options.device)
+        pair = ServerPair(flags_of(plan, model, options), ["--disable-prefix-cache"], options.device)
         try:
             say("started", seconds=time.monotonic() - began)
             bench = Bench(pair, plan)
@@ -227,10 +312,14 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a toy shape and short prompts")
     parser.add_argument("--write", action="store_true", help="keep the report in bench/results")
+    parser.add_argument("--rows", action="store_true", help="what rows cost, of known prompts")
+    parser.add_argument("--against", metavar="PYTHON", help="with --rows: of another checkout's environment")
     options = parser.parse_args()
+    if (options.write and options.rows) or (options.against and not options.rows):
+        parser.error("--write is without --rows, --against with it")
     if options.device == "cuda" and torch.cuda.device_count() < 2:
         parser.error(f"--device cuda: needs two devices, there are {torch.cuda.device_count()}")
-    return run(options)
+    return run_rows(options) if options.rows else run(options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from ..io_struct import FirstToken, Logprobs
 
 # Transports by which keys and values come, as a question names them.
 CARRIERS = ("tcp", "shared", "nixl")
+# Half-open.
+Span = tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -80,8 +82,8 @@ class FetchRoutes(msgspec.Struct, frozen=True, tag="fetch_routes"):
     incarnation: str
     key: str
     attempt: int
-    rows: tuple[int, int]
-    scores: tuple[int, int] = (0, 0)
+    rows: Span
+    scores: Span = (0, 0)
     lease: int = 0
 
 

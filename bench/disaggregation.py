@@ -21,6 +21,7 @@ asked without a room: then it does both, as any engine. Medians.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from marked_results import say
 GIB, MILLI = 2**30, 1e3
 NEW_TOKENS = 8
 NUM_COPIES = 9
+WITH_ROWS = "--enable-return-routed-experts"
 
 
 @dataclass(frozen=True)
@@ -193,79 +195,79 @@ def report(found: list[dict[str, Any]], rate: float, bench: Bench, options: argp
     return "\n".join(lines)
 
 
-def measure_rows(pairs: list[ServerPair], plan: Plan, length: int) -> dict[str, Any]:
+# Pairs of `--rows`: those of this checkout with rows and without them, and the other's.
+NOW, BARE, OTHER = "the pair", "without rows", "the other checkout"
+
+
+def measure_rows(pairs: dict[str, ServerPair], plan: Plan, length: int) -> dict[str, Any]:
     """Seconds until the first token of one known prompt, of one engine and of each pair, by turns."""
-    prompt = Bench(pairs[0], plan).prompt(length)
-    for pair in pairs:
+    prompt = Bench(pairs[NOW], plan).prompt(length)
+    for pair in pairs.values():
         # Nobody has it yet; then pools are mapped.
         pair.prefill.stream(prompt)
         pair.stream(prompt)
-    one, both, answers = [], [[] for _ in pairs], []
+    seconds: dict[str, list[float]] = {name: [] for name in ("one engine", *pairs)}
+    num_equal, names = 0, list(pairs)
     for number in range(plan.repeats):
-        alone = pairs[0].prefill.stream(prompt)
-        one.append(alone.first_s)
+        alone = pairs[NOW].prefill.stream(prompt)
+        seconds["one engine"].append(alone.first_s)
         # In another order each time.
-        for index in range(len(pairs)):
-            turn = (index + number) % len(pairs)
-            answer = pairs[turn].stream(prompt)
-            both[turn].append(answer.first_s)
-            answers.append(answer.output_ids == alone.output_ids)
-    found = {"tokens": length, "one": one, "both": both, "equal": sum(answers), "compared": len(answers)}
-    say("rows", tokens=length, one_ms=median_ms(one), both_ms=[median_ms(each) for each in both])
-    return found
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            answer = pairs[name].stream(prompt)
+            seconds[name].append(answer.first_s)
+            num_equal += answer.output_ids == alone.output_ids
+    medians = {name: statistics.median(each) * MILLI for name, each in seconds.items()}
+    say("rows", tokens=length, **medians)
+    return {"tokens": length, "seconds": seconds, "equal": num_equal, "compared": plan.repeats * len(names)}
 
 
-def median_ms(seconds: list[float]) -> float:
-    return statistics.median(seconds) * MILLI
-
-
-def report_rows(found: list[dict[str, Any]], plan: Plan, seconds: float) -> str:
-    head = "| prompt | one engine | the pair | beyond one engine |"
-    if len(found[0]["both"]) > 1:
-        head += " the other's pair | beyond one engine | now / other, of pairs (all repeats) |"
+def report_rows(found: list[dict[str, Any]], plan: Plan, load: float, seconds: float) -> str:
+    names = list(found[0]["seconds"])
+    head = ["prompt", *names, *(f"rows cost, {name}" for name in names if name in (NOW, OTHER))]
+    head += [f"{NOW} / {OTHER}"] if OTHER in names else []
     lines = [
-        f"{describe()}. Shape `{plan.shape}`, random weights; first token of a known prompt, medians of {plan.repeats} "
-        f"(least .. most), by turns. {seconds:.0f} s in all. Answers that are those of one engine, token by token: "
-        f"{sum(each['equal'] for each in found)} of {sum(each['compared'] for each in found)}.",
+        f"{describe()}. Shape `{plan.shape}`, random weights; first token of a known prompt in ms, medians of "
+        f"{plan.repeats} (quartiles), by turns. {seconds:.0f} s in all, load average when it began: {load:.1f}. Answers "
+        f"that are those of one engine, token by token: {sum(each['equal'] for each in found)} of "
+        f"{sum(each['compared'] for each in found)}.",
         "",
-        head,
-        "| --- " * (head.count("|") - 1) + "|",
+        "| " + " | ".join(head) + " |",
+        "| --- " * len(head) + "|",
     ]
     for each in found:
-        one = each["one"]
-        cells = [str(each["tokens"]), of_times(one)]
-        for both in each["both"]:
-            cells += [of_times(both), f"{median_ms(both) - median_ms(one):.1f} ms"]
-        if len(each["both"]) > 1:
-            ratios = sorted(now / other for now, other in zip(*each["both"], strict=True))
-            low, high = ratios[0], ratios[-1]
-            cells.append(f"{statistics.median(ratios):.2f} ({low:.2f} .. {high:.2f})")
+        times = {name: np.array(values) * MILLI for name, values in each["seconds"].items()}
+        cells = [str(each["tokens"]), *(spread(values, 1) for values in times.values())]
+        cells += [spread(times[name] - times[BARE], 1) for name in (NOW, OTHER) if name in times]
+        cells += [spread(times[NOW] / times[OTHER], 2)] if OTHER in times else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
-def of_times(seconds: list[float]) -> str:
-    return f"{median_ms(seconds):.1f} ms ({min(seconds) * MILLI:.1f} .. {max(seconds) * MILLI:.1f})"
+def spread(values: np.ndarray, digits: int) -> str:
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return f"{middle:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
 def run_rows(options: argparse.Namespace) -> int:
-    plan, began, pairs = ROWS, time.monotonic(), []
+    plan, load, began = ROWS, os.getloadavg()[0], time.monotonic()
     if options.quick:
         plan = replace(plan, prompts=(256, 2048), repeats=3)
+    pairs: dict[str, ServerPair] = {}
     with tempfile.TemporaryDirectory(prefix="waybill-") as model:
         write_config(plan.shape, Path(model))
-        pythons = [sys.executable, *([options.against] if options.against else [])]
+        flags = flags_of(plan, model, options)
+        starts = {NOW: (sys.executable, flags), BARE: (sys.executable, [one for one in flags if one != WITH_ROWS])}
+        starts |= {OTHER: (options.against, flags)} if options.against else {}
         try:
-            for python in pythons:
-                pairs.append(
-                    ServerPair(flags_of(plan, model, options), ["--disable-prefix-cache"], options.device, python)
-                )
+            for name, (python, own) in starts.items():
+                pairs[name] = ServerPair(own, ["--disable-prefix-cache"], options.device, python)
             say("started", seconds=time.monotonic() - began)
             found = [measure_rows(pairs, plan, length) for length in plan.prompts]
         finally:
-            for pair in pairs:
+            for pair in pairs.values():
                 pair.close()
-    print(report_rows(found, plan, time.monotonic() - began), flush=True)
+    print(report_rows(found, plan, load, time.monotonic() - began), flush=True)
     say("done")
     return 0
 
@@ -276,7 +278,7 @@ def flags_of(plan: Plan, model: str, options: argparse.Namespace) -> list[str]:
     flags = ["--model", model, "--load-format", "dummy", "--device", options.device, "--tp", "1"]
     flags += ["--kv-cache-tokens", str(room), "--context-length", str(max(plan.prompts) + plan.chunk)]
     flags += ["--chunked-prefill-size", str(plan.chunk), "--max-running-requests", "8"]
-    flags += ["--enable-return-routed-experts", "--disaggregation-transport", options.transport]
+    flags += [WITH_ROWS, "--disaggregation-transport", options.transport]
     return flags + (["--num-threads", "1"] if options.device == "cpu" else [])
 
 

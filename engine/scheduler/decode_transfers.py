@@ -72,7 +72,7 @@ class DecodeTransfers:
         return ""
 
     def admitted(self, reqs: Sequence[Req]) -> bool:
-        """The output processor asks, too."""
+        """Rows are asked for when the output processor hears of it."""
         for req in reqs:
             source = req.recv.transfer
             assert source is not None

@@ -146,6 +146,23 @@ def test_rows_come_as_they_are_filed_a_few_in_an_answer_and_none_that_is_known(s
     assert sides.arriving.take("1.0") is None
 
 
+def test_rows_of_a_long_prompt_come_a_mebibyte_in_an_answer() -> None:
+    """Of 48 layers, 8 ids each, in bytes: 384 of a position."""
+    sides, num, geometry = Sides(), 6000, RouteGeometry(tuple(range(48)), 48, 8, 8, 128)
+    rows = np.random.default_rng(0).integers(0, 128, (num, 48, 8), dtype=np.uint8)
+    sides.offered.begin("1.0", PromptRows(geometry, 0, num))
+    for start in range(0, num, 2048):
+        chunk = rows[start : start + 2048]
+        sides.offered.add_rows("1.0", RouteSlice(start, chunk, [(f"v{start}", start, start + len(chunk))]))
+    sides.arriving.fetch(TransferSource(HOST, sides.port, 1), 0, 1, PromptRows(geometry, 1, num), 0)
+    assert sides.notice().error == ""
+    found = sides.take().rows
+    assert found is not None and np.array_equal(found.rows, rows[1:])
+    assert found.weight_versions == [("v0", 1, 2048), ("v2048", 2048, 4096), ("v4096", 4096, num)]
+    most = (1 << 20) // 384
+    assert sides.spans() == [(1, 1 + most), (1 + most, 1 + 2 * most), (1 + 2 * most, num)]
+
+
 def test_log_probabilities_come_beside_rows_or_without_them(sides: Sides) -> None:
     sides.begin()
     sides.offered.add_scores("1.0", SCORES.of_prompt(0, 7))

@@ -4,6 +4,7 @@
     python bench/disaggregation.py --transport tcp              the same over TCP
     python bench/disaggregation.py --device cpu --quick         a dry run on the CPU
     python bench/disaggregation.py --write                      keeps the report in bench/results/disaggregation_gpu.md
+    python bench/disaggregation.py --device cpu --rows --against PYTHON
 
 Two servers (torchrun, processes, sockets) of the shape of Qwen3-30B-A3B with random weights, and a client of this process
 that asks both as a router does. The link's rate is that of torch's copy of 1 GiB between the two devices, in the same run;
@@ -12,16 +13,20 @@ the rate of keys and values is bytes by the time that the decode's rank copies, 
 *New* prompts are computed while the transfer goes on, chunk by chunk. *Known* ones are in the prefill's prefix cache, so
 that all of their positions are to be had at once; the decode's side has no prefix cache. One GPU is the prefill's server,
 asked without a room: then it does both, as any engine. Medians.
+
+`--rows` is for what rows cost alone: a model that routes as Qwen3-30B-A3B does and is tiny otherwise, and known prompts.
+`--against` names the python of another checkout's environment, whose pair is asked in turns with this one's.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,7 @@ from marked_results import say
 GIB, MILLI = 2**30, 1e3
 NEW_TOKENS = 8
 NUM_COPIES = 9
+WITH_ROWS = "--enable-return-routed-experts"
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Plan:
 
 FULL = Plan("30b", (2048, 8192, 32768), 5, 2048, GIB, 150000)
 QUICK = Plan("toy30b", (64, 256), 2, 64, GIB // 64, 256)
+ROWS = Plan("routing30b", (8192, 32768), 15, 2048, GIB // 64, 500)
 
 
 @dataclass
@@ -188,6 +195,93 @@ def report(found: list[dict[str, Any]], rate: float, bench: Bench, options: argp
     return "\n".join(lines)
 
 
+# Pairs of `--rows`: those of this checkout with rows and without them, and the other's.
+NOW, BARE, OTHER = "the pair", "without rows", "the other checkout"
+
+
+def measure_rows(pairs: dict[str, ServerPair], plan: Plan, length: int) -> dict[str, Any]:
+    """Seconds until the first token of one known prompt, of one engine and of each pair, by turns."""
+    prompt = Bench(pairs[NOW], plan).prompt(length)
+    for pair in pairs.values():
+        # Nobody has it yet; then pools are mapped.
+        pair.prefill.stream(prompt)
+        pair.stream(prompt)
+    seconds: dict[str, list[float]] = {name: [] for name in ("one engine", *pairs)}
+    num_equal, names = 0, list(pairs)
+    for number in range(plan.repeats):
+        alone = pairs[NOW].prefill.stream(prompt)
+        seconds["one engine"].append(alone.first_s)
+        # In another order each time.
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            answer = pairs[name].stream(prompt)
+            seconds[name].append(answer.first_s)
+            num_equal += answer.output_ids == alone.output_ids
+    medians = {name: statistics.median(each) * MILLI for name, each in seconds.items()}
+    say("rows", tokens=length, **medians)
+    return {"tokens": length, "seconds": seconds, "equal": num_equal, "compared": plan.repeats * len(names)}
+
+
+def report_rows(found: list[dict[str, Any]], plan: Plan, load: float, seconds: float) -> str:
+    names = list(found[0]["seconds"])
+    head = ["prompt", *names, *(f"rows cost, {name}" for name in names if name in (NOW, OTHER))]
+    head += [f"{NOW} / {OTHER}"] if OTHER in names else []
+    lines = [
+        f"{describe()}. Shape `{plan.shape}`, random weights; first token of a known prompt in ms, medians of "
+        f"{plan.repeats} (quartiles), by turns. {seconds:.0f} s in all, load average when it began: {load:.1f}. Answers "
+        f"that are those of one engine, token by token: {sum(each['equal'] for each in found)} of "
+        f"{sum(each['compared'] for each in found)}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "| --- " * len(head) + "|",
+    ]
+    for each in found:
+        times = {name: np.array(values) * MILLI for name, values in each["seconds"].items()}
+        cells = [str(each["tokens"]), *(spread(values, 1) for values in times.values())]
+        cells += [spread(times[name] - times[BARE], 1) for name in (NOW, OTHER) if name in times]
+        cells += [spread(times[NOW] / times[OTHER], 2)] if OTHER in times else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def spread(values: np.ndarray, digits: int) -> str:
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return f"{middle:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
+
+
+def run_rows(options: argparse.Namespace) -> int:
+    plan, load, began = ROWS, os.getloadavg()[0], time.monotonic()
+    if options.quick:
+        plan = replace(plan, prompts=(256, 2048), repeats=3)
+    pairs: dict[str, ServerPair] = {}
+    with tempfile.TemporaryDirectory(prefix="waybill-") as model:
+        write_config(plan.shape, Path(model))
+        flags = flags_of(plan, model, options)
+        starts = {NOW: (sys.executable, flags), BARE: (sys.executable, [one for one in flags if one != WITH_ROWS])}
+        starts |= {OTHER: (options.against, flags)} if options.against else {}
+        try:
+            for name, (python, own) in starts.items():
+                pairs[name] = ServerPair(own, ["--disable-prefix-cache"], options.device, python)
+            say("started", seconds=time.monotonic() - began)
+            found = [measure_rows(pairs, plan, length) for length in plan.prompts]
+        finally:
+            for pair in pairs.values():
+                pair.close()
+    print(report_rows(found, plan, load, time.monotonic() - began), flush=True)
+    say("done")
+    return 0
+
+
+def flags_of(plan: Plan, model: str, options: argparse.Namespace) -> list[str]:
+    """Of both servers. A prompt is known for as long as one other takes."""
+    room = 3 * max(plan.prompts)
+    flags = ["--model", model, "--load-format", "dummy", "--device", options.device, "--tp", "1"]
+    flags += ["--kv-cache-tokens", str(room), "--context-length", str(max(plan.prompts) + plan.chunk)]
+    flags += ["--chunked-prefill-size", str(plan.chunk), "--max-running-requests", "8"]
+    flags += [WITH_ROWS, "--disaggregation-transport", options.transport]
+    return flags + (["--num-threads", "1"] if options.device == "cpu" else [])
+
+
 def run(options: argparse.Namespace) -> int:
     plan = QUICK if options.quick else FULL
     began = time.monotonic()
@@ -195,14 +289,7 @@ def run(options: argparse.Namespace) -> int:
     say("link", bytes_per_s=rate)
     with tempfile.TemporaryDirectory(prefix="waybill-") as model:
         write_config(plan.shape, Path(model))
-        # A prompt is known for as long as one other takes.
-        room = 3 * max(plan.prompts)
-        flags = ["--model", model, "--load-format", "dummy", "--device", options.device, "--tp", "1"]
-        flags += ["--kv-cache-tokens", str(room), "--context-length", str(max(plan.prompts) + plan.chunk)]
-        flags += ["--chunked-prefill-size", str(plan.chunk), "--max-running-requests", "8"]
-        flags += ["--enable-return-routed-experts", "--disaggregation-transport", options.transport]
-        flags += ["--num-threads", "1"] if options.device == "cpu" else []
-        pair = ServerPair(flags, ["--disable-prefix-cache"], options.device)
+        pair = ServerPair(flags_of(plan, model, options), ["--disable-prefix-cache"], options.device)
         try:
             say("started", seconds=time.monotonic() - began)
             bench = Bench(pair, plan)
@@ -227,10 +314,14 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a toy shape and short prompts")
     parser.add_argument("--write", action="store_true", help="keep the report in bench/results")
+    parser.add_argument("--rows", action="store_true", help="what rows cost, of known prompts")
+    parser.add_argument("--against", metavar="PYTHON", help="with --rows: of another checkout's environment")
     options = parser.parse_args()
+    if (options.write and options.rows) or (options.against and not options.rows):
+        parser.error("--write is without --rows, --against with it")
     if options.device == "cuda" and torch.cuda.device_count() < 2:
         parser.error(f"--device cuda: needs two devices, there are {torch.cuda.device_count()}")
-    return run(options)
+    return run_rows(options) if options.rows else run(options)
 
 
 if __name__ == "__main__":

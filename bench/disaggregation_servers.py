@@ -42,11 +42,11 @@ class Answer:
 
 
 class Server:
-    """A process of its own and what it starts; `environment` beside this process's."""
+    """A process of its own and what it starts; `environment` beside this process's, `python` of the package to run."""
 
-    def __init__(self, options: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, options: list[str], environment: dict[str, str], python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "waybill.launch.command_line", "serve", "--port", "0", *options],
+            [python, "-m", "waybill.launch.command_line", "serve", "--port", "0", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -109,7 +109,7 @@ class Server:
 class ServerPair:
     """`options` are those of both. On CUDA the prefill has the first visible device and the decode the second."""
 
-    def __init__(self, options: list[str], decode: list[str], device: str) -> None:
+    def __init__(self, options: list[str], decode: list[str], device: str, python: str = sys.executable) -> None:
         self.port = free_port()
         self._rooms = itertools.count(1)
         self._threads = ThreadPoolExecutor(64)
@@ -118,8 +118,8 @@ class ServerPair:
         prefill = ["--disaggregation", "prefill", "--disaggregation-bootstrap-port", str(self.port)]
         # Each sees both, its own first: a driver may map memory of a device that the process sees alone.
         places = [{VISIBLE: ",".join(each)} if device == "cuda" else {} for each in (visible[:2], visible[1::-1])]
-        self.prefill = Server([*options, *prefill], secret | places[0])
-        self.decode = Server([*options, "--disaggregation", "decode", *decode], secret | places[-1])
+        self.prefill = Server([*options, *prefill], secret | places[0], python)
+        self.decode = Server([*options, "--disaggregation", "decode", *decode], secret | places[-1], python)
         try:
             for server in (self.prefill, self.decode):
                 server.wait()

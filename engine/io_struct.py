@@ -93,6 +93,10 @@ class OutputOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     def returns_prompt_logprobs(self) -> bool:
         return self.return_logprob and self.logprob_start_len >= 0
 
+    def num_scored(self, num_prompt_tokens: int) -> int:
+        """How many of the prompt's tokens have a log-probability in the answer, the first one's None included."""
+        return max(0, num_prompt_tokens - self.logprob_start_len) if self.returns_prompt_logprobs else 0
+
 
 class TransferSource(msgspec.Struct, frozen=True, array_like=True):
     """Where a request's prefill is, if another engine than that decodes it, and what both call one `sample` of it.
@@ -163,8 +167,8 @@ class ReqRetracted(msgspec.Struct, frozen=True, tag="retracted"):
 
 class ReqTransferred(msgspec.Struct, frozen=True, tag="transferred"):
     """Before-event: the pages that an admitted request lacked have arrived from another engine's prefill; so have their
-    rows, unless there are none. `output` is what the prefill has put out, under `weight_version`; with a `reason` that
-    is all there is."""
+    rows, unless there are none, and the prompt's log-probabilities, which the output processor adds to the `output` that
+    the prefill has put out, under `weight_version`; with a `reason` that is all there is."""
 
     rid: str
     new_pages: bytes  # int32
@@ -228,6 +232,11 @@ class Logprobs(msgspec.Struct, array_like=True):
         self.input_top.extend(more.input_top)
         self.input_ranks.extend(more.input_ranks)
 
+    def of_prompt(self, start: int, end: int) -> Logprobs:
+        """A copy of those in `input` from number `start` to `end`, with what is parallel to them."""
+        cut = slice(start, end)
+        return Logprobs(input=self.input[cut], input_top=self.input_top[cut], input_ranks=self.input_ranks[cut])
+
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """Tokens that a step committed for one request; a run of one or more, so that speculative decoding fits. A prefill that
@@ -239,8 +248,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FirstToken(msgspec.Struct, frozen=True, array_like=True):
-    """What a prefill has come to, for the engine that goes on: a token, or none, log-probabilities, and the digest of what
-    it was asked (`TransferSource`)."""
+    """What a prefill has come to, for the engine that goes on: a token, or none, its log-probabilities, and the digest of
+    what it was asked (`TransferSource`). Those of the prompt go with its rows, as leaders handle this one."""
 
     token_ids: list[int]
     weight_version: str

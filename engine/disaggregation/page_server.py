@@ -15,14 +15,13 @@ from ..io_struct import FirstToken
 from ..plan import DropPages, PageMessage, SharePages
 from .page_copy import Heads, PageCopy, byte_counters
 from .pool_export import PoolExport
-from .transfer_server import Endings
+from .transfer_server import LET_GO, Endings
 from .wire import CARRIERS, Answer, Ended, Fetch, FetchPositions, PoolPositions, Positions, Release
 
 logger = logging.getLogger(__name__)
 
 # Of one answer: as long as it is copied, the step thread may have to wait to take pages away.
 BLOCK_BYTES = 1 << 20
-LET_GO = "the prefill's side has let go of it"
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""The output processor's part in transfers: the thread that serves rows of prompts to another engine, or fetches them."""
+"""The output processor's part in transfers: the thread that serves rows and log-probabilities of prompts to another engine,
+or fetches them."""
 
 from __future__ import annotations
 

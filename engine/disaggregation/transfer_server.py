@@ -21,6 +21,7 @@ HOLDER_S = 3.0
 MAX_WAITING = 65_536
 # Requests of which is remembered why they have ended.
 MAX_REMEMBERED = 4096
+LET_GO = "the prefill's side has let go of it"
 
 
 class Answers(Protocol):

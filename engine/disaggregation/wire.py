@@ -10,10 +10,12 @@ from typing import Annotated
 
 import msgspec
 
-from ..io_struct import FirstToken
+from ..io_struct import FirstToken, Logprobs
 
 # Transports by which keys and values come, as a question names them.
 CARRIERS = ("tcp", "shared", "nixl")
+# Half-open.
+Span = tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -71,12 +73,18 @@ class FetchPositions(msgspec.Struct, frozen=True, tag="fetch_positions"):
 
 
 class FetchRoutes(msgspec.Struct, frozen=True, tag="fetch_routes"):
-    """The rows of a prompt from `start` on, when its prefill is done."""
+    """What steps have told of a prompt beside its pages: the rows of positions `rows`, half-open, and of its tokens'
+    log-probabilities those with the numbers `scores`, likewise; the answer brings some of either, as they are filed.
+
+    `lease` is that of the answers so far, 0 for the first question.
+    """
 
     incarnation: str
     key: str
     attempt: int
-    start: int
+    rows: Span
+    scores: Span = (0, 0)
+    lease: int = 0
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
@@ -158,24 +166,27 @@ class PoolPlace(msgspec.Struct, frozen=True, tag="pool_place"):
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):
-    """Frames follow with the rows from `start` on and, where they are recorded, their combine weights. `weight_versions`
-    are runs of positions."""
+    """Rows `[start, end)`: frames follow with the ids and, where they are recorded, the combine weights.
+    `weight_versions` are runs of positions. `missing`: why the other side has no rows, though it has the pages; then none
+    come. `scores` are the next log-probabilities of the prompt, if there are some."""
 
     key: str
     attempt: int
+    lease: int
     start: int
-    weight_versions: list[tuple[str, int, int]]
+    end: int
+    weight_versions: list[tuple[str, int, int]] = []
+    missing: str = ""
+    scores: Logprobs | None = None
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    """There is no more to come; with an `error` what came before is worth nothing. `is_missing`: of rows, which the other
-    side has not either, though it has the pages."""
+    """There is no more to come; with an `error` what came before is worth nothing."""
 
     key: str
     attempt: int
     error: str = ""
     first: FirstToken | None = None
-    is_missing: bool = False
 
 
 Fetch = FetchPositions | FetchRoutes

@@ -128,14 +128,16 @@ class OutputProcessor:
         started = [event for event in record.before if isinstance(event, ReqStarted)]
         ledger = self._ledgers.get(record.dp_rank)
         for event in record.before:
-            self._before(event, record.dp_rank, ledger)
             if isinstance(event, ReqTransferred):
                 # An order of its own: its request may have a part in this step, too.
-                order = ShipmentOrder(record.dp_rank, event.weight_version, started, [self._go_on(event)])
+                order = ShipmentOrder(record.dp_rank, event.weight_version, started, [self._go_on(event, ledger)])
                 self._output_sender.submit(order)
                 started = []
+            else:
+                self._before(event, record.dp_rank, ledger)
         if ledger is not None:
             self._file(record, ledger)
+        self._transferred.filed(record, ledger)
         progress: dict[str, Progress] = {}
         done = {finished.rid for finished in record.after}
         for output in record.outputs:
@@ -155,10 +157,11 @@ class OutputProcessor:
             routes = self.maybe_collect_routed_experts(state)
         return Progress(output.rid, output, state.cached_tokens, state.num_retractions, routes=routes)
 
-    def _go_on(self, event: ReqTransferred) -> Progress:
+    def _go_on(self, event: ReqTransferred, ledger: RouteLedger | None) -> Progress:
         """What another engine's prefill has put out."""
-        assert event.output is not None
-        progress = self._progress(event.output, is_last=event.reason is not None)
+        num_filed, output = self._transferred.arrived(event, ledger)
+        self.num_rows_filed += num_filed
+        progress = self._progress(output, is_last=event.reason is not None)
         return progress if event.reason is None else self._finish(ReqFinished(event.rid, event.reason), progress)
 
     def _before(self, event: BeforeEvent, dp_rank: int, ledger: RouteLedger | None) -> None:
@@ -176,15 +179,12 @@ class OutputProcessor:
                 state.admitted = True
             if ledger is not None:
                 ledger.admit(event.rid, event.cached_pages)
-                self._transferred.admitted(state.started, dp_rank, ledger)
+            self._transferred.admitted(state.started, dp_rank, ledger)
         elif isinstance(event, ReqRetracted):
             self._reqs[event.rid].num_retractions += 1
             if ledger is not None:
                 ledger.retract(event.rid)
-                self._transferred.retracted(event.rid)
-        elif isinstance(event, ReqTransferred):
-            if ledger is not None:
-                self.num_rows_filed += self._transferred.arrived(event, ledger)
+            self._transferred.retracted(event.rid)
         elif ledger is not None:
             ledger.flush()
 
@@ -199,14 +199,13 @@ class OutputProcessor:
         weights = self._ring.weights(record.ring_seq, record.first_row, num_rows)
         self.num_rows_filed += ledger.file_step(record.segments, rows, record.weight_version, weights)
         self.expert_load.offer(record.dp_rank, rows)
-        self._transferred.filed(record.segments, ledger)
 
     def _finish(self, finished: ReqFinished, progress: Progress | None) -> Progress:
         state = self._reqs.pop(finished.rid)
         routes = self.maybe_collect_routed_experts(state, finished.reason)
         if state.dp_rank in self._ledgers:
             self._ledgers[state.dp_rank].drop(finished.rid)
-            self._transferred.finished(finished)
+        self._transferred.finished(finished)
         return Progress(
             rid=finished.rid,
             output=None if progress is None else progress.output,

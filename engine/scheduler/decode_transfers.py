@@ -41,7 +41,7 @@ def difference(awaited: _Awaited) -> str:
 
 
 class DecodeTransfers:
-    """`has_routes`: rows are waited for, too."""
+    """`has_routes`: rows are waited for, too, by the part's name `ROUTES`, as are a prompt's log-probabilities."""
 
     def __init__(
         self,
@@ -54,7 +54,8 @@ class DecodeTransfers:
     ) -> None:
         self._tell = tell
         self._timeout_s = timeout_s
-        self._parts = {f"pages{rank}" for rank in range(tp_size)} | ({ROUTES} if has_routes else set())
+        self._parts = {f"pages{rank}" for rank in range(tp_size)}
+        self._has_routes = has_routes
         self._clock = clock
         self._awaited: dict[str, _Awaited] = {}
         self._num_done = 0
@@ -70,15 +71,18 @@ class DecodeTransfers:
         self._awaited[source.key] = _Awaited(req, self._clock())
         return ""
 
-    def admitted(self, reqs: Sequence[Req]) -> None:
+    def admitted(self, reqs: Sequence[Req]) -> bool:
+        """Rows are asked for when the output processor hears of it."""
         for req in reqs:
             source = req.recv.transfer
             assert source is not None
             awaited = self._awaited[source.key]
             awaited.attempt += 1
-            awaited.is_fetching, awaited.missing = True, set(self._parts)
+            has_more = self._has_routes or req.options.num_scored(req.num_prompt_tokens) > 0
+            awaited.is_fetching, awaited.missing = True, self._parts | ({ROUTES} if has_more else set())
             pages = req.held.pages.tobytes()
             self._tell(FetchPages(source, awaited.attempt, req.num_cached, req.num_prompt_tokens, pages))
+        return True
 
     def committed(self, req: Req, output: object) -> bool:
         return False
@@ -109,7 +113,8 @@ class DecodeTransfers:
         if notice.error and (notice.part != ROUTES or notice.is_lost):
             awaited.error = notice.error
         # Where the prefill's side has no rows, the request goes on without them, as it would there. Rows that were lost on
-        # their way would be missing for everybody who hits these pages later: it fails, and may be sent again.
+        # their way would be missing for everybody who hits these pages later: it fails, and may be sent again. So it does
+        # where log-probabilities were.
 
     def settle(self) -> list[Settled]:
         """Requests to go on with have left this when they are returned; those to fail leave as they finish."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..io_struct import FinishReason, FirstToken, Logprobs, TokenOutput
 from ..ipc.frontend_messages import TransferNotice
@@ -23,9 +23,16 @@ class _Lent:
 
     req: Req
     num_pages: int = 0
-    logprobs: Logprobs = field(default_factory=Logprobs)
     done_at: float | None = None
     released: Settled | None = None
+
+
+def _of_token(req: Req, output: TokenOutput | None) -> Logprobs | None:
+    """The log-probabilities of the sampled token alone: those of the prompt are with the output processor."""
+    if not req.options.return_logprob:
+        return None
+    found = Logprobs() if output is None or output.logprobs is None else output.logprobs
+    return Logprobs(found.output, found.output_top)
 
 
 class PrefillTransfers:
@@ -56,23 +63,21 @@ class PrefillTransfers:
         self._lent[source.key] = _Lent(req)
         return ""
 
-    def admitted(self, reqs: Sequence[Req]) -> None:
+    def admitted(self, reqs: Sequence[Req]) -> bool:
         """What the prefix cache has was committed by earlier requests: it goes while the rest is computed."""
-        for req in reqs:
-            if req.num_cached >= MIN_EARLY:
-                self._share(self._lent_of(req), req.num_cached)
+        early = [req for req in reqs if req.num_cached >= MIN_EARLY]
+        for req in early:
+            self._share(self._lent_of(req), req.num_cached)
+        return bool(early)
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
         if not req.is_lent:
             return False
         lent, source = self._lent_of(req), req.recv.transfer
         assert source is not None
-        if output is not None and output.logprobs is not None:
-            lent.logprobs.extend(output.logprobs)
         first = None
         if req.num_committed == req.num_prompt_tokens:
-            logprobs = lent.logprobs if req.options.return_logprob else None
-            first = FirstToken(req.output_ids[:], self._weight_version(), logprobs, source.digest)
+            first = FirstToken(req.output_ids[:], self._weight_version(), _of_token(req, output), source.digest)
             lent.done_at = self._clock()
         self._share(lent, req.num_committed, first)
         return True

@@ -178,7 +178,8 @@ class Scheduler(Generic[LaunchedT]):
             self.recorder.note_all(plan.before)
         if plan.transferring:
             planned = time.perf_counter()
-            self._transfers.admitted(plan.transferring)
+            if self._transfers.admitted(plan.transferring):
+                self.recorder.send_soon()
             self._clock.add(Cause.TRANSFER, time.perf_counter() - planned)
         # What was noted is sent first.
         is_at_rest = self.steps.is_empty and not (self.lockstep.agreement.num_tokens or self.recorder.has_events)

@@ -38,13 +38,13 @@ class StepRecorder:
         """The next record begins with it."""
         self._events.append(event)
 
-    def note_soon(self, event: BeforeEvent) -> None:
-        """Of a request that no step in flight has a part in, and that was admitted before: sent with the youngest of these
-        steps, at once where there is none."""
+    def send_soon(self) -> None:
+        """What was noted goes with the youngest step in flight, at once where there is none. It is of requests that no
+        step in flight has a part of, and of pages that earlier ones have filled."""
         if self._launched:
-            self._launched[-1].append(event)
-        else:
-            self.note(event)
+            self._launched[-1] += self._events
+            self._events = []
+        elif self._events:
             self.record_idle([])
 
     def note_finished(self, finished: ReqFinished) -> None:

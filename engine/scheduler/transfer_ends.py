@@ -75,7 +75,8 @@ class TransferEnds:
         reason = self._committer.check_stop(req)
         output = TokenOutput(req.rid, first.token_ids, first.logprobs)
         # The caller has not to wait for the next step with its first token.
-        self._recorder.note_soon(ReqTransferred(req.rid, new_pages, first.weight_version, output, reason))
+        self._recorder.note(ReqTransferred(req.rid, new_pages, first.weight_version, output, reason))
+        self._recorder.send_soon()
         if reason is None:
             self._pages.offer_full_pages(req)
         else:

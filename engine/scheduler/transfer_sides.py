@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from ..config import EngineConfig
 from ..ipc.sockets import Sender
-from ..plan import PageMessage, PageTransfers, PeerMessage, SharePages
+from ..plan import PageMessage, PageTransfers, PeerMessage
 from .decode_transfers import DecodeTransfers
 from .prefill_transfers import PrefillTransfers
 from .step_recorder import StepRecorder
@@ -28,9 +26,6 @@ def make_transfers(
     def tell(message: PageMessage) -> None:
         """In order with the steps: what is dropped belongs to somebody else in a later one."""
         own.handle(message)
-        if isinstance(message, SharePages) and message.first is not None:
-            # The leader's rank tells it.
-            message = msgspec.structs.replace(message, first=msgspec.structs.replace(message.first, logprobs=None))
         for peer in peers:
             peer.send(message)
 

@@ -38,8 +38,12 @@ class Transfers(Protocol):
         """A request has come; why it cannot be served, or empty."""
         ...
 
-    def admitted(self, reqs: Sequence[Req]) -> None:
-        """All pages of their prompts are reserved, and what the prefix cache has is on the first of them."""
+    def admitted(self, reqs: Sequence[Req]) -> bool:
+        """All pages of their prompts are reserved, and what the prefix cache has is on the first of them.
+
+        Returns:
+            Whether the output processor is to hear of it at once.
+        """
         ...
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
@@ -73,7 +77,8 @@ class NoTransfers:
     def begin(self, req: Req) -> str:
         return ""
 
-    def admitted(self, reqs: Sequence[Req]) -> None: ...
+    def admitted(self, reqs: Sequence[Req]) -> bool:
+        return False
 
     def committed(self, req: Req, output: TokenOutput | None) -> bool:
         return False

@@ -246,6 +246,31 @@ def test_other_layouts(
 
 
 @pytest.mark.matrix
+def test_log_probabilities_of_prompts_where_nobody_records_rows(checkpoint: str) -> None:
+    """They go between output processors, too; in a stream before the first token's."""
+    options = {**OPTIONS, "enable_return_routed_experts": False, "enable_return_router_weights": False}
+    pair = EnginePair(checkpoint, {"tp_size": 1}, {"tp_size": 1, "dp_size": 2}, **options)
+    scored = {"return_logprob": True, "logprob_start_len": 3, "top_logprobs_num": 2}
+    fields = [{"input_ids": ids(f"scored {i}, " * 9), "sampling_params": greedy(4), **scored} for i in range(4)]
+    try:
+        answers = [pair.generate(**one) for one in fields]
+        chunks = pair.stream(**fields[0])
+        alone = [pair.prefill.generate(**one) for one in fields]
+        plain = pair.generate(input_ids=ids("not scored"), sampling_params=greedy(4))
+        for engine in (pair.prefill, pair.decode):
+            at_rest(engine)
+    finally:
+        pair.shutdown()
+    assert len(plain["output_ids"]) == 4
+    for both, one in zip(answers, alone, strict=True):
+        for name in ("input_token_logprobs", "input_token_ranks", "input_top_logprobs"):
+            assert both["meta_info"][name] == one["meta_info"][name], name
+    first = chunks[0]["meta_info"]
+    assert len(first["output_token_logprobs"]) >= 1
+    assert first["input_token_logprobs"] == alone[0]["meta_info"]["input_token_logprobs"]
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("transport", ["auto", "tcp", NIXL])
 def test_with_equal_layouts_nobody_can_tell_the_pair_from_one(
     checkpoint: str, reference: Reference, transport: str

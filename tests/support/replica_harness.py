@@ -16,7 +16,7 @@ import numpy as np
 from waybill.engine.config import EngineConfig
 from waybill.engine.io_struct import ReqAdmitted, ReqFinished, ReqRetracted, ReqStarted, SamplingParams, StepRecord
 from waybill.engine.ipc.frontend_messages import FrontendMessage, TokenizedGenerateReqInput
-from waybill.engine.plan import NewReq, ScheduleBatch, StepResult
+from waybill.engine.plan import NewReq, PageTransfers, ScheduleBatch, StepResult
 from waybill.engine.scheduler.leader_setup import Endpoints
 from waybill.engine.scheduler.page_manager import PageManager
 from waybill.engine.scheduler.scheduler import Scheduler
@@ -126,7 +126,13 @@ class FakeRunner:
 class Replica:
     """A scheduler with fakes around it, and what its records add up to."""
 
-    def __init__(self, config: EngineConfig, num_pages: int, context_length: int = 4096) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        context_length: int = 4096,
+        page_transfers: PageTransfers | None = None,
+    ) -> None:
         limits = StepLimits.resolve(config.chunked_prefill_size, context_length, config.max_running_requests)
         max_pages = -(-context_length // config.page_size)
         self.inbox, self.records, self.frontend = FakeInbox(), FakeSender(), FakeSender()
@@ -139,6 +145,7 @@ class Replica:
             StopChecker((EOS,), None),
             self.runner,
             Endpoints(self.inbox, [], self.records, self.frontend),
+            page_transfers=page_transfers,
         )
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, ReqFinished] = {}

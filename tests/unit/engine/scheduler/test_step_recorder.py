@@ -18,16 +18,19 @@ class Records:
         self.sent.append(record)
 
 
-def test_what_is_noted_soon_goes_with_the_step_in_flight_or_by_itself() -> None:
+def test_what_is_sent_soon_goes_with_the_step_in_flight_or_by_itself() -> None:
     records = Records()
     recorder = StepRecorder(EngineConfig(model_path=""), records, DpRankInfo())  # type: ignore[arg-type]
     first, second, third, fourth = (ReqAdmitted(rid, b"") for rid in "abcd")
     recorder.note(first)
     recorder.begin_step()
     recorder.note(second)
-    recorder.note_soon(third)
-    assert records.sent == [] and recorder.has_events
+    recorder.note(third)
+    recorder.send_soon()
+    assert records.sent == [] and not recorder.has_events
     recorder.record_step(ScheduleBatch(0, [], 0, False, []), Committed([], [], []))
-    recorder.note_soon(fourth)
-    assert [record.before for record in records.sent] == [[first, third], [second, fourth]]
+    recorder.note(fourth)
+    recorder.send_soon()
+    recorder.send_soon()
+    assert [record.before for record in records.sent] == [[first, second, third], [fourth]]
     assert [record.ring_seq for record in records.sent] == [-1, -1] and not recorder.has_events

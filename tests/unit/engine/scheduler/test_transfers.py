@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from waybill.engine.io_struct import FinishReason, FirstToken, SamplingParams, TokenOutput, TransferSource
+from waybill.engine.io_struct import (
+    FinishReason,
+    FirstToken,
+    Logprobs,
+    OutputOptions,
+    SamplingParams,
+    TokenOutput,
+    TransferSource,
+)
 from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput, TransferNotice
 from waybill.engine.kv_cache.page_pool import Pages
 from waybill.engine.plan import DropPages, FetchPages, PageMessage, SharePages
@@ -15,6 +23,8 @@ from waybill.engine.scheduler.prefill_transfers import PrefillTransfers
 from waybill.engine.scheduler.req import Req
 
 FIRST = FirstToken([9], "w")
+PLAIN = OutputOptions()
+SCORED = OutputOptions(return_logprob=True, logprob_start_len=0)
 PROMPT = bytes(4 * 6)
 
 
@@ -26,9 +36,9 @@ class Clock:
         return self.now
 
 
-def make_req(room: int = 1, rid: str = "r", digest: bytes = b"") -> Req:
+def make_req(room: int = 1, rid: str = "r", digest: bytes = b"", options: OutputOptions = PLAIN) -> Req:
     source = TransferSource("h", 1, room, digest=digest)
-    recv = TokenizedGenerateReqInput(1, rid, PROMPT, SamplingParams(max_new_tokens=1), transfer=source)
+    recv = TokenizedGenerateReqInput(1, rid, PROMPT, SamplingParams(max_new_tokens=1), options, transfer=source)
     req = Req(recv, tokens=bytearray(PROMPT))
     req.held.pages = Pages("i", [4, 5, 6, 7, 8, 9])
     req.num_cached = 2
@@ -46,7 +56,7 @@ def test_a_decode_waits_for_all_parts_of_its_own_attempt() -> None:
     req = make_req()
     assert transfers.begin(req) == "" and req.is_awaited and transfers.is_waiting
     assert "another request has it" in transfers.begin(make_req())
-    transfers.admitted([req])
+    assert transfers.admitted([req]), "the output processor asks for rows, the sooner the better"
     assert told.pop() == FetchPages(TransferSource("h", 1, 1), 1, 2, 6, req.held.pages.tobytes())
     # Retracted and admitted again: what the first attempt brings counts for nothing.
     transfers.left(req)
@@ -79,6 +89,20 @@ def test_a_decode_refuses_pages_of_another_request() -> None:
     assert not transfers.is_waiting and transfers.state()["num_transfers_failed"] == 2
 
 
+def test_a_decode_waits_for_log_probabilities_of_the_prompt_where_nobody_records_rows() -> None:
+    told: list[PageMessage] = []
+    transfers = DecodeTransfers(told.append, 60.0, 1, has_routes=False, clock=Clock())
+    plain, scored = make_req(1, "plain"), make_req(2, "scored", options=SCORED)
+    for req in (plain, scored):
+        transfers.begin(req)
+    transfers.admitted([plain, scored])
+    for room in (1, 2):
+        transfers.on_notice(TransferNotice(f"{room}.0", "pages0", 1, first=FIRST))
+    assert [settled.req for settled in transfers.settle()] == [plain]
+    transfers.on_notice(TransferNotice("2.0", "routes", 1))
+    assert [settled.req for settled in transfers.settle()] == [scored]
+
+
 def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> None:
     told: list[PageMessage] = []
     clock = Clock()
@@ -109,11 +133,26 @@ def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> N
     assert transfers.state() == {"num_transferring": 0, "num_transfers": 1, "num_transfers_failed": 3}
 
 
-def commit(transfers: PrefillTransfers, req: Req, num: int, token: int | None = None) -> None:
+def commit(
+    transfers: PrefillTransfers, req: Req, num: int, token: int | None = None, logprobs: Logprobs | None = None
+) -> None:
     req.num_committed = num
-    if token is not None:
-        req.output_ids.append(token)
-    assert transfers.committed(req, None if token is None else TokenOutput(req.rid, [token]))
+    tokens = [] if token is None else [token]
+    req.output_ids.extend(tokens)
+    assert transfers.committed(req, TokenOutput(req.rid, tokens, logprobs) if tokens or logprobs else None)
+
+
+def test_what_ends_a_prompt_is_as_large_whatever_its_length() -> None:
+    """Leaders handle it on their step threads."""
+    told: list[PageMessage] = []
+    transfers = PrefillTransfers(told.append, 60.0, lambda: "w", Clock())
+    req = make_req(options=SCORED)
+    transfers.begin(req)
+    commit(transfers, req, 3, logprobs=Logprobs(input=[(-0.5, 7)] * 3, input_ranks=[1] * 3))
+    last = Logprobs([-0.25], [[(-0.25, 9)]], [(-0.5, 7)] * 3, [[(-0.5, 7)]] * 3, [1] * 3)
+    commit(transfers, req, 6, token=9, logprobs=last)
+    (end,) = told[1:]
+    assert isinstance(end, SharePages) and end.first == FirstToken([9], "w", Logprobs([-0.25], [[(-0.25, 9)]]))
 
 
 def test_a_prefill_lends_chunk_by_chunk_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +162,8 @@ def test_a_prefill_lends_chunk_by_chunk_until_it_is_released(monkeypatch: pytest
     req = make_req()
     assert transfers.begin(req) == "" and req.is_lent
     assert "another request has it" in transfers.begin(make_req())
-    # Much that is cached goes before anything is computed.
-    transfers.admitted([req])
+    # Much that is cached goes before anything is computed, its rows too.
+    assert transfers.admitted([req])
     commit(transfers, req, 4)
     assert not transfers.is_waiting
     commit(transfers, req, 6, token=9)
@@ -146,7 +185,7 @@ def test_a_prefill_that_nobody_fetches_ends() -> None:
     kept, gone, queued = (make_req(room, f"r{room}") for room in (1, 2, 3))
     for req in (kept, gone, queued):
         transfers.begin(req)
-    transfers.admitted([kept, gone])
+    assert not transfers.admitted([kept, gone])
     assert told == []
     commit(transfers, kept, 6, token=9)
     transfers.on_notice(TransferNotice("2.0", "released", error="the caller has left"))

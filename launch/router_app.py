@@ -26,7 +26,7 @@ from ..engine.entrypoints.native import SESSION_HEADER
 from ..engine.entrypoints.origin_guard import ANY, CHANGING_GETS, AllowedHosts, OriginGuard
 from ..engine.entrypoints.request_guard import RequestGuard
 from .router_metrics import render
-from .router_relay import Attempt, Relay, passed_on, to_side
+from .router_relay import Attempt, Relay, to_side
 from .router_sides import CONNECT_TIMEOUT_S, Side, Sides, said
 
 GENERATES = ("/generate", "/v1/completions", "/v1/chat/completions")
@@ -116,9 +116,7 @@ class Router:
         if not answers:
             return error_response(f"no decode's side can be reached: {said(found[0])}", 503)  # type: ignore[arg-type]
         answer = next((one for one in answers if one.is_error), answers[0])
-        response = Response(answer.content, answer.status_code)
-        response.raw_headers = passed_on(answer.headers.raw)
-        return response
+        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
 
     async def health(self) -> Response:
         return self._healthy(await self._sides.check())

@@ -17,9 +17,11 @@ import httpx
 import msgspec
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ..engine.entrypoints.api_keys import ApiKeys
+from ..engine.entrypoints.bodies import CLIENT_GONE
 from ..engine.entrypoints.errors import error_response, install_error_handlers, json_response
 from ..engine.entrypoints.http_limits import HttpLimits
 from ..engine.entrypoints.native import SESSION_HEADER
@@ -170,12 +172,15 @@ def make_router(
         probing.cancel()
         await sides.client.aclose()
 
-    app, router, keys = (
-        FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False),
-        Router(sides),
-        api_keys or ApiKeys(()),
-    )
+    app, router = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False), Router(sides)
+    keys = ApiKeys(()) if api_keys is None else api_keys
     install_error_handlers(app)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: ClientDisconnect) -> Response:
+        """In the middle of its body: nobody reads this."""
+        return Response(status_code=CLIENT_GONE)
+
     # The last one added is the first to see a request.
     app.add_middleware(RequestGuard, api_keys=keys, limits=limits or HttpLimits(), not_ready=lambda: None)
     if allowed_hosts is not None:

@@ -134,23 +134,11 @@ class Relay(Response):
                 await asyncio.gather(*map(end, asked.values()))
 
     async def _ask(self, side: Side, content: bytes) -> Beginning:
-        """A decode's side begins a stream before it knows whether there will be a prompt; so its first piece is waited for.
-        Of a prefill's side the answer is taken whole, for whoever is next on its connection."""
         request = to_side(self._http, side, content)
         if side.kind != PREFILL:
-            return await self._begin(request, is_whole=False)
+            return await begin(self._client, side, request)
         with side.serving():
-            return await self._begin(request, is_whole=True)
-
-    async def _begin(self, request: httpx.Request, *, is_whole: bool) -> Beginning:
-        answer = await self._client.send(request, stream=True)
-        try:
-            pieces = answer.aiter_raw()
-            first = b"".join([piece async for piece in pieces]) if is_whole else await anext(pieces, b"")
-        except BaseException:
-            await answer.aclose()
-            raise
-        return Beginning(answer, first, pieces)
+            return await begin(self._client, side, request)
 
     async def _begun(self, side: Side, asking: asyncio.Task[Beginning]) -> Beginning:
         try:
@@ -168,6 +156,22 @@ class Relay(Response):
             response.raw_headers = passed_on(begun.answer.headers.raw)
             raise FailedError(response)
         return begun
+
+
+async def begin(client: httpx.AsyncClient, side: Side, request: httpx.Request) -> Beginning:
+    """A decode's side begins a stream before it knows whether there will be a prompt; so its first piece is waited for.
+    A prefill's answer is read to its end, for whoever is next on its connection; only an error is of use, and kept."""
+    answer = await client.send(request, stream=True)
+    pieces = answer.aiter_raw()
+    try:
+        first = await anext(pieces, b"")
+        if side.kind == PREFILL:
+            kept = [piece async for piece in pieces if answer.is_error]
+            first = b"".join((first, *kept))
+    except BaseException:
+        await answer.aclose()
+        raise
+    return Beginning(answer, first, pieces)
 
 
 async def send_pieces(begun: Beginning, send: Send) -> None:

@@ -101,10 +101,11 @@ class Caller:
 
 
 class Feed(httpx.AsyncByteStream):
-    """An answer of these pieces, which then ends with an error or, without one, never."""
+    """An answer of these pieces, which then ends with an error or, without one, never or at once."""
 
-    def __init__(self, *pieces: bytes, error: Exception | None = None) -> None:
+    def __init__(self, *pieces: bytes, error: Exception | None = None, is_endless: bool = True) -> None:
         self._pieces = pieces
+        self._is_endless = is_endless
         self._error = error
         self.is_closed = False
 
@@ -113,7 +114,8 @@ class Feed(httpx.AsyncByteStream):
             yield piece
         if self._error is not None:
             raise self._error
-        await asyncio.Event().wait()
+        if self._is_endless:
+            await asyncio.Event().wait()
 
     async def aclose(self) -> None:
         self.is_closed = True

@@ -10,6 +10,7 @@ import pytest
 from support.router_servers import Caller, Feed
 
 from waybill.launch.router_app import make_router
+from waybill.launch.router_relay import begin
 from waybill.launch.router_sides import DECODE, PREFILL, Side, Sides
 
 
@@ -83,3 +84,29 @@ def test_who_dies_before_its_answer_is_named_and_not_asked_again() -> None:
     assert (
         sorted(asked) == ["d", "p"] and b"the decode's side http://d cannot be reached: ReadError" in caller.pieces[0]
     )
+
+
+def test_of_a_prefills_good_answer_nothing_is_kept() -> None:
+    """However long it is."""
+    pieces = [b"x" * 1000 for _ in range(3)]
+    sides = Side(PREFILL, "http://p", ("127.0.0.1", 8998)), Side(DECODE, "http://d")
+    begun = []
+
+    async def run() -> None:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Feed(*pieces, is_endless=False)))
+        async with httpx.AsyncClient(transport=transport) as client:
+            for side in sides:
+                begun.append(await begin(client, side, httpx.Request("POST", side.url)))
+
+    asyncio.run(run())
+    assert [one.first for one in begun] == pieces[:1] * 2
+
+
+def test_a_caller_who_leaves_before_its_body_is_whole_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    class Leaving(Caller):
+        async def receive(self) -> dict[str, object]:
+            return {"type": "http.disconnect"}
+
+    for path, method in (("/generate", "POST"), ("/abort_request", "POST"), ("/server_info", "GET")):
+        relay(Leaving(path, method), whole(b""), whole(b""))
+    assert not caplog.records

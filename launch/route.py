@@ -27,7 +27,8 @@ from .router_sides import CONNECT_TIMEOUT_S, DECODE, PREFILL, Side, Sides
 from .run_dir import EXIT_USAGE
 from .serve_options import HOST_NAME, MAX_SHUTDOWN_TIMEOUT_S, add_limit_options, limits_of
 
-logger = logging.getLogger(__name__)
+# Its connection, and one to each side.
+FILES_OF_A_CALLER = 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,7 +162,7 @@ def main(argv: list[str]) -> int:
         limits = limits_of(options)
         prefills, decodes = sides_of(options)
         keys = read_api_keys(options.api_key_file)
-        max_connections = connections_within_limit(limits.max_connections, 0, SPARE_CONNECTIONS)
+        max_connections = connections_within_limit(limits.max_connections, 0, SPARE_CONNECTIONS, FILES_OF_A_CALLER)
         listener = listen(options.host, options.port, has_key=bool(keys))
     except ValueError as error:
         print(f"torchrun.sh: error: {error}", file=sys.stderr)

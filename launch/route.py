@@ -29,6 +29,8 @@ from .serve_options import HOST_NAME, MAX_SHUTDOWN_TIMEOUT_S, add_limit_options,
 
 # Its connection, and one to each side.
 FILES_OF_A_CALLER = 3
+# For requests that are ended to be answered.
+END_GRACE_S = 2.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,15 +144,16 @@ def refuse_twice(what: str, names: Sequence[str]) -> None:
             raise ValueError(f"{what} is given twice: {name}")
 
 
-async def serve(server: BoundedServer) -> None:
+async def serve(server: BoundedServer, sides: Sides, shutdown_timeout_s: float) -> None:
     """Until told to stop. The first signal asks, the second insists."""
+    loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        server.force_exit = server.should_exit
+        loop.call_later(0.0 if server.should_exit else shutdown_timeout_s, sides.stop)
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop)
     await server.serve()
 
 
@@ -174,10 +177,14 @@ def main(argv: list[str]) -> int:
     hosts = allowed_hosts(options.host, options.allow_host, listener)
     app = make_router(sides, api_keys=ApiKeys(keys), allowed_hosts=hosts, limits=limits)
     server = BoundedServer(
-        app, listener, limits, max_connections=max_connections, shutdown_timeout_s=options.shutdown_timeout
+        app,
+        listener,
+        limits,
+        max_connections=max_connections,
+        shutdown_timeout_s=options.shutdown_timeout + END_GRACE_S,
     )
     print(f"routing at {url_of(listener)}", file=sys.stderr, flush=True)
-    asyncio.run(serve(server))
+    asyncio.run(serve(server, sides, options.shutdown_timeout))
     return 0
 
 

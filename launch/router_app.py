@@ -76,7 +76,7 @@ class Router:
     async def generate(self, http: Request) -> Response:
         """Both sides get the request. Where the prefill's side refuses it, that is the answer; else it is the decode's."""
         body = await body_of(http)
-        return Relay(self._sides.client, http, self._pairs(body, session_of(http, body)))
+        return Relay(self._sides, http, self._pairs(body, session_of(http, body)))
 
     def _pairs(self, body: dict[str, msgspec.Raw], session: str | None) -> Iterator[Attempt]:
         """While there are others that are well."""
@@ -90,7 +90,7 @@ class Router:
 
     async def generate_alone(self, http: Request) -> Response:
         body = await body_of(http)
-        return Relay(self._sides.client, http, self._decodes(await http.body(), session_of(http, body)))
+        return Relay(self._sides, http, self._decodes(await http.body(), session_of(http, body)))
 
     def _decodes(self, content: bytes, session: str | None) -> Iterator[Attempt]:
         for number in itertools.count():
@@ -102,12 +102,12 @@ class Router:
     async def ask(self, http: Request) -> Response:
         """What one knows as well as another. Always the same one is asked."""
         content = await http.body()
-        return Relay(self._sides.client, http, iter([{self._sides.first(self._sides.decodes): content}]))
+        return Relay(self._sides, http, iter([{self._sides.first(self._sides.decodes): content}]))
 
     async def claim(self, http: Request) -> Response:
         """Rows wait where they were made."""
         attempts: list[Attempt] = [{side: b""} for side in self._sides.decodes]
-        return Relay(self._sides.client, http, iter(attempts), NOT_HERE)
+        return Relay(self._sides, http, iter(attempts), NOT_HERE)
 
     async def abort(self, http: Request) -> Response:
         """Nobody knows here which side has the request. Who cannot be reached runs nothing any more."""

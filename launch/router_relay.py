@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from ..engine.entrypoints.bounded_body import release_body
 from ..engine.entrypoints.errors import error_response
 from ..engine.entrypoints.responses import wait_for_disconnect
-from .router_sides import PREFILL, Side, said
+from .router_sides import PREFILL, Side, Sides, said
 
 logger = logging.getLogger(__name__)
 
@@ -80,25 +80,29 @@ class Relay(Response):
     """
 
     def __init__(
-        self, client: httpx.AsyncClient, http: Request, attempts: Iterator[Attempt], elsewhere: tuple[int, ...] = ()
+        self, sides: Sides, http: Request, attempts: Iterator[Attempt], elsewhere: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
-        self._client = client
+        self._sides = sides
         self._http = http
         self._attempts = attempts
         self._elsewhere = elsewhere
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        working = self._sides.working(self._relay(scope, receive, send))
         leaving = asyncio.create_task(wait_for_disconnect(receive))
-        working = asyncio.create_task(self._relay(scope, receive, send))
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            is_stopped = working.cancelled()
         finally:
             for task in (working, leaving):
                 task.cancel()
             results = await asyncio.gather(working, leaving, return_exceptions=True)
         if isinstance(results[0], Exception):
             raise results[0]
+        if is_stopped and not self._has_begun:
+            await error_response("the router has been stopped (--shutdown-timeout)", 503)(scope, receive, send)
 
     async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = Response()
@@ -110,6 +114,7 @@ class Relay(Response):
                 response = failure.response
                 if not failure.may_try_again:
                     break
+        self._has_begun = True
         await response(scope, receive, send)
 
     async def _try(self, attempt: Attempt, send: Send) -> None:
@@ -125,6 +130,7 @@ class Relay(Response):
                 side = next((side for side, asking in asked.items() if has_failed(asking)), last)
                 begun = await self._begun(side, asked[side])
                 release_body(self._http)
+                self._has_begun = True
                 try:
                     await send_pieces(begun, send)
                 except httpx.HTTPError as error:
@@ -136,9 +142,9 @@ class Relay(Response):
     async def _ask(self, side: Side, content: bytes) -> Beginning:
         request = to_side(self._http, side, content)
         if side.kind != PREFILL:
-            return await begin(self._client, side, request)
+            return await begin(self._sides.client, side, request)
         with side.serving():
-            return await begin(self._client, side, request)
+            return await begin(self._sides.client, side, request)
 
     async def _begun(self, side: Side, asking: asyncio.Task[Beginning]) -> Beginning:
         try:
@@ -148,7 +154,8 @@ class Relay(Response):
             may_try_again = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             if may_try_again:
                 side.found(f"cannot be reached: {said(error)}")
-            response = error_response(f"{side} cannot be reached: {said(error)}", 503)
+            what = "cannot be reached" if may_try_again else "has ended before its answer"
+            response = error_response(f"{side} {what}: {said(error)}", 503)
             raise FailedError(response, may_try_again=may_try_again) from None
         if begun.answer.status_code in self._elsewhere:
             content = begun.first + b"".join([piece async for piece in begun.rest])

@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -57,15 +58,27 @@ class Side:
 
 
 class Sides:
-    """All servers, and the client that asks them."""
+    """All servers, the client that asks them, and what is asked now."""
 
     def __init__(self, prefills: Sequence[Side], decodes: Sequence[Side], client: httpx.AsyncClient) -> None:
         self.prefills, self.decodes, self.client = prefills, decodes, client
+        self._working: set[asyncio.Task[None]] = set()
         self._turns = itertools.count(1)
 
     @property
     def all(self) -> Sequence[Side]:
         return [*self.prefills, *self.decodes]
+
+    def working(self, request: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A request on its way, until it ends or all are stopped."""
+        task = asyncio.create_task(request)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        return task
+
+    def stop(self) -> None:
+        for task in self._working:
+            task.cancel()
 
     def choose(self, sides: Sequence[Side], session: str | None = None) -> Side:
         """One that is well, or any where none is. A session stays with one, whatever router it comes through, as long as

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +37,11 @@ class Engine:
         @app.post("/generate")
         async def generate(http: Request) -> Response:
             is_stream = (await http.json()).get("stream")
-            return StreamingResponse(self._events()) if is_stream else JSONResponse({"text": "a"})
+            if is_stream:
+                return StreamingResponse(self._events())
+            if (await http.json()).get("wait"):
+                await anyio.sleep(self._stream_s)
+            return JSONResponse({"text": "a"})
 
     async def _events(self) -> AsyncIterator[bytes]:
         try:
@@ -94,6 +99,18 @@ def test_what_runs_at_sigterm_has_its_time_and_is_ended_then(timeout_s: str, end
         assert lines[-1] == end
         while not engine.num_left and end != "data: [DONE]":
             time.sleep(0.01)
+        assert process.stderr is not None
+        log = process.stderr.read()
+        assert "Traceback" not in log
+
+
+def test_who_has_no_answer_yet_is_told_why() -> None:
+    with routing(Engine(30.0), "--shutdown-timeout", "0.2") as (process, url), ThreadPoolExecutor() as threads:
+        asked = threads.submit(httpx.post, f"{url}/generate", json={"wait": True}, timeout=30)
+        time.sleep(0.5)
+        process.terminate()
+        assert asked.result().status_code == 503 and "--shutdown-timeout" in asked.result().text
+        assert process.wait(10) == 0
 
 
 def test_a_second_signal_insists() -> None:

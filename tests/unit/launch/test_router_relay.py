@@ -82,7 +82,8 @@ def test_who_dies_before_its_answer_is_named_and_not_asked_again() -> None:
 
     asyncio.run(run())
     assert (
-        sorted(asked) == ["d", "p"] and b"the decode's side http://d cannot be reached: ReadError" in caller.pieces[0]
+        sorted(asked) == ["d", "p"]
+        and b"the decode's side http://d has ended before its answer: ReadError" in caller.pieces[0]
     )
 
 

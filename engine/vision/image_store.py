@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ class ImageTooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """What the tower of an encoder has made of an image's grid of tokens: the bytes of [height * width, 1 + levels, D]."""
+    """What the tower of an encoder, of these weights, has made of an image's grid of tokens: the bytes of [height * width,
+    1 + levels, D]."""
 
     incarnation: str
+    weights: str
     height: int
     width: int
     dtype: str
@@ -50,9 +53,11 @@ class Room:
 
 @dataclass(eq=False)
 class StoredImage:
-    """One image's features. Whoever pins it has it until `unpin`."""
+    """One image's features. Whoever pins it has it until `unpin`. Where other engines' stores have an image of the same
+    `content`, it is the same file, and weights that are alike have encoded it; `number` is this store's alone."""
 
     number: int
+    content: bytes
     height: int
     width: int
     dtype: str
@@ -141,6 +146,7 @@ class ImageStore:
         number = self._number_of(digest)
         image = StoredImage(
             number,
+            hashlib.sha256(digest + features.weights.encode()).digest(),
             features.height,
             features.width,
             features.dtype,

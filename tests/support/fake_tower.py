@@ -27,7 +27,8 @@ class FakeTower:
 
     facts = FACTS
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str = "some") -> None:
+        self.weights = weights
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.num_encoded = 0

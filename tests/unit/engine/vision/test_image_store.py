@@ -29,12 +29,14 @@ def values_of(height: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((height * 2, 2, 256)).astype(np.float32)
 
 
-def add(store: ImageStore, name: bytes, height: int, seed: int = 0, incarnation: str = "") -> StoredImage:
+def add(
+    store: ImageStore, name: bytes, height: int, seed: int = 0, incarnation: str = "", weights: str = ""
+) -> StoredImage:
     data = memoryview(values_of(height, seed).tobytes())
     assert data.nbytes == height * ROW_BYTES
     room = store.reserve(data.nbytes)
     store.arena.write(room.offset, data)
-    return store.add(name, Features(incarnation, height, 2, "float32", data), room)
+    return store.add(name, Features(incarnation, weights, height, 2, "float32", data), room)
 
 
 def placed(image: StoredImage) -> PlacedImage:

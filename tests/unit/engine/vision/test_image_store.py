@@ -107,6 +107,22 @@ def test_memory_is_counted_in_pages() -> None:
     store.reserve(1)
 
 
+def test_stores_know_an_image_by_what_encodes_alike() -> None:
+    """Numbers are a store's own; what the sides of a request compare is the file, and the weights of its encoder."""
+    one, other = ImageStore(1 << 20), ImageStore(1 << 20)
+    for store in (one, other):
+        store.forget_all(f"an encoder of {id(store)}")
+    add(other, b"first", 1, incarnation=f"an encoder of {id(other)}")
+    images = [
+        add(store, file, 2, incarnation=f"an encoder of {id(store)}", weights=weights)
+        for store, file, weights in ((one, b"a", "w"), (other, b"a", "w"), (one, b"b", "w"), (other, b"c", "v"))
+    ]
+    assert images[0].content == images[1].content and images[0].number != images[1].number
+    one.forget_all("another one")
+    images.append(add(one, b"a", 2, incarnation="another one", weights="v"))
+    assert len({image.content for image in images}) == 4
+
+
 def test_images_of_another_encoder_are_other_ones() -> None:
     store = ImageStore(1 << 20)
     store.forget_all("first")

@@ -120,8 +120,7 @@ class Relay(Response):
             for side, request in self._requests.items()
         }
         try:
-            await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
-            side = next((side for side, asking in asked.items() if has_failed(asking)), "decode")
+            side = await answering_side(asked)
             try:
                 answer = await asked[side]
             except httpx.HTTPError as error:
@@ -144,6 +143,24 @@ async def send_pieces(answer: httpx.Response, send: Send) -> None:
     async for piece in answer.aiter_raw():
         await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def answering_side(asked: dict[str, asyncio.Task[httpx.Response]]) -> str:
+    """One that refuses, else the decode's. A stream begins before its first token, while the other side may still find
+    that it has no encoder that answers, say: that is waited for."""
+    waiting = set(asked.values())
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        failed = next((side for side, asking in asked.items() if has_failed(asking)), None)
+        if failed is not None:
+            return failed
+        if asked["decode"] in done and not is_stream(asked["decode"].result()):
+            break
+    return "decode"
+
+
+def is_stream(answer: httpx.Response) -> bool:
+    return answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
 def has_failed(asking: asyncio.Task[httpx.Response]) -> bool:

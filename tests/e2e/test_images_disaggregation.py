@@ -261,7 +261,7 @@ def test_the_encoder_of_a_side_stops_dies_and_comes_with_other_weights(
     """Last: the other tests need it. Whoever waits for it is answered within a bound, on both sides, and nothing is left;
     what the side has of images is enough for the requests that it goes on with."""
     rng = random.Random(14)
-    known = fields_of(Asked(prompt_of(1, rng), [PNGS[0]], 4))
+    known = fields_of(Asked(prompt_of(1, rng), [PNGS[0]], 4, scores_prompt=False))
     expected = pair.generate(**known)
     new = fields_of(Asked(prompt_of(1, rng), [make_png(40, 40, 90)], 4))
     encoders.of_decode.stop(signal.SIGSTOP)

@@ -23,6 +23,7 @@ class Side:
         self.app = FastAPI()
 
         @self.app.api_route("/generate", methods=["POST", "PUT"])
+        @self.app.api_route("/v1/chat/completions", methods=["POST"])
         async def generate(http: Request) -> Response:
             self.asked.append(await http.json())
             await asyncio.sleep(delay_s)
@@ -62,6 +63,14 @@ def test_a_stream_passes_through() -> None:
     decode = Side(StreamingResponse(iter(["data: 1\n\n", "data: [DONE]\n\n"]), media_type="text/event-stream"))
     reply = ask(Side(answer("first"), delay_s=1.0), decode, json={"text": "a", "stream": True})
     assert reply.text == "data: 1\n\ndata: [DONE]\n\n" and reply.headers["content-type"].startswith("text/event-stream")
+
+
+def test_images_of_a_chat_go_to_both() -> None:
+    prefill, decode = Side(answer("first")), Side(answer("all"))
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+    ask(prefill, decode, path="/v1/chat/completions", json={"messages": messages})
+    assert prefill.asked == decode.asked and decode.asked[0]["messages"] == messages
 
 
 def test_the_refusal_of_either_side_is_the_answer() -> None:
@@ -130,6 +139,26 @@ def test_a_feed_of_the_decodes_comes_piece_by_piece_and_ends_with_its_caller() -
 
     asyncio.run(run())
     assert caller.pieces == [b"data: 1\n\n"] and feed.is_closed
+
+
+def test_a_stream_that_has_begun_does_not_hide_a_refusal() -> None:
+    """One side has the request's image, the other learns that its encoder is down."""
+    begun = Endless()
+
+    async def sides(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "d":
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=begun)
+        await asyncio.sleep(0.1)
+        return httpx.Response(503, stream=httpx.ByteStream(b'{"text": "no encoder"}'))
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(sides)) as client:
+            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(router), base_url="http://r") as caller:
+                return await asyncio.wait_for(caller.post("/generate", json={"stream": True}), 5)
+
+    reply = asyncio.run(run())
+    assert reply.status_code == 503 and reply.json() == {"text": "no encoder"} and begun.is_closed
 
 
 class Torn(httpx.AsyncByteStream):

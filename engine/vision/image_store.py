@@ -80,6 +80,12 @@ class StoredImage:
             self.on_unused()
 
 
+def content_of(digest: bytes, features: Features) -> bytes:
+    """See `StoredImage`; of the SHA-256 of a file."""
+    made_by = f"{features.weights} {features.height} {features.width}".encode()
+    return hashlib.sha256(digest + made_by).digest()
+
+
 class ImageStore:
     """By the SHA-256 of their files; the least recently used ones go first. Lives on one event loop.
 
@@ -146,7 +152,7 @@ class ImageStore:
         number = self._number_of(digest)
         image = StoredImage(
             number,
-            hashlib.sha256(digest + features.weights.encode()).digest(),
+            content_of(digest, features),
             features.height,
             features.width,
             features.dtype,

@@ -10,8 +10,8 @@ import argparse
 import asyncio
 import secrets
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,6 +33,13 @@ ROOM_BITS = 63
 CONNECT_TIMEOUT_S = 5.0
 # Said for one hop, or made anew here.
 HOP_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection", "keep-alive", "expect"))
+
+
+class FirstEvent(msgspec.Struct):
+    """What of a stream's first event says that there is no answer."""
+
+    error: Any = None
+    meta_info: dict[str, Any] = {}
 
 
 class Pair:
@@ -127,7 +134,7 @@ class Relay(Response):
                 await unreachable(side, error)(scope, receive, send)
                 return
             try:
-                await send_pieces(answer, send)
+                await send_pieces(answer, pieces_of(asked, side), send)
             except httpx.HTTPError as error:
                 # The answer has begun: the server cuts the connection, as it does for a response without an end.
                 message = f"the {side}'s side ended in the middle of an answer: {error}"
@@ -136,12 +143,13 @@ class Relay(Response):
             await asyncio.gather(*map(end, asked.values()))
 
 
-async def send_pieces(answer: httpx.Response, send: Send) -> None:
+async def send_pieces(answer: httpx.Response, pieces: AsyncGenerator[bytes, None], send: Send) -> None:
     head = Response(status_code=answer.status_code, headers=passed_on(answer.headers))
     del head.headers["content-length"]
     await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
-    async for piece in answer.aiter_raw():
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    async with aclosing(pieces):
+        async for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -157,6 +165,41 @@ async def answering_side(asked: dict[str, asyncio.Task[httpx.Response]]) -> str:
         if asked["decode"] in done and not is_stream(asked["decode"].result()):
             break
     return "decode"
+
+
+async def pieces_of(asked: dict[str, asyncio.Task[httpx.Response]], side: str) -> AsyncGenerator[bytes, None]:
+    """Those of this side's answer. A stream says in its first piece that it is none: where the prefill's does, nothing will
+    come of the decode's."""
+    both = side == "decode" and is_stream(asked[side].result())
+    streams = {each: asked[each].result().aiter_raw() for each in (asked if both else (side,))}
+    firsts = {each: asyncio.create_task(first_piece(stream)) for each, stream in streams.items()}
+    try:
+        await asyncio.wait(firsts.values(), return_when=asyncio.FIRST_COMPLETED)
+        if not firsts[side].done() and is_refusal(firsts["prefill"]):
+            side = "prefill"
+        yield await firsts[side]
+        async for piece in streams[side]:
+            yield piece
+    finally:
+        for reading in firsts.values():
+            reading.cancel()
+        await asyncio.gather(*firsts.values(), return_exceptions=True)
+
+
+async def first_piece(stream: AsyncIterator[bytes]) -> bytes:
+    return await anext(stream, b"")
+
+
+def is_refusal(reading: asyncio.Task[bytes]) -> bool:
+    """Of a stream's first piece: whether it says why there is no answer, in the words of either API."""
+    if reading.exception() is not None:
+        return False
+    try:
+        event = msgspec.json.decode(reading.result().removeprefix(b"data: ").partition(b"\n\n")[0], type=FirstEvent)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    reason = event.meta_info.get("finish_reason") or {}
+    return event.error is not None or reason.get("type") == "abort"
 
 
 def is_stream(answer: httpx.Response) -> bool:

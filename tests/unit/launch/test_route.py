@@ -161,6 +161,50 @@ def test_a_stream_that_has_begun_does_not_hide_a_refusal() -> None:
     assert reply.status_code == 503 and reply.json() == {"text": "no encoder"} and begun.is_closed
 
 
+class Chunks(httpx.AsyncByteStream):
+    def __init__(self, *chunks: bytes) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._chunks:
+            yield chunk
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("first", "is_refusal"),
+    [
+        (b'data: {"text": "", "meta_info": {"finish_reason": {"type": "abort", "status_code": 400}}}\n\n', True),
+        (b'data: {"error": {"message": "no --encoder", "code": 400}}\n\ndata: [DONE]\n\n', True),
+        (b'data: {"text": "a", "meta_info": {"finish_reason": null}}\n\n', False),
+        (b'data: {"choices": []}\n\n', False),
+        (b"data: [DONE]\n\n", False),
+    ],
+)
+def test_a_stream_in_which_the_prefills_side_refuses(first: bytes, is_refusal: bool) -> None:
+    """Refusals of streams are events of theirs; the decode's side would wait for the prompt."""
+    parts = {"p": (first, b"data: more\n\n"), "d": (b"data: 1\n\n", b"data: [DONE]\n\n")}
+
+    class Late(Chunks):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            await asyncio.sleep(60 if is_refusal else 0.1)
+            async for chunk in super().__aiter__():
+                yield chunk
+
+    async def sides(request: httpx.Request) -> httpx.Response:
+        stream = Late(*parts["d"]) if request.url.host == "d" else Chunks(*parts["p"])
+        return httpx.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"}, stream=stream)
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(sides)) as client:
+            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(router), base_url="http://r") as caller:
+                return await asyncio.wait_for(caller.post("/generate", json={"stream": True}), 5)
+
+    reply = asyncio.run(run())
+    assert reply.status_code == 200 and reply.content == b"".join(parts["p" if is_refusal else "d"])
+
+
 class Torn(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         yield b"data: 1\n\n"

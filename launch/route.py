@@ -110,37 +110,38 @@ class Relay(Response):
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = {
+            side: asyncio.create_task(self._client.send(request, stream=True))
+            for side, request in self._requests.items()
+        }
         leaving = asyncio.create_task(wait_for_disconnect(receive))
-        working = asyncio.create_task(self._relay(scope, receive, send))
+        working = asyncio.create_task(relay(asked, scope, receive, send))
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (working, leaving):
                 task.cancel()
             results = await asyncio.gather(working, leaving, return_exceptions=True)
+            # Not in a task that is cancelled when the answer is complete, for the server says then that its caller is gone:
+            # a connection that is cancelled while it closes stays open, and its side goes on.
+            await asyncio.gather(*map(end, asked.values()))
         if isinstance(results[0], Exception):
             raise results[0]
 
-    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = {
-            side: asyncio.create_task(self._client.send(request, stream=True))
-            for side, request in self._requests.items()
-        }
-        try:
-            side = await answering_side(asked)
-            try:
-                answer = await asked[side]
-            except httpx.HTTPError as error:
-                await unreachable(side, error)(scope, receive, send)
-                return
-            try:
-                await send_pieces(answer, pieces_of(asked, side), send)
-            except httpx.HTTPError as error:
-                # The answer has begun: the server cuts the connection, as it does for a response without an end.
-                message = f"the {side}'s side ended in the middle of an answer: {error}"
-                print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
-        finally:
-            await asyncio.gather(*map(end, asked.values()))
+
+async def relay(asked: dict[str, asyncio.Task[httpx.Response]], scope: Scope, receive: Receive, send: Send) -> None:
+    side = await answering_side(asked)
+    try:
+        answer = asked[side].result()
+    except httpx.HTTPError as error:
+        await unreachable(side, error)(scope, receive, send)
+        return
+    try:
+        await send_pieces(answer, pieces_of(asked, side), send)
+    except httpx.HTTPError as error:
+        # The answer has begun: the server cuts the connection, as it does for a response without an end.
+        message = f"the {side}'s side ended in the middle of an answer: {error}"
+        print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
 
 
 async def send_pieces(answer: httpx.Response, pieces: AsyncGenerator[bytes, None], send: Send) -> None:
@@ -154,7 +155,7 @@ async def send_pieces(answer: httpx.Response, pieces: AsyncGenerator[bytes, None
 
 
 async def answering_side(asked: dict[str, asyncio.Task[httpx.Response]]) -> str:
-    """One that refuses, else the decode's. A stream begins before its first token, while the other side may still find
+    """One that refuses, else the decode's; it has answered. A stream begins before its first token, while the other side may still find
     that it has no encoder that answers, say: that is waited for."""
     waiting = set(asked.values())
     while waiting:

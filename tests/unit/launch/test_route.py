@@ -161,6 +161,40 @@ def test_a_stream_that_has_begun_does_not_hide_a_refusal() -> None:
     assert reply.status_code == 503 and reply.json() == {"text": "no encoder"} and begun.is_closed
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_the_other_side_still_does_ends_with_the_answer(is_stream: bool) -> None:
+    """A server says that its caller is gone as soon as the answer is complete: while connections are being closed, which
+    takes them some turns of the loop."""
+    was_closed = asyncio.Event()
+
+    class Slow(Endless):
+        async def aclose(self) -> None:
+            await asyncio.sleep(0.02)
+            was_closed.set()
+
+    async def sides(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "p":
+            await asyncio.sleep(0.05)
+            return httpx.Response(503, stream=httpx.ByteStream(b"no"))
+        if is_stream:
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Slow())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.02)
+            was_closed.set()
+        raise AssertionError
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(sides)) as client:
+            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(router), base_url="http://r") as caller:
+                assert (await caller.post("/generate", json={"stream": is_stream})).status_code == 503
+            await asyncio.wait_for(was_closed.wait(), 2)
+
+    asyncio.run(run())
+
+
 class Chunks(httpx.AsyncByteStream):
     def __init__(self, *chunks: bytes) -> None:
         self._chunks = chunks

@@ -31,6 +31,8 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # The dialect's rooms have 63 bits.
 ROOM_BITS = 63
 CONNECT_TIMEOUT_S = 5.0
+# Of the prefill's side, when the decode's has answered.
+LAST_ANSWER_S = 1.0
 # Said for one hop, or made anew here.
 HOP_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection", "keep-alive", "expect"))
 
@@ -122,6 +124,9 @@ class Relay(Response):
             for task in (working, leaving):
                 task.cancel()
             results = await asyncio.gather(working, leaving, return_exceptions=True)
+            if results[0] == "decode":
+                # Cut off, the other one's would count as failed: it is about to come.
+                await asyncio.wait(asked.values(), timeout=LAST_ANSWER_S)
             # Not in a task that is cancelled when the answer is complete, for the server says then that its caller is gone:
             # a connection that is cancelled while it closes stays open, and its side goes on.
             await asyncio.gather(*map(end, asked.values()))
@@ -129,19 +134,21 @@ class Relay(Response):
             raise results[0]
 
 
-async def relay(asked: dict[str, asyncio.Task[httpx.Response]], scope: Scope, receive: Receive, send: Send) -> None:
+async def relay(asked: dict[str, asyncio.Task[httpx.Response]], scope: Scope, receive: Receive, send: Send) -> str:
+    """Whose answer it was."""
     side = await answering_side(asked)
     try:
         answer = asked[side].result()
     except httpx.HTTPError as error:
         await unreachable(side, error)(scope, receive, send)
-        return
+        return side
     try:
         await send_pieces(answer, pieces_of(asked, side), send)
     except httpx.HTTPError as error:
         # The answer has begun: the server cuts the connection, as it does for a response without an end.
         message = f"the {side}'s side ended in the middle of an answer: {error}"
         print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
+    return side
 
 
 async def send_pieces(answer: httpx.Response, pieces: AsyncGenerator[bytes, None], send: Send) -> None:
@@ -155,8 +162,8 @@ async def send_pieces(answer: httpx.Response, pieces: AsyncGenerator[bytes, None
 
 
 async def answering_side(asked: dict[str, asyncio.Task[httpx.Response]]) -> str:
-    """One that refuses, else the decode's; it has answered. A stream begins before its first token, while the other side may still find
-    that it has no encoder that answers, say: that is waited for."""
+    """One that refuses, else the decode's; it has answered. A stream begins before its first token, while the other side
+    may still find that it has no encoder that answers, say: that is waited for."""
     waiting = set(asked.values())
     while waiting:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

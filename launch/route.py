@@ -10,8 +10,8 @@ import argparse
 import asyncio
 import secrets
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,17 +31,8 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # The dialect's rooms have 63 bits.
 ROOM_BITS = 63
 CONNECT_TIMEOUT_S = 5.0
-# Of the prefill's side, when the decode's has answered.
-LAST_ANSWER_S = 1.0
 # Said for one hop, or made anew here.
 HOP_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection", "keep-alive", "expect"))
-
-
-class FirstEvent(msgspec.Struct):
-    """What of a stream's first event says that there is no answer."""
-
-    error: Any = None
-    meta_info: dict[str, Any] = {}
 
 
 class Pair:
@@ -112,106 +103,47 @@ class Relay(Response):
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = {
-            side: asyncio.create_task(self._client.send(request, stream=True))
-            for side, request in self._requests.items()
-        }
         leaving = asyncio.create_task(wait_for_disconnect(receive))
-        working = asyncio.create_task(relay(asked, scope, receive, send))
+        working = asyncio.create_task(self._relay(scope, receive, send))
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (working, leaving):
                 task.cancel()
             results = await asyncio.gather(working, leaving, return_exceptions=True)
-            if results[0] == "decode":
-                # Cut off, the other one's would count as failed: it is about to come.
-                await asyncio.wait(asked.values(), timeout=LAST_ANSWER_S)
-            # Not in a task that is cancelled when the answer is complete, for the server says then that its caller is gone:
-            # a connection that is cancelled while it closes stays open, and its side goes on.
-            await asyncio.gather(*map(end, asked.values()))
         if isinstance(results[0], Exception):
             raise results[0]
 
+    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = {
+            side: asyncio.create_task(self._client.send(request, stream=True))
+            for side, request in self._requests.items()
+        }
+        try:
+            await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
+            side = next((side for side, asking in asked.items() if has_failed(asking)), "decode")
+            try:
+                answer = await asked[side]
+            except httpx.HTTPError as error:
+                await unreachable(side, error)(scope, receive, send)
+                return
+            try:
+                await send_pieces(answer, send)
+            except httpx.HTTPError as error:
+                # The answer has begun: the server cuts the connection, as it does for a response without an end.
+                message = f"the {side}'s side ended in the middle of an answer: {error}"
+                print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
+        finally:
+            await asyncio.gather(*map(end, asked.values()))
 
-async def relay(asked: dict[str, asyncio.Task[httpx.Response]], scope: Scope, receive: Receive, send: Send) -> str:
-    """Whose answer it was."""
-    side = await answering_side(asked)
-    try:
-        answer = asked[side].result()
-    except httpx.HTTPError as error:
-        await unreachable(side, error)(scope, receive, send)
-        return side
-    try:
-        await send_pieces(answer, pieces_of(asked, side), send)
-    except httpx.HTTPError as error:
-        # The answer has begun: the server cuts the connection, as it does for a response without an end.
-        message = f"the {side}'s side ended in the middle of an answer: {error}"
-        print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
-    return side
 
-
-async def send_pieces(answer: httpx.Response, pieces: AsyncGenerator[bytes, None], send: Send) -> None:
+async def send_pieces(answer: httpx.Response, send: Send) -> None:
     head = Response(status_code=answer.status_code, headers=passed_on(answer.headers))
     del head.headers["content-length"]
     await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
-    async with aclosing(pieces):
-        async for piece in pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    async for piece in answer.aiter_raw():
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def answering_side(asked: dict[str, asyncio.Task[httpx.Response]]) -> str:
-    """One that refuses, else the decode's; it has answered. A stream begins before its first token, while the other side
-    may still find that it has no encoder that answers, say: that is waited for."""
-    waiting = set(asked.values())
-    while waiting:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        failed = next((side for side, asking in asked.items() if has_failed(asking)), None)
-        if failed is not None:
-            return failed
-        if asked["decode"] in done and not is_stream(asked["decode"].result()):
-            break
-    return "decode"
-
-
-async def pieces_of(asked: dict[str, asyncio.Task[httpx.Response]], side: str) -> AsyncGenerator[bytes, None]:
-    """Those of this side's answer. A stream says in its first piece that it is none: where the prefill's does, nothing will
-    come of the decode's."""
-    both = side == "decode" and is_stream(asked[side].result())
-    streams = {each: asked[each].result().aiter_raw() for each in (asked if both else (side,))}
-    firsts = {each: asyncio.create_task(first_piece(stream)) for each, stream in streams.items()}
-    try:
-        await asyncio.wait(firsts.values(), return_when=asyncio.FIRST_COMPLETED)
-        if not firsts[side].done() and is_refusal(firsts["prefill"]):
-            side = "prefill"
-        yield await firsts[side]
-        async for piece in streams[side]:
-            yield piece
-    finally:
-        for reading in firsts.values():
-            reading.cancel()
-        await asyncio.gather(*firsts.values(), return_exceptions=True)
-
-
-async def first_piece(stream: AsyncIterator[bytes]) -> bytes:
-    return await anext(stream, b"")
-
-
-def is_refusal(reading: asyncio.Task[bytes]) -> bool:
-    """Of a stream's first piece: whether it says why there is no answer, in the words of either API."""
-    if reading.exception() is not None:
-        return False
-    try:
-        event = msgspec.json.decode(reading.result().removeprefix(b"data: ").partition(b"\n\n")[0], type=FirstEvent)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-    reason = event.meta_info.get("finish_reason") or {}
-    return event.error is not None or reason.get("type") == "abort"
-
-
-def is_stream(answer: httpx.Response) -> bool:
-    return answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
 def has_failed(asking: asyncio.Task[httpx.Response]) -> bool:

@@ -23,7 +23,6 @@ class Side:
         self.app = FastAPI()
 
         @self.app.api_route("/generate", methods=["POST", "PUT"])
-        @self.app.api_route("/v1/chat/completions", methods=["POST"])
         async def generate(http: Request) -> Response:
             self.asked.append(await http.json())
             await asyncio.sleep(delay_s)
@@ -63,14 +62,6 @@ def test_a_stream_passes_through() -> None:
     decode = Side(StreamingResponse(iter(["data: 1\n\n", "data: [DONE]\n\n"]), media_type="text/event-stream"))
     reply = ask(Side(answer("first"), delay_s=1.0), decode, json={"text": "a", "stream": True})
     assert reply.text == "data: 1\n\ndata: [DONE]\n\n" and reply.headers["content-type"].startswith("text/event-stream")
-
-
-def test_images_of_a_chat_go_to_both() -> None:
-    prefill, decode = Side(answer("first")), Side(answer("all"))
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
-    messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
-    ask(prefill, decode, path="/v1/chat/completions", json={"messages": messages})
-    assert prefill.asked == decode.asked and decode.asked[0]["messages"] == messages
 
 
 def test_the_refusal_of_either_side_is_the_answer() -> None:
@@ -139,104 +130,6 @@ def test_a_feed_of_the_decodes_comes_piece_by_piece_and_ends_with_its_caller() -
 
     asyncio.run(run())
     assert caller.pieces == [b"data: 1\n\n"] and feed.is_closed
-
-
-def test_a_stream_that_has_begun_does_not_hide_a_refusal() -> None:
-    """One side has the request's image, the other learns that its encoder is down."""
-    begun = Endless()
-
-    async def sides(request: httpx.Request) -> httpx.Response:
-        if request.url.host == "d":
-            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=begun)
-        await asyncio.sleep(0.1)
-        return httpx.Response(503, stream=httpx.ByteStream(b'{"text": "no encoder"}'))
-
-    async def run() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(sides)) as client:
-            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(router), base_url="http://r") as caller:
-                return await asyncio.wait_for(caller.post("/generate", json={"stream": True}), 5)
-
-    reply = asyncio.run(run())
-    assert reply.status_code == 503 and reply.json() == {"text": "no encoder"} and begun.is_closed
-
-
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_what_the_other_side_still_does_ends_with_the_answer(is_stream: bool) -> None:
-    """A server says that its caller is gone as soon as the answer is complete: while connections are being closed, which
-    takes them some turns of the loop."""
-    was_closed = asyncio.Event()
-
-    class Slow(Endless):
-        async def aclose(self) -> None:
-            await asyncio.sleep(0.02)
-            was_closed.set()
-
-    async def sides(request: httpx.Request) -> httpx.Response:
-        if request.url.host == "p":
-            await asyncio.sleep(0.05)
-            return httpx.Response(503, stream=httpx.ByteStream(b"no"))
-        if is_stream:
-            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Slow())
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await asyncio.sleep(0.02)
-            was_closed.set()
-        raise AssertionError
-
-    async def run() -> None:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(sides)) as client:
-            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(router), base_url="http://r") as caller:
-                assert (await caller.post("/generate", json={"stream": is_stream})).status_code == 503
-            await asyncio.wait_for(was_closed.wait(), 2)
-
-    asyncio.run(run())
-
-
-class Chunks(httpx.AsyncByteStream):
-    def __init__(self, *chunks: bytes) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self._chunks:
-            yield chunk
-            await asyncio.sleep(0.05)
-
-
-@pytest.mark.parametrize(
-    ("first", "is_refusal"),
-    [
-        (b'data: {"text": "", "meta_info": {"finish_reason": {"type": "abort", "status_code": 400}}}\n\n', True),
-        (b'data: {"error": {"message": "no --encoder", "code": 400}}\n\ndata: [DONE]\n\n', True),
-        (b'data: {"text": "a", "meta_info": {"finish_reason": null}}\n\n', False),
-        (b'data: {"choices": []}\n\n', False),
-        (b"data: [DONE]\n\n", False),
-    ],
-)
-def test_a_stream_in_which_the_prefills_side_refuses(first: bytes, is_refusal: bool) -> None:
-    """Refusals of streams are events of theirs; the decode's side would wait for the prompt."""
-    parts = {"p": (first, b"data: more\n\n"), "d": (b"data: 1\n\n", b"data: [DONE]\n\n")}
-
-    class Late(Chunks):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            await asyncio.sleep(60 if is_refusal else 0.1)
-            async for chunk in super().__aiter__():
-                yield chunk
-
-    async def sides(request: httpx.Request) -> httpx.Response:
-        stream = Late(*parts["d"]) if request.url.host == "d" else Chunks(*parts["p"])
-        return httpx.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"}, stream=stream)
-
-    async def run() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(sides)) as client:
-            router = make_router(Pair("http://p", "http://d", "127.0.0.1", 8998, client))
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(router), base_url="http://r") as caller:
-                return await asyncio.wait_for(caller.post("/generate", json={"stream": True}), 5)
-
-    reply = asyncio.run(run())
-    assert reply.status_code == 200 and reply.content == b"".join(parts["p" if is_refusal else "d"])
 
 
 class Torn(httpx.AsyncByteStream):

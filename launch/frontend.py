@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -26,7 +25,6 @@ from ..engine.entrypoints.http_server import make_app
 from ..engine.entrypoints.json_log import log_json_lines
 from ..engine.entrypoints.live_page.live_feed import LiveFeed
 from ..engine.entrypoints.live_page.recent_requests import RecentRequests
-from ..engine.entrypoints.origin_guard import AllowedHosts
 from ..engine.entrypoints.service_metrics import ServiceMetrics
 from ..engine.frontend.chat_template import ChatTemplate, load_chat_template
 from ..engine.frontend.engine_connection import EngineDeadError, EngineStartError
@@ -37,6 +35,7 @@ from ..engine.ipc.heartbeat import Heartbeat, table_of_this_run
 from ..engine.ipc.lifeline import watch_lifeline
 from ..engine.text.tokenizer_file import load_tokenizer
 from .api_key import read_api_keys
+from .http_listener import allowed_hosts, listen, url_of
 from .open_files import connections_within_limit
 from .run_dir import ADDRESSES, ENGINE_CONFIG, SERVE_OPTIONS, read_struct
 from .serve_options import ServeCommand
@@ -101,7 +100,7 @@ class Frontend:
             metrics,
             model_name=options.served_model_name,
             api_keys=ApiKeys(entrance.keys),
-            allowed_hosts=allowed_hosts(options, entrance.listener),
+            allowed_hosts=allowed_hosts(options.host, options.allowed_hosts, entrance.listener),
             allowed_origins=options.allowed_origins,
             limits=options.limits,
             health_timeout_s=options.health_timeout_s,
@@ -189,31 +188,6 @@ def chat_formats(options: ServeCommand, template: ChatTemplate | None) -> ChatFo
     return ChatFormats(tools, options.reasoning_parser)
 
 
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def allowed_hosts(options: ServeCommand, listener: socket.socket) -> AllowedHosts:
-    """The address that is listened on, the name by which it was given, those of this machine, and what is allowed."""
-    machine = socket.gethostname()
-    names = (options.host, machine, machine.partition(".")[0], *options.allowed_hosts)
-    return AllowedHosts(listener.getsockname()[0], names)
-
-
-def listen(options: ServeCommand, *, has_key: bool) -> socket.socket:
-    """
-    Raises:
-        OSError: the address cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
-    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        key = "an API key is asked for" if has_key else "anybody who reaches it may use it; set an API key"
-        logger.warning("listening on %s, not on loopback: %s", options.host, key)
-    return listener
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Waybill's HTTP frontend; started by rank 0")
     parser.add_argument("--run-dir", required=True)
@@ -230,7 +204,7 @@ def main() -> int:
     try:
         keys = read_api_keys(options.api_key_file)
         max_connections = connections_within_limit(options.limits.max_connections, config.world_size, SPARE_CONNECTIONS)
-        entrance = Entrance(listen(options, has_key=bool(keys)), keys, max_connections)
+        entrance = Entrance(listen(options.host, options.port, has_key=bool(keys)), keys, max_connections)
     except ValueError as error:
         print(f"waybill: {error}", file=sys.stderr)
         return EXIT_NO_ENGINE

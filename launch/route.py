@@ -1,222 +1,190 @@
-"""`torchrun.sh route`: one address in front of an engine for prompts and one for what follows.
+"""`torchrun.sh route`: one address in front of engines for prompts and engines for what follows.
 
-Every request that generates goes to both sides, with a room; the caller gets what the decode's side answers, piece by
-piece. It holds no state: any number of routers may stand before the same engines.
+It remembers nothing that matters: any number of routers may stand before the same engines.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import secrets
+import logging
+import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import httpx
-import msgspec
-import uvicorn
-from fastapi import FastAPI, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from ..engine.config import ENGINE_OPTIONS
-from ..engine.entrypoints.responses import wait_for_disconnect
+from ..engine.entrypoints.api_keys import ApiKeys
+from ..engine.entrypoints.bounded_server import SPARE_CONNECTIONS, BoundedServer
+from ..engine.ipc.log_rate import log_to_stderr
+from .api_key import API_KEY_VARIABLE, FILE_FLAG, FLAG, read_api_keys
+from .http_listener import allowed_hosts, listen, url_of
+from .open_files import connections_within_limit
+from .router_app import make_router
+from .router_sides import CONNECT_TIMEOUT_S, DECODE, PREFILL, Side, Sides
 from .run_dir import EXIT_USAGE
+from .serve_options import HOST_NAME, MAX_SHUTDOWN_TIMEOUT_S, add_limit_options, limits_of
 
-GENERATES = ("/generate", "/v1/completions", "/v1/chat/completions")
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-# The dialect's rooms have 63 bits.
-ROOM_BITS = 63
-CONNECT_TIMEOUT_S = 5.0
-# Said for one hop, or made anew here.
-HOP_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection", "keep-alive", "expect"))
+# Its connection, and one to each side.
+FILES_OF_A_CALLER = 3
 
 
-class Pair:
-    """The two sides: a client for both, and the fields that tell the decode's side where the prefill's is."""
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="torchrun.sh route", description="Stand before engines for prompts and engines for what follows."
+    )
+    made.add_argument(
+        "--prefill",
+        required=True,
+        action="append",
+        nargs="+",
+        metavar=("URL", "BOOTSTRAP_PORT"),
+        help="server with --disaggregation prefill, and its --disaggregation-bootstrap-port; may be repeated",
+    )
+    made.add_argument(
+        "--decode",
+        required=True,
+        action="append",
+        metavar="URL",
+        help="server with --disaggregation decode; may be repeated",
+    )
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    made.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    made.add_argument(
+        "--bootstrap-host",
+        default=None,
+        help="where the decode's sides find those of the prefill; the host of each URL if not given",
+    )
+    field = ENGINE_OPTIONS["disaggregation_bootstrap_port"]
+    made.add_argument("--bootstrap-port", type=int, default=field.default, help="of a --prefill that names none")
+    made.add_argument(FLAG, default=None, help="asked of every client, and passed on to the engines")
+    made.add_argument(FILE_FLAG, default=None, metavar="FILE", help="a file of keys, one a line")
+    made.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="as for serve: a name of the router"
+    )
+    made.add_argument(
+        "--shutdown-timeout", type=float, default=20.0, help="seconds that running requests get at SIGTERM"
+    )
+    add_limit_options(made)
+    return made
 
-    def __init__(
-        self,
-        prefill: str,
-        decode: str,
-        bootstrap_host: str,
-        bootstrap_port: int,
-        client: httpx.AsyncClient | None = None,
-    ) -> None:
-        self.prefill, self.decode = prefill.rstrip("/"), decode.rstrip("/")
-        self._host, self._port = bootstrap_host, bootstrap_port
-        # An answer may take as long as it likes.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self.client = client or httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), limits=limits)
 
-    def with_room(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The request with its room; the prompts of a batch count from it."""
-        room = secrets.randbits(ROOM_BITS - 1)
-        return {**body, "bootstrap_host": self._host, "bootstrap_port": self._port, "bootstrap_room": room}
+def check(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: an option is out of its range.
+    """
+    if options.api_key is not None:
+        raise ValueError(f"{FLAG}: other users see a command line; set {API_KEY_VARIABLE}, or use {FILE_FLAG}")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port {options.port}: must lie in 0 .. {2**16 - 1}; 0 takes a free one")
+    if not 0 <= options.shutdown_timeout <= MAX_SHUTDOWN_TIMEOUT_S:
+        raise ValueError(f"--shutdown-timeout {options.shutdown_timeout}: must lie in 0 .. {MAX_SHUTDOWN_TIMEOUT_S}")
+    for host in options.allow_host:
+        if not HOST_NAME.fullmatch(host):
+            raise ValueError(f"--allow-host {host}: must be a name or address without port, *.DOMAIN or *")
 
 
-def passed_on(headers: Any) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in HOP_HEADERS}
-
-
-def bad_request(message: str) -> Response:
-    body = {"error": {"message": message, "type": "BadRequestError", "param": "body", "code": 400}}
-    return Response(msgspec.json.encode(body), 400, media_type="application/json")
-
-
-def unreachable(side: str, error: Exception) -> Response:
-    message = f"the {side}'s side cannot be reached: {error}"
-    body = {"error": {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}}
-    return Response(msgspec.json.encode(body), 503, media_type="application/json")
-
-
-async def generate(pair: Pair, http: Request) -> Response:
-    """Both sides get the request. Where the prefill's side refuses it, that is the answer; else it is the decode's."""
+def server_url(kind: str, text: str) -> str:
+    """
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        body = msgspec.json.decode(await http.body(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return bad_request(f"body: must be a JSON object: {error}")
-    content = msgspec.json.encode(pair.with_room(body))
-    return Relay(pair.client, {"prefill": pair.prefill, "decode": pair.decode}, http, content)
+        url = urlsplit(text)
+        is_good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not (url.query or url.fragment)
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ValueError(f"--{kind} {text}: must be http://HOST:PORT")
+    return text.rstrip("/")
 
 
-async def forward(pair: Pair, http: Request) -> Response:
-    """Anything else is for the decode's side."""
-    return Relay(pair.client, {"decode": pair.decode}, http, await http.body())
+def bootstrap_port(text: str) -> int:
+    """
+    Raises:
+        ValueError: it is none.
+    """
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ValueError(f"bootstrap port {text}: must lie in 1 .. {2**16 - 1}")
+    return int(text)
 
 
-class Relay(Response):
-    """The answer to a request that one side or both are sent, piece by piece. When it ends, or its caller leaves, so do
-    theirs: what still runs there is aborted."""
-
-    def __init__(self, client: httpx.AsyncClient, urls: dict[str, str], http: Request, content: bytes) -> None:
-        super().__init__()
-        query = f"?{http.url.query}" if http.url.query else ""
-        headers = passed_on(http.headers)
-        self._client = client
-        self._requests = {
-            side: client.build_request(http.method, url + http.url.path + query, content=content, headers=headers)
-            for side, url in urls.items()
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        leaving = asyncio.create_task(wait_for_disconnect(receive))
-        working = asyncio.create_task(self._relay(scope, receive, send))
-        try:
-            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (working, leaving):
-                task.cancel()
-            results = await asyncio.gather(working, leaving, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            raise results[0]
-
-    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = {
-            side: asyncio.create_task(self._client.send(request, stream=True))
-            for side, request in self._requests.items()
-        }
-        try:
-            await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
-            side = next((side for side, asking in asked.items() if has_failed(asking)), "decode")
-            try:
-                answer = await asked[side]
-            except httpx.HTTPError as error:
-                await unreachable(side, error)(scope, receive, send)
-                return
-            try:
-                await send_pieces(answer, send)
-            except httpx.HTTPError as error:
-                # The answer has begun: the server cuts the connection, as it does for a response without an end.
-                message = f"the {side}'s side ended in the middle of an answer: {error}"
-                print(f"torchrun.sh: {message}", file=sys.stderr, flush=True)
-        finally:
-            await asyncio.gather(*map(end, asked.values()))
+def sides_of(options: argparse.Namespace) -> tuple[list[Side], list[Side]]:
+    """
+    Raises:
+        ValueError: an address is wrong, or given twice.
+    """
+    prefills, places = [], []
+    for text, *ports in options.prefill:
+        if len(ports) > 1:
+            raise ValueError(f"--prefill {text} {' '.join(ports)}: must be a URL and at most one port")
+        url = server_url(PREFILL, text)
+        host = options.bootstrap_host or urlsplit(url).hostname or "127.0.0.1"
+        port = bootstrap_port(*ports or [str(options.bootstrap_port)])
+        prefills.append(Side(PREFILL, url, (host, port)))
+        places.append(f"{host}:{port}")
+    decodes = [Side(DECODE, server_url(DECODE, text)) for text in options.decode]
+    refuse_twice("a server", [side.url for side in (*prefills, *decodes)])
+    refuse_twice("a prefill's bootstrap port", places)
+    return prefills, decodes
 
 
-async def send_pieces(answer: httpx.Response, send: Send) -> None:
-    head = Response(status_code=answer.status_code, headers=passed_on(answer.headers))
-    del head.headers["content-length"]
-    await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
-    async for piece in answer.aiter_raw():
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+def refuse_twice(what: str, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one is there twice.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} is given twice: {name}")
 
 
-def has_failed(asking: asyncio.Task[httpx.Response]) -> bool:
-    return asking.done() and (asking.exception() is not None or asking.result().is_error)
+async def serve(server: BoundedServer) -> None:
+    """Until told to stop. The first signal asks, the second insists."""
 
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
 
-async def end(asking: asyncio.Task[httpx.Response]) -> None:
-    """Let go of a side's answer."""
-    asking.cancel()
-    try:
-        answer = await asking
-    except (asyncio.CancelledError, httpx.HTTPError):
-        return
-    await answer.aclose()
-
-
-async def health(pair: Pair) -> Response:
-    """Both sides'."""
-    for side, url in (("prefill", pair.prefill), ("decode", pair.decode)):
-        try:
-            answer = await pair.client.get(f"{url}/health", timeout=CONNECT_TIMEOUT_S)
-        except httpx.HTTPError as error:
-            return unreachable(side, error)
-        if answer.is_error:
-            return Response(answer.content, answer.status_code, passed_on(answer.headers))
-    return Response()
-
-
-def make_router(pair: Pair) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await pair.client.aclose()
-
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
-
-    async def on_generate(http: Request) -> Response:
-        return await generate(pair, http)
-
-    async def on_health() -> Response:
-        return await health(pair)
-
-    async def on_other(http: Request) -> Response:
-        return await forward(pair, http)
-
-    for path in GENERATES:
-        app.add_api_route(path, on_generate, methods=["POST", "PUT"])
-    app.add_api_route("/health", on_health, methods=["GET"])
-    app.add_api_route("/{path:path}", on_other, methods=METHODS)
-    return app
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    await server.serve()
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="torchrun.sh route", description="Stand before an engine for prompts and one for what follows."
+    options = parser().parse_args(argv)
+    log_to_stderr("warning", logging.Formatter("%(levelname)s router %(message)s"))
+    try:
+        check(options)
+        limits = limits_of(options)
+        prefills, decodes = sides_of(options)
+        keys = read_api_keys(options.api_key_file)
+        max_connections = connections_within_limit(limits.max_connections, 0, SPARE_CONNECTIONS, FILES_OF_A_CALLER)
+        listener = listen(options.host, options.port, has_key=bool(keys))
+    except ValueError as error:
+        print(f"torchrun.sh: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"torchrun.sh: error: --host {options.host} --port {options.port}: {error.strerror}", file=sys.stderr)
+        return EXIT_USAGE
+    sides = Sides(prefills, decodes, make_client())
+    hosts = allowed_hosts(options.host, options.allow_host, listener)
+    app = make_router(sides, api_keys=ApiKeys(keys), allowed_hosts=hosts, limits=limits)
+    server = BoundedServer(
+        app, listener, limits, max_connections=max_connections, shutdown_timeout_s=options.shutdown_timeout
     )
-    parser.add_argument("--prefill", required=True, metavar="URL", help="server with --disaggregation prefill")
-    parser.add_argument("--decode", required=True, metavar="URL", help="server with --disaggregation decode")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument(
-        "--bootstrap-host",
-        default=None,
-        help="where the decode's side finds the prefill's; the URL's host if not given",
-    )
-    field = ENGINE_OPTIONS["disaggregation_bootstrap_port"]
-    parser.add_argument("--bootstrap-port", type=int, default=field.default, help="that of the prefill's side")
-    options = parser.parse_args(argv)
-    host = options.bootstrap_host or urlsplit(options.prefill).hostname
-    for name in ("prefill", "decode"):
-        if urlsplit(getattr(options, name)).scheme not in ("http", "https"):
-            print(f"torchrun.sh: error: --{name} {getattr(options, name)}: must be http://HOST:PORT", file=sys.stderr)
-            return EXIT_USAGE
-    pair = Pair(options.prefill, options.decode, host or "127.0.0.1", options.bootstrap_port)
-    uvicorn.run(make_router(pair), host=options.host, port=options.port, log_level="warning")
+    print(f"routing at {url_of(listener)}", file=sys.stderr, flush=True)
+    asyncio.run(serve(server))
     return 0
+
+
+def make_client() -> httpx.AsyncClient:
+    """An answer may take as long as it likes. What the environment says of proxies is not for one's own engines."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        trust_env=False,
+    )

@@ -152,6 +152,14 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, default=default, help=text)
 
 
+def limits_of(options: argparse.Namespace) -> HttpLimits:
+    """
+    Raises:
+        ValueError: a bound is out of its range; the message names it.
+    """
+    return HttpLimits(**{name: getattr(options, name.removesuffix("_s")) for name in HttpLimits.__struct_fields__})
+
+
 def serve_command(options: argparse.Namespace) -> ServeCommand:
     """
     Raises:
@@ -159,7 +167,6 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
     """
     if options.api_key is not None:
         raise ValueError(f"{FLAG}: other users see a command line; set {API_KEY_VARIABLE}, or use {FILE_FLAG}")
-    limits = HttpLimits(**{name: getattr(options, name.removesuffix("_s")) for name in HttpLimits.__struct_fields__})
     return ServeCommand(
         host=options.host,
         port=options.port,
@@ -169,7 +176,7 @@ def serve_command(options: argparse.Namespace) -> ServeCommand:
         served_model_name=options.served_model_name or Path(options.model_path).resolve().name,
         shutdown_timeout_s=options.shutdown_timeout,
         health_timeout_s=options.health_timeout,
-        limits=limits,
+        limits=limits_of(options),
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
         split_special_tokens=options.split_special_tokens,

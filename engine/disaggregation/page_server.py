@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Of one answer: as long as it is copied, the step thread may have to wait to take pages away.
 BLOCK_BYTES = 1 << 20
 LET_GO = "the prefill's side has let go of it"
+# Who has all of it asks no more.
+IS_DONE = f"{LET_GO}; has an earlier request had its bootstrap_room?"
 
 
 @dataclass
@@ -65,7 +67,6 @@ class SharedPrompts:
     def handle(self, message: PageMessage) -> None:
         with self._lock:
             if isinstance(message, SharePages):
-                self._endings.forget(message.key)
                 prompt = self._prompts.get(message.key)
                 if prompt is None:
                     prompt = self._prompts[message.key] = _SharedPrompt(next(self._leases))
@@ -74,7 +75,7 @@ class SharedPrompts:
             else:
                 assert isinstance(message, DropPages), "this side fetches nothing"
                 self._prompts.pop(message.key, None)
-                self._endings.add(message.key, message.error or LET_GO)
+                self._endings.add(message.key, message.error or IS_DONE)
         self.wake()
 
     def counters(self) -> dict[str, int | float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import msgspec
@@ -15,7 +15,7 @@ from ..config import EngineConfig
 from ..ipc.frontend_messages import FrontendMessage, TransferNotice
 from ..ipc.sockets import Endpoint, Sender
 from ..kv_cache.kv_store import KVStore, KVTensorSpec
-from ..models.model_config import GroupedQueryConfig, ModelConfig
+from ..models.model_config import GroupedQueryConfig, ModelConfig, RopeConfig
 from ..plan import PageTransfers
 from .mapped_pool import MappedPool, SharedExport
 from .nixl_agent import NixlAgent
@@ -50,24 +50,33 @@ class RankPool:
         return attention.num_kv_heads if isinstance(attention, GroupedQueryConfig) else 0
 
     def facts(self, config: EngineConfig) -> dict[str, str]:
-        """What must be alike in engines that share pages."""
+        """What must be alike in engines that share pages: all that keys, values and routes follow from but the weights."""
         model = self.model
+        attention = msgspec.structs.asdict(model.attention) | {"rope": rope_facts(model.attention.rope)}
         facts = {
             "model_type": model.model_type,
             "hidden_size": model.hidden_size,
             "num_layers": model.num_layers,
             "vocab_size": model.vocab_size,
             "dtype": model.dtype_name,
-            "kv_heads": self.num_kv_heads,
+            "rms_norm_eps": model.rms_norm_eps,
             "kv_cache": ", ".join(f"{spec.name} {spec.width[-1]} {spec.dtype}" for spec in self.specs),
             "enable_return_routed_experts": config.enable_return_routed_experts,
             "enable_return_router_weights": config.enable_return_router_weights,
             "router_weights_dtype": config.router_weights_dtype if config.enable_return_router_weights else "",
             "moe_layers": model.moe.layer_ids,
-            "num_experts": model.moe.num_experts,
-            "top_k": model.moe.top_k,
+            **{f"attention.{name}": value for name, value in attention.items()},
+            **{f"router.{name}": value for name, value in asdict(model.moe.router).items()},
         }
         return {name: str(value) for name, value in facts.items()}
+
+
+def rope_facts(rope: RopeConfig) -> str:
+    """Short, and the same where the last bits of frequencies are not."""
+    first, last, total = (f"{value:.6g}" for value in (rope.inv_freq[0], rope.inv_freq[-1], sum(rope.inv_freq)))
+    return (
+        f"{len(rope.inv_freq)} frequencies, {first} to {last}, {total} in all, scaled by {rope.attention_scaling:.6g}"
+    )
 
 
 def make_page_transfers(

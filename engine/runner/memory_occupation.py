@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ...parallel.cpu_ops.scratch import SCRATCH
 from ...parallel.huge_pages import prefer_huge_pages
 from ..control.blocked import Blocked, BlockedKind
 from ..control.operations import MEMORY_TAGS
@@ -45,6 +46,7 @@ class MemoryOccupation:
                 for weight in self._weights:
                     weight.untyped_storage().resize_(0)
             self.released.add(tag)
+        SCRATCH.release()
         if self._kv_store.memory.is_cuda:
             torch.cuda.empty_cache()
 

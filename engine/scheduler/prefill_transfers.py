@@ -15,6 +15,9 @@ from .transfers import Settled, Tell
 
 # Cached positions that go before a chunk is computed: fewer are copied sooner than the further question is answered.
 MIN_EARLY = 1024
+# Rooms of requests that have ended, as many as the ranks remember: they would answer for a request that had one again with
+# the end of the one before, or not, by who is asked first.
+MAX_ENDED = 4096
 
 
 @dataclass
@@ -43,6 +46,8 @@ class PrefillTransfers:
         self._timeout_s = timeout_s
         self._clock = clock
         self._lent: dict[str, _Lent] = {}
+        # In the order in which they have ended.
+        self._ended: dict[str, None] = {}
         self._num_done = 0
         self._num_failed = 0
 
@@ -52,6 +57,8 @@ class PrefillTransfers:
             return ""
         if source.key in self._lent:
             return f"bootstrap_room={source.room}: another request has it"
+        if source.key in self._ended:
+            return f"bootstrap_room={source.room}: an earlier request had it; each needs one of its own"
         req.is_lent = True
         self._lent[source.key] = _Lent(req)
         return ""
@@ -95,6 +102,9 @@ class PrefillTransfers:
         req.is_lent = False
         reason, key = req.finish_reason, req.recv.transfer.key
         self._tell(DropPages(key, reason.message or ""))
+        self._ended[key] = None
+        if len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
         is_done = self._lent.pop(key).released is not None and reason.type != "abort"
         self._num_done += is_done
         self._num_failed += not is_done

@@ -119,21 +119,43 @@ inline __m512i pairs_of(Floats even, Floats odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
+// Two tiles of sums of outputs and tokens, rounded: of every token its 32 outputs.
+inline void rounded_rows(const Floats (&sums)[2][SIDE], __m512i (&rows)[SIDE]) {
+    for (int i = 0; i < 2; ++i)
+        for (int o = 0; o < SIDE; o += 2) rows[(i * SIDE + o) / 2] = pairs_of(sums[i][o], sums[i][o + 1]);
+    transpose(rows);
+}
+
 using Sums = float[SIDE][SIDE];  // of outputs and tokens
 
 constexpr int MAX_PANELS = 16;   // whose sums stay in a cache
 constexpr int64_t BLOCK_WIDTH = 256;  // of weights that stay in the first cache level while several panels pass
+// Longer rows are read by the processor ahead of their use; while shorter ones are multiplied the next tiles' are asked for.
+constexpr int64_t SHORT_ROW = 1024;
 
-// 2 x 16 rows of weights, `first` of each 16, that are `row_length` apart.
+// 2 x 16 rows of weights, `first` of each 16, that are `row_length` apart; the next to be read are `ahead` of them.
 struct WeightTiles {
     const bf16* first[2];
-    int64_t row_length;
+    int64_t row_length, ahead;
 };
 
-// Steps of one or two panels x with tiles of weights: `step` numbers lie between those of one step and of the next.
+// The next tiles' memory in its own order, `lines` of 64 bytes of either at a time.
+struct Prefetch {
+    const bf16* at[2];
+    int lines;
+
+    void next() {
+        for (int i = 0; i < lines; ++i, at[0] += LANES, at[1] += LANES) {
+            _mm_prefetch((const char*)at[0], _MM_HINT_T1);
+            _mm_prefetch((const char*)at[1], _MM_HINT_T1);
+        }
+    }
+};
+
+// Steps of one or two panels x with tiles of weights.
 template <int NUM_X>
-void multiply_steps(const bf16* const (&w)[2], int64_t row_length, int64_t step, const uint32_t* const (&x)[2],
-                    int64_t num_steps, bool is_begin, Sums (*sums)[2]) {
+void multiply_steps(const bf16* const (&w)[2], int64_t row_length, const uint32_t* const (&x)[2], int64_t num_steps,
+                    bool is_begin, Prefetch& prefetch, Sums (*sums)[2]) {
     const int64_t row_bytes = row_length * sizeof(bf16);
     finish_writes(w[0]);
     if (is_begin) {
@@ -152,10 +174,11 @@ void multiply_steps(const bf16* const (&w)[2], int64_t row_length, int64_t step,
         }
     }
     for (int64_t i = 0; i < num_steps; ++i) {
-        _tile_loadd(4, w[0] + i * step, row_bytes);
+        prefetch.next();
+        _tile_loadd(4, w[0] + i * LANES, row_bytes);
         _tile_loadd(6, x[0] + i * STEP_PAIRS, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, w[1] + i * step, row_bytes);
+        _tile_loadd(5, w[1] + i * LANES, row_bytes);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (NUM_X == 2) {
             _tile_loadd(7, x[1] + i * STEP_PAIRS, 64);
@@ -171,33 +194,39 @@ void multiply_steps(const bf16* const (&w)[2], int64_t row_length, int64_t step,
     }
 }
 
+// The same of one panel, one tile of weights after the other: memory is read in fewer places at a time.
+inline void multiply_panel(const bf16* const (&w)[2], int64_t row_length, const uint32_t* x, int64_t num_steps,
+                           Sums (&sums)[2]) {
+    finish_writes(w[0]);
+    for (int tile = 0; tile < 2; ++tile) {
+        _tile_zero(0);
+        for (int64_t i = 0; i < num_steps; ++i) {
+            _tile_loadd(4, w[tile] + i * LANES, row_length * sizeof(bf16));
+            _tile_loadd(6, x + i * STEP_PAIRS, 64);
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_stored(0, sums[tile], 64);
+    }
+}
+
 // sums[p][i] = columns [begin, begin + width) of tile i of the weights, times those of panel p of up to `MAX_PANELS`, which are
 // `panel_pairs` apart from `x` on.
 inline void multiply_tiles(const WeightTiles& w, int64_t begin, int64_t width, const uint32_t* x, int64_t panel_pairs,
                            int num_panels, Sums (*sums)[2]) {
-    constexpr int64_t STEP = 2 * SIDE * LANES;
-    const bool is_copied = num_panels > 2;
-    alignas(64) bf16 copy[BLOCK_WIDTH / LANES * STEP];
-    // What several panels need is copied: rows whose length is a power of two have conflicts in a cache.
-    const int64_t block = is_copied ? BLOCK_WIDTH : width;
+    const bf16* const first[2] = {w.first[0] + begin, w.first[1] + begin};
+    if (num_panels == 1) return multiply_panel(first, w.row_length, x, width / LANES, sums[0]);
+    // Lines of a tile: as many as its rows have steps, 16 times.
+    const int64_t num_turns = (num_panels + 1) / 2, ahead = w.ahead + begin * SIDE;
+    Prefetch prefetch{{w.first[0] + ahead, w.first[1] + ahead}, w.row_length <= SHORT_ROW ? int((SIDE + num_turns - 1) / num_turns) : 0};
+    const int64_t block = num_panels > 2 ? BLOCK_WIDTH : width;
     for (int64_t k = 0; k < width; k += block) {
         const int64_t num_steps = std::min(block, width - k) / LANES;
-        const bf16* tiles[2] = {w.first[0] + begin + k, w.first[1] + begin + k};
-        int64_t row_length = w.row_length, step = LANES;
-        if (is_copied) {
-            for (int row = 0; row < 2 * SIDE; ++row)
-                for (int64_t i = 0; i < num_steps; ++i)
-                    _mm512_store_si512(copy + i * STEP + row * LANES,
-                                       _mm512_loadu_si512(tiles[row / SIDE] + row % SIDE * row_length + i * LANES));
-            tiles[0] = copy;
-            tiles[1] = copy + SIDE * LANES;
-            row_length = LANES;
-            step = STEP;
-        }
+        const bf16* const tiles[2] = {first[0] + k, first[1] + k};
         for (int p = 0; p < num_panels; p += 2) {
             const uint32_t* panels[2] = {x + p * panel_pairs + k / 2 * SIDE, x + (p + 1) * panel_pairs + k / 2 * SIDE};
-            if (p + 1 < num_panels) multiply_steps<2>(tiles, row_length, step, panels, num_steps, k == 0, sums + p);
-            else multiply_steps<1>(tiles, row_length, step, panels, num_steps, k == 0, sums + p);
+            if (p + 1 < num_panels)
+                multiply_steps<2>(tiles, w.row_length, panels, num_steps, k == 0, prefetch, sums + p);
+            else multiply_steps<1>(tiles, w.row_length, panels, num_steps, k == 0, prefetch, sums + p);
         }
     }
 }

@@ -27,7 +27,7 @@ using namespace waybill;
 
 namespace {
 
-constexpr int64_t MAX_QUERIES = 128;  // of a piece, or one row's
+constexpr int64_t MAX_QUERIES = 256;  // of a piece, or one row's
 
 struct Problem {
     const bf16* query;      // [T, H, d]
@@ -58,7 +58,7 @@ struct Visible {
 struct Scratch {
     const int64_t width, v_width, num_pairs;  // numbers of a row, whole vectors; pairs of a key
     std::vector<bf16> queries, nothing;
-    std::vector<float> sums, values, weights, most, total;
+    std::vector<float> sums, values, weights, most, total;  // weights of tiles are 16 queries' alone
     std::vector<uint32_t> turned, value_pairs;  // the latter of values at keys 2i and 2i + 1, for tiles
 
     // Of up to n queries, which a multiple of 16 is.
@@ -172,28 +172,89 @@ class Attention {
     // Up to 16 queries from q on. What a row sees all keys of a block of is a product of tiles, with weights in bfloat16; of other
     // blocks it adds up what it sees by itself, as 0 * NaN is NaN.
     void attend_by_tiles(int64_t block, int64_t q) {
-        float *weights = own_.weights.data() + q * KEYS, *sums = own_.sums.data() + q * own_.v_width;
+        float *weights = own_.weights.data(), *sums = own_.sums.data() + q * own_.v_width;
         const int n = std::min<int64_t>(SIDE, n_ - q);
         score_by_tiles(own_.queries.data() + q * own_.width, own_.width, own_.turned.data(), m_.d, weights);
-        bf16 rounded_weights[SIDE][KEYS] = {};
-        bool is_whole[SIDE] = {};
+        int64_t begin[SIDE] = {}, end[SIDE] = {};
         for (int t = 0; t < n; ++t) {
             const Visible keys = visible(q + t);
-            const int64_t end = std::clamp<int64_t>(keys.last - block, 0, KEYS), begin = std::clamp<int64_t>(keys.first - block, 0, end);
-            if (begin == end) continue;
-            weigh(q + t, begin, end);
-            is_whole[t] = end - begin == KEYS;
-            if (!is_whole[t]) add_values<1>(weights + t * KEYS, own_.values.data(), begin, end, own_.v_width, sums + t * own_.v_width);
-            else
-                for (int64_t k = 0; k < KEYS; k += WIDTH) store(rounded_weights[t] + k, load(weights + t * KEYS + k));
+            end[t] = std::clamp<int64_t>(keys.last - block, 0, KEYS);
+            begin[t] = std::clamp<int64_t>(keys.first - block, 0, end[t]);
         }
-        if (std::find(is_whole, is_whole + SIDE, true) == is_whole + SIDE) return;
-        for (int64_t i = 0; i < own_.v_width; i += SIDE) {
+        alignas(64) bf16 rounded_weights[SIDE][KEYS] = {};
+        weigh_by_tiles(q, n, begin, end, rounded_weights);
+        int num_whole = 0;
+        for (int t = 0; t < n; ++t) {
+            if (end[t] - begin[t] == KEYS) ++num_whole;
+            else if (begin[t] < end[t])
+                add_values<1>(weights + t * KEYS, own_.values.data(), begin[t], end[t], own_.v_width, sums + t * own_.v_width);
+        }
+        for (int64_t i = 0; i < own_.v_width && num_whole > 0; i += SIDE) {
+            const uint32_t* values = own_.value_pairs.data() + i;
+            if (num_whole == SIDE) {
+                add_values_by_tiles(rounded_weights, values, own_.v_width, sums + i, sums + i, own_.v_width);
+                continue;
+            }
             float products[SIDE][SIDE];
-            add_values_by_tiles(rounded_weights, own_.value_pairs.data() + i, own_.v_width, sums + i, products);
+            add_values_by_tiles(rounded_weights, values, own_.v_width, sums + i, products[0], SIDE);
             for (int t = 0; t < n; ++t)
-                if (is_whole[t]) store(sums + t * own_.v_width + i, load(products[t]));
+                if (end[t] - begin[t] == KEYS) store(sums + t * own_.v_width + i, load(products[t]));
         }
+    }
+
+    // As `weigh`, of n queries from q on, each with its keys [begin, end) of the block; where these are all, the weights are
+    // rounded ones.
+    void weigh_by_tiles(int64_t q, int n, const int64_t* begin, const int64_t* end, bf16 (&rounded_weights)[SIDE][KEYS]) {
+        const Floats scale = all(m_.scale), none = all(-std::numeric_limits<float>::infinity());
+        Floats most[SIDE], sums[SIDE];
+        for (int t = 0; t < SIDE; ++t) {
+            float* row = own_.weights.data() + t * KEYS;
+            most[t] = none;
+            for (int c = 0; c < KEYS; c += WIDTH) {
+                Floats scores = load(row + c) * scale;
+                if (end[t] - begin[t] < KEYS) scores = only(begin[t] - c, end[t] - c, scores, none);
+                store(row + c, scores);
+                most[t] = larger(most[t], scores);
+            }
+        }
+        // Lanes are queries from here on.
+        const Floats before = load(own_.most.data() + q), now = larger(tree_of(most, larger), before);
+        const Floats kept = exponential(before - now);
+        alignas(64) float now_of[SIDE], kept_of[SIDE];
+        store(now_of, now);
+        store(kept_of, kept);
+        for (int t = 0; t < SIDE; ++t) {
+            float* row = own_.weights.data() + t * KEYS;
+            sums[t] = all(0.0f);
+            for (int c = 0; c < KEYS && begin[t] < end[t]; c += WIDTH) {
+                Floats weights = exponential(load(row + c) - all(now_of[t]));
+                if (end[t] - begin[t] == KEYS) store(rounded_weights[t] + c, weights);
+                else {
+                    weights = only(begin[t] - c, end[t] - c, weights, all(0.0f));
+                    store(row + c, weights);
+                }
+                sums[t] = sums[t] + weights;
+            }
+            if (begin[t] == end[t] || now_of[t] == own_.most[q + t]) continue;
+            float* products = own_.sums.data() + (q + t) * own_.v_width;
+            for (int64_t i = 0; i < own_.v_width; i += WIDTH) store(products + i, load(products + i) * all(kept_of[t]));
+        }
+        alignas(64) float total_of[SIDE];
+        store(total_of, load(own_.total.data() + q) * kept + tree_of(sums, [](Floats a, Floats b) { return a + b; }));
+        for (int t = 0; t < n; ++t)
+            if (begin[t] < end[t]) {
+                own_.most[q + t] = now_of[t];
+                own_.total[q + t] = total_of[t];
+            }
+    }
+
+    // Lane t: the lanes of row t, as a tree.
+    template <class Join>
+    static Floats tree_of(Floats (&rows)[SIDE], Join join) {
+        transpose(rows);
+        for (int step = SIDE / 2; step > 0; step /= 2)
+            for (int i = 0; i < step; ++i) rows[i] = join(rows[i], rows[i + step]);
+        return rows[0];
     }
 #endif
 

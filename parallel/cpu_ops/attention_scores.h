@@ -111,9 +111,9 @@ inline void score_by_tiles(const bf16* queries, int64_t row_length, const uint32
 }
 
 // totals = sums + weights . values, of 16 queries and 16 numbers of the values of a block: pairs of these, and sums, are in rows of
-// `width`.
+// `width`, totals in rows of `totals_width`.
 inline void add_values_by_tiles(const bf16 (&weights)[SIDE][KEYS], const uint32_t* value_pairs, int64_t width, const float* sums,
-                                float (&totals)[SIDE][SIDE]) {
+                                float* totals, int64_t totals_width) {
     const int64_t row_bytes = width * sizeof(float);
     finish_writes(weights);
     _tile_loadd(0, sums, row_bytes);
@@ -122,7 +122,7 @@ inline void add_values_by_tiles(const bf16 (&weights)[SIDE][KEYS], const uint32_
         _tile_loadd(2, value_pairs + k / 2 * width, row_bytes);
         _tile_dpbf16ps(0, 1, 2);
     }
-    _tile_stored(0, totals, SIDE * sizeof(float));
+    _tile_stored(0, totals, totals_width * sizeof(float));
 }
 
 #endif

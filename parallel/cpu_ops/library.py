@@ -55,7 +55,7 @@ INSTRUCTION_SETS = {
 # By name: the types of their arguments. None of them returns anything.
 OPERATORS: dict[str, list[type]] = {
     "waybill_experts_bf16": [
-        *[ctypes.c_void_p] * 10,
+        *[ctypes.c_void_p] * 12,
         *[ctypes.c_int64] * 6,
         *(ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_int),
     ],

@@ -79,7 +79,7 @@ WeightTiles with_zeros(const Problem& m, int64_t first, uint32_t* memory) {
     std::fill(rows, rows + OUTPUTS * m.C, 0);
     for (int64_t r = first; r < m.R; ++r)
         std::memcpy(rows + (r - first) * m.C, m.weight + r * m.weight_stride, m.C * sizeof(bf16));
-    return {{rows, rows + SIDE * m.C}, m.C};
+    return {{rows, rows + SIDE * m.C}, m.C, 0};
 }
 
 // sums[p][i] of tiles of outputs i, from `first` on, and panels p: the parts of all added up, and the bias, which is the first
@@ -103,18 +103,21 @@ void multiply(const Problem& m, const WeightTiles& weights, int64_t first, const
 
 // Of two tiles: outputs from `first` on, tokens from `token` on up to `end`.
 void put(const Problem& m, const Sums (&sums)[2], int64_t first, int64_t token, int64_t end) {
-    Floats rows[2][SIDE];
-    for (int i = 0; i < 2; ++i) {
-        for (int o = 0; o < SIDE; ++o) {
-            rows[i][o] = load(sums[i][o]);
-        }
-        transpose(rows[i]);
-    }
+    Floats values[2][SIDE];
+    for (int i = 0; i < 2; ++i)
+        for (int o = 0; o < SIDE; ++o) values[i][o] = load(sums[i][o]);
     const int64_t num_outputs = std::min<int64_t>(OUTPUTS, m.R - first), num_tokens = std::min<int64_t>(SIDE, end - token);
-    for (int64_t t = 0; t < num_tokens; ++t) {
-        const int64_t at = (token + t) * m.R + first;
-        if (m.partial == nullptr) store(m.out + at, rows[0][t], rows[1][t], num_outputs);
-        else for (int i = 0; i < 2; ++i) store(m.partial + at + i * SIDE, rows[i][t], std::max<int64_t>(num_outputs - i * SIDE, 0));
+    if (m.partial == nullptr) {
+        __m512i rows[SIDE];
+        rounded_rows(values, rows);
+        const __mmask32 is_there = num_outputs == OUTPUTS ? ~__mmask32(0) : (__mmask32(1) << num_outputs) - 1;
+        for (int64_t t = 0; t < num_tokens; ++t) _mm512_mask_storeu_epi16(m.out + (token + t) * m.R + first, is_there, rows[t]);
+        return;
+    }
+    for (int i = 0; i < 2; ++i) {
+        transpose(values[i]);
+        for (int64_t t = 0; t < num_tokens; ++t)
+            store(m.partial + (token + t) * m.R + first + i * SIDE, values[i][t], std::max<int64_t>(num_outputs - i * SIDE, 0));
     }
 }
 
@@ -136,7 +139,7 @@ void multiply_by_tiles(const Problem& m, uint32_t* panels) {
         }
         for (int64_t first = own.begin; first < own.end; first += OUTPUTS) {
             const bf16* rows = m.weight + first * m.weight_stride;
-            WeightTiles weights{{rows, rows + SIDE * m.weight_stride}, m.weight_stride};
+            WeightTiles weights{{rows, rows + SIDE * m.weight_stride}, m.weight_stride, OUTPUTS * m.weight_stride};
             if (first + OUTPUTS > m.R) weights = with_zeros(m, first, scratch.of(OUTPUTS * m.C / 2));
             for (int64_t p = 0; p < num_panels; p += MAX_PANELS) {
                 const int num = std::min<int64_t>(MAX_PANELS, num_panels - p);

@@ -60,11 +60,6 @@ inline Floats widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_
 
 #if defined(__AVX512BF16__)
 inline __m256i narrow(Floats x) { return (__m256i)_mm512_cvtneps_pbh(x.v); }
-// The first n numbers of two vectors.
-inline void store(bf16* to, Floats low, Floats high, int64_t n) {
-    const __mmask32 first = n >= LANES ? ~__mmask32(0) : (__mmask32(1) << n) - 1;
-    _mm512_mask_storeu_epi16(to, first, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
-}
 #else
 // To the nearest, ties to even; NaN stays NaN.
 inline __m256i narrow(Floats x) {

@@ -9,11 +9,11 @@ import pytest
 
 SCRIPT = """
 import resource, sys
-soft, hard, asked = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None
+soft, hard, asked, files = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None, int(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 from waybill.launch.open_files import connections_within_limit
 try:
-    most = connections_within_limit(asked, 2, 32)
+    most = connections_within_limit(asked, 2, 32, files)
 except ValueError as error:
     print(error)
 else:
@@ -21,8 +21,8 @@ else:
 """
 
 
-def limits(soft: int, hard: int, asked: int) -> str:
-    command = [sys.executable, "-c", SCRIPT, str(soft), str(hard), str(asked)]
+def limits(soft: int, hard: int, asked: int, files: int = 1) -> str:
+    command = [sys.executable, "-c", SCRIPT, str(soft), str(hard), str(asked), str(files)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -39,3 +39,9 @@ def test_the_default_takes_what_there_is() -> None:
 @pytest.mark.parametrize(("hard", "asked"), [(512, 500), (100, 0)])
 def test_what_does_not_fit_is_said(hard: int, asked: int) -> None:
     assert "--max-connections" in limits(hard, hard, asked) and "ulimit -n" in limits(hard, hard, asked)
+
+
+def test_a_router_opens_more_for_each() -> None:
+    one, three = (int(limits(512, 512, 0, files).split()[0]) for files in (1, 3))
+    assert three == one // 3
+    assert limits(512, 512, 0, 1000).startswith("--max-connections")

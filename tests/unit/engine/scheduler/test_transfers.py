@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from waybill.engine.disaggregation.transfer_server import MAX_REMEMBERED
 from waybill.engine.io_struct import FinishReason, FirstToken, SamplingParams, TokenOutput, TransferSource
 from waybill.engine.ipc.frontend_messages import TokenizedGenerateReqInput, TransferNotice
 from waybill.engine.kv_cache.page_pool import Pages
 from waybill.engine.plan import DropPages, FetchPages, PageMessage, SharePages
 from waybill.engine.scheduler.decode_transfers import DecodeTransfers
-from waybill.engine.scheduler.prefill_transfers import PrefillTransfers
+from waybill.engine.scheduler.prefill_transfers import MAX_ENDED, PrefillTransfers
 from waybill.engine.scheduler.req import Req
 from waybill.engine.vision.placed_image import PlacedImage
 
@@ -175,3 +176,18 @@ def test_a_prefill_that_nobody_fetches_ends() -> None:
     assert settled.req is kept and settled.reason is not None and settled.reason.status_code == 500
     finish(transfers, kept, settled.reason)
     assert transfers.settle() == [] and transfers.state()["num_transfers_failed"] == 2
+
+
+def test_a_room_is_for_one_request() -> None:
+    """The ranks remember how its last one has ended, and say so to whoever asks for pages of the next one."""
+    transfers = PrefillTransfers(lambda message: None, 60.0, lambda: "w", Clock())
+    assert MAX_ENDED >= MAX_REMEMBERED
+    for room in range(MAX_ENDED + 1):
+        req = make_req(room)
+        assert transfers.begin(req) == ""
+        finish(transfers, req, FinishReason("length", length=1))
+    for room in (1, MAX_ENDED):
+        req = make_req(room)
+        assert transfers.begin(req) == f"bootstrap_room={room}: an earlier request had it; each needs one of its own"
+        assert not req.is_lent
+    assert transfers.begin(make_req(0)) == "", "the last ones are remembered"

@@ -269,8 +269,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("output_processors='node': must be 'engine' with disaggregation")
         if self.encoder is not None:
             check_host_port(self.encoder)
-            if self.disaggregation != "none":
-                raise ValueError("encoder: must be absent with disaggregation, whose sides take no images")
         if self.weight_sync_hosts is not None:
             check_allowed_hosts("weight_sync_hosts", self.weight_sync_hosts)
         if self.disaggregation_allowed_hosts is not None:

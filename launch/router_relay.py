@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
 from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -28,6 +29,8 @@ HOP_HEADERS = frozenset(
     )
 )
 RawHeaders = list[tuple[bytes, bytes]]
+# Of the prefill's side, when the decode's has answered.
+LAST_ANSWER_S = 1.0
 
 
 def passed_on(headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
@@ -57,6 +60,24 @@ class Beginning:
     answer: httpx.Response
     first: bytes
     rest: AsyncIterator[bytes]
+
+    @property
+    def is_refusal(self) -> bool:
+        """Of a stream the first event says it, in the words of either API: what is refused with 400 is an event of it."""
+        if self.answer.is_error:
+            return True
+        try:
+            event = msgspec.json.decode(self.first.removeprefix(b"data: ").partition(b"\n\n")[0], type=FirstEvent)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        return event.error is not None or (event.meta_info.get("finish_reason") or {}).get("status_code") is not None
+
+
+class FirstEvent(msgspec.Struct):
+    """What of it says that there is no answer."""
+
+    error: Any = None
+    meta_info: dict[str, Any] = {}
 
 
 # The sides that are asked at once, each with its body. The last one's answer is the caller's.
@@ -88,6 +109,8 @@ class Relay(Response):
         self._attempts = attempts
         self._elsewhere = elsewhere
         self._has_begun = False
+        # What lets go of the sides' answers.
+        self._ending: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         working = self._sides.working(self._relay(scope, receive, send))
@@ -99,6 +122,9 @@ class Relay(Response):
             for task in (working, leaving):
                 task.cancel()
             results = await asyncio.gather(working, leaving, return_exceptions=True)
+            # Not in the task that is cancelled when the answer is complete, for the server says then that its caller is
+            # gone: a connection that is cancelled while it closes stays open, and its side goes on.
+            await asyncio.gather(*self._ending)
         if isinstance(results[0], Exception):
             raise results[0]
         if is_stopped and not self._has_begun:
@@ -124,6 +150,7 @@ class Relay(Response):
         """
         *_, last = attempt
         asked = {side: asyncio.create_task(self._ask(side, content)) for side, content in attempt.items()}
+        patience_s = 0.0
         with last.serving():
             try:
                 await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -133,11 +160,13 @@ class Relay(Response):
                 self._has_begun = True
                 try:
                     await send_pieces(begun, send)
+                    # The prefill's side comes to its end, too; cut off, its part would count as failed.
+                    patience_s = LAST_ANSWER_S if side is last else 0.0
                 except httpx.HTTPError as error:
                     # The server cuts the connection, as it does for a response without an end.
                     logger.warning("%s ended in the middle of an answer: %s", side, said(error))
             finally:
-                await asyncio.gather(*map(end, asked.values()))
+                self._ending += [asyncio.create_task(end(asking, patience_s)) for asking in asked.values()]
 
     async def _ask(self, side: Side, content: bytes) -> Beginning:
         request = to_side(self._http, side, content)
@@ -173,7 +202,8 @@ async def begin(client: httpx.AsyncClient, side: Side, request: httpx.Request) -
     try:
         first = await anext(pieces, b"")
         if side.kind == PREFILL:
-            kept = [piece async for piece in pieces if answer.is_error]
+            is_kept = Beginning(answer, first, pieces).is_refusal
+            kept = [piece async for piece in pieces if is_kept]
             first = b"".join((first, *kept))
     except BaseException:
         await answer.aclose()
@@ -192,11 +222,12 @@ async def send_pieces(begun: Beginning, send: Send) -> None:
 
 
 def has_failed(asking: asyncio.Task[Any]) -> bool:
-    return asking.done() and (asking.exception() is not None or asking.result().answer.is_error)
+    return asking.done() and (asking.exception() is not None or asking.result().is_refusal)
 
 
-async def end(asking: asyncio.Task[Beginning]) -> None:
+async def end(asking: asyncio.Task[Beginning], patience_s: float) -> None:
     """Let go of a side's answer."""
+    await asyncio.wait((asking,), timeout=patience_s)
     asking.cancel()
     try:
         begun = await asking

@@ -67,6 +67,7 @@ class EncoderClient:
         # Of a token.
         self._num_values = (1 + int(facts["deepstack_levels"])) * int(facts["hidden_size"])
         self._incarnation = ""
+        self._weights = ""
         # Whether there was a connection, and is none.
         self._is_lost = False
         # Why it is not asked, until it answers again.
@@ -214,7 +215,7 @@ class EncoderClient:
                     last = reply.incarnation
                     self._on_new_encoder(last)
                 self._incarnation, self._refusal, self._down = reply.incarnation, "", ""
-                self.max_image_bytes = reply.max_image_bytes
+                self.max_image_bytes, self._weights = reply.max_image_bytes, reply.weights
                 self._changed.set()
             elif isinstance(reply, Refused):
                 self._refusal, self._down = f"does not fit the engine: {reply.error}", ""
@@ -233,7 +234,8 @@ class EncoderClient:
         if isinstance(reply, Encoded) and data.nbytes != self._num_bytes(reply):
             future.set_exception(EncoderError(f"encoder {self.place}: has sent {data.nbytes} bytes for {reply}"))
         elif isinstance(reply, Encoded):
-            future.set_result(Features(self._incarnation, reply.height, reply.width, reply.dtype, data))
+            made = Features(self._incarnation, self._weights, reply.height, reply.width, reply.dtype, data)
+            future.set_result(made)
         elif reply.kind == BAD_IMAGE:
             future.set_exception(ImageRefusedError(reply.error))
         else:

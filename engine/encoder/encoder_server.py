@@ -1,4 +1,5 @@
-"""The encoder's socket: one thread answers, one encodes. What waits and what is kept are bounded."""
+"""The encoder's socket: one thread answers, one encodes. What waits and what is kept are bounded. An image that several
+frontends ask for, as the two sides of a request do, is encoded once."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import uuid
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from ..ipc.critical_thread import start_critical_thread
 from ..ipc.router_loop import RouterLoop
@@ -37,6 +40,7 @@ class Tower(Protocol):
     """See `VisionTower`."""
 
     facts: dict[str, str]
+    weights: str
 
     def encode(self, file: bytes) -> EncodedImage: ...
 
@@ -74,9 +78,13 @@ class EncodedCache:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Question:
     sender: bytes
     number: int
+
+
+@dataclass(frozen=True)
+class _Job:
     digest: bytes
     file: bytes
 
@@ -91,7 +99,9 @@ class EncoderServer:
         self._incarnation = uuid.uuid4().hex
         self._cache = EncodedCache(limits.cache_bytes)
         self._jobs: queue.Queue[_Job] = queue.Queue(limits.max_waiting)
-        self._done: deque[tuple[_Job, EncodedImage | Failed]] = deque()
+        # Of each image that waits or is encoded.
+        self._questions: dict[bytes, list[_Question]] = {}
+        self._done: deque[tuple[bytes, EncodedImage | Failed]] = deque()
 
     def run(self) -> None:
         start_critical_thread(self._work, "vision tower")
@@ -105,58 +115,62 @@ class EncoderServer:
         elif request.incarnation != self._incarnation:
             self._loop.send(sender, Failed(request.number, FAULT, "has been started anew"))
         else:
-            self._take(_Job(sender, request.number, request.digest, frames[0] if frames else b""))
+            self._take(_Question(sender, request.number), _Job(request.digest, frames[0] if frames else b""))
 
     def _greet(self, hello: Hello) -> Reply:
         refusal = difference(hello.facts, self._tower.facts)
-        return Refused(refusal) if refusal else Welcome(self._incarnation, self._limits.max_image_bytes)
+        if refusal:
+            return Refused(refusal)
+        return Welcome(self._incarnation, self._limits.max_image_bytes, self._tower.weights)
 
-    def _take(self, job: _Job) -> None:
+    def _take(self, question: _Question, job: _Job) -> None:
         known = self._cache.get(job.digest)
         if known is not None:
-            self._answer(job, known)
+            self._answer(question, known)
+            return
+        if job.digest in self._questions:
+            self._questions[job.digest].append(question)
             return
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
             error = f"{self._limits.max_waiting} images wait already (--max-waiting)"
-            self._answer(job, Failed(job.number, OVERLOADED, error))
+            self._answer(question, Failed(question.number, OVERLOADED, error))
+        else:
+            self._questions[job.digest] = [question]
 
     def _answer_done(self) -> None:
         while self._done:
-            job, result = self._done.popleft()
+            digest, result = self._done.popleft()
             if isinstance(result, EncodedImage):
-                self._cache.add(job.digest, result)
-            self._answer(job, result)
+                self._cache.add(digest, result)
+            for question in self._questions.pop(digest):
+                self._answer(question, result)
 
-    def _answer(self, job: _Job, result: EncodedImage | Failed) -> None:
+    def _answer(self, question: _Question, result: EncodedImage | Failed) -> None:
         if isinstance(result, Failed):
-            self._loop.send(job.sender, result)
+            self._loop.send(question.sender, msgspec.structs.replace(result, number=question.number))
         else:
-            head = Encoded(job.number, result.height, result.width, result.dtype)
-            self._loop.send(job.sender, head, [result.features])
+            head = Encoded(question.number, result.height, result.width, result.dtype)
+            self._loop.send(question.sender, head, [result.features])
 
     # --- the other thread -------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        last: tuple[bytes, EncodedImage] | None = None
         while True:
             job = self._jobs.get()
-            # One that came again while it was encoded.
-            result = last[1] if last is not None and last[0] == job.digest else self._encode(job)
-            if isinstance(result, EncodedImage):
-                last = (job.digest, result)
-            self._done.append((job, result))
+            self._done.append((job.digest, self._encode(job)))
             self._loop.wake()
 
     def _encode(self, job: _Job) -> EncodedImage | Failed:
+        """A failure has the number of no question yet."""
         if hashlib.sha256(job.file).digest() != job.digest:
-            return Failed(job.number, FAULT, "the image has another SHA-256 than was said")
+            return Failed(0, FAULT, "the image has another SHA-256 than was said")
         try:
             return self._tower.encode(job.file)
         except BadImageError as error:
-            return Failed(job.number, BAD_IMAGE, str(error))
+            return Failed(0, BAD_IMAGE, str(error))
         # One image's: memory that it lacks, say. Others go on.
         except Exception as error:
             logger.exception("an image could not be encoded")
-            return Failed(job.number, FAULT, f"{type(error).__name__}: {error}")
+            return Failed(0, FAULT, f"{type(error).__name__}: {error}")

@@ -3,7 +3,9 @@ to what takes the place of its tokens."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from ..models.registry import load_model_config_of
 from ..routing.hf_config import read_hf_config
 
 PREFIX = "model.visual."
+# Of an image processor: what else decides than how large an image is made.
+PIXELS = ("rescale_factor", "image_mean", "image_std")
 # That Pillow may read. Others have decoders that run programs (EPS), or that nobody looks after.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
@@ -61,7 +65,9 @@ class VisionTower:
         self._processor = load_processor(model_path)
         # Else a device rounds the inputs of convolutions to 10 bits behind the point, also in float32.
         torch.backends.cudnn.allow_tf32 = False
-        self._model = load_tower(model_path, config.dtype).to(device)
+        model = load_tower(model_path, config.dtype)
+        self.weights = weights_of(model, {name: getattr(self._processor, name) for name in PIXELS})
+        self._model = model.to(device)
         self._device = device
 
     def encode(self, file: bytes) -> EncodedImage:
@@ -143,6 +149,16 @@ def load_tower(model_path: str, dtype: torch.dtype) -> Any:
     except RuntimeError as error:
         raise ValueError(f"model_path={model_path!r}: the vision tower's tensors do not fit: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+def weights_of(model: torch.nn.Module, pixels: dict[str, Any]) -> str:
+    """The SHA-256 of a tower on the CPU, and of how pixels become its inputs: wherever its file is, and on whatever device
+    it runs then."""
+    digest = hashlib.sha256(json.dumps(pixels, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def tower_tensors(model_path: str) -> Iterator[tuple[str, torch.Tensor]]:

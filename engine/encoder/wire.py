@@ -15,10 +15,12 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """They are; the encoder of this name answers, and takes images of so many bytes."""
+    """They are; the encoder of this name answers, and takes images of so many bytes. Encoders of the same `weights` make
+    the same of an image."""
 
     incarnation: str
     max_image_bytes: int
+    weights: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

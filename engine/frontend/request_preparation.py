@@ -91,7 +91,8 @@ class RequestPreparation:
                 waiting = self._waiting.begin(name_samples(request, rids))
                 if request.has_images:
                     # Where all is aborted first, there is an answer without them.
-                    images = await waiting.unless_aborted(self._pin_images(request), PinnedImages.release)
+                    pinning = self._pin_images(request, limits.disaggregation)
+                    images = await waiting.unless_aborted(pinning, PinnedImages.release)
                 encode = partial(
                     self._text.encode,
                     max_tokens=limits.context_length,
@@ -121,13 +122,16 @@ class RequestPreparation:
             delivery = RouteDelivery(self._sessions, request.affinity, samples)
         return PreparedRequest(request, samples, permits, waiting, delivery, images)
 
-    async def _pin_images(self, request: GenerateReqInput) -> PinnedImages:
+    async def _pin_images(self, request: GenerateReqInput, disaggregation: str) -> PinnedImages:
         """
         Raises:
             ValueError, OverloadedError, UnavailableError: as `PromptImages.pin`.
         """
         if self.images is None:
-            raise FieldError("image_data: images need an engine that is started with --encoder HOST:PORT", "image_data")
+            who = "an engine that is started with --encoder HOST:PORT"
+            if disaggregation != "none":
+                who = f"--encoder HOST:PORT on both sides, and the {disaggregation}'s has none"
+            raise FieldError(f"image_data: images need {who}", "image_data")
         return await self.images.pin(request)
 
     async def _check_grammars(

@@ -70,9 +70,11 @@ def check_rooms(sources: Sequence[TransferSource | None]) -> None:
 
 
 def _digest(sample: SampleRequest) -> bytes:
-    """Of what an answer that two engines make must be asked of both."""
+    """Of what an answer that two engines make must be asked of both. Images are not in the ids, and each side numbers them
+    by itself."""
     options = sample.output_options
-    asked = (options.return_logprob, options.logprob_start_len, options.top_logprobs_num)
+    images = [image.content for image in sample.stored]
+    asked = (options.return_logprob, options.logprob_start_len, options.top_logprobs_num, images)
     ids = np.ascontiguousarray(sample.input_ids, dtype="<i8")
     return hashlib.blake2b(msgspec.json.encode(asked) + ids.tobytes(), digest_size=16).digest()
 

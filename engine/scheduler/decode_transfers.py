@@ -36,7 +36,8 @@ def difference(awaited: _Awaited) -> str:
     assert source is not None
     if awaited.first is None or awaited.first.digest == source.digest:
         return ""
-    fields = "prompt, return_logprob, logprob_start_len and top_logprobs_num"
+    images = "images (and the weights of their --encoder), " if awaited.req.recv.images else ""
+    fields = f"prompt, {images}return_logprob, logprob_start_len and top_logprobs_num"
     return f"bootstrap_room={source.room} is another request there: {fields} must be the same on both sides"
 
 

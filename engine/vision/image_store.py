@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ class ImageTooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """What the tower of an encoder has made of an image's grid of tokens: the bytes of [height * width, 1 + levels, D]."""
+    """What the tower of an encoder, of these weights, has made of an image's grid of tokens: the bytes of [height * width,
+    1 + levels, D]."""
 
     incarnation: str
+    weights: str
     height: int
     width: int
     dtype: str
@@ -50,9 +53,11 @@ class Room:
 
 @dataclass(eq=False)
 class StoredImage:
-    """One image's features. Whoever pins it has it until `unpin`."""
+    """One image's features. Whoever pins it has it until `unpin`. Where other engines' stores have an image of the same
+    `content`, it is the same file, and weights that are alike have encoded it; `number` is this store's alone."""
 
     number: int
+    content: bytes
     height: int
     width: int
     dtype: str
@@ -73,6 +78,12 @@ class StoredImage:
         self.num_pins -= 1
         if self.num_pins == 0 and self.on_unused is not None:
             self.on_unused()
+
+
+def content_of(digest: bytes, features: Features) -> bytes:
+    """See `StoredImage`; of the SHA-256 of a file."""
+    made_by = f"{features.weights} {features.height} {features.width}".encode()
+    return hashlib.sha256(digest + made_by).digest()
 
 
 class ImageStore:
@@ -141,6 +152,7 @@ class ImageStore:
         number = self._number_of(digest)
         image = StoredImage(
             number,
+            content_of(digest, features),
             features.height,
             features.width,
             features.dtype,

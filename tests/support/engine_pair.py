@@ -31,7 +31,14 @@ class EnginePair:
     """`prefill` and `decode`, with options of their own beside those of both. On CUDA the prefill has the first device and
     the decode the second."""
 
-    def __init__(self, model: str, prefill: dict[str, Any], decode: dict[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        prefill: dict[str, Any],
+        decode: dict[str, Any],
+        secret: str = "a secret of both engines",
+        **options: Any,
+    ) -> None:
         self.port = free_port()
         self._rooms = itertools.count(1)
         self._threads = ThreadPoolExecutor(16)
@@ -43,7 +50,7 @@ class EnginePair:
             )
         ]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(RUN_SECRET_VARIABLE, "a secret of both engines")
+            patch.setenv(RUN_SECRET_VARIABLE, secret)
             if options.get("device") == "cuda":
                 # Each sees both: a driver maps memory of a device that the process sees alone. One after the other, as
                 # the environment is that of this process.

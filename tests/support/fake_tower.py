@@ -27,7 +27,8 @@ class FakeTower:
 
     facts = FACTS
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str = "some") -> None:
+        self.weights = weights
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.num_encoded = 0
@@ -42,8 +43,8 @@ class FakeTower:
         return EncodedImage(1, len(file), "float32", features_of(file))
 
 
-def serve(tower: FakeTower, max_waiting: int = 8) -> Endpoint:
+def serve(tower: FakeTower, max_waiting: int = 8, cache_bytes: int = 1 << 10) -> Endpoint:
     where = Endpoint(f"tcp://127.0.0.1:{free_port()}", KEYS)
-    server = EncoderServer(where, tower, EncoderLimits(max_waiting, 1 << 10, MAX_BYTES))
+    server = EncoderServer(where, tower, EncoderLimits(max_waiting, cache_bytes, MAX_BYTES))
     threading.Thread(target=server.run, daemon=True).start()
     return where

@@ -111,3 +111,72 @@ def test_a_caller_who_leaves_before_its_body_is_whole_is_no_fault(caplog: pytest
     for path, method in (("/generate", "POST"), ("/abort_request", "POST"), ("/server_info", "GET")):
         relay(Leaving(path, method), whole(b""), whole(b""))
     assert not caplog.records
+
+
+class Slow(Feed):
+    """Whose connection closes in some turns of the loop."""
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0.02)
+        await super().aclose()
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_the_other_side_still_does_ends_with_a_refusal(has_begun: bool) -> None:
+    """A server says that its caller is gone as soon as the answer is complete: while connections are being closed."""
+    feed, was_closed, is_complete = Slow(), asyncio.Event(), asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "p":
+            await asyncio.sleep(0.05)
+            return whole(b"no", 503)
+        if has_begun:
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=feed)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.02)
+            was_closed.set()
+        raise AssertionError
+
+    caller, body = Caller("/generate", "POST"), [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> dict[str, object]:
+        if body:
+            return body.pop()
+        await is_complete.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            is_complete.set()
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            router = make_router(
+                Sides([Side(PREFILL, "http://p", ("127.0.0.1", 8998))], [Side(DECODE, "http://d")], client)
+            )
+            await asyncio.wait_for(router(caller.scope, receive, send), 5)
+            assert feed.is_closed if has_begun else was_closed.is_set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("first", "is_refusal"),
+    [
+        (b'data: {"text": "", "meta_info": {"finish_reason": {"type": "abort", "status_code": 400}}}\n\n', True),
+        (b'data: {"error": {"message": "no --encoder", "code": 400}}\n\n', True),
+        (b'data: {"text": "a", "meta_info": {"finish_reason": null}}\n\n', False),
+        (b'data: {"choices": []}\n\n', False),
+        (b"data: [DONE]\n\n", False),
+    ],
+)
+def test_a_stream_in_which_the_prefills_side_refuses(first: bytes, is_refusal: bool) -> None:
+    """The decode's side would wait for the prompt."""
+    event_stream = {"content-type": "text/event-stream"}
+    prefill = httpx.Response(200, headers=event_stream, stream=httpx.ByteStream(first))
+    feed = Feed() if is_refusal else Feed(b"data: 1\n\n")
+    caller = Caller("/generate", "POST", b"{}")
+    relay(caller, prefill, httpx.Response(200, headers=event_stream, stream=feed))
+    assert caller.pieces == [first if is_refusal else b"data: 1\n\n"] and feed.is_closed

@@ -88,6 +88,32 @@ def test_features_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -
     use(serve(tower), talk)
 
 
+def test_two_frontends_ask_for_the_same_images_at_once() -> None:
+    """As the sides of a request with several do: each is encoded once, also where nothing is kept."""
+    tower = FakeTower()
+    where = serve(tower, cache_bytes=0)
+
+    async def talk(one: EncoderClient) -> None:
+        other = EncoderClient(where, FACTS, 5.0, lambda name: None)
+        other.start()
+        tower.may_go_on.clear()
+        asking = []
+        for client in (one, other):
+            asking += [asyncio.create_task(ask(client, file)) for file in (b"a", b"bb", b"bad")]
+            await asyncio.sleep(0.3)
+        tower.may_go_on.set()
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        for a, b, bad in (answers[:3], answers[3:]):
+            assert (bytes(a.data), bytes(b.data)) == (features_of(b"a"), features_of(b"bb"))
+            assert a.weights == tower.weights and isinstance(bad, ImageRefusedError)
+        assert tower.num_encoded == 2
+        await ask(one, b"a")
+        assert tower.num_encoded == 3
+        other.close()
+
+    use(where, talk)
+
+
 def test_a_slow_tower_and_a_full_queue() -> None:
     tower = FakeTower()
     where = serve(tower, max_waiting=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -48,12 +49,12 @@ def output(rid: str, **fields: object) -> RequestOutput:
 class Wiring:
     """A manager that is ready, and the sockets of the engine behind it."""
 
-    def __init__(self, folder: Path, observer: RequestObserver | None = None) -> None:
+    def __init__(self, folder: Path, observer: RequestObserver | None = None, **options: Any) -> None:
         self.context = zmq.Context()
         self.leader: Receiver[FrontendMessage] = Receiver(self.context, f"ipc://{folder}/leader", FrontendMessage)
         self.failures: list[str] = []
         self.manager = TokenizerManager(
-            EngineConfig(model_path="m"),
+            EngineConfig(model_path="m", **options),
             None,
             leaders=[f"ipc://{folder}/leader"],
             frontend=f"ipc://{folder}/frontend",
@@ -83,10 +84,10 @@ class Wiring:
 
 
 def with_wiring(
-    folder: Path, check: Callable[[Wiring], Awaitable[None]], observer: RequestObserver | None = None
+    folder: Path, check: Callable[[Wiring], Awaitable[None]], observer: RequestObserver | None = None, **options: Any
 ) -> None:
     async def run() -> None:
-        wiring = Wiring(folder, observer)
+        wiring = Wiring(folder, observer, **options)
         wiring.say(ControlReply("ready", True, state=FACTS))
         await wiring.manager.start(WAIT_S)
         try:
@@ -242,3 +243,21 @@ def test_a_request_over_http_has_a_span_below_its_caller_s(tmp_path: Path, strea
     assert {(f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") for span in spans if span.parent} == {
         (trace_id, span_id)
     }
+
+
+@pytest.mark.parametrize(
+    ("side", "needs"),
+    [
+        ("none", "an engine that is started with --encoder HOST:PORT$"),
+        ("prefill", "--encoder HOST:PORT on both sides, and the prefill's has none$"),
+        ("decode", "--encoder HOST:PORT on both sides, and the decode's has none$"),
+    ],
+)
+def test_images_without_an_encoder_are_refused_with_what_lacks(tmp_path: Path, side: str, needs: str) -> None:
+    async def check(wiring: Wiring) -> None:
+        request = parse_generate_request({"input_ids": [1, 2], "image_data": "aGk="})
+        with pytest.raises(ValueError, match=f"image_data: images need {needs}"):
+            await wiring.manager.prepare(request)
+        assert wiring.manager.num_unfinished == 0
+
+    with_wiring(tmp_path, check, disaggregation=side)

@@ -9,6 +9,7 @@ import pytest
 from support.expanded_requests import LIMITS, take
 
 from waybill.engine.frontend.request_limits import check_transfer
+from waybill.engine.vision.image_store import Room, StoredImage
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
@@ -42,6 +43,25 @@ def test_a_digest_is_of_what_both_sides_must_be_asked() -> None:
     assert same == digest("decode") == digest("decode", sampling_params={"temperature": 0, "max_new_tokens": 2})
     others = [{"input_ids": [1, 3]}, {"return_logprob": True}, {"return_logprob": True, "logprob_start_len": 0}]
     assert len({same, *(digest("decode", **other) for other in others)}) == 4
+
+
+def test_a_digest_is_of_images_whose_tokens_are_alike() -> None:
+    """And not of the numbers and places that they have on one side."""
+
+    def digest(side: str, *images: StoredImage) -> bytes:
+        limits = replace(LIMITS, disaggregation=side, image_token_id=9)
+        fields = {"input_ids": [1, 9, 2, 9], "bootstrap_room": 5, "bootstrap_host": "127.0.0.1"}
+        return take(limits, images=[images], **fields)[0][0].transfer.digest
+
+    def stored(number: int, content: bytes) -> StoredImage:
+        return StoredImage(number, content, 2, 2, "float32", f"/{number}", Room(number, 64))
+
+    one, two = stored(1, b"a"), stored(2, b"b")
+    same = digest("prefill", one, two)
+    assert same == digest("decode", stored(7, b"a"), stored(6, b"b"))
+    assert (
+        len({same, digest("decode", two, one), digest("decode", one, one), digest("decode", one, stored(2, b"c"))}) == 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from waybill.engine.plan import DropPages, FetchPages, PageMessage, SharePages
 from waybill.engine.scheduler.decode_transfers import DecodeTransfers
 from waybill.engine.scheduler.prefill_transfers import MAX_ENDED, PrefillTransfers
 from waybill.engine.scheduler.req import Req
+from waybill.engine.vision.placed_image import PlacedImage
 
 FIRST = FirstToken([9], "w")
 PLAIN = OutputOptions()
@@ -37,9 +39,16 @@ class Clock:
         return self.now
 
 
-def make_req(room: int = 1, rid: str = "r", digest: bytes = b"", options: OutputOptions = PLAIN) -> Req:
+def make_req(
+    room: int = 1,
+    rid: str = "r",
+    digest: bytes = b"",
+    options: OutputOptions = PLAIN,
+    images: Sequence[PlacedImage] = (),
+) -> Req:
     source = TransferSource("h", 1, room, digest=digest)
-    recv = TokenizedGenerateReqInput(1, rid, PROMPT, SamplingParams(max_new_tokens=1), options, transfer=source)
+    params = SamplingParams(max_new_tokens=1)
+    recv = TokenizedGenerateReqInput(1, rid, PROMPT, params, options, transfer=source, images=list(images))
     req = Req(recv, tokens=bytearray(PROMPT))
     req.held.pages = Pages("i", [4, 5, 6, 7, 8, 9])
     req.num_cached = 2
@@ -102,6 +111,18 @@ def test_a_decode_waits_for_log_probabilities_of_the_prompt_where_nobody_records
     assert [settled.req for settled in transfers.settle()] == [plain]
     transfers.on_notice(TransferNotice("2.0", "routes", 1))
     assert [settled.req for settled in transfers.settle()] == [scored]
+
+
+def test_a_decode_that_refuses_says_what_else_differs_of_images() -> None:
+    transfers = DecodeTransfers(lambda message: None, 60.0, 1, has_routes=False)
+    req = make_req(digest=b"asked here", images=[PlacedImage(1, 1, 2, 2, 1, "/nowhere", 0, "float32")])
+    transfers.begin(req)
+    transfers.admitted([req])
+    transfers.on_notice(TransferNotice("1.0", "pages0", 1, first=FirstToken([9], "w", digest=b"asked there")))
+    (settled,) = transfers.settle()
+    assert settled.reason is not None
+    message = "is another request there: prompt, images (and the weights of their --encoder), return_logprob, "
+    assert message in str(settled.reason.message)
 
 
 def test_a_decode_goes_on_without_rows_and_fails_without_pages_or_in_time() -> None:

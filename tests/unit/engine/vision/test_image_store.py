@@ -29,12 +29,14 @@ def values_of(height: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((height * 2, 2, 256)).astype(np.float32)
 
 
-def add(store: ImageStore, name: bytes, height: int, seed: int = 0, incarnation: str = "") -> StoredImage:
+def add(
+    store: ImageStore, name: bytes, height: int, seed: int = 0, incarnation: str = "", weights: str = ""
+) -> StoredImage:
     data = memoryview(values_of(height, seed).tobytes())
     assert data.nbytes == height * ROW_BYTES
     room = store.reserve(data.nbytes)
     store.arena.write(room.offset, data)
-    return store.add(name, Features(incarnation, height, 2, "float32", data), room)
+    return store.add(name, Features(incarnation, weights, height, 2, "float32", data), room)
 
 
 def placed(image: StoredImage) -> PlacedImage:
@@ -103,6 +105,22 @@ def test_memory_is_counted_in_pages() -> None:
     store.give_back(room)
     assert store.num_bytes == PAGE
     store.reserve(1)
+
+
+def test_stores_know_an_image_by_what_encodes_alike() -> None:
+    """Numbers are a store's own; what the sides of a request compare is the file, and the weights of its encoder."""
+    one, other = ImageStore(1 << 20), ImageStore(1 << 20)
+    for store in (one, other):
+        store.forget_all(f"an encoder of {id(store)}")
+    add(other, b"first", 1, incarnation=f"an encoder of {id(other)}")
+    images = [
+        add(store, file, 2, incarnation=f"an encoder of {id(store)}", weights=weights)
+        for store, file, weights in ((one, b"a", "w"), (other, b"a", "w"), (one, b"b", "w"), (other, b"c", "v"))
+    ]
+    assert images[0].content == images[1].content and images[0].number != images[1].number
+    one.forget_all("another one")
+    images.append(add(one, b"a", 2, incarnation="another one", weights="v"))
+    assert len({image.content for image in images}) == 4
 
 
 def test_images_of_another_encoder_are_other_ones() -> None:

@@ -17,7 +17,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 
 
 
 def stored(number: int, height: int, width: int) -> StoredImage:
-    return StoredImage(number, height, width, "float32", "/nowhere", Room(0, 0))
+    return StoredImage(number, b"", height, width, "float32", "/nowhere", Room(0, 0))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from ..engine.config import EngineConfig
 from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
-from .cpu_binding import cores_of_others
+from .cpu_binding import cores_of_others, keep_to
 from .imports import uncollected_imports
 from .node_options import split_command_line
 from .run_dir import EXIT_USAGE, RunDir
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def settle(config: EngineConfig, ranks_here: int) -> None:
-    """Threads and cores of this node's processes, which have them from this one; it has no other threads yet.
+    """Threads and cores of this node's processes, which have them from this one.
 
     Raises:
         ValueError: the ranks cannot be bound as configured.
@@ -89,7 +89,7 @@ def settle(config: EngineConfig, ranks_here: int) -> None:
     for name, value in thread_settings(config, ranks_here).items():
         os.environ.setdefault(name, value)
     if cores is not None:
-        os.sched_setaffinity(0, cores)
+        keep_to(cores)
 
 
 def refuse(error: ValueError) -> int:

@@ -70,6 +70,13 @@ def running_on(cores: Set[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def keep_to(cores: Set[int]) -> None:
+    """This process and all that it starts. Libraries may have started threads when they were imported; others must not come
+    or go meanwhile."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
 def main() -> None:
     groups = parse_core_groups(sys.argv[1])
     os.sched_setaffinity(0, groups[int(os.environ["LOCAL_RANK"])])

@@ -128,6 +128,24 @@ def test_a_command_is_bound_before_it_is_begun() -> None:
         assert json.load(process.stdout) == [process.pid, cores[-1:], [sys.executable, "-u", "-c", code, "-m", "x"]]
 
 
+def test_a_process_is_bound_with_the_threads_that_it_has() -> None:
+    code = """
+import os, threading
+from waybill.launch.cpu_binding import keep_to
+
+done = threading.Event()
+threads = [threading.Thread(target=done.wait) for _ in range(3)]
+for thread in threads:
+    thread.start()
+core = max(os.sched_getaffinity(0))
+keep_to({core})
+tasks = [int(name) for name in os.listdir("/proc/self/task")]
+assert len(tasks) >= 4 and all(os.sched_getaffinity(task) == {core} for task in tasks)
+done.set()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_what_is_started_meanwhile_is_bound_and_nothing_else() -> None:
     before = os.sched_getaffinity(0)
     with running_on({max(before)}):

@@ -122,7 +122,7 @@ def make_report(rates: Rates, options: argparse.Namespace, cores: list[int]) -> 
     table = "\n".join(lines)
     return f"""# Ranks bound to cores
 
-{describe()}. {options.tp} ranks with {max(1, len(cores) // options.tp)} threads each, decode with routes.
+{describe()}. {options.tp} ranks, threads of each: {max(1, len(cores) // options.tp)}. Decode with routes.
 Medians of {options.rounds} rounds on one engine, whose threads are bound anew for each line; ratios are those of single
 rounds, in which the lines take turns.
 

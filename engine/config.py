@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 
+from .validation.core_groups import check_core_groups
 from .validation.host_names import check_allowed_hosts
 from .validation.option import Bounds, Option, option_fields
 
@@ -161,7 +162,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1 << 24
     num_threads: Annotated[
         int | None,
-        Option("CPU threads of one rank; the cores shared by the node's ranks if not given", bounds=ONE_OR_MORE),
+        Option(
+            "CPU threads of one rank; if not given the cores that it is bound to, or that the node's ranks share",
+            bounds=ONE_OR_MORE,
+        ),
+    ] = None
+    cpu_threads_bind: Annotated[
+        str | None,
+        Option(
+            "cores, as 0-3, that each rank of a node keeps to, one group a rank; the engine's other processes keep to "
+            "those of no rank, if there are any; nothing is bound if not given",
+            metavar="CORES|CORES",
+        ),
     ] = None
     weight_version: Annotated[str, Option("what the weights are called until an update")] = "default"
     weight_sync_timeout_s: Annotated[
@@ -269,6 +281,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("output_processors='node': must be 'engine' with disaggregation")
         if self.encoder is not None:
             check_host_port(self.encoder)
+        if self.cpu_threads_bind is not None:
+            check_core_groups(self.cpu_threads_bind, self.num_threads)
         if self.weight_sync_hosts is not None:
             check_allowed_hosts("weight_sync_hosts", self.weight_sync_hosts)
         if self.disaggregation_allowed_hosts is not None:

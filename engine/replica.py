@@ -185,7 +185,9 @@ def make_mask_maker(config: EngineConfig, mesh: ParallelMesh, model_config: Mode
     if mesh.tp.rank != 0:
         return None
     path = config.tokenizer_path or config.model_path
-    num_threads = min(MAX_MASK_THREADS, len(os.sched_getaffinity(0)) // max(1, mesh.node.size))
+    # A bound rank shares its cores with none.
+    sharing = mesh.node.size if config.cpu_threads_bind is None else 1
+    num_threads = min(MAX_MASK_THREADS, len(os.sched_getaffinity(0)) // max(1, sharing))
     return MaskMaker(path, model_config.vocab_size, model_config.eos_token_ids, num_threads)
 
 

@@ -9,8 +9,10 @@ import os
 import sys
 from importlib.util import find_spec
 
+from ..engine.config import EngineConfig
 from .api_key import API_KEY_VARIABLE, read_api_keys, split_key
 from .args import parse_worker_args
+from .cpu_binding import cores_of_others, keep_to
 from .imports import uncollected_imports
 from .node_options import split_command_line
 from .run_dir import EXIT_USAGE, RunDir
@@ -60,8 +62,10 @@ def main() -> int:
     if command.rollout is not None and (missing := [name for name in ROLLOUT_NEEDS if find_spec(name) is None]):
         return refuse(ValueError(f"rollouts need {' and '.join(missing)}: pip install 'waybill[rollout]'"))
     ranks_here = Layout.of(command.config, command.nodes.nnodes).ranks_per_node
-    for name, value in thread_settings(command.config, ranks_here).items():
-        os.environ.setdefault(name, value)
+    try:
+        settle(command.config, ranks_here)
+    except ValueError as error:
+        return refuse(error)
     with uncollected_imports():
         from .agent import holding_signals, run_agent, watch_signals  # noqa: PLC0415
 
@@ -69,9 +73,23 @@ def main() -> int:
         run_dir = RunDir()
         watch_signals(run_dir.path)
     try:
-        return run_agent(run_dir.path, torchrun_arguments(command.nodes, ranks_here, run_dir.path, arguments))
+        bind = command.config.cpu_threads_bind
+        return run_agent(run_dir.path, torchrun_arguments(command.nodes, ranks_here, run_dir.path, arguments, bind))
     finally:
         run_dir.remove()
+
+
+def settle(config: EngineConfig, ranks_here: int) -> None:
+    """Threads and cores of this node's processes, which have them from this one.
+
+    Raises:
+        ValueError: the ranks cannot be bound as configured.
+    """
+    cores = cores_of_others(config, ranks_here)
+    for name, value in thread_settings(config, ranks_here).items():
+        os.environ.setdefault(name, value)
+    if cores is not None:
+        keep_to(cores)
 
 
 def refuse(error: ValueError) -> int:

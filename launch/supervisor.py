@@ -18,6 +18,9 @@ from ..engine.ipc.lifeline import Lifeline
 from ..engine.ipc.sockets import Endpoint
 from ..engine.output.config import OutputProcessorConfig
 from ..engine.routing.claims import claim_prefix
+from ..engine.validation.core_groups import parse_core_groups
+from .cpu_binding import MODULE as BOUND
+from .cpu_binding import cores_of_others, running_on
 from .node_options import RENDEZVOUS_BACKEND, NodeOptions, check_partners
 from .run_dir import ENGINE_CONFIG, OUTPUT_PROCESSOR_CONFIG, RunDir, caller_lifeline, remove_run_dir, write_struct
 from .topology import Addresses, Layout, one_node_addresses
@@ -43,6 +46,8 @@ class NodeChildren:
         self._node = node
         self._addresses = addresses
         self._lifeline = Lifeline(addresses.lifeline)
+        # Theirs are the cores of torchrun's agent, not of the rank that starts them.
+        self._cores = None if config.cpu_threads_bind is None else os.sched_getaffinity(os.getppid())
         self._stopping = False
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -75,9 +80,10 @@ class NodeChildren:
         """Run a module as a child and watch it: if it dies while the run goes on, this rank dies, and with it the run.
         `listeners` are the endpoints that it binds, whose listening sockets go over to it."""
         fds = [endpoint.fd for endpoint in listeners if endpoint.fd >= 0]
-        child = subprocess.Popen(
-            [sys.executable, "-m", PROCESS, *module_and_args], stdin=subprocess.DEVNULL, pass_fds=fds
-        )
+        with running_on(self._cores):
+            child = subprocess.Popen(
+                [sys.executable, "-m", PROCESS, *module_and_args], stdin=subprocess.DEVNULL, pass_fds=fds
+            )
         for fd in fds:
             os.close(fd)
         self._children[name] = child
@@ -123,6 +129,8 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, on_exit: Callable[[str], None]) -> None:
         check_partners(config, num_nodes=1)
         layout = Layout.of(config, num_nodes=1)
+        # The caller's own process stays where it is.
+        self._cores = cores_of_others(config, layout.ranks_per_node)
         self._on_exit = on_exit
         self._ending = False
         self._folder = RunDir()
@@ -146,15 +154,16 @@ class EngineProcess:
         self._heartbeats = HeartbeatTable.create()
         settings = thread_settings(config, config.world_size)
         environment = settings | dict(os.environ) | {PATH_VARIABLE: self._heartbeats.path}
-        self._agent = subprocess.Popen(
-            agent_command(config.world_size, self.run_dir),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env=environment,
-            # An interrupt at the terminal is for the caller; the ranks follow when it ends.
-            start_new_session=True,
-        )
+        with running_on(self._cores):
+            self._agent = subprocess.Popen(
+                agent_command(config.world_size, self.run_dir, config.cpu_threads_bind),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=environment,
+                # An interrupt at the terminal is for the caller; the ranks follow when it ends.
+                start_new_session=True,
+            )
         start_critical_thread(self._watch, "watch engine", self._fail)
         # Only an eye on the others: a user may stop his program for as long as he likes.
         self._heartbeat = Heartbeat(self._heartbeats, None, config.heartbeat_timeout_s, on_failure=self._fail)
@@ -199,26 +208,36 @@ class EngineProcess:
 
 
 def threads_per_rank(config: EngineConfig, ranks_here: int) -> int:
-    """Cores shared by the ranks of this node, unless configured."""
+    """Unless configured: the cores of this process, shared by so many ranks."""
     return config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def thread_settings(config: EngineConfig, ranks_here: int) -> dict[str, str]:
     """Environment variables of OpenMP for the ranks of this node, where the user has not set them."""
+    threads = threads_per_rank(config, ranks_here)
+    if config.cpu_threads_bind is not None:
+        # Alike for all ranks, which set their own number afterwards.
+        threads = config.num_threads or min(map(len, parse_core_groups(config.cpu_threads_bind)))
     return {
-        "OMP_NUM_THREADS": str(threads_per_rank(config, ranks_here)),
+        "OMP_NUM_THREADS": str(threads),
         # GNU's threads spin for each other for milliseconds, on cores that frontend and output processor need, too.
         "GOMP_SPINCOUNT": str(SPIN_COUNT),
     }
 
 
-def agent_command(world_size: int, run_dir: str) -> list[str]:
+def agent_command(world_size: int, run_dir: str, cpu_threads_bind: str | None = None) -> list[str]:
     """The agent of a calling program's engine, on one node."""
-    arguments = torchrun_arguments(NodeOptions(), world_size, run_dir, ["engine"])
+    arguments = torchrun_arguments(NodeOptions(), world_size, run_dir, ["engine"], cpu_threads_bind)
     return [sys.executable, "-m", PROCESS, "waybill.launch.agent", run_dir, *arguments]
 
 
-def torchrun_arguments(nodes: NodeOptions, ranks_here: int, run_dir: str, worker_arguments: list[str]) -> list[str]:
+def torchrun_arguments(
+    nodes: NodeOptions,
+    ranks_here: int,
+    run_dir: str,
+    worker_arguments: list[str],
+    cpu_threads_bind: str | None = None,
+) -> list[str]:
     """What tells torchrun to start the ranks of this node. What it writes itself goes to the run's folder."""
     return [
         *("--nnodes", str(nodes.nnodes)),
@@ -227,6 +246,7 @@ def torchrun_arguments(nodes: NodeOptions, ranks_here: int, run_dir: str, worker
         *("--rdzv-endpoint", nodes.endpoint),
         *("--nproc-per-node", str(ranks_here)),
         *("--log-dir", f"{run_dir}/torchrun"),
+        *(() if cpu_threads_bind is None else ("-m", BOUND, cpu_threads_bind)),
         *("-m", PROCESS, "waybill.launch.worker", "--run-dir", run_dir),
         *worker_arguments,
     ]

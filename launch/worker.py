@@ -210,7 +210,9 @@ def start_children(
 
 def run_rank(config: EngineConfig, node: Node, store: Store, rank: int, transfers: Transfers | None) -> None:
     """Join the mesh, serve until told to stop, leave the mesh."""
-    torch.set_num_threads(threads_per_rank(config, node.layout.ranks_per_node))
+    # A bound rank shares its cores with none.
+    sharing = node.layout.ranks_per_node if config.cpu_threads_bind is None else 1
+    torch.set_num_threads(threads_per_rank(config, sharing))
     mesh = join_mesh(config, node.layout, store, rank)
     dp_rank = node.layout.place_of(rank).dp_rank
     addresses = node.addresses

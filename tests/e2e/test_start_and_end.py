@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
-from support.process_tree import DEADLINE_S, children_of, find, is_alive
-from support.server_process import ROOT
+from support.process_tree import DEADLINE_S, children_of, find, is_alive, process_of, ranks_of
+from support.server_process import ROOT, ServerProcess
 
 from waybill import Engine
-from waybill.launch.run_dir import RunDir
+from waybill.launch.run_dir import EXIT_USAGE, RunDir
 
 START_S = 120.0
 pytestmark = pytest.mark.usefixtures("temporary")
@@ -138,3 +141,61 @@ def test_bad_options_are_refused_at_once(checkpoint: str) -> None:
             Engine(checkpoint, **options)
     with pytest.raises(TypeError):
         Engine(checkpoint, no_such_option=1)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[list[int]]:
+    """Those of this machine, whichever this test's process was given."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    yield sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, before)
+
+
+def cores_of(process: psutil.Process) -> set[frozenset[int]]:
+    """Of all its threads."""
+    return {frozenset(os.sched_getaffinity(thread.id)) for thread in process.threads()}
+
+
+def test_ranks_keep_to_their_cores_and_the_caller_stays_where_it_is(checkpoint: str, all_cores: list[int]) -> None:
+    if len(all_cores) < 2:
+        pytest.skip("two ranks on cores of their own need two")
+    first, second, *rest = all_cores
+    with Engine(checkpoint, tp_size=2, kv_cache_tokens=8192, cpu_threads_bind=f"{first}|{second}") as engine:
+        # Whatever runs has been started once.
+        engine.generate("start with 12", {"max_new_tokens": 4})
+        processes = children_of(os.getpid())
+        ranks = ranks_of(processes)
+        assert {rank: cores_of(process) for rank, process in ranks.items()} == {
+            0: {frozenset({first})},
+            1: {frozenset({second})},
+        }
+        # With no core left they have all.
+        others = {frozenset(rest or all_cores)}
+        assert [cores_of(process_of(processes, name)) for name in ("agent", "output processor")] == [others, others]
+        assert os.sched_getaffinity(0) == set(all_cores)
+
+
+def test_a_server_and_its_rank_share_no_core(all_cores: list[int]) -> None:
+    first, *rest = all_cores
+    server = ServerProcess(*SMALL, "--cpu-threads-bind", str(first))
+    try:
+        # Whatever runs has been started once.
+        body = {"text": "start with 12", "sampling_params": {"max_new_tokens": 4}}
+        httpx.post(f"{server.url}/generate", json=body, timeout=START_S).raise_for_status()
+        (rank,) = ranks_of(server.descendants()).values()
+        assert cores_of(rank) == {frozenset({first})}
+        others = [p for p in [psutil.Process(server.process.pid), *server.descendants()] if p != rank]
+        assert len(others) == 3, "agent, output processor and frontend"
+        assert [cores_of(process) for process in others] == [{frozenset(rest or all_cores)}] * 3
+    finally:
+        server.stop()
+
+
+def test_cores_that_ranks_cannot_have_are_named(checkpoint: str) -> None:
+    words = "cpu_threads_bind='0': must have 2 groups"
+    with pytest.raises(ValueError, match=words):
+        Engine(checkpoint, tp_size=2, cpu_threads_bind="0")
+    command = [str(ROOT / "torchrun.sh"), "serve", "--tp", "2", "--cpu-threads-bind", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert ended.returncode == EXIT_USAGE and f"torchrun.sh: error: {words}" in ended.stderr

@@ -27,6 +27,7 @@ TYPED = {
     "weight_version": ("step-0", "step-0"),
     "disaggregation_host": ("127.0.0.2", "127.0.0.2"),
     "encoder": ("localhost:31000", "localhost:31000"),
+    "cpu_threads_bind": ("0|1-3", "0|1-3"),
     "overlap_depth": ("0", 0),
     "tp_size": ("1", 1),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.process_tree import DEADLINE_S, children_of, find, is_alive, process_of, ranks_of
+from support.process_tree import DEADLINE_S, children_of, find, is_alive, process_of, processes_of_run, ranks_of
 from support.server_process import ROOT, ServerProcess
 
 from waybill import Engine
@@ -164,7 +164,7 @@ def test_ranks_keep_to_their_cores_and_the_caller_stays_where_it_is(checkpoint: 
     with Engine(checkpoint, tp_size=2, kv_cache_tokens=8192, cpu_threads_bind=f"{first}|{second}") as engine:
         # Whatever runs has been started once.
         engine.generate("start with 12", {"max_new_tokens": 4})
-        processes = children_of(os.getpid())
+        processes = processes_of_run(str(engine.run_dir))
         ranks = ranks_of(processes)
         assert {rank: cores_of(process) for rank, process in ranks.items()} == {
             0: {frozenset({first})},

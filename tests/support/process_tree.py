@@ -55,10 +55,14 @@ def ranks_of(processes: list[psutil.Process]) -> dict[int, psutil.Process]:
     }
 
 
+def processes_of_run(run_dir: str) -> list[psutil.Process]:
+    """Of a run that this process has started; others may run beside it."""
+    return [one for one in children_of(os.getpid()) if any(run_dir in part for part in one.cmdline())]
+
+
 def ranks_of_run(run_dir: str) -> list[psutil.Process]:
-    """Of a run that this process has started, in their order."""
-    processes = [one for one in children_of(os.getpid()) if any(run_dir in part for part in one.cmdline())]
-    return [rank for _, rank in sorted(ranks_of(processes).items())]
+    """The same, its ranks, in their order."""
+    return [rank for _, rank in sorted(ranks_of(processes_of_run(run_dir)).items())]
 
 
 def process_of(processes: list[psutil.Process], name: str) -> psutil.Process:

@@ -1,5 +1,5 @@
 """Pages of 2 MiB for weights on the host: one entry of the page tables in place of 512, so a virtual machine reads them
-1.4 times as fast (`bench/results/cpu_operators.md`)."""
+1.06 to 1.4 times as fast (`bench/results/cpu_operators.md`)."""
 
 from __future__ import annotations
 

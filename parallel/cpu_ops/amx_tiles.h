@@ -217,7 +217,8 @@ inline void multiply_tiles(const WeightTiles& w, int64_t begin, int64_t width, c
     if (num_panels == 1) return multiply_panel(first, w.row_length, x, width / LANES, sums[0]);
     // Lines of a tile: as many as its rows have steps, 16 times.
     const int64_t num_turns = (num_panels + 1) / 2, ahead = w.ahead + begin * SIDE;
-    Prefetch prefetch{{w.first[0] + ahead, w.first[1] + ahead}, w.row_length <= SHORT_ROW ? int((SIDE + num_turns - 1) / num_turns) : 0};
+    const int lines = w.row_length <= SHORT_ROW ? (SIDE + num_turns - 1) / num_turns : 0;
+    Prefetch prefetch{{w.first[0] + ahead, w.first[1] + ahead}, lines};
     const int64_t block = num_panels > 2 ? BLOCK_WIDTH : width;
     for (int64_t k = 0; k < width; k += block) {
         const int64_t num_steps = std::min(block, width - k) / LANES;

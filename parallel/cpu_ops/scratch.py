@@ -1,7 +1,7 @@
 """Memory of operators that stays for their next call.
 
 What an operator frees goes back to the kernel, where it is large, and the next call's is cleared page by page as it is
-written to: for a prefill that took as long as half of its experts' products.
+written to. In a long prefill that is a good part of what experts take.
 """
 
 from __future__ import annotations

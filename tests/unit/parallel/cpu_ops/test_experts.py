@@ -68,6 +68,16 @@ def test_a_token_has_the_same_bits_in_any_batch_and_with_any_threads() -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_token_has_the_same_bits_among_many() -> None:
+    """More than a cache has room for, than are packed at once, and than tiles take in a turn."""
+    hidden, ids, weights, gate_up, down = problem(1100, 2, 2, 1056, 544, seed=2)
+    together = experts_native(hidden, ids, weights, gate_up, down)
+    for token in (0, 15, 16, 511, 512, 777, 1098, 1099):
+        alone = slice(token, token + 1)
+        found = experts_native(hidden[alone], ids[alone], weights[alone], gate_up, down)
+        assert torch.equal(found, together[alone]), token
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_token_that_is_not_finite_stays_alone(value: float) -> None:
     hidden, ids, weights, gate_up, down = problem(21, 3, 3, 32, 32, seed=2)
